@@ -1,0 +1,59 @@
+// The x86-64 level whose kernels run on this machine, chosen once.
+//
+// Every <family>/cpu.cpp is compiled once per level with SELBP_LEVEL naming its namespace; a family's public header
+// declares its kernels in each of them through SELBP_DECLARE_LEVELS and picks with SELBP_PICK. Such files define no
+// inline function with external linkage and instantiate no standard template: the linker would be free to keep a
+// copy that was compiled for a level this machine does not have.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+namespace selbp {
+
+enum class Level { baseline, v3, v4 };
+
+inline Level detect_level() {
+#ifdef SELBP_X86_LEVELS
+  __builtin_cpu_init();
+  Level best = Level::baseline;
+  if (__builtin_cpu_supports("x86-64-v3")) best = Level::v3;
+  if (__builtin_cpu_supports("x86-64-v4")) best = Level::v4;
+  if (const char* wanted = std::getenv("SELBP_CPU_LEVEL")) {  // lowers the level, never raises it
+    if (!std::strcmp(wanted, "baseline")) return Level::baseline;
+    if (!std::strcmp(wanted, "v3") && best == Level::v4) return Level::v3;
+  }
+  return best;
+#else
+  return Level::baseline;
+#endif
+}
+
+inline Level level() {
+  static const Level chosen = detect_level();
+  return chosen;
+}
+
+inline const char* level_name() {
+  switch (level()) {
+    case Level::v4: return "x86-64-v4";
+    case Level::v3: return "x86-64-v3";
+    default: return "baseline";
+  }
+}
+
+}  // namespace selbp
+
+#ifdef SELBP_X86_LEVELS
+#define SELBP_DECLARE_LEVELS(...) \
+  namespace baseline { __VA_ARGS__ } \
+  namespace v3 { __VA_ARGS__ } \
+  namespace v4 { __VA_ARGS__ }
+#define SELBP_PICK(function) \
+  (::selbp::level() == ::selbp::Level::v4   ? ::selbp::v4::function \
+   : ::selbp::level() == ::selbp::Level::v3 ? ::selbp::v3::function \
+                                            : ::selbp::baseline::function)
+#else
+#define SELBP_DECLARE_LEVELS(...) namespace baseline { __VA_ARGS__ }
+#define SELBP_PICK(function) ::selbp::baseline::function
+#endif

@@ -1,0 +1,15 @@
+"""selbp: train a PyTorch model on a chosen, weighted part of each minibatch."""
+
+import torch  # noqa: F401  (first: the native core binds to the OpenMP runtime that torch has loaded)
+
+from selbp._version import __version__
+
+try:
+    from selbp import _native  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "selbp's native extension is not built. Install the package (`pip install .` in the project's folder, or "
+        f"`pip install -e .` to develop) and import it from there. The import said: {error}"
+    ) from error
+
+__all__ = ["__version__"]

@@ -1,0 +1,1 @@
+"""The operators: functional front over ``torch.ops.selbp.*``."""

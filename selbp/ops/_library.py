@@ -1,0 +1,39 @@
+"""How an operator becomes ``torch.ops.selbp.<name>``: one place for schema, fake, backends and the autograd rule.
+
+``Library.define/impl`` costs 5 us a call where ``custom_op`` costs 7 and ``register_autograd`` 16. An operator that
+is not differentiable gets an ``Autograd`` kernel that redispatches below autograd, so that its outputs never require
+grad and the torch calls inside its CPU implementation record nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+library = torch.library.Library("selbp", "DEF")
+
+
+def define(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Register the non-differentiable operator ``schema`` and return its overload, ready to call."""
+    name = schema.split("(")[0]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    operator = getattr(torch.ops.selbp, name).default
+
+    def below_autograd(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    library.impl(name, cpu, "CPU")
+    library.impl(name, cuda, "CUDA")
+    library.impl(name, below_autograd, "Autograd")
+    torch.library.register_fake(f"selbp::{name}", fake, lib=library)
+    overload: Callable[..., Any] = operator
+    return overload

@@ -1,0 +1,75 @@
+"""What the operators return: plain tuples of tensors with names, shapes and units."""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class BatchStatistics(NamedTuple):
+    """Per-sample statistics of a minibatch of ``n`` samples: the by-product of its forward pass.
+
+    The floating fields are float64 for float64 inputs, else float32. A row that is not ``valid`` (ignored target,
+    or a loss or norm that is not finite) may never be selected.
+    """
+
+    loss: Tensor  # (n,) cross-entropy of each row, as reduction="none" defines it; 0 where the target is ignored
+    lse: Tensor  # (n,) log-sum-exp of the row's logits
+    residual_sq: Tensor  # (n,) squared norm of the gradient of the row's loss with respect to its logits
+    feature_sq: Tensor  # (n,) squared norm of the head's input, + 1 for the bias; 1 where features were not given
+    correct: Tensor  # (n,) bool: no other class has a greater logit than the target
+    valid: Tensor  # (n,) bool: the target is not ignored and everything above is finite
+
+    @property
+    def gradient_norm(self) -> Tensor:
+        """(n,) norm of each sample's last-layer gradient, ``sqrt(residual_sq * feature_sq)``."""
+        return (self.residual_sq * self.feature_sq).sqrt()
+
+    @classmethod
+    def unscored(cls, valid: Tensor) -> BatchStatistics:
+        """Statistics of a batch that no forward has seen: everything but ``valid`` is NaN (or False)."""
+        unknown = torch.full(valid.shape, torch.nan, device=valid.device)
+        return cls(unknown, unknown, unknown, unknown, torch.zeros_like(valid), valid)
+
+
+class MeanGradient(NamedTuple):
+    """The minibatch's mean last-layer gradient ``M`` and each sample's inner product with it."""
+
+    inner: Tensor  # (n,) g_i . M
+    target_sq: Tensor  # () squared norm of M, accumulated in float64
+    head_weight: Tensor  # (C, d) the exact mean gradient of the head's weight
+    head_bias: Tensor | None  # (C,) and of its bias, where it has one
+
+
+class MatchStatus(enum.IntEnum):
+    """Why the matching solver stopped."""
+
+    FULL = 0  # k rows were chosen
+    OPTIMAL = 1  # no further row can lower the objective (the KKT conditions hold)
+    TOLERANCE = 2  # the relative residual fell below the tolerance
+    INVALID = 3  # an input of this problem was not finite: nothing was chosen
+    ITERATIONS = 4  # the iteration limit was reached; the selection is feasible, not optimal
+
+
+class Matching(NamedTuple):
+    """What :func:`selbp.ops.match` chose, for any leading batch dimensions ``...``."""
+
+    indices: Tensor  # (..., k) int64 in order of choice, unique, padded with -1
+    weights: Tensor  # (..., k) padded with 0; nonnegative unless asked otherwise
+    count: Tensor  # (...) int32, how many entries are real
+    residual: Tensor  # (...) ||mean - sum w g|| / ||mean||, from the float64 quadratic form of the inputs
+    status: Tensor  # (...) uint8, a MatchStatus
+
+
+class Selection(NamedTuple):
+    """The chosen rows of a minibatch; the step's loss is ``sum_j weights[j] * loss[indices[j]]``.
+
+    Always exactly k rows and no -1: where fewer valid rows exist, spare slots repeat a valid row (else row 0) with
+    weight 0, and a row of weight 0 is masked out of the loss, never multiplied.
+    """
+
+    indices: Tensor  # (k,) int64
+    weights: Tensor  # (k,) floating

@@ -1,0 +1,182 @@
+"""The specification in eager PyTorch: every backend is compared with these functions, in float64, and nothing else.
+
+Notation (the same in names, docstrings and tests): ``n`` samples, ``d`` features, ``C`` classes, ``k`` kept rows.
+
+    h_i   features   (n, d)   input of the last linear layer, the *head*
+    W, c  weight, bias        the head, (C, d) and (C,)
+    z_i   logits     (n, C)   W h_i + c, soft-capped where a cap is given
+    p_i   probs      (n, C)   softmax(z_i)
+    t_i   soft target(n, C)   t_ic = (1 - eps) w_y [c = y] + (eps / C) w_c       (eps label smoothing, w class weights)
+    l_i   loss       (n,)     sum_c t_ic (lse_i - z_ic)
+    r_i   residual   (n, C)   dl_i / d(W h_i + c) = (T_i p_i - t_i) * dcap,  T_i = sum_c t_ic
+    g_i   gradient            r_i (x) [h_i, 1], of length C (d + 1); never materialised
+    K     gram       (n, n)   K_ij = g_i . g_j = (r_i . r_j)(h_i . h_j + 1)
+    M     mean gradient       (1 / n) sum_i g_i, the target of matching
+
+Everything computes in the dtype it is given: hand it float64 to get the spec, float32 to get "eager torch".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from selbp.ops.types import BatchStatistics, Matching, MatchStatus, MeanGradient
+
+# --------------------------------------------------------------------------------------------- 1. statistics
+
+
+def soft_cap(logits: Tensor, softcap: float) -> Tensor:
+    """``softcap * tanh(logits / softcap)``; the identity where the cap is 0."""
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def soft_target(
+    target: Tensor, n_classes: int, class_weight: Tensor | None, label_smoothing: float, dtype: torch.dtype
+) -> Tensor:
+    """(n, C) soft target t. ``target`` must lie in [0, C)."""
+    w = torch.ones(n_classes, dtype=dtype, device=target.device) if class_weight is None else class_weight.to(dtype)
+    onehot = torch.zeros(len(target), n_classes, dtype=dtype, device=target.device).scatter_(1, target[:, None], 1.0)
+    return (1.0 - label_smoothing) * onehot * w + label_smoothing / n_classes * w
+
+
+def cross_entropy_statistics(
+    logits: Tensor,  # (n, C)
+    target: Tensor,  # (n,) int64
+    features: Tensor | None = None,  # (n, d)
+    *,
+    class_weight: Tensor | None = None,  # (C,)
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    bias: bool = True,
+) -> BatchStatistics:
+    """Per-sample loss, gradient norms and correctness of ``n`` rows of logits.
+
+    The target's logit is held apart and only the other classes are accumulated, so that neither the loss nor the
+    norm cancels for confident rows: with q = 1 - p_y, both ``-log p_y = log1p(e^(m - z_y) s)`` and
+    ``||r||^2 = q^2 + sum_{c != y} p_c^2`` keep their relative accuracy down to q = 1e-300.
+    """
+    n, n_classes = logits.shape
+    present = (target != ignore_index) & (target >= 0) & (target < n_classes)
+    y = torch.where(present, target, 0)[:, None]
+    z = soft_cap(logits, softcap)
+    z_y = z.gather(1, y)[:, 0]
+    others = z.scatter(1, y, -torch.inf)
+    lse = torch.logsumexp(z, 1)
+    loss_y = torch.nn.functional.softplus(torch.logsumexp(others, 1) - z_y, threshold=40.0)  # lse - z_y
+    t = soft_target(y[:, 0], n_classes, class_weight, label_smoothing, z.dtype)
+    t_y = t.gather(1, y)[:, 0]
+    spread = torch.where(t == 0, 0.0, t * (lse[:, None] - z)).scatter(1, y, 0.0).sum(1)  # 0 * inf is 0 here
+    loss = t_y * loss_y + spread
+
+    residual_sq = residual(
+        logits, target, lse, class_weight=class_weight, ignore_index=ignore_index,
+        label_smoothing=label_smoothing, softcap=softcap,
+    ).square().sum(1)  # fmt: skip
+    loss = torch.where(target == ignore_index, 0.0, torch.where(present, loss, torch.nan))
+    residual_sq = torch.where(torch.isfinite(loss), residual_sq, torch.nan)
+    if features is None:
+        feature_sq = torch.ones_like(loss)
+    else:
+        feature_sq = features.square().sum(1) + float(bias)
+    valid = present & torch.isfinite(loss) & torch.isfinite(residual_sq) & torch.isfinite(feature_sq)
+    correct = valid & (z_y >= others.amax(1))
+    return BatchStatistics(loss, lse, residual_sq, feature_sq, correct, valid)
+
+
+def linear_cross_entropy_statistics(
+    features: Tensor,  # (n, d)
+    weight: Tensor,  # (C, d)
+    bias: Tensor | None,  # (C,)
+    target: Tensor,  # (n,)
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+) -> BatchStatistics:
+    """:func:`cross_entropy_statistics` of ``features @ weight.T + bias``."""
+    logits = torch.nn.functional.linear(features, weight, bias)
+    return cross_entropy_statistics(
+        logits, target, features, class_weight=class_weight, ignore_index=ignore_index,
+        label_smoothing=label_smoothing, softcap=softcap, bias=bias is not None,
+    )  # fmt: skip
+
+
+def residual(
+    logits: Tensor,  # (n, C)
+    target: Tensor,  # (n,)
+    lse: Tensor,  # (n,) of the soft-capped logits
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """(n, C) gradient of each row's loss with respect to its logits (before the cap); 0 where the row is not valid.
+
+    The target's entry is ``T p_y - t_y = (T - t_y) - T sum_{c != y} p_c``: ``p_y - 1`` would cancel.
+    """
+    n, n_classes = logits.shape
+    present = (target != ignore_index) & (target >= 0) & (target < n_classes)
+    y = torch.where(present, target, 0)[:, None]
+    z = soft_cap(logits, softcap)
+    probs = torch.exp(z - lse[:, None])
+    t = soft_target(y[:, 0], n_classes, class_weight, label_smoothing, z.dtype)
+    total = t.sum(1, keepdim=True)
+    others = probs.scatter(1, y, 0.0).sum(1, keepdim=True)
+    rest = t.scatter(1, y, 0.0).sum(1, keepdim=True)
+    r = (total * probs - t).scatter(1, y, rest - total * others)
+    if softcap:
+        r = r * (1.0 - (z / softcap).square())
+    finite = torch.isfinite(lse) & torch.isfinite(torch.where(t == 0, 0.0, z)).all(1)  # the loss is finite
+    return torch.where((present & finite)[:, None], r, 0.0)
+
+
+# ------------------------------------------------------------------------------- 2. Gram and mean gradient
+
+
+def _finite_rows(residual: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with every row zeroed that has a non-finite entry in either: it counts as a zero gradient."""
+    finite = (torch.isfinite(residual).all(1) & torch.isfinite(features).all(1))[:, None]
+    return torch.where(finite, residual, 0.0), torch.where(finite, features, 0.0)
+
+
+def gradient_gram(residual: Tensor, features: Tensor, *, bias: bool = True) -> Tensor:
+    """(n, n) inner products of the per-sample last-layer gradients, ``(R R^T) * (H H^T + 1)``."""
+    residual, features = _finite_rows(residual, features)
+    return (residual @ residual.T) * (features @ features.T + float(bias))
+
+
+def mean_gradient(residual: Tensor, features: Tensor, *, bias: bool = True) -> MeanGradient:
+    """The mean gradient M = (1/n) R^T [H, 1] and b_i = r_i^T M [h_i, 1], without the Gram matrix.
+
+    ``1^T K 1 / n^2`` would lose everything where the mean nearly cancels; the factors do not.
+    """
+    residual, features = _finite_rows(residual, features)
+    n = max(len(residual), 1)
+    head_weight = residual.T @ features / n
+    head_bias = residual.sum(0) / n if bias else None
+    inner = ((residual @ head_weight) * features).sum(1)
+    target_sq = head_weight.double().square().sum()
+    if head_bias is not None:
+        inner = inner + residual @ head_bias
+        target_sq = target_sq + head_bias.double().square().sum()
+    return MeanGradient(inner, target_sq.to(residual.dtype), head_weight, head_bias)
+
+
+def matching_residual(
+    residual: Tensor, features: Tensor, indices: Tensor, weights: Tensor, *, bias: bool = True
+) -> Tensor:
+    """() ``||M - sum_j w_j g_j|| / ||M||`` in float64 from the factors; entries of weight 0 (or index -1) are skipped."""
+    residual, features = _finite_rows(residual.double(), features.double())
+    if bias:
+        features = torch.cat([features, features.new_ones(len(features), 1)], 1)
+    w = torch.where(indices >= 0, weights, 0.0).double()
+    rows = indices.clamp(min=0)
+    mean = residual.T @ features / max(len(residual), 1)
+    chosen = residual[rows] * w[:, None]
+    return (mean - chosen.T @ features[rows]).norm() / mean.norm()
