@@ -5,7 +5,7 @@ import torch  # noqa: F401  (first: the native core binds to the OpenMP runtime 
 from selbp._version import __version__
 
 try:
-    from selbp import _native  # noqa: F401
+    import selbp._native  # noqa: F401
 except ImportError as error:
     raise ImportError(
         "selbp's native extension is not built. Install the package (`pip install .` in the project's folder, or "
