@@ -18,12 +18,10 @@ Everything computes in the dtype it is given: hand it float64 to get the spec, f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from selbp.ops.types import BatchStatistics, Matching, MatchStatus, MeanGradient
+from selbp.ops.types import BatchStatistics, MeanGradient
 
 # --------------------------------------------------------------------------------------------- 1. statistics
 

@@ -59,7 +59,7 @@ class Matching(NamedTuple):
 
     indices: Tensor  # (..., k) int64 in order of choice, unique, padded with -1
     weights: Tensor  # (..., k) padded with 0; nonnegative unless asked otherwise
-    count: Tensor  # (...) int32, how many entries are real
+    count: Tensor  # type: ignore[assignment]  # (...) int32, how many entries are real
     residual: Tensor  # (...) ||mean - sum w g|| / ||mean||, from the float64 quadratic form of the inputs
     status: Tensor  # (...) uint8, a MatchStatus
 

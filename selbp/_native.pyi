@@ -1,0 +1,3 @@
+"""The CPU core: addresses and shapes in, nothing validated; called through selbp.ops only."""
+
+def level() -> str: ...
