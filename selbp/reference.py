@@ -169,7 +169,7 @@ def mean_gradient(residual: Tensor, features: Tensor, *, bias: bool = True) -> M
 def matching_residual(
     residual: Tensor, features: Tensor, indices: Tensor, weights: Tensor, *, bias: bool = True
 ) -> Tensor:
-    """() ``||M - sum_j w_j g_j|| / ||M||`` in float64 from the factors; entries of weight 0 (or index -1) are skipped."""
+    """() ``||M - sum_j w_j g_j|| / ||M||`` in float64 from the factors; index -1 counts as weight 0."""
     residual, features = _finite_rows(residual.double(), features.double())
     if bias:
         features = torch.cat([features, features.new_ones(len(features), 1)], 1)
