@@ -1,0 +1,68 @@
+# selbp: `make demo` trains on real data, `make test` runs the fast tests. `make help` lists the rest.
+#
+# PYTHON     the interpreter to build the environment from       (python3)
+# VENV       where the environment goes                          (.venv)
+# TORCH      auto | a pip requirement such as torch==2.13.0      (auto: see scripts/environment.sh)
+# PIP_ARGS   handed to every pip install, for example an index
+# ARGS       handed to the command that a target runs
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= auto
+PIP_ARGS ?=
+ARGS ?=
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+export PYTHON VENV TORCH PIP_ARGS
+
+.PHONY: help demo test test-all lint format bench gpu-check clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       install, then train Fashion-MNIST with six selection rules; prints a table and a page"
+	@echo "make test       install for development and run the fast tests"
+	@echo "make test-all   every test, the slow ones included"
+	@echo "make lint       ruff, mypy, clang-format"
+	@echo "make format     let ruff and clang-format rewrite the sources"
+	@echo "make bench      ours against peers and against this machine's roofline, in one run"
+	@echo "make gpu-check  parity, sanitizer and throughput on a machine with a GPU"
+	@echo "make clean      remove the environment and everything built"
+
+$(VENV)/.torch:
+	@bash scripts/environment.sh
+
+# One editable install per set of extras; rebuilt when a native source changes.
+$(VENV)/.with-%: $(VENV)/.torch $(SOURCES)
+	@echo "selbp: building the native core and installing with [$*]"
+	@$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.with-demo
+	$(BIN)/selbp compare --preset demo $(ARGS)
+
+test: $(VENV)/.with-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
+
+test-all: $(VENV)/.with-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(ARGS)
+
+lint: $(VENV)/.with-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.with-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format -i
+
+bench: $(VENV)/.with-bench
+	$(BIN)/python -m benchmarks $(ARGS)
+
+gpu-check: $(VENV)/.with-dev
+	$(BIN)/python scripts/gpu_check.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find selbp -name '_native*.so' -delete
