@@ -1,0 +1,91 @@
+"""Wheel, sdist -> wheel and editable installs, each from an empty environment with an isolated build."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+COPIED = ["csrc", "triton_kernels", "selbp", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"]
+SMOKE = """
+import sys, torch, selbp, selbp._native, selbp.triton_kernels
+assert "triton" not in sys.modules, "importing selbp must not import triton"
+step = selbp.SelectiveBackprop(torch.nn.Sequential(torch.nn.Linear(4, 3)), selector=selbp.GradientMatching(), keep=2)
+step(torch.randn(8, 4), torch.randint(0, 3, (8,))).backward()
+print(selbp.__file__, selbp.__version__, selbp._native.level())
+"""
+
+
+def run(*command, cwd):
+    result = subprocess.run(list(map(str, command)), cwd=cwd, text=True, capture_output=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of the sources without anything that was built."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def empty(tmp_path):
+    """Python of an environment that holds nothing of selbp; the outer one lends it torch through a path file."""
+    folder = tmp_path / "venv"
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    purelib = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
+    outer = {sysconfig.get_path("purelib"), str(Path(torch.__file__).parents[1])}
+    Path(purelib, "outer.pth").write_text("\n".join(outer))  # its own path files are not read: no editable selbp
+    missing = subprocess.run([python, "-c", "import torch, selbp"], capture_output=True, text=True, cwd=tmp_path)
+    assert "No module named 'selbp'" in missing.stderr
+    return python
+
+
+def check(python, tmp_path, inside):
+    said = run(python, "-c", SMOKE, cwd=tmp_path)
+    assert str(inside) in said, said
+
+
+def test_wheel(source, empty, tmp_path):
+    run(empty, "-m", "pip", "install", "-q", "--no-deps", source, cwd=tmp_path)
+    check(empty, tmp_path, tmp_path / "venv")
+    assert "compare" in run(empty.parent / "selbp", "--help", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_sdist_then_wheel(source, empty, tmp_path):
+    run(sys.executable, "-m", "build", "--sdist", "--outdir", tmp_path, source, cwd=tmp_path)
+    (sdist,) = tmp_path.glob("selbp-*.tar.gz")
+    run(empty, "-m", "pip", "install", "-q", "--no-deps", sdist, cwd=tmp_path)
+    check(empty, tmp_path, tmp_path / "venv")
+
+
+@pytest.mark.slow
+def test_editable(source, empty, tmp_path):
+    run(empty, "-m", "pip", "install", "-q", "--no-deps", "-e", source, cwd=tmp_path)
+    check(empty, tmp_path, source)
+
+
+def test_source_tree_without_the_extension_says_what_to_do(source):
+    result = subprocess.run([sys.executable, "-c", "import selbp"], cwd=source, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "pip install" in result.stderr and "not built" in result.stderr
+
+
+def test_build_requirements_are_setuptools_and_pybind11_only():
+    text = (ROOT / "pyproject.toml").read_text()
+    requires = text.split("requires = [")[1].split("]")[0]
+    assert [part.strip(' "').split(">")[0] for part in requires.split(",")] == ["setuptools", "pybind11"]
