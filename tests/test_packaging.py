@@ -1,5 +1,6 @@
 """Wheel, sdist -> wheel and editable installs, each from an empty environment with an isolated build."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 COPIED = ["csrc", "triton_kernels", "selbp", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"]
+OUTER = sorted({sysconfig.get_path("purelib"), str(Path(torch.__file__).parents[1])})  # where torch is
 SMOKE = """
 import sys, torch, selbp, selbp._native, selbp.triton_kernels
 assert "triton" not in sys.modules, "importing selbp must not import triton"
@@ -47,8 +49,7 @@ def empty(tmp_path):
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     purelib = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
-    outer = {sysconfig.get_path("purelib"), str(Path(torch.__file__).parents[1])}
-    Path(purelib, "outer.pth").write_text("\n".join(outer))  # its own path files are not read: no editable selbp
+    Path(purelib, "outer.pth").write_text("\n".join(OUTER))  # its own path files are not read: no editable selbp
     missing = subprocess.run([python, "-c", "import torch, selbp"], capture_output=True, text=True, cwd=tmp_path)
     assert "No module named 'selbp'" in missing.stderr
     return python
@@ -80,7 +81,11 @@ def test_editable(source, empty, tmp_path):
 
 
 def test_source_tree_without_the_extension_says_what_to_do(source):
-    result = subprocess.run([sys.executable, "-c", "import selbp"], cwd=source, capture_output=True, text=True)
+    # -S leaves out path files, and with them an editable install of this very project
+    command = [sys.executable, "-S", "-c", "import selbp"]
+    path = os.pathsep.join([str(source), *OUTER])
+    env = {**os.environ, "PYTHONPATH": path}
+    result = subprocess.run(command, cwd=source, capture_output=True, text=True, env=env)
     assert result.returncode != 0
     assert "pip install" in result.stderr and "not built" in result.stderr
 
