@@ -37,11 +37,18 @@ class NativeBuild(build_ext):
         include = [str(ROOT / "csrc")]
         jobs = [(source, name, flags) for source in relative("*/cpu.cpp") for name, flags in LEVELS.items()]
 
+        newest = max(os.path.getmtime(path) for path in ["setup.py", *extension.depends])
+
         def compile_one(job: tuple[str, str, list[str]]) -> list[str]:
             source, name, flags = job
+            folder = str(Path(self.build_temp) / name)
+            objects = self.compiler.object_filenames([source], output_dir=folder)
+            built = os.path.getmtime(objects[0]) if os.path.exists(objects[0]) else 0
+            if built > max(newest, os.path.getmtime(source)):
+                return objects
             return self.compiler.compile(
-                [source], output_dir=str(Path(self.build_temp) / name), include_dirs=include,
-                macros=[("SELBP_LEVEL", name)], extra_postargs=FLAGS + flags, depends=extension.depends,
+                [source], output_dir=folder, include_dirs=include,
+                macros=[("SELBP_LEVEL", name)], extra_postargs=FLAGS + flags,
             )  # fmt: skip
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
