@@ -1,0 +1,167 @@
+"""The data sets of the main job, in memory, with the test part kept apart from everything that learns or tunes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from selbp.data.debian import fetch_package
+from selbp.data.idx import DataError, read_pair
+
+FASHION_MNIST = "fashion-mnist"
+DIGITS = "digits"
+NAMES = (FASHION_MNIST, DIGITS)
+SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+N_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled images, kept as bytes; :meth:`batch` hands out normalised floats."""
+
+    images: Tensor  # (n, rows, columns) uint8
+    labels: Tensor  # (n,) int64
+    mean: float  # of the training pixels
+    std: float
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """(k, 1, rows, columns) float32 of mean 0 and variance 1 (over the training part), and (k,) labels."""
+        pixels = self.images.index_select(0, indices).unsqueeze(1).float()
+        return pixels.sub_(self.mean).div_(self.std), self.labels.index_select(0, indices)
+
+    def take(self, indices: Tensor) -> Split:
+        """The split of these samples alone."""
+        return Split(self.images[indices], self.labels[indices], self.mean, self.std)
+
+    def to(self, device: torch.device) -> Split:
+        """The split on ``device``."""
+        return Split(self.images.to(device), self.labels.to(device), self.mean, self.std)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training part and a part that only evaluates."""
+
+    name: str
+    train: Split
+    test: Split
+    n_classes: int
+    source: str  # where it came from, for the record
+
+    @property
+    def fingerprint(self) -> str:
+        """A short digest of every pixel and label of both parts: results are cached under it."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.test):
+            digest.update(split.images.contiguous().numpy().tobytes())
+            digest.update(split.labels.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def held_out(self, fraction: float = 0.1, seed: int = 0) -> Dataset:
+        """A data set for tuning: its test part is cut from *this training part*; the real test part is not in it."""
+        if not 0.0 < fraction < 1.0:
+            raise ValueError(f"fraction must lie in (0, 1), got {fraction}")
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
+        cut = max(1, round(fraction * len(order)))
+        source = f"{self.source}, {cut} of its training samples held out (seed {seed})"
+        return Dataset(
+            f"{self.name}-held-out", self.train.take(order[cut:]), self.train.take(order[:cut]), self.n_classes, source
+        )
+
+
+def make_dataset(
+    name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], n_classes: int, source: str
+) -> Dataset:
+    """Normalise by the training part's own mean and deviation; images uint8 (n, rows, columns), labels int64."""
+    pixels = train[0].double()
+    mean, std = float(pixels.mean()), float(pixels.std()) or 1.0
+    return Dataset(name, Split(*train, mean, std), Split(*test, mean, std), n_classes, source)
+
+
+def cache_folder() -> Path:
+    """Where fetched data sets live: ``$SELBP_CACHE``, else ``$XDG_CACHE_HOME/selbp``, else ``~/.cache/selbp``."""
+    if "SELBP_CACHE" in os.environ:
+        return Path(os.environ["SELBP_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "selbp"
+
+
+def read_fashion_mnist(folder: Path) -> Dataset:
+    """Read the four IDX files of ``folder``; DataError names the file that is missing, corrupt or inconsistent."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    train, test = read_pair(folder, "train", N_CLASSES), read_pair(folder, "t10k", N_CLASSES)
+    if train[0].shape[1:] != test[0].shape[1:]:
+        raise DataError(
+            f"{folder}: training images are {tuple(train[0].shape[1:])}, test ones {tuple(test[0].shape[1:])}"
+        )
+    return make_dataset(FASHION_MNIST, train, test, N_CLASSES, str(folder))
+
+
+def load_fashion_mnist(
+    folder: Path | None = None,
+    *,
+    say: Callable[[str], None] = print,
+    fetch: Callable[..., Path] = fetch_package,
+    system_folder: Path = SYSTEM_FOLDER,
+) -> Dataset:
+    """Fashion-MNIST from ``folder``; else the system's copy, else the cache's, else fetched into the cache."""
+    if folder is not None:
+        return read_fashion_mnist(folder)
+    if system_folder.is_dir():
+        return read_fashion_mnist(system_folder)
+    cached = cache_folder() / FASHION_MNIST
+    if not cached.is_dir():
+        fetch("dataset-fashion-mnist", "usr/share/datasets/fashion-mnist", cached, say=say)
+    return read_fashion_mnist(cached)
+
+
+def load_digits() -> Dataset:
+    """scikit-learn's 1797 handwritten digits of 8x8 pixels; every fifth one (after a fixed shuffle) is test."""
+    try:
+        from sklearn.datasets import load_digits as sklearn_digits
+    except ImportError as error:
+        raise DataError(
+            "the digits come with scikit-learn, which is not installed: pip install scikit-learn"
+        ) from error
+    bunch = sklearn_digits()
+    order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))
+    images = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)[order]
+    labels = torch.from_numpy(bunch.target).long()[order]
+    cut = len(order) // 5
+    return make_dataset(
+        DIGITS, (images[cut:], labels[cut:]), (images[:cut], labels[:cut]), N_CLASSES, "scikit-learn's load_digits"
+    )
+
+
+def load(
+    name: str, folder: Path | None = None, *, fallback: bool = False, say: Callable[[str], None] = print
+) -> Dataset:
+    """Load a data set by name.
+
+    With ``fallback``, the digits stand in, and it is said, when Fashion-MNIST cannot be had at all; a folder that was
+    named, or files that are there and corrupt, are an error in any case.
+    """
+    if name == DIGITS:
+        if folder is not None:
+            raise DataError("the digits come with scikit-learn and are read from no folder")
+        return load_digits()
+    if name != FASHION_MNIST:
+        raise DataError(f"there is no data set {name!r}; there are {', '.join(NAMES)}")
+    have = folder is not None or SYSTEM_FOLDER.is_dir() or (cache_folder() / FASHION_MNIST).is_dir()
+    try:
+        return load_fashion_mnist(folder, say=say)
+    except DataError as error:
+        if have or not fallback:
+            raise DataError(f"{error}. Name a folder with its four files (--data), or use --dataset digits") from error
+        say(f"Fashion-MNIST cannot be had here ({error}).")
+        say("Going on with scikit-learn's 1797 digits instead: a far smaller and easier set; its table says so.")
+        return load_digits()
