@@ -12,4 +12,6 @@ except ImportError as error:
         f"`pip install -e .` to develop) and import it from there. The import said: {error}"
     ) from error
 
-__all__ = ["__version__"]
+from selbp.selectors import BatchStatistics, Full, GradientProxies, Random, Selection, Selector  # noqa: E402
+
+__all__ = ["BatchStatistics", "Full", "GradientProxies", "Random", "Selection", "Selector", "__version__"]

@@ -1,0 +1,20 @@
+"""Selection rules: which k rows of a minibatch run backward, and with what weights.
+
+Data flows downward only: a selector reads statistics and proxies that :mod:`selbp.ops` computes, and knows nothing
+of models or training. One file per family; :mod:`selbp.selectors.base` says what a rule offers.
+"""
+
+from selbp.ops.types import BatchStatistics, Selection
+from selbp.selectors.base import Needs, Selector
+from selbp.selectors.proxies import GradientProxies
+from selbp.selectors.uniform import Full, Random
+
+__all__ = [
+    "BatchStatistics",
+    "Full",
+    "GradientProxies",
+    "Needs",
+    "Random",
+    "Selection",
+    "Selector",
+]

@@ -1,0 +1,48 @@
+"""The per-sample last-layer gradients, as two factors that are computed only when a rule reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+from torch import Tensor
+
+from selbp.ops.types import MeanGradient
+from selbp.reference import gradient_gram, mean_gradient
+
+
+class GradientProxies:
+    """g_i = residual_i (x) [features_i, 1] of n samples, never materialised; everything is computed at most once.
+
+    ``residual`` (n, C) is the gradient of each loss with respect to the logits, ``features`` (n, d) the head's
+    input; either may be a function that computes it. ``bias`` says whether the head has one (the 1 above).
+    """
+
+    def __init__(
+        self, residual: Tensor | Callable[[], Tensor], features: Tensor | Callable[[], Tensor], *, bias: bool = True
+    ) -> None:
+        self._residual, self._features, self.bias = residual, features, bias
+        self._gram: Tensor | None = None
+        self._mean: MeanGradient | None = None
+
+    @cached_property
+    def residual(self) -> Tensor:
+        """(n, C)."""
+        return self._residual if isinstance(self._residual, Tensor) else self._residual()
+
+    @cached_property
+    def features(self) -> Tensor:
+        """(n, d)."""
+        return self._features if isinstance(self._features, Tensor) else self._features()
+
+    def gram(self) -> Tensor:
+        """(n, n) inner products g_i . g_j; see :func:`selbp.ops.gradient_gram`."""
+        if self._gram is None:
+            self._gram = gradient_gram(self.residual, self.features, bias=self.bias)
+        return self._gram
+
+    def mean_gradient(self) -> MeanGradient:
+        """The mean gradient and its inner products g_i . M; see :func:`selbp.ops.mean_gradient`."""
+        if self._mean is None:
+            self._mean = mean_gradient(self.residual, self.features, bias=self.bias)
+        return self._mean

@@ -1,0 +1,64 @@
+"""The two baselines: every row, and rows drawn uniformly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from selbp.ops.types import BatchStatistics, Selection
+from selbp.selectors.base import Needs, Stateless, check_call
+from selbp.selectors.proxies import GradientProxies
+from selbp.selectors.sampling import top_rows
+from selbp.selectors.weighting import mean_weights
+
+
+@dataclass(frozen=True)
+class Full(Stateless):
+    """Every row with weight 1 / n, whatever k: the ordinary step.
+
+    Rows that are not valid keep their place with weight 0, so that the forward sees the minibatch as it came.
+    """
+
+    needs: ClassVar[Needs] = "nothing"
+
+    def select(
+        self,
+        stats: BatchStatistics,
+        k: int,
+        *,
+        proxies: GradientProxies | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Selection:
+        """See :meth:`Selector.select`; returns all n rows."""
+        n = check_call(stats, k, generator)
+        return Selection(torch.arange(n, device=stats.valid.device), stats.valid.to(stats.loss.dtype) / n)
+
+
+@dataclass(frozen=True)
+class Random(Stateless):
+    """k valid rows without replacement, each with the same chance; weights 1 / k.
+
+    Of v < n valid rows min(k, v) are drawn, with weight v / (n min(k, v)): unbiased for (1/n) sum_valid g_i.
+    """
+
+    needs: ClassVar[Needs] = "nothing"
+
+    def select(
+        self,
+        stats: BatchStatistics,
+        k: int,
+        *,
+        proxies: GradientProxies | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Selection:
+        """See :meth:`Selector.select`."""
+        n = check_call(stats, k, generator)
+        key = torch.rand(n, dtype=torch.float64, device=stats.valid.device, generator=generator)
+        indices, real = top_rows(key, stats.valid, k)
+        return Selection(indices, mean_weights(stats, real))
