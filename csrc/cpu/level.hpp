@@ -46,14 +46,23 @@ inline const char* level_name() {
 
 #ifdef SELBP_X86_LEVELS
 #define SELBP_DECLARE_LEVELS(...) \
-  namespace baseline { __VA_ARGS__ } \
-  namespace v3 { __VA_ARGS__ } \
-  namespace v4 { __VA_ARGS__ }
-#define SELBP_PICK(function) \
+  namespace baseline {            \
+  __VA_ARGS__                     \
+  }                               \
+  namespace v3 {                  \
+  __VA_ARGS__                     \
+  }                               \
+  namespace v4 {                  \
+  __VA_ARGS__                     \
+  }
+#define SELBP_PICK(function)                                        \
   (::selbp::level() == ::selbp::Level::v4   ? ::selbp::v4::function \
    : ::selbp::level() == ::selbp::Level::v3 ? ::selbp::v3::function \
                                             : ::selbp::baseline::function)
 #else
-#define SELBP_DECLARE_LEVELS(...) namespace baseline { __VA_ARGS__ }
+#define SELBP_DECLARE_LEVELS(...) \
+  namespace baseline {            \
+  __VA_ARGS__                     \
+  }
 #define SELBP_PICK(function) ::selbp::baseline::function
 #endif

@@ -1,0 +1,1 @@
+"""Ours against peers and against this machine's roofline, in one run: ``python -m benchmarks --help``."""

@@ -1,0 +1,62 @@
+"""The Gram matrix of the per-sample gradients, against the two full products that it replaces."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Case, suite
+from selbp import ops, reference
+from selbp.ops import _gemm
+
+
+def _factors(n: int, classes: int, features: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    probs = torch.randn(n, classes, device=device).softmax(1)
+    target = torch.randint(classes, (n, 1), device=device)
+    return probs.scatter_add(1, target, -torch.ones_like(probs[:, :1])).to(dtype), torch.randn(
+        n, features, device=device
+    ).to(dtype)
+
+
+def _two_products(product, residual: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    return product(residual, residual), product(features, features)
+
+
+def _fastest(a: Tensor, b: Tensor) -> Tensor:
+    return _gemm.linear(a, b) if a.device.type == "cpu" else a @ b.t()
+
+
+def _case(n: int, classes: int, features: int, dtype: torch.dtype = torch.float32, quick: bool = False) -> Case:
+    size = 8 if dtype == torch.float64 else 4
+    return Case(
+        f"gram n={n} C={classes} d={features} {str(dtype).removeprefix('torch.')}",
+        partial(_factors, n, classes, features, dtype),
+        {
+            "ours": ops.gradient_gram,
+            "the two fastest full GEMMs alone": partial(_two_products, _fastest),
+            "the two GEMMs of torch.mm alone": partial(_two_products, lambda a, b: torch.mm(a, b.t())),
+            "eager torch": reference.gradient_gram,
+        },
+        flops=n * (n + 1) * (classes + features),
+        nbytes=size * (n * (classes + features) + n * n),
+        formula="n (n + 1)(C + d) flops: one triangle of both products; each factor read and K written once",
+        dtype=torch.float32 if dtype == torch.bfloat16 else dtype,
+        limits={"the two fastest full GEMMs alone": 0.70} if n >= 1024 and dtype == torch.float32 else {},
+        quick=quick,
+    )
+
+
+CASES = [
+    _case(128, 10, 128, quick=True),
+    _case(512, 100, 512, quick=True),
+    _case(1024, 100, 512, quick=True),
+    _case(1024, 1000, 512),
+    _case(1024, 10, 512),
+    _case(2048, 1000, 2048),
+    _case(4096, 1000, 768),
+    _case(1024, 1000, 512, torch.bfloat16),
+    _case(1024, 1000, 512, torch.float64),
+]
+test_gram = suite(CASES)

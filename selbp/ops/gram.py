@@ -1,0 +1,117 @@
+"""``gradient_gram``: the inner products of all per-sample last-layer gradients, K = (R R^T) o (H H^T + 1).
+
+One triangle is computed. Rows are cut into blocks; each pair of blocks costs two GEMM tiles and one native pass that
+multiplies them, adds the bias's one and writes the product with its mirror image, so K is symmetric bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from selbp import _native, reference
+from selbp.ops import _gemm
+from selbp.ops._checks import accumulate_dtype, check_floating, check_same_device, check_same_dtype, check_shape
+from selbp.ops._library import define
+from selbp.ops._threads import native_threads
+
+_TILE = 512  # rows of an off-diagonal tile: two float32 tiles, 1 MiB each, and long enough for the GEMM's full rate
+_LEAF = 128  # a diagonal tile this small is computed whole; larger ones split, so that 1/2 + 64/n of the work is done
+
+
+def gradient_gram(
+    residual: Tensor,  # (n, C)
+    features: Tensor,  # (n, d)
+    *,
+    bias: bool = True,
+) -> Tensor:
+    """Gram matrix of the per-sample last-layer gradients, K_ij = (r_i . r_j)(h_i . h_j + 1).
+
+    Args:
+        residual: (n, C) gradient of each sample's loss with respect to the logits.
+        features: (n, d) input of the head, in the dtype of ``residual``.
+        bias: whether the head has a bias (the + 1).
+
+    Returns:
+        (n, n), symmetric bit for bit; float64 for float64 inputs, else float32 with float32 accumulation (bfloat16
+        and float16 inputs are widened first: a Gram matrix kept in bfloat16 lets a solver claim a residual of 0). A
+        row with a NaN or an infinity in either input counts as a zero gradient.
+
+    Raises:
+        TypeError: an input is not a floating tensor, or their dtypes differ.
+        ValueError: an input is not a matrix, or their rows or devices differ.
+    """
+    check_factors(residual, features)
+    return _gradient_gram(residual, features, bool(bias))
+
+
+def check_factors(residual: Tensor, features: Tensor) -> None:
+    """Raise unless ``residual`` (n, C) and ``features`` (n, d) are floating matrices of one dtype and device."""
+    check_floating("residual", residual)
+    check_floating("features", features)
+    check_shape("residual", residual, "(n, C)", (None, None))
+    check_shape("features", features, f"(n, d) with n = {len(residual)} rows as residual", (len(residual), None))
+    check_same_dtype("features", features, "residual", residual)
+    check_same_device("features", features, "residual", residual)
+
+
+def finite_rows(residual: Tensor, features: Tensor) -> Tensor:
+    """(n,) bool: rows in which both factors are finite."""
+    return torch.isfinite(residual).all(1) & torch.isfinite(features).all(1)
+
+
+def _tiles(begin: int, end: int) -> list[tuple[int, int, int, int]]:
+    """Tiles (row, column, rows, columns) that cover the upper triangle of the rows and columns [begin, end)."""
+    size = end - begin
+    if size <= _LEAF:
+        return [(begin, begin, size, size)] if size else []
+    half = size // 2 if size <= _TILE else _TILE
+    half += -half % 16 if half + 16 < size else 0  # whole SIMD rows
+    middle = begin + half
+    across = [(begin, column, half, min(_TILE, end - column)) for column in range(middle, end, _TILE)]
+    return _tiles(begin, middle) + across + _tiles(middle, end)
+
+
+def _cpu(residual: Tensor, features: Tensor, bias: bool) -> Tensor:
+    dtype = accumulate_dtype(residual.dtype)
+    r, h = residual.to(dtype).contiguous(), features.to(dtype).contiguous()
+    n = len(r)
+    out = torch.empty(n, n, dtype=dtype)
+    threads = native_threads(n * n)
+    for row, column, rows, columns in _tiles(0, n):
+        rr = _gemm.linear(r[row : row + rows], r[column : column + columns])
+        hh = _gemm.linear(h[row : row + rows], h[column : column + columns])
+        _native.gram_tile(
+            out.data_ptr(), rr.data_ptr(), hh.data_ptr(), dtype == torch.float64,
+            n, row, column, rows, columns, bias, threads,
+        )  # fmt: skip
+    _zero_spoiled(out, r, h)
+    return out
+
+
+def _zero_spoiled(out: Tensor, residual: Tensor, features: Tensor) -> None:
+    """Zero the rows and columns of samples that are not finite.
+
+    The diagonal finds them for nothing: a NaN or an infinity in r_i or h_i makes K_ii NaN or infinite. So does an
+    overflow of finite factors, which stays.
+    """
+    suspects = (~torch.isfinite(out.diagonal())).nonzero()[:, 0]
+    if len(suspects):
+        spoiled = suspects[~finite_rows(residual[suspects], features[suspects])]
+        out[spoiled] = 0.0
+        out[:, spoiled] = 0.0
+
+
+def _fake(residual: Tensor, features: Tensor, bias: bool) -> Tensor:
+    n = residual.shape[0]
+    return residual.new_empty((n, n), dtype=accumulate_dtype(residual.dtype))
+
+
+def _cuda(residual: Tensor, features: Tensor, bias: bool) -> Tensor:
+    dtype = accumulate_dtype(residual.dtype)
+    return reference.gradient_gram(residual.to(dtype), features.to(dtype), bias=bias)
+
+
+_gradient_gram = define(
+    "gradient_gram(Tensor residual, Tensor features, bool bias) -> Tensor", fake=_fake, cpu=_cpu, cuda=_cuda
+)
