@@ -1,0 +1,92 @@
+"""One run, in full: everything that its result depends on, checked at construction, and the key it is cached under."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from selbp.study.models import MODELS
+
+FORMAT = 1  # part of every key: raise it when the same configuration would give another result
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run. Everything that changes its weights or its timings is here, and nothing else."""
+
+    dataset: str
+    fingerprint: str  # of the data's content
+    selector: str  # name[:option=value,...]
+    steps: int
+    lr: float  # peak learning rate
+    model: str = "cnn"
+    keep: float | int = 0.25
+    batch_size: int = 128
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.1  # share of the steps in which the rate rises to lr; then it falls linearly to 0
+    seed: int = 0
+    backward: str = "auto"
+    scoring: str = "same"
+    head_gradient: str = "subset"
+    evaluate_every: int = 200
+    device: str = "cpu"
+    threads: int = 0  # 0: as torch decides
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch_size", 1), ("evaluate_every", 1), ("threads", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+        for name, low, high in (("lr", 0.0, math.inf), ("momentum", 0.0, 1.0), ("weight_decay", 0.0, math.inf),
+                                ("warmup", 0.0, 1.0)):  # fmt: skip
+            value = getattr(self, name)
+            if not (low <= value < high and math.isfinite(value)) or (name == "lr" and value == 0):
+                raise ValueError(f"{name} must be a number in [{low}, {high}), above 0 for lr, got {value!r}")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
+        if self.model not in MODELS:
+            raise ValueError(f"model must be one of {', '.join(MODELS)}, got {self.model!r}")
+        for name, choices in (("backward", ("auto", "rows", "recompute")), ("scoring", ("same", "eval")),
+                              ("head_gradient", ("subset", "full"))):  # fmt: skip
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        self.kept()
+
+    def kept(self) -> int:
+        """Samples of each minibatch that run backward."""
+        keep = self.keep
+        in_range = (keep >= 1) if isinstance(keep, int) else (0.0 < keep <= 1.0)
+        if isinstance(keep, bool) or not in_range:
+            raise ValueError(f"keep must be a share in (0, 1] (1.0 is all) or a number of samples, got {keep!r}")
+        return min(keep, self.batch_size) if isinstance(keep, int) else max(1, round(keep * self.batch_size))
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step ``step`` (from 0): up in the warm-up, then linearly to 0 after the last step."""
+        rise = max(1, round(self.warmup * self.steps))
+        return self.lr * min((step + 1) / rise, (self.steps - step) / max(1, self.steps - rise + 1), 1.0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """The inverse of :meth:`as_dict`; unknown or missing fields are a ValueError."""
+        names = {field.name for field in fields(cls)}
+        if set(values) != names:
+            raise ValueError(f"configuration has the fields {sorted(values)}, not {sorted(names)}")
+        return cls(**values)
+
+    def key(self) -> str:
+        """A digest of all of it: equal keys, equal runs."""
+        text = json.dumps([FORMAT, self.as_dict()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def differences(self, other: RunConfig) -> list[str]:
+        """``field: mine, not theirs`` for every field that differs."""
+        mine, theirs = self.as_dict(), other.as_dict()
+        return [f"{name}: {mine[name]!r}, not {theirs[name]!r}" for name in mine if mine[name] != theirs[name]]

@@ -1,0 +1,116 @@
+"""Run configurations: checks at construction, the decayed rate, keys; and the models they name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from selbp.data import Split
+from selbp.study.arms import RULES, build_selector, keep_for, parse
+from selbp.study.config import RunConfig
+from selbp.study.models import MODELS, SmallCNN, build_model
+
+BASE = RunConfig(dataset="digits", fingerprint="0", selector="random", steps=100, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0), ("steps", 1.5), ("steps", True), ("batch_size", 0), ("lr", 0.0), ("lr", float("nan")),
+        ("lr", -1.0), ("momentum", 1.0), ("warmup", 1.0), ("seed", -1), ("seed", 1 << 32), ("model", "resnet"),
+        ("backward", "magic"), ("scoring", "train"), ("head_gradient", "none"), ("keep", 0.0), ("keep", 1.5),
+        ("keep", -1), ("keep", True), ("keep", float("nan")), ("threads", -1), ("evaluate_every", 0),
+    ],
+)  # fmt: skip
+def test_bad_values_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        dataclasses.replace(BASE, **{field: value})
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(0.25, 32), (1.0, 128), (1, 1), (500, 128), (0.001, 1)])
+def test_keep_means_a_share_or_a_number(keep: float, kept: int) -> None:
+    assert dataclasses.replace(BASE, keep=keep).kept() == kept
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 100])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.9])
+def test_every_run_decays_its_own_rate(steps: int, warmup: float) -> None:
+    config = dataclasses.replace(BASE, steps=steps, warmup=warmup)
+    rates = [config.rate(step) for step in range(steps)]
+    assert all(0 < rate <= config.lr for rate in rates) and config.rate(steps) == 0
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    if steps == 100:
+        assert max(rates) == config.lr and rates[-1] < 0.12 * config.lr
+
+
+def test_json_round_trip_and_keys() -> None:
+    again = RunConfig.from_dict(json.loads(json.dumps(BASE.as_dict())))
+    assert again == BASE and again.key() == BASE.key() and not again.differences(BASE)
+    other = dataclasses.replace(BASE, lr=0.2)
+    assert other.key() != BASE.key() and other.differences(BASE) == ["lr: 0.2, not 0.1"]
+    with pytest.raises(ValueError, match="fields"):
+        RunConfig.from_dict({"lr": 0.1})
+
+
+def test_selector_specifications() -> None:
+    assert parse("matching:ridge=0.01,nonnegative=false,rule=raw")[1] == {
+        "ridge": 0.01, "nonnegative": False, "rule": "raw",
+    }  # fmt: skip
+    assert keep_for("full", 0.25) == 1.0 and keep_for("random", 0.25) == 0.25
+    with pytest.raises(ValueError, match="there are full, random"):
+        build_selector("best")
+    with pytest.raises(ValueError, match="name:option=value"):
+        build_selector("random:fast")
+    with pytest.raises(ValueError, match="colour"):
+        build_selector("random:colour=red")
+
+
+def split(rows: int, columns: int) -> Split:
+    return Split(torch.randint(0, 256, (20, rows, columns)).byte(), torch.arange(20) % 10, 100.0, 50.0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("shape", [(28, 28), (8, 8), (9, 17)])
+def test_models_fit_the_data(name: str, shape: tuple[int, int]) -> None:
+    data = split(*shape)
+    model = build_model(name, data, 10, seed=0)
+    assert model(data.batch(torch.arange(7))[0]).shape == (7, 10)
+    assert isinstance(model.head, torch.nn.Linear)
+
+
+def test_the_cnn_has_the_size_it_says_and_stays_channels_last() -> None:
+    data = split(28, 28)
+    model = build_model("cnn", data, 10, seed=0)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 98_442
+    layouts = []
+    for layer in model.body:
+        if isinstance(layer, torch.nn.MaxPool2d):
+            layer.register_forward_hook(
+                lambda _module, inputs, output: layouts.extend(
+                    x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+                    for x in (*inputs, output)
+                )
+            )
+    model(data.batch(torch.arange(7))[0])
+    assert len(layouts) == 6 and all(layouts)
+    with pytest.raises(ValueError, match="8 x 8"):
+        SmallCNN((7, 28), 10)
+
+
+def test_initial_weights_depend_on_the_seed_alone() -> None:
+    data = split(8, 8)
+    before = torch.get_rng_state()
+    first = build_model("cnn", data, 10, seed=3).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    second, third = build_model("cnn", data, 10, seed=3).state_dict(), build_model("cnn", data, 10, seed=4).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["head.weight"], third["head.weight"])
+
+
+def test_every_rule_has_a_label_and_a_rate() -> None:
+    assert all(rule.label and rule.summary and rule.lr > 0 for rule in RULES.values())
