@@ -12,6 +12,37 @@ except ImportError as error:
         f"`pip install -e .` to develop) and import it from there. The import said: {error}"
     ) from error
 
-from selbp.selectors import BatchStatistics, Full, GradientProxies, Random, Selection, Selector  # noqa: E402
+from selbp.selectors import (  # noqa: E402
+    BatchStatistics,
+    DivBS,
+    Full,
+    GradientMatching,
+    GradientProxies,
+    GradNormImportance,
+    LossPercentile,
+    LossRank,
+    Random,
+    ReducibleLoss,
+    Selection,
+    Selector,
+    TopGradNorm,
+    TopLoss,
+)
 
-__all__ = ["BatchStatistics", "Full", "GradientProxies", "Random", "Selection", "Selector", "__version__"]
+__all__ = [
+    "BatchStatistics",
+    "DivBS",
+    "Full",
+    "GradNormImportance",
+    "GradientMatching",
+    "GradientProxies",
+    "LossPercentile",
+    "LossRank",
+    "Random",
+    "ReducibleLoss",
+    "Selection",
+    "Selector",
+    "TopGradNorm",
+    "TopLoss",
+    "__version__",
+]

@@ -6,15 +6,28 @@ of models or training. One file per family; :mod:`selbp.selectors.base` says wha
 
 from selbp.ops.types import BatchStatistics, Selection
 from selbp.selectors.base import Needs, Selector
+from selbp.selectors.diverse import DivBS
+from selbp.selectors.importance import GradNormImportance
+from selbp.selectors.loss_sampling import LossPercentile, LossRank
+from selbp.selectors.matching import GradientMatching
 from selbp.selectors.proxies import GradientProxies
+from selbp.selectors.top import ReducibleLoss, TopGradNorm, TopLoss
 from selbp.selectors.uniform import Full, Random
 
 __all__ = [
     "BatchStatistics",
+    "DivBS",
     "Full",
+    "GradNormImportance",
+    "GradientMatching",
     "GradientProxies",
+    "LossPercentile",
+    "LossRank",
     "Needs",
     "Random",
+    "ReducibleLoss",
     "Selection",
     "Selector",
+    "TopGradNorm",
+    "TopLoss",
 ]

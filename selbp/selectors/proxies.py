@@ -7,8 +7,9 @@ from functools import cached_property
 
 from torch import Tensor
 
+from selbp.ops.gram import gradient_gram
 from selbp.ops.types import MeanGradient
-from selbp.reference import gradient_gram, mean_gradient
+from selbp.reference import mean_gradient
 
 
 class GradientProxies:

@@ -1,0 +1,174 @@
+"""Gradient matching: which rows, with which weights, add up to the mean gradient; and nonnegative least squares.
+
+One engine serves both: with k = n the greedy nonnegative pursuit *is* the active-set method of Lawson & Hanson.
+``selbp.reference.match`` is the specification; here stand the checks, the schema and the backends.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from selbp import reference
+from selbp.ops._checks import (
+    accumulate_dtype,
+    check_finite,
+    check_floating,
+    check_integer,
+    check_same_dtype,
+    check_shape,
+)
+from selbp.ops._library import define
+from selbp.ops.types import Matching, MatchStatus
+
+RULES = ("ols", "normalized", "raw")
+
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _fake(
+    gram: Tensor, inner: Tensor, target_sq: Tensor, k: int, rule: str, ridge: float, nonnegative: bool,
+    valid: Tensor | None, tolerance: float,
+) -> _Outputs:  # fmt: skip
+    batch = inner.shape[:-1]
+    dtype = accumulate_dtype(gram.dtype)
+    return (
+        inner.new_empty((*batch, k), dtype=torch.int64),
+        inner.new_empty((*batch, k), dtype=dtype),
+        inner.new_empty(batch, dtype=torch.int32),
+        inner.new_empty(batch, dtype=dtype),
+        inner.new_empty(batch, dtype=torch.uint8),
+    )
+
+
+def _reference(
+    gram: Tensor, inner: Tensor, target_sq: Tensor, k: int, rule: str, ridge: float, nonnegative: bool,
+    valid: Tensor | None, tolerance: float,
+) -> _Outputs:  # fmt: skip
+    indices, weights, count, residual, status = reference.match(
+        gram, inner, target_sq, k, rule=rule, ridge=ridge, nonnegative=nonnegative, valid=valid, tolerance=tolerance
+    )
+    return indices, weights, count, residual, status
+
+
+_match = define(
+    "match(Tensor gram, Tensor inner, Tensor target_sq, SymInt k, str rule, float ridge, bool nonnegative, "
+    "Tensor? valid, float tolerance) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    cpu=_reference,
+    cuda=_reference,
+)
+
+
+def match(
+    gram: Tensor,  # (..., n, n)
+    inner: Tensor,  # (..., n)
+    target_sq: Tensor,  # (...)
+    k: int,
+    *,
+    rule: str = "ols",
+    ridge: float = 1e-3,
+    nonnegative: bool = True,
+    valid: Tensor | None = None,  # (n,) or (..., n) bool
+    tolerance: float = 0.0,
+) -> Matching:
+    """Choose at most k of n rows, and weights, that minimise ``||mean - sum w_j g_j||^2 + lam ||w||^2`` greedily.
+
+    Args:
+        gram: inner products of the rows, ``g_i . g_j``; see :func:`selbp.ops.gradient_gram`. Any leading batch
+            dimensions; float64 computes and returns float64, any other type float32.
+        inner: their inner products with the target, ``g_i . mean``; see :func:`selbp.ops.mean_gradient`.
+        target_sq: squared norm of the target.
+        k: how many rows at most; may exceed n.
+        rule: what a row is chosen by. ``"ols"``: the exact decrease of the objective (orthogonal least squares, Chen,
+            Billings & Luo 1989); ``"normalized"``: its correlation with what is left, per unit of its norm (orthogonal
+            matching pursuit, Pati et al. 1993); ``"raw"``: the correlation itself (GradMatch, Killamsetty et al. 2021).
+        ridge: ``lam = ridge * mean(diag gram)`` over the valid rows: free of scale. At 0 the weights may explode.
+        nonnegative: weights > 0, by Lawson & Hanson's (1974) removals; else of either sign.
+        valid: rows that may be chosen; the values of the others are not read. None: all.
+        tolerance: stop once the objective is below ``tolerance^2 target_sq``.
+
+    Returns a :class:`Matching`. The same row is never chosen twice. A problem with a number in it that is not finite
+    chooses nothing (status ``INVALID``, residual NaN) and leaves the others of its batch alone. ``residual`` is the
+    quadratic form of the inputs: from a float32 Gram it means nothing below 3e-4.
+
+    Raises TypeError or ValueError, naming the argument, for a wrong type, shape or range.
+    """
+    _check_problem(gram, inner, valid)
+    check_floating("target_sq", target_sq)
+    check_shape("target_sq", target_sq, f"(...) = {tuple(gram.shape[:-2])}", gram.shape[:-2])
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+        raise TypeError(f"k must be an int, got {k!r}")
+    if k < 0:
+        raise ValueError(f"k must be at least 0, got {k}")
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
+    check_finite("ridge", ridge, 0.0)
+    check_finite("tolerance", tolerance, 0.0)
+    return Matching(*_match(gram, inner, target_sq, k, rule, float(ridge), nonnegative, valid, float(tolerance)))
+
+
+def _check_problem(gram: Tensor, inner: Tensor, valid: Tensor | None) -> None:
+    check_floating("gram", gram)
+    check_floating("inner", inner)
+    if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2]:
+        raise ValueError(f"gram must be (..., n, n), got {tuple(gram.shape)}")
+    check_shape("inner", inner, f"(..., n) = {tuple(gram.shape[:-1])}", gram.shape[:-1])
+    check_same_dtype("inner", inner, "gram", gram)
+    if valid is not None:
+        check_integer("valid", valid, torch.bool)
+        if valid.shape not in (inner.shape, inner.shape[-1:]):
+            raise ValueError(f"valid must be (n,) or (..., n) = {tuple(inner.shape)}, got {tuple(valid.shape)}")
+
+
+def nnls(
+    a: Tensor,  # (..., m, n)
+    b: Tensor,  # (..., m)
+    *,
+    ridge: float = 0.0,
+) -> Tensor:
+    """(..., n) minimiser of ``||a x - b||^2 + ridge mean(diag a^T a) ||x||^2`` over x >= 0, batched, on the device.
+
+    The normal equations are formed and solved in float64, so columns closer than 3e-6 (relative distance of one from
+    the span of the others) count as dependent. A problem with an entry that is not finite gives NaN. float64 in:
+    float64 out, else float32. Source: Lawson & Hanson (1974), chapter 23; what ``scipy.optimize.nnls`` computes.
+    """
+    check_floating("a", a)
+    check_floating("b", b)
+    if a.dim() < 2:
+        raise ValueError(f"a must be (..., m, n), got {tuple(a.shape)}")
+    check_shape("b", b, f"(..., m) = {tuple(a.shape[:-1])}", a.shape[:-1])
+    matrix, target = a.double(), b.double()
+    gram = matrix.mT @ matrix
+    inner = (matrix.mT @ target[..., None])[..., 0]
+    return _dense(gram, inner, target.square().sum(-1), ridge, None).to(accumulate_dtype(a.dtype))
+
+
+def nnls_gram(
+    gram: Tensor,  # (..., n, n)
+    inner: Tensor,  # (..., n)
+    *,
+    ridge: float = 0.0,
+    valid: Tensor | None = None,  # (n,) or (..., n) bool
+) -> Tensor:
+    """(..., n) minimiser of ``x^T gram x - 2 inner . x + ridge mean(diag gram) ||x||^2`` over x >= 0.
+
+    :func:`nnls` for who has ``gram = a^T a`` and ``inner = a^T b`` already. Rows that are not ``valid`` get x = 0.
+    """
+    _check_problem(gram, inner, valid)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    explained = torch.where(diagonal > 0, inner.square() / diagonal, 0.0)  # by each row alone
+    if valid is not None:
+        explained = torch.where(valid, explained, 0.0)
+    # b^T b is not given; the most that one row explains of it sets the scale of what counts as noise.
+    target_sq = torch.nn.functional.pad(explained, (0, 1)).amax(-1)
+    return _dense(gram, inner, target_sq, ridge, valid)
+
+
+def _dense(gram: Tensor, inner: Tensor, target_sq: Tensor, ridge: float, valid: Tensor | None) -> Tensor:
+    """The matching of all n rows as a dense vector; NaN where the problem is not finite."""
+    n = inner.shape[-1]
+    found = match(gram, inner, target_sq, n, ridge=ridge, valid=valid)
+    slots = torch.where(found.indices < 0, n, found.indices)  # padding goes to a column that is cut off
+    padded = found.weights.new_zeros((*inner.shape[:-1], n + 1)).scatter(-1, slots, found.weights)
+    return torch.where((found.status == MatchStatus.INVALID)[..., None], torch.nan, padded[..., :n])

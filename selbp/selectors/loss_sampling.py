@@ -1,0 +1,137 @@
+"""Rules that draw rows with odds that grow with the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from selbp.ops.types import BatchStatistics, Selection
+from selbp.selectors.base import Needs, Stateless, check_call, check_choice, check_number, check_state
+from selbp.selectors.proxies import GradientProxies
+from selbp.selectors.sampling import sample_rows
+from selbp.selectors.weighting import Weights, batch_weights, mean_weights, unbiased_weights
+
+_MODES = ("mean", "batch", "unbiased")
+
+
+def _draw(
+    odds: Tensor, k: int, weights: Weights, stats: BatchStatistics, generator: torch.Generator | None
+) -> Selection:
+    """Exactly k rows with inclusion probabilities proportional to ``odds`` (n,), weighted as ``weights`` says."""
+    indices, real, probability = sample_rows(odds, k, generator)
+    if weights == "unbiased":
+        return Selection(indices, unbiased_weights(stats, real, probability))
+    return Selection(indices, mean_weights(stats, real) if weights == "mean" else batch_weights(stats, real))
+
+
+@dataclass(eq=False)
+class LossPercentile:
+    """Selective-Backprop (Jiang et al. 2019): odds by the loss's percentile among the last losses.
+
+    ``p(l) = max(p_min, (#{h < l} / |h|)^beta)`` with h the last ``history`` valid losses, this batch's included. The
+    source draws each row on its own with probability p(l), which keeps 1 / (beta + 1) of the rows in expectation; here
+    exactly k rows are drawn, with inclusion probabilities proportional to p(l) (up to 1). beta = 3 prefers high losses
+    as the source does when it keeps a quarter.
+
+    ``weights``: ``"mean"`` (1 / k, the source does not reweight), ``"batch"`` (1 / n), or ``"unbiased"``, for which
+    every row needs a chance: ``p_min`` > 0, without which the least loss has none.
+    """
+
+    beta: float = 3.0
+    p_min: float = 0.0
+    history: int = 1024
+    weights: Weights = "mean"
+    _losses: Tensor | None = field(default=None, init=False, repr=False)  # (history,) float64, oldest first, NaN: none
+
+    needs: ClassVar[Needs] = "loss"
+
+    def __post_init__(self) -> None:
+        check_number("beta", self.beta, 0.0)
+        check_number("p_min", self.p_min, 0.0, 1.0)
+        if isinstance(self.history, bool) or not isinstance(self.history, int) or self.history < 1:
+            raise ValueError(f"history must be an int >= 1, got {self.history!r}")
+        check_choice("weights", self.weights, _MODES)
+        if self.weights == "unbiased" and self.p_min == 0.0:
+            raise ValueError(
+                "p_min must be > 0 for weights='unbiased': else the least loss has no chance at all, got 0"
+            )
+
+    def select(
+        self,
+        stats: BatchStatistics,
+        k: int,
+        *,
+        proxies: GradientProxies | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Selection:
+        """See :meth:`Selector.select`; this batch's losses enter the history first."""
+        check_call(stats, k, generator)
+        eligible = stats.valid & torch.isfinite(stats.loss)
+        loss = torch.where(eligible, stats.loss.double(), torch.nan)
+        return _draw(torch.where(eligible, self._keep_probability(loss), 0.0), k, self.weights, stats, generator)
+
+    def _keep_probability(self, loss: Tensor) -> Tensor:
+        """(n,) p(l) of the losses ``loss`` (n,), NaN where there is none, after they entered the history."""
+        if self._losses is None:
+            self._losses = loss.new_full((self.history,), torch.nan)
+        seen = torch.cat([self._losses.to(loss.device), loss])
+        order = torch.isfinite(seen).to(torch.int8).argsort(stable=True)  # gaps first, then the losses as they came
+        self._losses = seen[order][-self.history :]
+        known = torch.isfinite(self._losses)
+        ranked = torch.where(known, self._losses, torch.inf).sort().values
+        below = torch.searchsorted(ranked, torch.nan_to_num(loss))
+        return (below / known.sum().clamp(min=1)).pow(self.beta).clamp(min=self.p_min)
+
+    def state_dict(self) -> dict[str, Any]:
+        """``losses`` (history,) float64: the last valid losses, oldest first, NaN where there were fewer."""
+        losses = torch.full((self.history,), torch.nan, dtype=torch.float64) if self._losses is None else self._losses
+        return {"losses": losses.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a :meth:`state_dict` of a rule with the same ``history``."""
+        check_state(self, state, ("losses",))
+        losses = state["losses"]
+        if not isinstance(losses, Tensor) or losses.shape != (self.history,) or losses.dtype != torch.float64:
+            got = f"{losses.dtype} {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(f"losses must be a float64 tensor of shape ({self.history},), got {got}")
+        self._losses = losses.clone()
+
+
+@dataclass(frozen=True)
+class LossRank(Stateless):
+    """Odds by the loss's rank in the minibatch, no history (Composer's variant of Selective-Backprop).
+
+    Inclusion probabilities proportional to ``((rank + 1/2) / v)^(1 / keep - 1)``, up to 1: rank 0 is the least of the v
+    valid losses, the lower index first among equals, and keep = k / v. ``weights``: ``"mean"`` (1 / k), ``"batch"``
+    (1 / n) or ``"unbiased"``.
+    """
+
+    weights: Weights = "mean"
+
+    needs: ClassVar[Needs] = "loss"
+
+    def __post_init__(self) -> None:
+        check_choice("weights", self.weights, _MODES)
+
+    def select(
+        self,
+        stats: BatchStatistics,
+        k: int,
+        *,
+        proxies: GradientProxies | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Selection:
+        """See :meth:`Selector.select`."""
+        check_call(stats, k, generator)
+        eligible = stats.valid & torch.isfinite(stats.loss)
+        order = torch.where(eligible, stats.loss, torch.inf).argsort(stable=True)
+        rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+        valid = eligible.sum().clamp(min=1).double()
+        odds = ((rank + 0.5) / valid).pow((valid / k - 1.0).clamp(min=0.0))
+        return _draw(torch.where(eligible, odds, 0.0), k, self.weights, stats, generator)

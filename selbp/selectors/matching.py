@@ -1,0 +1,81 @@
+"""Rows and weights whose gradients add up to the minibatch's mean gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from selbp.ops.matching import RULES, match
+from selbp.ops.types import BatchStatistics, Selection
+from selbp.selectors.base import Needs, Stateless, check_call, check_choice, check_number, require_proxies
+from selbp.selectors.proxies import GradientProxies
+from selbp.selectors.sampling import fill_spare
+from selbp.selectors.weighting import batch_weights, mean_weights
+
+
+@dataclass(frozen=True)
+class GradientMatching(Stateless):
+    """Greedy matching of the mean last-layer gradient, by default with nonnegative weights (arXiv 2312.05021).
+
+    At most k rows S and weights w that minimise ``||mean - sum_S w_j g_j||^2 + lam ||w||^2``; see
+    :func:`selbp.ops.match` for ``rule`` (``"raw"`` with a ridge is GradMatch, Killamsetty et al. 2021), ``ridge`` and
+    ``nonnegative``. Where no further row lowers the objective, the other slots have weight 0.
+
+    Args:
+        rule: ``"ols"``, ``"normalized"`` or ``"raw"``.
+        ridge: relative to the mean squared gradient norm; 0 lets weights explode on trained models.
+        nonnegative: False allows weights below 0.
+        weights: ``"refit"``, the minimising ones: they are not normalised, their sum is well below 1 and scales the
+            step (dividing by it undoes the match). Or ``"mean"`` (1 / k) and ``"batch"`` (1 / n) on the same rows.
+        unit_sum: > 0 adds ``unit_sum * mean(diag K) * (sum w - v / n)^2`` to the objective (v valid rows of n): weights
+            that sum to about 1, solved jointly with the match, which gets worse for it.
+    """
+
+    rule: Literal["ols", "normalized", "raw"] = "ols"
+    ridge: float = 1e-3
+    nonnegative: bool = True
+    weights: Literal["refit", "mean", "batch"] = "refit"
+    unit_sum: float = 0.0
+
+    needs: ClassVar[Needs] = "gradients"
+
+    def __post_init__(self) -> None:
+        check_choice("rule", self.rule, RULES)
+        check_number("ridge", self.ridge, 0.0)
+        check_choice("nonnegative", self.nonnegative, (True, False))
+        check_choice("weights", self.weights, ("refit", "mean", "batch"))
+        check_number("unit_sum", self.unit_sum, 0.0)
+
+    def select(
+        self,
+        stats: BatchStatistics,
+        k: int,
+        *,
+        proxies: GradientProxies | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Selection:
+        """See :meth:`Selector.select`; draws nothing."""
+        n = check_call(stats, k, generator)
+        proxies = require_proxies(self, proxies)
+        gram, mean = proxies.gram(), proxies.mean_gradient()
+        inner, target_sq, ridge = mean.inner, mean.target_sq, self.ridge
+        if self.unit_sum:
+            # (sum w - s)^2 is one more coordinate: 1 in every row, s in the target.
+            valid = stats.valid.sum()
+            penalty = self.unit_sum * torch.where(stats.valid, gram.diagonal(), 0.0).sum() / valid.clamp(min=1)
+            share = valid / n
+            gram, inner = gram + penalty, inner + penalty * share
+            target_sq = target_sq + penalty * share * share
+            ridge = self.ridge / (1.0 + self.unit_sum)  # is relative to a diagonal that has grown
+        found = match(
+            gram, inner, target_sq, k, rule=self.rule, ridge=ridge, nonnegative=self.nonnegative, valid=stats.valid
+        )
+        indices, real = fill_spare(found.indices, found.indices >= 0, stats.valid)
+        if self.weights == "refit":
+            return Selection(indices, torch.where(real, found.weights, 0.0).to(stats.loss.dtype))
+        return Selection(indices, mean_weights(stats, real) if self.weights == "mean" else batch_weights(stats, real))

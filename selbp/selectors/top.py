@@ -1,0 +1,111 @@
+"""Rules that keep the k rows of greatest score, without chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selbp.ops.types import BatchStatistics, Selection
+from selbp.selectors.base import Needs, Stateless, check_call, check_choice, check_number
+from selbp.selectors.proxies import GradientProxies
+from selbp.selectors.sampling import top_rows
+from selbp.selectors.weighting import Weights, equal_weights
+
+
+@dataclass(frozen=True)
+class _Top(Stateless):
+    """The k valid rows of greatest score; the lower index first among equals."""
+
+    weights: Weights = "mean"
+    ridge: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_choice("weights", self.weights, ("mean", "batch", "refit"))
+        check_number("ridge", self.ridge, 0.0)
+
+    def _score(self, stats: BatchStatistics, extras: Mapping[str, Tensor] | None) -> Tensor:
+        raise NotImplementedError
+
+    def select(
+        self,
+        stats: BatchStatistics,
+        k: int,
+        *,
+        proxies: GradientProxies | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Selection:
+        """See :meth:`Selector.select`; draws nothing."""
+        check_call(stats, k, generator)
+        score = self._score(stats, extras)
+        indices, real = top_rows(score, stats.valid & torch.isfinite(score), k)
+        return Selection(indices, equal_weights(self.weights, stats, indices, real, proxies, self.ridge))
+
+
+@dataclass(frozen=True)
+class TopLoss(_Top):
+    """The k rows of greatest loss (online hard example mining, Shrivastava et al. 2016).
+
+    ``weights``: ``"mean"`` (1 / k), ``"batch"`` (1 / n) or ``"refit"`` (nonnegative least squares with ``ridge``); see
+    :mod:`selbp.selectors.weighting`.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        """``"loss"``, or ``"gradients"`` to refit."""
+        return "gradients" if self.weights == "refit" else "loss"
+
+    def _score(self, stats: BatchStatistics, extras: Mapping[str, Tensor] | None) -> Tensor:
+        return stats.loss
+
+
+@dataclass(frozen=True)
+class TopGradNorm(_Top):
+    """The k rows of greatest last-layer gradient norm; ``weights`` as in :class:`TopLoss`.
+
+    With ``"refit"`` it comes within a few per cent of gradient matching: the baseline that matching has to beat.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        """``"statistics"``, or ``"gradients"`` to refit."""
+        return "gradients" if self.weights == "refit" else "statistics"
+
+    def _score(self, stats: BatchStatistics, extras: Mapping[str, Tensor] | None) -> Tensor:
+        return stats.gradient_norm
+
+
+@dataclass(frozen=True)
+class ReducibleLoss(_Top):
+    """The k rows of greatest reducible loss ``loss - irreducible`` (RHO-LOSS, Mindermann et al. 2022, equation 3).
+
+    The irreducible loss of each sample is that of a model trained on holdout data; the step is given it as an extra
+    (n,) tensor called ``irreducible``, in the unit of the statistics' loss. A row where it is not finite is not chosen.
+    ``weights`` as in :class:`TopLoss`.
+    """
+
+    irreducible: str = "irreducible_loss"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.irreducible, str) or not self.irreducible:
+            raise TypeError(f"irreducible must be the name of a per-sample tensor, got {self.irreducible!r}")
+
+    @property
+    def needs(self) -> Needs:
+        """``"loss"``, or ``"gradients"`` to refit."""
+        return "gradients" if self.weights == "refit" else "loss"
+
+    def _score(self, stats: BatchStatistics, extras: Mapping[str, Tensor] | None) -> Tensor:
+        if extras is None or self.irreducible not in extras:
+            got = "none" if not extras else ", ".join(map(repr, extras))
+            raise ValueError(f"extras must hold {self.irreducible!r}, each sample's irreducible loss, got {got}")
+        irreducible = extras[self.irreducible]
+        if irreducible.shape != stats.loss.shape:
+            raise ValueError(
+                f"{self.irreducible} must be (n,) = {tuple(stats.loss.shape)}, got {tuple(irreducible.shape)}"
+            )
+        return stats.loss - irreducible.to(stats.loss)
