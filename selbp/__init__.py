@@ -28,6 +28,7 @@ from selbp.selectors import (  # noqa: E402
     TopGradNorm,
     TopLoss,
 )
+from selbp.training import Schedule, SelectiveBackprop, StepReport  # noqa: E402
 
 __all__ = [
     "BatchStatistics",
@@ -40,8 +41,11 @@ __all__ = [
     "LossRank",
     "Random",
     "ReducibleLoss",
+    "Schedule",
     "Selection",
+    "SelectiveBackprop",
     "Selector",
+    "StepReport",
     "TopGradNorm",
     "TopLoss",
     "__version__",

@@ -1,0 +1,53 @@
+"""How the chosen rows' losses get their graph: a strategy turns a selection into k differentiable losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from selbp.ops.types import Selection
+from selbp.training.backward.recompute import Recompute
+from selbp.training.batch import Batch
+
+__all__ = ["STRATEGIES", "BackwardStrategy", "Recompute", "register", "resolve"]
+
+
+class BackwardStrategy(Protocol):
+    """What the step asks of a strategy."""
+
+    name: str
+    keeps_graph: bool  # the scoring forward is the one that trains: it records a graph and hands its losses over
+
+    def chosen_losses(
+        self,
+        batch: Batch,
+        selection: Selection,
+        forward: Callable[[Batch], Tensor],  # rows of a batch -> their per-sample losses
+        losses: Tensor | None,  # (n,) of the scoring forward with their graph, where ``keeps_graph``
+    ) -> Tensor:
+        """(k,) losses whose backward reaches the parameters through the chosen rows only."""
+        ...
+
+
+STRATEGIES: dict[str, BackwardStrategy] = {}
+
+
+def register(strategy: BackwardStrategy) -> None:
+    """Make ``strategy`` available as ``backward=strategy.name``."""
+    STRATEGIES[strategy.name] = strategy
+
+
+def resolve(backward: str) -> tuple[BackwardStrategy, str]:
+    """The strategy for a ``backward=`` of the contract, and why it is that one. Raises ValueError."""
+    if backward == "auto":
+        return STRATEGIES["recompute"], '"auto" means recompute'
+    if backward not in ("rows", "recompute"):
+        raise ValueError(f"backward must be 'rows', 'recompute' or 'auto', got {backward!r}")
+    if backward not in STRATEGIES:
+        raise ValueError(f"backward={backward!r} is not part of this version: use 'recompute' or 'auto'")
+    return STRATEGIES[backward], "asked for"
+
+
+register(Recompute())

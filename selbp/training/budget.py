@@ -1,0 +1,75 @@
+"""The budget: how many rows a step keeps, on which steps it chooses, and what a step costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+def check_keep(keep: float | int) -> float | int:
+    """Return ``keep`` if it is a share in (0, 1] (float) or a number of samples of at least 1 (int).
+
+    Raises TypeError for a bool or anything that is no number, ValueError for a number outside that range.
+    """
+    meaning = "a float in (0, 1] (a share: 1.0 keeps all) or an int of at least 1 (a number of samples: 1 keeps one)"
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+        raise TypeError(f"keep must be {meaning}, got {keep!r}")
+    if not (keep >= 1 if isinstance(keep, int) else 0.0 < keep <= 1.0):  # also false for nan
+        raise ValueError(f"keep must be {meaning}, got {keep!r}")
+    return keep
+
+
+def kept_rows(keep: float | int, n: int) -> int:
+    """How many of ``n`` samples to keep: ``max(1, round(keep * n))`` for a share, ``min(keep, n)`` for a number."""
+    return min(keep, n) if isinstance(keep, int) else max(1, round(keep * n))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """On which optimizer steps rows are chosen: step t where ``start <= t < end`` and ``(t - start) % every == 0``.
+
+    Every other step is an ordinary full one. ``end=None`` means for ever. Steps count from 0.
+    """
+
+    start: int = 0
+    end: int | None = None
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value, low in (("start", self.start, 0), ("end", self.end, self.start), ("every", self.every, 1)):
+            if name == "end" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int (a number of optimizer steps), got {value!r}")
+            if value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+
+    def selects(self, step: int) -> bool:
+        """Whether optimizer step ``step`` trains on chosen rows."""
+        return self.start <= step and (self.end is None or step < self.end) and (step - self.start) % self.every == 0
+
+
+def step_cost(n: int, k: int, *, scored: bool, backward: str) -> float:
+    """Cost of a step that keeps k of n rows, in forwards of n rows: a backward counts 2, so the full step costs 3.
+
+    A scoring forward adds 1; ``"recompute"`` runs forward and backward of k rows, ``"rows"`` the backward only.
+    """
+    share = k / n
+    return (1.0 if scored else 0.0) + (2.0 if backward == "rows" else 3.0) * share
+
+
+def random_error(n: int, valid: int, k: int, gradient_sq: float, target_sq: float) -> float:
+    """E ||mean - (v / (n k)) sum_S g||^2 over uniform subsets S of k of the v valid rows, without replacement.
+
+    ``gradient_sq`` is sum_i ||g_i||^2 over valid rows and ``target_sq`` is ||(1/n) sum g_i||^2. The variance of the
+    mean of k of v without replacement, ``(v - k) / (k (v - 1)) * (sum ||g||^2 / v - ||mean||^2)``, scaled by (v/n)^2.
+    """
+    if k >= valid or valid < 2:
+        return 0.0
+    spread = max(gradient_sq / valid - target_sq * (n / valid) ** 2, 0.0)
+    return (valid / n) ** 2 * (valid - k) / (k * (valid - 1)) * spread
+
+
+def rows_at_cost(n: int, cost: float) -> int:
+    """How many of n rows random selection, which pays no scoring forward, can train on at ``cost`` forwards."""
+    return max(1, min(n, math.floor(cost / 3.0 * n + 1e-9)))

@@ -1,0 +1,112 @@
+"""The head: the model's last linear layer. Found, checked, and watched through hooks; the model is not edited."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside ``DistributedDataParallel`` and ``torch.compile`` wrappers."""
+    while True:
+        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        inner = getattr(inner, "_orig_mod", inner)
+        if inner is model:
+            return model
+        model = inner
+
+
+def find_head(model: nn.Module, head: nn.Module | str | None) -> nn.Module:
+    """The head as given, by name, or the last ``nn.Linear`` where no layer with parameters follows it.
+
+    Raises ValueError that lists the candidates where it is ambiguous, absent, or not of this model.
+    """
+    inner = unwrap(model)
+    names = dict(inner.named_modules())
+    candidates = [name for name, module in names.items() if isinstance(module, nn.Linear)]
+    listed = f"candidates: {', '.join(map(repr, candidates))}" if candidates else "the model has no nn.Linear"
+    if isinstance(head, str):
+        if head not in names:
+            raise ValueError(f"head {head!r} is not a module of the model; {listed}")
+        found = names[head]
+    elif isinstance(head, nn.Module):
+        if all(head is not module for module in names.values()):
+            raise ValueError(f"head must be a module of the model, got another {type(head).__name__}; {listed}")
+        found = head
+    elif head is not None:
+        raise TypeError(f"head must be a module, its name or None, got {type(head).__name__}")
+    else:
+        last = [name for name, module in names.items() if next(module.parameters(recurse=False), None) is not None]
+        if not candidates or last[-1] != candidates[-1]:
+            raise ValueError(f"head is ambiguous: pass head=, the last linear layer; {listed}")
+        found = names[candidates[-1]]
+    weight = getattr(found, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ValueError(f"head must be a linear layer with a weight (C, d), got {type(found).__name__}; {listed}")
+    return found
+
+
+def find_clear_head(model: nn.Module) -> nn.Module | None:
+    """The head where it is unambiguous: a rule that reads only losses does without, and its report with less."""
+    try:
+        return find_head(model, None)
+    except ValueError:
+        return None
+
+
+def check_full_gradient(model: nn.Module, head: nn.Module) -> None:
+    """Raise ValueError unless the head's gradient can be replaced: trainable, and its own parameters alone."""
+    mine = {id(p) for p in head.parameters(recurse=False)}
+    owners = [name for name, p in unwrap(model).named_parameters(remove_duplicate=False) if id(p) in mine]
+    if len(owners) > len(mine):
+        raise ValueError(f'head_gradient="full" needs a head of its own, but its parameters are tied: {owners}')
+    if any(not p.requires_grad for p in head.parameters(recurse=False)):
+        raise ValueError('head_gradient="full" needs a trainable head, but it has frozen parameters')
+
+
+@dataclass
+class Captured:
+    """What the head saw in one forward: its input (n, ..., d), detached, and its output (n, ..., C)."""
+
+    features: Tensor | None = None
+    logits: Tensor | None = None
+    calls: int = 0
+
+    def check(self) -> tuple[Tensor, Tensor]:
+        """Features and logits. Raises RuntimeError unless the head ran exactly once."""
+        if self.calls != 1 or self.features is None or self.logits is None:
+            raise RuntimeError(f"the head must run exactly once in a forward, it ran {self.calls} times: pass head=")
+        return self.features, self.logits
+
+
+@contextmanager
+def capture(head: nn.Module | None, *, leaf: bool = False) -> Iterator[Captured]:
+    """Watch ``head`` in the forward inside.
+
+    ``leaf`` makes its output a detached leaf and records what the model does to it afterwards, so that the gradient
+    with respect to the logits can be taken in a forward that records nothing else. To be used inside ``no_grad``,
+    whose end restores the grad mode.
+    """
+    captured = Captured()
+    if head is None:
+        yield captured
+        return
+
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        captured.calls += 1
+        captured.features = (args[0] if args else next(iter(kwargs.values()))).detach()
+        captured.logits = output.detach().requires_grad_() if leaf else output
+        if leaf:
+            torch.set_grad_enabled(True)
+        return captured.logits
+
+    handle = head.register_forward_hook(watch, with_kwargs=True)
+    try:
+        yield captured
+    finally:
+        handle.remove()

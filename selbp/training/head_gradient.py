@@ -1,0 +1,96 @@
+"""``head_gradient="full"``: the head's exact full-batch gradient, delivered inside the autograd graph.
+
+The head's own forward treats its parameters as constants. An identity on its output has them as inputs instead and
+returns upstream * M for them in the backward, where upstream is the gradient of the step's scalar loss. So everything
+that listens to the graph sees one gradient per parameter, in its place: GradScaler's scale, accumulation, and
+DistributedDataParallel's reducer, which also finds the parameters reachable from the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selbp.ops.types import MeanGradient
+
+
+@dataclass
+class _Delivery:
+    """What travels from the scoring forward and the loss to the head's backward."""
+
+    mean: MeanGradient | None = None
+    upstream: Tensor | None = None
+
+
+class _Loss(torch.autograd.Function):
+    """The identity on the scalar loss; its backward runs first and keeps the upstream gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, delivery: _Delivery) -> Tensor:
+        ctx.delivery = delivery
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.delivery.upstream = grads[0]
+        return grads[0], None
+
+
+class _Head(torch.autograd.Function):
+    """The identity on the head's output that answers for the head's parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, weight: Tensor, bias: Tensor | None, delivery: _Delivery) -> Tensor:
+        ctx.delivery, ctx.dtypes = delivery, (weight.dtype, None if bias is None else bias.dtype)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        upstream, mean = ctx.delivery.upstream, ctx.delivery.mean
+        bias = None if mean.head_bias is None else (upstream * mean.head_bias).to(ctx.dtypes[1])
+        return grads[0], (upstream * mean.head_weight).to(ctx.dtypes[0]), bias, None
+
+
+class FullHeadGradient:
+    """Replaces the gradient of ``head`` in the forward that trains."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self._head, self._delivery = head, _Delivery()
+
+    @contextmanager
+    def replacing(self) -> Iterator[None]:
+        """Forwards of the head inside get their parameters' gradient from :meth:`deliver`."""
+        weight, bias, delivery = self._head.weight, self._head.bias, self._delivery
+        parameters = [p for p in (weight, bias) if p is not None]
+
+        def freeze(module: nn.Module, args: Any) -> None:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+
+        def answer(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            thaw()
+            result: Tensor = _Head.apply(output, weight, bias, delivery)
+            return result
+
+        def thaw() -> None:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
+        handles = [self._head.register_forward_pre_hook(freeze), self._head.register_forward_hook(answer)]
+        try:
+            yield
+        finally:
+            thaw()
+            for handle in handles:
+                handle.remove()
+
+    def deliver(self, loss: Tensor, mean: MeanGradient) -> Tensor:
+        """``loss``, whose backward gives the head's parameters ``mean`` times the gradient it is called with."""
+        self._delivery.mean = mean
+        result: Tensor = _Loss.apply(loss, self._delivery)
+        return result

@@ -1,0 +1,209 @@
+"""Per-sample losses: what each ``loss=`` of the contract is for one sample, and how a minibatch mean weighs it.
+
+A criterion gives l_i unscaled, summed over the tokens of a sample. The step multiplies it by ``n / sum mass`` over
+valid samples, so that (1/n) sum l_i is what torch calls ``reduction="mean"``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LOSSES = ("cross_entropy", "mse", "bce", "causal_lm")
+HINT = 'one loss per sample, (n,): use reduction="none" and sum or average over every other dimension'
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output: a Tensor, or an object or dict that has ``logits``."""
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the model must return a Tensor or something with .logits, got {type(output).__name__}; "
+            "pass a callable loss (output, target) -> (n,) for anything else"
+        )
+    return logits
+
+
+class Criterion(Protocol):
+    """What the step needs to know of a loss."""
+
+    def losses(self, output: Any, target: Any) -> Tensor:
+        """(n,) differentiable losses, unscaled; at least float32."""
+        ...
+
+    def mass(self, target: Any, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(n,) float32 weight of each sample in torch's mean, and (n,) bool whether it has a target at all."""
+        ...
+
+    def hits(self, output: Any, target: Any, live: Tensor) -> tuple[Tensor, Tensor] | None:
+        """() how many entries of ``live`` samples are classified correctly and () how many there are.
+
+        None for a loss without classes.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross-entropy of logits (n, C), or of token logits (n, ..., C) with targets (n, ...) summed over tokens.
+
+    ``shift`` makes it the causal language-modelling loss: logits at position t predict the label at t + 1.
+    """
+
+    class_weight: Tensor | None = None
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    shift: bool = False
+    _moved: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+
+    def weight_on(self, device: torch.device) -> Tensor | None:
+        """The class weights on ``device``, copied there once."""
+        if self.class_weight is None:
+            return None
+        if device not in self._moved:
+            self._moved[device] = self.class_weight.detach().to(device)
+        return self._moved[device]
+
+    def labels(self, target: Any) -> Tensor:
+        """(n, T) class indices, after the shift; T is 1 for one class per sample."""
+        if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.dim() < 1:
+            got = f"{target.dtype} {tuple(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
+            raise TypeError(
+                f"target must be int64 class indices (n,) or (n, T), got {got}; for class probabilities pass a "
+                "callable loss (output, target) -> (n,)"
+            )
+        if self.shift:
+            if target.dim() != 2 or target.shape[1] < 2:
+                raise ValueError(f"causal_lm needs target (n, T) with T > 1, got {tuple(target.shape)}")
+            return target[:, 1:]
+        return target.reshape(len(target), -1)
+
+    def tokens(self, x: Tensor, target: Tensor) -> Tensor:
+        """(n, T, .) the entries of ``x`` (n, ..., .), logits or the head's input, that predict :meth:`labels`."""
+        if self.shift and x.dim() == 3 and x.shape[1] == target.shape[1]:
+            x = x[:, :-1]
+        x, labels = x.reshape(len(target), -1, x.shape[-1]), self.labels(target)
+        if x.shape[1] != labels.shape[1]:
+            raise ValueError(
+                f"logits must be (n, C) for target (n,) or (n, T, C) for target (n, T): "
+                f"got {x.shape[1]} positions for {labels.shape[1]} targets per sample"
+            )
+        return x
+
+    def losses(self, output: Any, target: Any) -> Tensor:
+        """See :class:`Criterion`."""
+        labels = self.labels(target)
+        logits = logits_of(output)
+        if logits.dim() < 2 or logits.shape[0] != len(target):
+            raise ValueError(f"logits must have n = {len(target)} rows of classes, got {tuple(logits.shape)}")
+        logits = self.tokens(logits, target)
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        weight = self.weight_on(logits.device)
+        entries = F.cross_entropy(
+            logits.flatten(0, 1), labels.reshape(-1), None if weight is None else weight.to(logits.dtype),
+            ignore_index=self.ignore_index, reduction="none", label_smoothing=self.label_smoothing,
+        )  # fmt: skip
+        return entries.view(labels.shape).sum(1)
+
+    def mass(self, target: Any, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """See :class:`Criterion`: the class weights of the sample's targets that are not ignored."""
+        labels = self.labels(target)
+        present = labels != self.ignore_index
+        weight = self.weight_on(labels.device)
+        if weight is None:
+            return present.sum(1, dtype=torch.float32), present.any(1)
+        known = labels.clamp(0, len(weight) - 1)
+        return torch.where(present, weight.float()[known], 0.0).sum(1), present.any(1)
+
+    def hits(self, output: Any, target: Any, live: Tensor) -> tuple[Tensor, Tensor] | None:
+        """See :class:`Criterion`."""
+        labels, logits = self.labels(target), self.tokens(logits_of(output), target)
+        present = (labels != self.ignore_index) & live[:, None]
+        return (present & (logits.argmax(-1) == labels)).sum(), present.sum()
+
+
+@dataclass(frozen=True)
+class PerSample:
+    """Any other loss: ``function(output, target) -> (n,)``; every sample counts once in the mean."""
+
+    function: Callable[[Any, Any], Tensor]
+    name: str
+
+    def losses(self, output: Any, target: Any) -> Tensor:
+        """See :class:`Criterion`. Raises ValueError unless the function returns (n,)."""
+        losses = self.function(output, target)
+        n = next(len(x) for x in _tensors(target))
+        if not isinstance(losses, Tensor) or losses.shape != (n,):
+            got = f"a tensor {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(f"loss {self.name} must return {HINT}; got {got} for n = {n}")
+        return losses.float() if losses.dtype in (torch.bfloat16, torch.float16) else losses
+
+    def mass(self, target: Any, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """See :class:`Criterion`: 1 for every sample."""
+        return torch.ones(n, device=device), torch.ones(n, dtype=torch.bool, device=device)
+
+    def hits(self, output: Any, target: Any, live: Tensor) -> tuple[Tensor, Tensor] | None:
+        """None."""
+        return None
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
+    parts = tree.values() if isinstance(tree, Mapping) else tree
+    return [x for part in parts for x in _tensors(part)] if isinstance(tree, (Mapping, tuple, list)) else []
+
+
+def _elementwise(function: Callable[..., Tensor]) -> Callable[[Any, Any], Tensor]:
+    def mean_over_sample(output: Any, target: Tensor) -> Tensor:
+        values = logits_of(output)
+        if values.shape != target.shape:
+            raise ValueError(f"target must have the output's shape {tuple(values.shape)}, got {tuple(target.shape)}")
+        return function(values, target.to(values.dtype), reduction="none").reshape(len(target), -1).mean(1)
+
+    return mean_over_sample
+
+
+def criterion_of(
+    loss: str | Callable[[Any, Any], Tensor],
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Criterion:
+    """The criterion for a ``loss=`` of the contract. Raises TypeError or ValueError for what cannot give (n,)."""
+    if loss in ("cross_entropy", "causal_lm"):
+        if class_weight is not None and (not isinstance(class_weight, Tensor) or class_weight.dim() != 1):
+            raise ValueError("class_weight must be a tensor (C,)")
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+        return CrossEntropy(class_weight, ignore_index, label_smoothing, shift=loss == "causal_lm")
+    if class_weight is not None or ignore_index != -100 or label_smoothing:
+        raise ValueError('class_weight, ignore_index and label_smoothing apply to "cross_entropy" and "causal_lm" only')
+    if loss == "mse":
+        return PerSample(_elementwise(F.mse_loss), "mse")
+    if loss == "bce":
+        return PerSample(_elementwise(F.binary_cross_entropy_with_logits), "bce")
+    if not callable(loss):
+        raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))} or a callable, got {loss!r}")
+    name = getattr(loss, "__name__", type(loss).__name__)
+    if (reduction := _reduction(loss)) not in (None, "none"):
+        raise ValueError(f"loss {name} has reduction={reduction!r}, but must return {HINT}")
+    return PerSample(loss, name)
+
+
+def _reduction(loss: Callable[..., Any]) -> object:
+    """The reduction that a loss module carries or that a function defaults to, None where there is no such thing."""
+    if (carried := getattr(loss, "reduction", None)) is not None:
+        return carried
+    try:
+        parameter = inspect.signature(loss).parameters.get("reduction")
+    except (TypeError, ValueError):  # a builtin without a signature
+        return None
+    return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default

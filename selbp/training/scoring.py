@@ -1,0 +1,197 @@
+"""The scoring forward: statistics and gradient proxies of all n samples.
+
+Cross-entropy of the head's own output goes through the fused operator. Every other loss, and a model that does more
+to its logits before it returns them, gets its residual from autograd at the head's output, cut off from the layers
+below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from selbp.ops.types import BatchStatistics
+from selbp.training import operators
+from selbp.training.batch import Batch
+from selbp.training.guards import evaluating, without_autocast, without_autocast_cache
+from selbp.training.head import capture
+from selbp.training.losses import Criterion, CrossEntropy, logits_of
+from selbp.training.proxies import HeadProxies, sequence_norm_sq
+
+DIAGNOSTIC_BYTES = 32 << 20  # of residual and features kept for the report of a rule that does not read them
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the scoring forward found."""
+
+    stats: BatchStatistics  # scaled: loss by s, residual_sq by s^2
+    scale: Tensor  # () s = n / total mass of the valid samples
+    proxies: HeadProxies | None
+    losses: Tensor | None  # (n,) unscaled, with their graph, where the forward recorded one
+    hits: tuple[Tensor, Tensor] | None  # () correct entries and () all entries, for a loss with classes
+
+
+class _Rows(NamedTuple):
+    """What the loss says of n samples, unscaled."""
+
+    loss: Tensor  # (n,)
+    lse: Tensor  # (n,)
+    residual_sq: Tensor  # (n,) summed over positions
+    feature_sq: Tensor  # (n,) averaged over positions with weights residual_sq
+    correct: Tensor  # (n,)
+    valid: Tensor  # (n,)
+    residual: Callable[[], Tensor] | None  # () -> (n, T, C)
+    features: Tensor | None  # (n, T, d)
+    hits: tuple[Tensor, Tensor] | None
+
+
+def scale_of(mass: Tensor, valid: Tensor) -> Tensor:
+    """() s with (1/n) sum s l_i = torch's mean over valid samples; 0 where there is none."""
+    total = torch.where(valid, mass, 0.0).sum()
+    return torch.where(total > 0, len(mass) / total, 0.0)
+
+
+def score(
+    batch: Batch,
+    model: nn.Module,
+    head: nn.Module | None,
+    criterion: Criterion,
+    *,
+    gradients: bool,
+    mode: Literal["same", "eval"],
+    keep_graph: bool,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Scored:
+    """Run the forward on all rows; with ``gradients``, read gradient norms and proxies as well as losses.
+
+    ``keep_graph`` records the forward for a backward through chosen rows of it; else nothing is recorded below the
+    head. ``reduce`` averages the mean gradient over ranks.
+    """
+    mass, present = criterion.mass(batch.target, batch.n, batch.device)
+    leaf = gradients and not keep_graph
+    with evaluating(model, batch.device) if mode == "eval" else nullcontext():
+        with nullcontext() if keep_graph else without_autocast_cache():
+            with torch.set_grad_enabled(keep_graph), capture(head, leaf=leaf) as captured:
+                output = batch.feed(model)
+    features, logits = captured.check() if head is not None else (None, None)
+    fused = isinstance(criterion, CrossEntropy) and (logits is None or _is_head_output(output, logits))
+    losses = None
+    if keep_graph or not fused:
+        with torch.set_grad_enabled(keep_graph or gradients):
+            losses = criterion.losses(output, batch.target)
+    with torch.no_grad(), without_autocast(batch.device):
+        bias = getattr(head, "bias", None) is not None
+        if fused:
+            assert isinstance(criterion, CrossEntropy)
+            rows = _from_logits(criterion, logits_of(output).detach(), features, batch.target, bias)
+        else:
+            assert losses is not None
+            hits = criterion.hits(output, batch.target, present)
+            rows = _from_losses(losses, present, logits if gradients else None, features, bias, hits, keep_graph)
+        return _scaled(rows, mass, bias, gradients, reduce, losses if keep_graph else None)
+
+
+def _is_head_output(output: Any, logits: Tensor) -> bool:
+    """Whether the model returns what the head gave, up to a reshape of the leading dimensions."""
+    returned = logits_of(output)
+    return returned is logits or (
+        returned.data_ptr() == logits.data_ptr()
+        and returned.numel() == logits.numel()
+        and returned.shape[-1] == logits.shape[-1]
+        and returned.is_contiguous()
+        and logits.is_contiguous()
+    )
+
+
+def _from_logits(criterion: CrossEntropy, logits: Tensor, features: Tensor | None, target: Tensor, bias: bool) -> _Rows:
+    """Cross-entropy of the head's output, by the fused operator over all tokens."""
+    labels = criterion.labels(target)
+    z = criterion.tokens(logits, target)
+    h = None if features is None else criterion.tokens(features.reshape(*logits.shape[:-1], -1), target)
+    n, length, _ = z.shape
+    y, flat = labels.reshape(-1), z.flatten(0, 1)
+    options: dict[str, Any] = dict(
+        class_weight=criterion.weight_on(z.device),
+        ignore_index=criterion.ignore_index,
+        label_smoothing=criterion.label_smoothing,
+    )
+    tokens = operators.cross_entropy_statistics(flat, y, None if h is None else h.flatten(0, 1), bias=bias, **options)
+    ignored = y == criterion.ignore_index
+
+    def residual() -> Tensor:
+        return operators.residual(flat, y, tokens.lse, **options).view(z.shape)
+
+    if length == 1:
+        loss, lse, residual_sq, feature_sq, correct, valid = tokens
+    else:
+        shape = (n, length)
+        loss, lse = tokens.loss.view(shape).sum(1), tokens.lse.view(shape).mean(1)
+        residual_sq = tokens.residual_sq.view(shape).sum(1)
+        feature_sq = (tokens.residual_sq * tokens.feature_sq).view(shape).sum(1) / residual_sq.clamp(min=1e-30)
+        valid = tokens.valid.view(shape).any(1) & (tokens.valid | ignored).view(shape).all(1)
+        correct = valid & (tokens.correct | ignored).view(shape).all(1)
+    hits = tokens.correct.sum(), tokens.valid.sum()
+    return _Rows(loss, lse, residual_sq, feature_sq, correct, valid, residual, h, hits)
+
+
+def _from_losses(
+    losses: Tensor,
+    present: Tensor,
+    logits: Tensor | None,
+    features: Tensor | None,
+    bias: bool,
+    hits: tuple[Tensor, Tensor] | None,
+    keep_graph: bool,
+) -> _Rows:
+    """Any loss: the residual is its gradient with respect to the head's output, where that is given."""
+    loss, n = losses.detach(), len(losses)
+    unknown = torch.full_like(loss, torch.nan)
+    valid, never = present & torch.isfinite(loss), torch.zeros_like(present)
+    if logits is None or features is None:
+        return _Rows(loss, unknown, unknown, unknown, never, valid, None, None, hits)
+    if len(logits) % n:
+        raise RuntimeError(f"the head's output must have the samples first, {n} of them: got {tuple(logits.shape)}")
+    gradient = None
+    if losses.requires_grad:
+        ones = torch.ones_like(losses)
+        gradient = torch.autograd.grad(losses, logits, ones, retain_graph=keep_graph, allow_unused=True)[0]
+    if gradient is None:
+        raise RuntimeError("the loss does not depend on the head's output: pass head=, the last linear layer")
+    residual = gradient.to(loss.dtype).reshape(n, -1, gradient.shape[-1])
+    h = features.reshape(n, -1, features.shape[-1])
+    squares = residual.square().sum(2)
+    residual_sq, h_sq = squares.sum(1), h.to(loss.dtype).square().sum(2) + float(bias)
+    feature_sq = h_sq[:, 0] if h.shape[1] == 1 else (squares * h_sq).sum(1) / residual_sq.clamp(min=1e-30)
+    valid = valid & torch.isfinite(residual_sq) & torch.isfinite(feature_sq)
+    return _Rows(loss, unknown, residual_sq, feature_sq, never, valid, lambda: residual, h, hits)
+
+
+def _scaled(
+    rows: _Rows,
+    mass: Tensor,
+    bias: bool,
+    gradients: bool,
+    reduce: Callable[[Tensor], Tensor] | None,
+    losses: Tensor | None,
+) -> Scored:
+    """Statistics and proxies in the units of torch's mean; a sample that is not valid has a zero gradient."""
+    valid, residual, feature_sq = rows.valid, rows.residual, rows.feature_sq
+    scale = scale_of(mass, valid).to(rows.loss.dtype)
+    proxies = None
+    if residual is not None and rows.features is not None:
+        compute, live = residual, valid[:, None, None]
+        h = torch.where(live, rows.features.to(rows.loss.dtype), 0.0)
+        proxies = HeadProxies(lambda: torch.where(live, compute() * scale, 0.0), h, bias=bias, reduce=reduce)
+        if gradients and h.shape[1] > 1:  # a sum over positions: its norm needs the factors of every position
+            exact = sequence_norm_sq(proxies.token_residual, h, bias=bias)
+            feature_sq = exact / (rows.residual_sq * scale.square()).clamp(min=1e-30)
+    stats = BatchStatistics(
+        rows.loss * scale, rows.lse, rows.residual_sq * scale.square(), feature_sq, rows.correct, valid
+    )
+    return Scored(stats, scale, proxies, losses, rows.hits)

@@ -1,0 +1,308 @@
+"""``SelectiveBackprop``: one training step on a chosen part of the minibatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from selbp.ops.types import BatchStatistics, Selection
+from selbp.selectors import Full, Selector
+from selbp.training.backward import STRATEGIES, resolve
+from selbp.training.batch import Batch, map_tensors
+from selbp.training.budget import Schedule, check_keep, kept_rows
+from selbp.training.distributed import averaging
+from selbp.training.guards import RunningStatistics, without_autocast
+from selbp.training.head import check_full_gradient, find_clear_head, find_head
+from selbp.training.head_gradient import FullHeadGradient
+from selbp.training.losses import criterion_of
+from selbp.training.proxies import HeadProxies
+from selbp.training.report import StepReport, Stopwatch
+from selbp.training.scoring import DIAGNOSTIC_BYTES, Scored, scale_of, score
+
+NEEDS = ("nothing", "loss", "statistics", "gradients")
+
+
+class SelectiveBackprop:
+    """Forward on all n samples, choose k of them with weights, and return a loss whose backward runs those k rows.
+
+    ::
+
+        step = selbp.SelectiveBackprop(model, selector=selbp.GradientMatching(), keep=0.25)
+        for inputs, target in loader:
+            step(inputs, target).backward()
+            optimizer.step(); optimizer.zero_grad()
+
+    The returned scalar is sum_j w_j l_j over the chosen rows, with l_i scaled so that (1/n) sum l_i is torch's
+    ``reduction="mean"``: it is for ``backward()`` only (log ``step.report.loss``), and the sum of the weights scales
+    the effective learning rate (``step.report.weight_sum``).
+
+    Args:
+        model: called as ``model(x)``, ``model(*tuple)`` or ``model(**dict)``. Never edited.
+        selector: the rule. One that needs nothing chooses before the forward, which then runs k rows only.
+        keep: a share in (0, 1] (float, k = max(1, round(keep n))) or a number of samples (int of at least 1):
+            ``keep=1`` is one sample, ``keep=1.0`` all of them.
+        head: the last linear layer, or its name. Found by itself when no layer with parameters follows it.
+        loss: ``"cross_entropy"`` (also of token outputs (n, T, C)), ``"mse"``, ``"bce"`` (of logits), ``"causal_lm"``
+            (targets are shifted by one) or a callable (output, target) -> (n,).
+        backward: ``"recompute"`` runs a second forward on the chosen rows; ``"auto"`` picks what is best.
+        scoring: ``"same"`` scores with the forward as it trains: dropout is active, and batch norm updates its running
+            statistics there and not in the forward of the chosen rows, which draws its own dropout masks. ``"eval"``
+            scores in evaluation mode and leaves no trace: batch norm then follows the chosen rows.
+        head_gradient: ``"full"`` gives the head its exact full-batch gradient and uses the chosen rows for the layers
+            below only.
+        schedule: on which optimizer steps to choose; the others are full.
+        generator: where draws come from, on the model's device; torch's global one for None.
+        class_weight, ignore_index, label_smoothing: as in ``torch.nn.functional.cross_entropy``.
+        target: ``"local"`` matches the rank's own mean gradient, ``"global"`` that of all ranks. Selection is local to
+            the rank either way, of k rows of each rank's minibatch.
+        auto_advance: every call counts as one optimizer step, until :meth:`advance` is called for the first time. Under
+            gradient accumulation with a schedule pass False and call :meth:`advance` after each optimizer step.
+
+    Raises:
+        TypeError, ValueError: at construction, for anything that could not work later.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        selector: Selector,
+        keep: float | int,
+        head: nn.Module | str | None = None,
+        loss: str | Callable[[Any, Any], Tensor] = "cross_entropy",
+        backward: Literal["auto", "rows", "recompute"] = "auto",
+        scoring: Literal["same", "eval"] = "same",
+        head_gradient: Literal["subset", "full"] = "subset",
+        schedule: Schedule | None = None,
+        generator: torch.Generator | None = None,
+        class_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        target: Literal["local", "global"] = "local",
+        auto_advance: bool = True,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if isinstance(selector, type) or not isinstance(selector, Selector) or selector.needs not in NEEDS:
+            raise TypeError(f"selector must be an instance of a selector such as selbp.Random(), got {selector!r}")
+        for name, value, choices in (
+            ("scoring", scoring, ("same", "eval")),
+            ("head_gradient", head_gradient, ("subset", "full")),
+            ("target", target, ("local", "global")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {value!r}")
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule must be a selbp.Schedule or None, got {type(schedule).__name__}")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+        if target == "global" and selector.needs != "gradients":
+            raise ValueError(f'target="global" is for rules that match gradients, not for {selector!r}')
+        self.model, self.selector, self.keep = model, selector, check_keep(keep)
+        self.generator, self.schedule = generator, schedule or Schedule()
+        self._criterion = criterion_of(
+            loss, class_weight=class_weight, ignore_index=ignore_index, label_smoothing=label_smoothing
+        )
+        self._strategy, self._reason = resolve(backward)
+        if scoring == "eval" and self._strategy.keeps_graph:
+            raise ValueError('scoring="eval" is for backward="recompute": the rows of a forward that trains are in use')
+        self._scoring: Literal["same", "eval"] = scoring
+        self._full_head = head_gradient == "full"
+        self._gradients = selector.needs in ("statistics", "gradients") or self._full_head
+        self.head = find_head(model, head) if self._gradients or head is not None else find_clear_head(model)
+        if self._full_head:
+            assert self.head is not None
+            check_full_gradient(model, self.head)
+        self._reduce = averaging(model) if target == "global" else None
+        self._running = RunningStatistics(model)
+        self._step, self._auto_advance = 0, auto_advance
+        self._report: StepReport | None = None
+
+    # ------------------------------------------------------------------------------------------------ the step
+
+    def __call__(self, inputs: Any, target: Any = None, **per_sample: Tensor) -> Tensor:
+        """One minibatch: returns the scalar to call ``backward()`` on.
+
+        Args:
+            inputs: a tensor, a tuple or a dict whose tensors have n rows.
+            target: n rows; for a dict, its ``"labels"`` where None.
+            per_sample: tensors (n,) that the selector knows by name.
+
+        Raises:
+            TypeError, ValueError: for a batch that does not fit, before anything has run. Whatever is raised, also by
+                the model, the selector, the generator and the running statistics are left as they were.
+        """
+        batch = Batch.of(inputs, target, per_sample)
+        undo = self._snapshot()
+        try:
+            loss, report = self._run(batch)
+        except BaseException:
+            undo()
+            raise
+        self._report = report
+        if self._auto_advance:
+            self._step += 1
+        return loss
+
+    def _run(self, batch: Batch) -> tuple[Tensor, StepReport]:
+        watch, k = Stopwatch(batch.device), kept_rows(self.keep, batch.n)
+        selecting = self.schedule.selects(self._step)
+        scoring = selecting and (self.selector.needs != "nothing" or self._full_head)
+        strategy = self._strategy if scoring else STRATEGIES["recompute"]
+        full_head = FullHeadGradient(self.head) if scoring and self._full_head and self.head is not None else None
+        trained = full_head.replacing if full_head is not None else nullcontext
+        with trained() if strategy.keeps_graph else nullcontext():
+            scored = self._score(batch, strategy.keeps_graph) if scoring else self._unscored(batch)
+        watch.lap("score")
+        with torch.no_grad(), without_autocast(batch.device):
+            selection = self._select(batch, scored, k) if selecting else Full().select(scored.stats, batch.n)
+            mean = scored.proxies.mean_gradient() if full_head is not None and scored.proxies is not None else None
+        proxies, hits = self._worth_keeping(scored.proxies), scored.hits
+        losses_of_forward, stats, scale = scored.losses, scored.stats, scored.scale
+        del scored  # and with it the factors, unless they are worth keeping
+        watch.lap("select")
+
+        def forward(rows: Batch) -> Tensor:
+            nonlocal hits
+            output = rows.feed(self.model)
+            if not scoring:
+                with torch.no_grad():
+                    hits = self._criterion.hits(output, rows.target, selection.weights != 0)
+            return self._criterion.losses(output, rows.target)
+
+        pause = scoring and self._scoring == "same" and not strategy.keeps_graph
+        with trained(), self._running.paused() if pause else nullcontext():
+            if selecting:
+                losses = strategy.chosen_losses(batch, selection, forward, losses_of_forward)
+            else:
+                losses = forward(batch.rows(None, stats.valid))
+        scaled = losses * scale
+        loss = torch.where(selection.weights != 0, scaled * selection.weights.to(scaled.dtype), 0).sum()
+        if full_head is not None and mean is not None:
+            loss = full_head.deliver(loss, mean)
+        watch.lap("forward")
+        watch.follow(loss)
+        report = StepReport(
+            batch.n, len(selection.indices), self._step, selecting, scoring, strategy.name, self._reason,
+            selection, stats, proxies, scaled.detach(), hits, watch,
+        )  # fmt: skip
+        return loss, report
+
+    def _score(self, batch: Batch, keep_graph: bool) -> Scored:
+        model = self.model
+        if isinstance(model, nn.parallel.DistributedDataParallel) and not keep_graph:
+            model = model.module  # its reducer must not see a forward that no backward follows
+        return score(
+            batch, model, self.head, self._criterion,
+            gradients=self._gradients, mode=self._scoring, keep_graph=keep_graph, reduce=self._reduce,
+        )  # fmt: skip
+
+    def _unscored(self, batch: Batch) -> Scored:
+        mass, present = self._criterion.mass(batch.target, batch.n, batch.device)
+        valid = present & batch.finite()
+        return Scored(BatchStatistics.unscored(valid), scale_of(mass, valid), None, None, None)
+
+    def _select(self, batch: Batch, scored: Scored, k: int) -> Selection:
+        selection = self.selector.select(
+            scored.stats, k, proxies=scored.proxies, extras=batch.extras, generator=self.generator
+        )
+        indices, weights = selection
+        if indices.dim() != 1 or indices.shape != weights.shape or indices.dtype != torch.int64:
+            raise ValueError(
+                f"{self.selector!r} must return indices (k,) int64 and weights (k,), "
+                f"got {indices.dtype} {tuple(indices.shape)} and {tuple(weights.shape)}"
+            )
+        return selection
+
+    def _worth_keeping(self, proxies: HeadProxies | None) -> HeadProxies | None:
+        """The proxies for the report's figures, unless that would keep large factors alive during the backward."""
+        if proxies is None or self.head is None:
+            return None
+        proxies.release()
+        n, length, d = proxies.token_features.shape
+        classes, _ = self.head.weight.shape  # type: ignore[misc]
+        return proxies if n * length * (d + classes) * 4 <= DIAGNOSTIC_BYTES else None
+
+    # --------------------------------------------------------------------------------------- report and state
+
+    @property
+    def report(self) -> StepReport:
+        """The last step's figures. Raises RuntimeError before the first one."""
+        if self._report is None:
+            raise RuntimeError("there is no report before the first step")
+        return self._report
+
+    @property
+    def optimizer_step(self) -> int:
+        """How many optimizer steps have been counted."""
+        return self._step
+
+    def advance(self) -> None:
+        """Count one optimizer step: call it after ``optimizer.step()`` when gradients are accumulated.
+
+        From the first call on, calls of the step no longer count by themselves; those before it were one step.
+        """
+        self._step = 1 if self._auto_advance else self._step + 1
+        self._auto_advance = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to continue bit for bit, beside model and optimizer.
+
+        Without a ``generator`` of its own, draws come from torch's global one, whose state is the caller's to save.
+        """
+        return {
+            "optimizer_step": self._step,
+            "auto_advance": self._auto_advance,
+            "selector_type": type(self.selector).__name__,
+            "selector": _copy(self.selector.state_dict()),
+            "generator": None if self.generator is None else self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a :meth:`state_dict`. Raises ValueError, and changes nothing, where it does not fit."""
+        expected = {"optimizer_step", "auto_advance", "selector_type", "selector", "generator"}
+        if not isinstance(state, Mapping) or set(state) != expected:
+            got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"state must have the entries {sorted(expected)}, got {got}")
+        count, auto, generator = state["optimizer_step"], state["auto_advance"], state["generator"]
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0 or not isinstance(auto, bool):
+            raise ValueError(
+                f"optimizer_step must be an int of at least 0 and auto_advance a bool: {count!r}, {auto!r}"
+            )
+        if state["selector_type"] != type(self.selector).__name__:
+            raise ValueError(
+                f"state is of a {state['selector_type']}, the selector is a {type(self.selector).__name__}"
+            )
+        if (generator is None) != (self.generator is None):
+            raise ValueError("the state's generator must be None exactly where this step has no generator")
+        if self.generator is not None:
+            try:
+                torch.Generator(self.generator.device).set_state(generator)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(f"the state's generator does not fit {self.generator.device}: {error}") from error
+        self.selector.load_state_dict(_copy(state["selector"]))
+        if self.generator is not None:
+            self.generator.set_state(generator)
+        self._step, self._auto_advance = count, auto
+
+    def _snapshot(self) -> Callable[[], None]:
+        selector, running = _copy(self.selector.state_dict()), self._running.snapshot()
+        generator = None if self.generator is None else self.generator.get_state()
+
+        def undo() -> None:
+            self.selector.load_state_dict(selector)
+            running()
+            if self.generator is not None and generator is not None:
+                self.generator.set_state(generator)
+
+        return undo
+
+
+def _copy(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state with tensors of its own."""
+    copied: dict[str, Any] = map_tensors(state, lambda x: x.clone())
+    return copied
