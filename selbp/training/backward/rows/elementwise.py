@@ -1,0 +1,176 @@
+"""Rules of pointwise operators: the other operands are cut to the same rows.
+
+A result row that belongs to a zero gradient row must be zero, so only what is linear in the gradient qualifies: sums of
+gradients, products with a dense tensor, and the pointwise ``*_backward`` kernels, linear in their first argument.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selbp.training.backward.rows.registry import RULES, need, overloads, rule
+from selbp.training.backward.rows.tensor import RowGradient, wrap
+
+aten = torch.ops.aten
+
+
+def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+    """Run ``func`` on the k rows of every tensor; they broadcast, so a dim is known by its distance from the end."""
+    first: RowGradient | None = None
+    for value in args:
+        if isinstance(value, RowGradient):
+            first = value
+            break
+    assert first is not None
+    layout = first._layout
+    end = layout.dim - first.dim()
+    operands = []
+    for value in args:
+        if isinstance(value, RowGradient):
+            other = value._layout
+            same = other is layout and value.dim() == first.dim()
+            if not same:
+                aligned = other.dim - value.dim() == end and (other.pre, other.post) == (layout.pre, layout.post)
+                need(other.rows is layout.rows and aligned, "two gradients with their samples in different places")
+            value = value._data
+        elif isinstance(value, Tensor):
+            dim = value.dim() + end
+            if dim >= 0 and value.shape[dim] != 1:
+                value = layout.take(value, dim)
+        operands.append(value)
+    out = func(*operands, **kwargs) if kwargs else func(*operands)
+    if isinstance(out, Tensor):
+        return wrap(out, layout.at(out.dim() + end))
+    return tuple(wrap(item, layout.at(item.dim() + end)) for item in out)
+
+
+@rule(
+    *("threshold_backward", "gelu_backward", "silu_backward", "sigmoid_backward", "tanh_backward", "elu_backward"),
+    *("hardtanh_backward", "leaky_relu_backward", "hardswish_backward", "hardsigmoid_backward", "softplus_backward"),
+    *("mish_backward", "log_sigmoid_backward", "logit_backward", "softshrink_backward", "hardshrink_backward"),
+    *(
+        "native_dropout_backward",
+        "_masked_scale",
+        "rrelu_with_noise_backward",
+        "infinitely_differentiable_gelu_backward",
+    ),
+    "_prelu_kernel_backward",
+)
+def activation(func: Any, gradient: Any, *args: Any, **kwargs: Any) -> Any:
+    """Linear in the gradient, which is the first argument."""
+    need(isinstance(gradient, RowGradient), "the gradient is dense, a saved tensor is not")
+    need(not any(isinstance(value, RowGradient) for value in args), "not linear in a second gradient")
+    return pointwise(func, (gradient, *args), kwargs)
+
+
+@rule("glu_backward")
+def gated(func: Any, gradient: Any, saved: Tensor, dim: int) -> Any:
+    """The halves are not split along the samples."""
+    need(isinstance(gradient, RowGradient) and not isinstance(saved, RowGradient), "the gradient is dense")
+    need(dim % gradient.dim() != gradient._layout.dim, "split along the samples")
+    return pointwise(func, (gradient, saved, dim))
+
+
+def _loss_backward(reduction: int) -> Any:
+    def loss_backward(func: Any, gradient: Any, output: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Any:
+        need(isinstance(gradient, RowGradient), "the gradient is dense")
+        need(
+            not isinstance(output, RowGradient) and not isinstance(target, RowGradient),
+            "not linear in the saved tensors",
+        )
+        need(len(args) > reduction and args[reduction] == 0, 'reduction is not "none"')
+        return pointwise(func, (gradient, output, target, *args), kwargs)
+
+    return loss_backward
+
+
+rule(
+    *("mse_loss_backward", "smooth_l1_loss_backward", "huber_loss_backward", "soft_margin_loss_backward"),
+    when='reduction="none".',
+)(_loss_backward(0))
+rule("binary_cross_entropy_backward", when='reduction="none".')(_loss_backward(1))
+
+
+@rule("mul.Tensor", "mul.Scalar", "mul")
+def multiply(func: Any, first: Any, second: Any) -> Any:
+    """Always."""
+    return pointwise(func, (first, second))
+
+
+@rule("div.Tensor", "div.Scalar")
+def divide(func: Any, first: Any, second: Any) -> Any:
+    """The gradient is divided, it does not divide."""
+    need(isinstance(first, RowGradient) and not isinstance(second, RowGradient), "the divisor is a gradient: 0 / 0")
+    return pointwise(func, (first, second))
+
+
+@rule("add.Tensor", "sub.Tensor")
+def add(func: Any, first: Any, second: Any, **kwargs: Any) -> Any:
+    """Both are gradients of the same selection."""
+    both = isinstance(first, RowGradient) and isinstance(second, RowGradient)
+    need(both, "the other summand is not a gradient of this selection")
+    return pointwise(func, (first, second), kwargs)
+
+
+@rule("addcmul")
+def multiply_add(func: Any, gradient: Any, first: Any, second: Any, **kwargs: Any) -> Any:
+    """Summand and product are gradients of the same selection."""
+    factors = isinstance(first, RowGradient) or isinstance(second, RowGradient)
+    need(isinstance(gradient, RowGradient) and factors, "a summand is dense")
+    return pointwise(func, (gradient, first, second), kwargs)
+
+
+@rule(
+    *("mul_.Tensor", "mul_.Scalar", "div_.Tensor", "div_.Scalar", "add_.Tensor", "sub_.Tensor", "neg_"),
+    *("masked_fill_.Scalar", "masked_fill_.Tensor"),
+)
+def in_place(func: Any, gradient: Any, *args: Any, **kwargs: Any) -> Any:
+    """As its out-of-place form; the result keeps the gradient's shape."""
+    need(isinstance(gradient, RowGradient), "written to a dense tensor")
+    name = f"{func._overloadpacket.__name__[:-1]}.{func._overloadname}".removesuffix(".default")
+    (other,) = overloads(name)
+    out = RULES[other](other, gradient, *args, **kwargs)
+    need(out._layout is gradient._layout and out._data.shape == gradient._data.shape, "the result has another shape")
+    gradient._data.copy_(out._data)  # into the storage: views of it see the write
+    return gradient
+
+
+def _is_zero(value: Any) -> bool:
+    """A zero known without asking a device."""
+    if isinstance(value, RowGradient):
+        return False
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and value.device.type == "cpu" and bool(value == 0)
+    return bool(value == 0)
+
+
+@rule("where.self")
+def where(func: Any, condition: Any, first: Any, second: Any) -> Any:
+    """Both branches are gradients of the same selection, or one is the scalar 0."""
+    need(not isinstance(condition, RowGradient), "the condition is a gradient")
+    branches = [value for value in (first, second) if not isinstance(value, RowGradient)]
+    need(all(_is_zero(value) for value in branches), "a branch is neither a gradient nor 0")
+    return pointwise(func, (condition, first, second))
+
+
+@rule("masked_fill.Scalar", "masked_fill.Tensor")
+def masked_fill(func: Any, gradient: Any, mask: Any, value: Any) -> Any:
+    """The value is 0."""
+    need(isinstance(gradient, RowGradient) and not isinstance(mask, RowGradient), "the gradient is the mask")
+    need(_is_zero(value) and mask.dim() <= gradient.dim(), "the value is not 0")
+    return pointwise(aten.masked_fill.Scalar, (gradient, mask, 0))
+
+
+@rule("neg", "clone", "alias", "_to_copy", "positive", "_conj", "resolve_conj", "zeros_like", "lift_fresh", "_neg_view")
+def copy(func: Any, gradient: RowGradient, *args: Any, **kwargs: Any) -> Any:
+    """Always."""
+    return wrap(func(gradient._data, *args, **kwargs), gradient._layout)
+
+
+@rule("abs", "sgn", "sign", "real", "imag", "view_as_real", "view_as_complex")
+def maps_zero_to_zero(func: Any, gradient: RowGradient) -> Any:
+    """Maps zero to zero."""
+    return wrap(func(gradient._data), gradient._layout)

@@ -1,0 +1,73 @@
+"""Which rows were chosen (``RowSet``) and where they stand in a tensor (``Layout``).
+
+A gradient of n samples seldom keeps them in dim 0: attention folds them with the heads, a sequence model with the
+time steps, ``Linear`` with both. So a dim that holds the samples is described as ``pre * n * post`` flattened, and
+every view moves that description exactly: nothing is guessed from a size that happens to be n.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from selbp.training.backward.rows.slices import Slices
+
+BatchNormPolicy = Literal["exact", "subset"]
+
+
+class Layout:
+    """Dim ``dim`` of a tensor holds the samples as (pre, n, post) flattened; the row gradient stores (pre, k, post)."""
+
+    __slots__ = ("rows", "dim", "pre", "post", "full", "kept")
+
+    def __init__(self, rows: RowSet, dim: int, pre: int, post: int) -> None:
+        self.rows, self.dim, self.pre, self.post = rows, dim, pre, post
+        self.full = pre * rows.n * post  # size of the dim as autograd sees it
+        self.kept = pre * rows.k * post  # size of the dim as it is stored
+
+    def at(self, dim: int) -> Layout:
+        """The same (pre, n, post), standing in another dim."""
+        return self if dim == self.dim else self.rows.layout(dim, self.pre, self.post)
+
+    def take(self, tensor: Tensor, dim: int | None = None) -> Tensor:
+        """The chosen rows of a dense ``tensor`` whose dim ``dim`` (default: this one) has this layout."""
+        return self.rows.slices.take(tensor, self, self.dim if dim is None else dim)
+
+    def __repr__(self) -> str:
+        return f"Layout(dim={self.dim}, pre={self.pre}, n={self.rows.n}, k={self.rows.k}, post={self.post})"
+
+
+class RowSet:
+    """One selection, as its backward sees it: the chosen rows, the policy, and what happened."""
+
+    def __init__(
+        self,
+        indices: Tensor,  # (k,) int64, ascending: the copies then read memory in order
+        n: int,  # samples in the forward
+        *,
+        batchnorm: BatchNormPolicy = "exact",
+        dense: Counter[str] | None = None,  # op name -> times its gradient was scattered back to n rows
+    ) -> None:
+        self.indices, self.n, self.k = indices, n, indices.numel()
+        self.batchnorm = batchnorm
+        self.dense: Counter[str] = Counter() if dense is None else dense
+        self.slices = Slices(self)
+        self._layouts: dict[tuple[int, int, int], Layout] = {}
+        self._indices = {indices.device: indices}
+
+    def layout(self, dim: int, pre: int = 1, post: int = 1) -> Layout:
+        """The (shared) layout of these rows at ``dim``; equal layouts are one object."""
+        key = (dim, pre, post)
+        found = self._layouts.get(key)
+        if found is None:
+            found = self._layouts[key] = Layout(self, dim, pre, post)
+        return found
+
+    def on(self, device: torch.device) -> Tensor:
+        """(k,) the indices on ``device``: a model may span several."""
+        if device not in self._indices:
+            self._indices[device] = self.indices.to(device)
+        return self._indices[device]

@@ -1,0 +1,124 @@
+"""``select`` and ``fence``: where rows enter a backward, and where they must leave it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from selbp.training.backward.rows.layout import BatchNormPolicy, RowSet
+from selbp.training.backward.rows.refuse import refuse_backward, refuse_forward
+from selbp.training.backward.rows.tensor import densify, wrap
+
+
+def enter(rows: RowSet, gradient: Tensor, order: Tensor | None) -> Tensor:
+    """The (k, ...) gradient of the chosen samples, in the user's order, as the gradient of all n."""
+    if rows.n == 0:
+        return gradient.new_zeros((0, *gradient.shape[1:]))
+    if gradient.shape[0] == 0:  # nothing chosen: one row of zeros, which every kernel accepts
+        data = gradient.new_zeros((1, *gradient.shape[1:]))
+    else:
+        data = gradient if order is None else gradient.index_select(0, order)
+    torch.autograd.Variable._execution_engine.queue_callback(rows.slices.clear)
+    return wrap(data, rows.layout(0))
+
+
+class _Select(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, indices: Tensor, rows: RowSet, order: Tensor) -> Tensor:
+        ctx.rows, ctx.order = rows, order
+        return tensor.index_select(0, indices)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        refuse_backward()
+        return enter(ctx.rows, densify(gradient), ctx.order), None, None, None
+
+
+class _Fence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return densify(gradient)
+
+
+def row_set(
+    indices: Tensor, n: int, *, batchnorm: BatchNormPolicy = "exact", dense: Counter[str] | None = None
+) -> tuple[RowSet, Tensor]:
+    """The rows in ascending order, and the (k,) permutation that puts the user's order into it."""
+    if indices.numel() == 0:  # see `enter`
+        return RowSet(indices.new_zeros(1), n, batchnorm=batchnorm, dense=dense), indices
+    ascending, order = indices.sort()
+    return RowSet(ascending, n, batchnorm=batchnorm, dense=dense), order
+
+
+def select(
+    losses: Any,
+    indices: Tensor,
+    *,
+    batchnorm: BatchNormPolicy = "exact",
+    dense: Counter[str] | None = None,
+) -> Any:
+    """Rows ``indices`` of per-sample losses; the backward runs on those rows only.
+
+    In the forward this is ``losses.index_select(0, indices)``. In the backward every operator below ``losses`` that has
+    a rule runs on the k chosen rows of what the forward on n rows saved; an operator without one gets the gradient
+    scattered back to n rows. The gradients are those of ``losses[indices]`` either way, to rounding.
+
+    Args:
+        losses: (n, ...) tensor, or a pytree of such tensors with the same n. Anything computed sample by sample serves:
+            losses, logits, hidden states. A scalar that a model has already averaged cannot be selected from.
+        indices: (k,) int64, in any order, duplicates allowed (their gradients add up), k = 0 to any.
+        batchnorm: BatchNorm in training mode couples the samples. ``"exact"`` runs it, and all below, on n rows;
+            ``"subset"`` runs it on the k rows with the statistics of the n (an approximation, see docs/rows.md).
+        dense: counts the operators that ran on n rows, by name; for reports.
+
+    Returns:
+        The (k, ...) rows, in the order of ``indices``.
+
+    Raises:
+        TypeError, ValueError: ``indices`` is not a (k,) int64 tensor, or the tensors disagree about n.
+        NotImplementedError: under FSDP, tensor parallelism or a functional transform; in the backward, under
+            ``create_graph=True`` or compiled autograd.
+    """
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        raise TypeError(f"indices must be an int64 tensor, got {getattr(indices, 'dtype', type(indices).__name__)}")
+    if indices.dim() != 1:
+        raise ValueError(f"indices must be (k,), got {tuple(indices.shape)}")
+    if batchnorm not in ("exact", "subset"):
+        raise ValueError(f'batchnorm must be "exact" or "subset", got {batchnorm!r}')
+    leaves, spec = pytree.tree_flatten(losses)
+    found = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not found or any(leaf.dim() == 0 for leaf in found):
+        raise ValueError('losses must hold one entry per sample, got a scalar: compute them with reduction="none"')
+    sizes = {leaf.shape[0] for leaf in found}
+    if len(sizes) > 1:
+        raise ValueError(f"losses must agree about the number of samples, got {sorted(sizes)}")
+    differentiable = [leaf for leaf in found if leaf.requires_grad and torch.is_grad_enabled()]
+    refuse_forward(differentiable)
+    rows, order = row_set(indices, sizes.pop(), batchnorm=batchnorm, dense=dense)
+    out = []
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            out.append(leaf)
+        elif leaf.requires_grad:
+            out.append(_Select.apply(leaf, indices.to(leaf.device), rows, order.to(leaf.device)))
+        else:
+            out.append(leaf.index_select(0, indices.to(leaf.device)))
+    return pytree.tree_unflatten(out, spec)
+
+
+def fence(tensor: Tensor) -> Tensor:
+    """The identity, whose gradient is always an ordinary tensor of n rows.
+
+    For what needs a dense gradient: an input whose ``.grad`` is read through numpy, a hook that calls an extension by
+    pointer, a compiled region.
+    """
+    out: Tensor = _Fence.apply(tensor)
+    return out

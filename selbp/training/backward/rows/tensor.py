@@ -1,0 +1,226 @@
+"""The gradient of n samples of which only k are not zero, as autograd's engine meets it.
+
+``RowGradient`` is a wrapper: its *outer* shape is the full one, so that the engine's checks pass, and it stores the
+k rows only. Every operator that a backward node runs on it reaches ``__torch_dispatch__``; a rule runs it on k rows, or
+the gradient is scattered back to n rows ("densified", counted by operator name): the exact gradient either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selbp.training.backward.rows.layout import Layout, RowSet
+from selbp.training.backward.rows.registry import RULES, NoRuleError
+
+_make_wrapper = torch.Tensor._make_wrapper_subclass
+_disabled_torch_function = torch._C._disabled_torch_function_impl
+
+# Called with (func, args, result, reason or None) after every operator, while `diagnose` or a test listens.
+observers: list[Callable[[Any, Any, Any, str | None], None]] = []
+
+
+class _Wrapper(torch.Tensor):
+    """What the three kinds of row-sparse tensors share."""
+
+    __torch_function__ = _disabled_torch_function  # type: ignore[assignment]
+
+    _data: Tensor  # (…, pre * k * post, …) the k rows; for Dense all n rows
+    _layout: Layout
+    _rows: RowSet
+
+    def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
+        """An ordinary tensor of the full shape, zero in the rows that were not chosen."""
+        raise NotImplementedError
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}(shape={tuple(self.shape)}, k={self._rows.k})"
+
+    def __coerce_same_metadata_as_tangent__(self, metadata: Any, expected_type: Any = None) -> Tensor | None:
+        """A compiled region was traced with plain tangents: give it one."""
+        return self.to_dense() if expected_type is torch.Tensor else None
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if len(types) == 1 and types[0] is RowGradient:
+            rule = RULES.get(func)
+            if rule is None:
+                reason = "no rule"
+            else:
+                try:
+                    out = rule(func, *args, **kwargs) if kwargs else rule(func, *args)
+                except NoRuleError as error:
+                    reason = str(error)
+                else:
+                    for observer in observers:
+                        observer(func, args, out, None)
+                    return out
+            return _run_dense(func, args, kwargs or {}, reason)
+        return _run_mixed(func, types, args, kwargs or {})
+
+
+class RowGradient(_Wrapper):
+    """k rows that stand for n, see the module's text. Made by :func:`wrap`."""
+
+    def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Scatter the k rows to n; a row chosen twice gets the sum."""
+        layout, rows, data = self._layout, self._rows, self._data
+        full = torch.empty_strided(
+            tuple(self.shape), _dense_strides(self), dtype=data.dtype, device=data.device
+        ).zero_()
+        dim, pre, post = layout.dim, layout.pre, layout.post
+        if pre == post == 1:
+            return full.index_add_(dim, rows.on(data.device), data)
+        full.unflatten(dim, (pre, rows.n, post)).index_add_(
+            dim + 1, rows.on(data.device), data.unflatten(dim, (pre, rows.k, post))
+        )
+        return full
+
+
+class Dense(_Wrapper):
+    """A RowGradient after an in-place write or a view that no rule covers: all n rows, shared with its views."""
+
+    def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The n rows."""
+        return self._data
+
+
+class Zeros(_Wrapper):
+    """``gradient.new_zeros(size)``: zeros whose layout is that of what is written into them (see ``scatter``)."""
+
+    def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The zeros themselves."""
+        return torch.zeros(tuple(self.shape), dtype=self.dtype, device=self.device)
+
+    def laid_out(self, layout: Layout) -> Tensor:
+        """The rows of these zeros that ``layout`` keeps."""
+        size = list(self.shape)
+        if layout.dim >= len(size) or size[layout.dim] != layout.full:
+            raise NoRuleError("the zeros do not have the gradient's samples in that dim")
+        size[layout.dim] = layout.kept
+        return torch.zeros(size, dtype=self.dtype, device=self.device)
+
+
+def wrap(data: Tensor, layout: Layout) -> RowGradient:
+    """``data``, whose dim ``layout.dim`` holds (pre, k, post), as the gradient of all n samples."""
+    size, stride, dim = list(data.shape), data.stride(), layout.dim
+    if size[dim] != layout.kept:
+        raise AssertionError(f"a rule returned {tuple(size)} for {layout}")
+    size[dim] = layout.full
+    if max(stride) != stride[dim] and stride[dim]:  # dims outside the samples' lie further apart in the full tensor
+        n, k, own = layout.rows.n, layout.rows.k, stride[dim]
+        stride = tuple(-(-apart // k) * n if apart > own else apart for apart in stride)
+    out: RowGradient = _make_wrapper(RowGradient, size, strides=stride, dtype=data.dtype, device=data.device)
+    out._data, out._layout, out._rows = data, layout, layout.rows
+    return out
+
+
+def wrap_zeros(like: _Wrapper, size: list[int], dtype: torch.dtype, device: torch.device) -> Zeros:
+    """``new_zeros`` of a row gradient."""
+    out: Zeros = _make_wrapper(Zeros, size, dtype=dtype, device=device)
+    out._rows = like._rows
+    return out
+
+
+def tensors(args: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
+    """The arguments of an operator call, lists of tensors opened."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, (list, tuple)):
+            yield from value
+        else:
+            yield value
+
+
+def _dense_strides(tensor: Tensor) -> list[int]:
+    """Strides without gaps, in the tensor's own order of dims."""
+    size, stride = tensor.shape, tensor.stride()
+    out, apart = [0] * len(size), 1
+    for axis in sorted(range(len(size)), key=lambda axis: (stride[axis], -axis)):
+        out[axis] = apart
+        apart *= max(size[axis], 1)
+    return out
+
+
+def densify(value: Any) -> Any:
+    """``value`` with every row-sparse tensor in it scattered back."""
+    if isinstance(value, (list, tuple)):
+        return [densify(item) for item in value]
+    return value.to_dense() if isinstance(value, _Wrapper) else value
+
+
+def _run_dense(func: Any, args: Any, kwargs: dict[str, Any], reason: str) -> Any:
+    """Run ``func`` on n rows."""
+    source = next(value for value in tensors(args, kwargs) if isinstance(value, RowGradient))
+    source._rows.dense[str(func)] += 1
+    _share(func, args, kwargs)
+    out = _call(func, args, kwargs)
+    for observer in observers:
+        observer(func, args, out, reason)
+    return out
+
+
+def _share(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """An argument that the operator writes to, or that its result aliases, must itself become the n rows."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None:
+            continue
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, (RowGradient, Zeros)):
+                item._data = item.to_dense()
+                item.__class__ = Dense  # type: ignore[assignment]
+
+
+def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    out = func(*densify(args), **{name: densify(value) for name, value in kwargs.items()})
+    return args[0] if func._schema.is_mutable and args and isinstance(args[0], Dense) else out
+
+
+def _run_mixed(func: Any, types: tuple[type, ...], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Arguments of several kinds: refuse what is untested, then reduce to the plain case."""
+    for kind in types:
+        if kind.__name__ == "DTensor":
+            raise NotImplementedError(
+                f"selbp: {func} met a DTensor in the backward of a row selection. FSDP and tensor parallelism are not "
+                'supported there; use backward="recompute".'
+            )
+        if not issubclass(kind, _Wrapper):  # a tensor subclass of somebody else's: n rows are what it knows
+            return _run_dense_or_plain(func, args, kwargs, f"an operand is a {kind.__name__}")
+    if Zeros in types:
+        rule = ZERO_RULES.get(func)
+        if rule is not None:
+            try:
+                return rule(func, *args, **kwargs)
+            except NoRuleError:
+                pass
+        if any(isinstance(value, RowGradient) for value in tensors(args, kwargs)) and not func._schema.is_mutable:
+            return _again(func, args, kwargs, Zeros)
+    if RowGradient in types and not isinstance(args[0], (Dense, Zeros)):
+        return _again(func, args, kwargs, Dense)
+    return _run_dense_or_plain(func, args, kwargs, "an operand had become dense")
+
+
+def _again(func: Any, args: Any, kwargs: dict[str, Any], kind: type[_Wrapper]) -> Any:
+    """Dispatch once more with the operands of ``kind`` scattered back."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return value.to_dense() if isinstance(value, kind) else value
+
+    return func(*[plain(value) for value in args], **{name: plain(value) for name, value in kwargs.items()})
+
+
+def _run_dense_or_plain(func: Any, args: Any, kwargs: dict[str, Any], reason: str) -> Any:
+    if any(isinstance(value, RowGradient) for value in tensors(args, kwargs)):
+        return _run_dense(func, args, kwargs, reason)
+    _share(func, args, kwargs)  # nothing row-sparse is lost here, so nothing is counted
+    return _call(func, args, kwargs)
+
+
+ZERO_RULES: dict[Any, Callable[..., Any]] = {}
