@@ -29,6 +29,7 @@ from selbp.selectors import (  # noqa: E402
     TopLoss,
 )
 from selbp.training import Schedule, SelectiveBackprop, StepReport  # noqa: E402
+from selbp.training.backward.rows import fence, select  # noqa: E402
 
 __all__ = [
     "BatchStatistics",
@@ -49,4 +50,6 @@ __all__ = [
     "TopGradNorm",
     "TopLoss",
     "__version__",
+    "fence",
+    "select",
 ]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from rows_cases import F64, Function, Lambda, N, Own, _ramp
+from torch import Tensor, nn
 
 _down = nn.Sequential
 IMAGES: dict[str, Function] = {

@@ -6,12 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
+from rows_cases import ACTIVATIONS, F64, POINTWISE, PRODUCTS, REDUCTIONS, SHAPES, Function, N
+from rows_cases_layers import COUPLED, IMAGES, LOSSES, SEQUENCES
 from torch import Tensor, nn
 
 import selbp
 from selbp.training.backward.rows import RowGradient
-from rows_cases import ACTIVATIONS, F64, POINTWISE, PRODUCTS, REDUCTIONS, SHAPES, Function, N
-from rows_cases_layers import COUPLED, IMAGES, LOSSES, SEQUENCES
 
 VECTOR, IMAGE, SEQUENCE = (8,), (4, 8, 8), (5, 8)
 CASES: dict[str, tuple[tuple[int, ...], Function]] = {}
