@@ -1,0 +1,161 @@
+"""Planted bugs: each must be caught by the guard or by the comparison that the other tests of this folder make."""
+
+import importlib
+import pathlib
+import shutil
+import sys
+
+import kernel_cases as cases
+import pytest
+import test_kernel_residual
+import test_kernel_statistics as check
+import torch
+
+import selbp.triton_kernels
+
+FOLDER = pathlib.Path(selbp.triton_kernels.__file__).parent
+
+
+def linear(option="plain"):
+    check.check_linear(cases.make(37, 24, 203, torch.float32, option, bias=True), check.POINTER, 3)
+
+
+def described():
+    check.check_linear(cases.make(37, 24, 203, torch.float32, bias=True), check.DESCRIPTOR, 3)
+
+
+def stored(option="plain", splits=3):
+    check.check_logits(cases.make(37, 24, 203, torch.float32, option, bias=True), splits)
+
+
+def residual(option="plain"):
+    case = cases.make(19, 24, 203, torch.float32, option, bias=True)
+    test_kernel_residual.check(case, case.logits, 3)
+
+
+def confident():
+    check.test_confident_rows_keep_their_accuracy("plain")
+
+
+DOT = "z = tl.dot(a, b, z, input_precision=PRECISION)"
+CLAMP = "columns = tl.where(columns < n_classes, columns, 0)"
+MUTANTS = {
+    "off by one: ragged classes counted": ("statistics", "offset >= n_classes -", "offset > n_classes -", linear),
+    "off by one: ragged classes read": ("statistics", CLAMP, CLAMP.replace("<", "<="), linear),
+    "off by one: stored logits": (
+        "statistics",
+        "mask = inside[:, None] & (columns < n",
+        "mask = inside[:, None] & (columns <= n",
+        stored,
+    ),
+    "off by one: ragged depth": (
+        "statistics",
+        "mask=(k + depth < d)[:, None]",
+        "mask=(k + depth <= d)[:, None]",
+        linear,
+    ),
+    "off by one: rows": ("statistics", "inside = rows < n", "inside = rows <= n", linear),
+    "rows of the last tile stored unmasked": (
+        "finalize",
+        "tl.store(loss_out + rows, loss, mask=inside)",
+        "tl.store(loss_out + rows, loss)",
+        linear,
+    ),
+    "product accumulated in float16": ("statistics", DOT, f"{DOT}.to(tl.float16).to(tl.float32)", linear),
+    "sum accumulated in float16": (
+        "statistics",
+        "s = s * scale + tl.sum(e, 1)",
+        "s = (s * scale + tl.sum(e, 1)).to(tl.float16).to(tl.float32)",
+        stored,
+    ),
+    "target not excluded": (
+        "statistics",
+        "offset[None, :] == (y - tile * COLUMNS)[:, None]",
+        "offset[None, :] == (0 * y - 1)[:, None]",
+        linear,
+    ),
+    "target not excluded from stored logits": ("statistics", "(columns[None, :] == y[:, None]) | ", "", stored),
+    "tile offset ignored": ("statistics", "weight.load([tile * COLUMNS, k])", "weight.load([0, k])", described),
+    "sums not rescaled": ("statistics", "s2 * (scale * scale) + tl.sum", "s2 * scale + tl.sum", linear),
+    "fits not rescaled": ("finalize", "rho * scale, s2 *", "rho, s2 *", lambda: linear("smoothing")),
+    "spread not moved to the new reference": (
+        "statistics",
+        "amount * (new - ref) + ",
+        "",
+        lambda: stored("smoothing", 1),
+    ),
+    "splits dropped": ("finalize", "for split in range(0, n_splits)", "for split in range(0, 1)", linear),
+    "log of one plus a small number": (
+        "finalize",
+        "log1p(a / tl.where(leads, t, 1.0))",
+        "tl.log(1.0 + a / t)",
+        confident,
+    ),
+    "one minus a probability near one": ("finalize", "q = a / total", "q = 1.0 - t / total", confident),
+    "class weight of the wrong class": (
+        "finalize",
+        "tl.where(in_range, y, 0), mask",
+        "tl.where(in_range, y * 0, 0), mask",
+        lambda: stored("weight"),
+    ),
+    "bias forgotten in the target": ("target_logit", "z += tl.load(bias + y", "z += 0.0 * tl.load(bias + y", linear),
+    "slope of the cap forgotten": ("statistics", "e = e * g", "e = e", lambda: linear("softcap")),
+    "residual's target from its probability": (
+        "residual",
+        "rest - (t_y + rest) * others",
+        "tl.exp(z - lse_row) - 1.0",
+        test_kernel_residual.test_confident_target_entry,
+    ),
+    "residual off by one": ("residual", "(columns < n_classes)[None, :]", "(columns <= n_classes)[None, :]", residual),
+    "residual of rows without a target": ("residual", "tl.where(present[:, None], r, 0.0)", "r", residual),
+    "32-bit offset": (
+        "statistics",
+        "rows.to(tl.int64)[:, None] * stride_z",
+        "rows[:, None] * stride_z",
+        check.test_offsets_beyond_32_bits,
+    ),
+}
+
+
+@pytest.fixture
+def plant(tmp_path, monkeypatch):
+    """A function that makes the tests use a copy of the kernels with one text replaced."""
+
+    def use(module, old, new):
+        package = tmp_path / "mutated_kernels"
+        shutil.copytree(FOLDER, package, ignore=shutil.ignore_patterns("__pycache__"))
+        source = (package / f"{module}.py").read_text()
+        assert old in source, f"the mutant no longer applies to {module}.py"
+        (package / f"{module}.py").write_text(source.replace(old, new))
+        monkeypatch.syspath_prepend(tmp_path)
+        for name in [name for name in sys.modules if name.startswith("mutated_kernels")]:
+            del sys.modules[name]
+        for where, names in {
+            cases: ("finalize", "target_logit", "statistics"),
+            test_kernel_residual: ("residual",),
+        }.items():
+            for name in names:
+                monkeypatch.setattr(where, name, getattr(importlib.import_module(f"mutated_kernels.{name}"), name))
+        stats = importlib.import_module("mutated_kernels.statistics")
+        monkeypatch.setattr(cases, "logits_statistics", stats.logits_statistics)
+
+    return use
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bug_is_caught(name, plant):
+    module, old, new, attempt = MUTANTS[name]
+    plant(module, old, new)
+    with pytest.raises(Exception) as caught:
+        attempt()
+    reason = repr(caught.value) + repr(caught.value.__cause__)
+    expected = ("AssertionError", "OutOfBounds", "OverflowError", "int32")
+    assert any(word in reason for word in expected), f"failed for another reason: {reason[:500]}"
+
+
+def test_the_copy_without_a_bug_passes(plant):
+    plant("statistics", "s2 = tl.zeros", "s2 = tl.zeros")
+    linear()
+    described()
+    stored("everything")
+    residual()

@@ -1,0 +1,80 @@
+"""The fixed table of launch configurations, one row per architecture, and the pick by the device's own limits.
+
+Nothing is tuned at run time: autotuning needs a driver, recompiles, and makes the first step of every job different.
+``scripts/tune_triton.py`` measures candidates on a machine with a GPU and prints new rows for this table.
+
+Keys: architecture -> kernel -> bytes of an element (2: bfloat16 and float16, 4: float32) -> Tile. ``conservative``
+serves everything that is not named (sm_86, sm_89, sm_120, older and newer parts): pointer loads and at most 99 KiB of
+shared memory. Every row is compiled ahead of time by the gates, which check spills, shared memory, the matrix
+instruction and the instructions per logit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape of a program's tile and how it is compiled."""
+
+    rows: int  # of the first operand
+    columns: int  # of the second operand (classes), or classes per step where there is no product
+    depth: int  # of one step along the contracted dimension
+    warps: int = 8
+    stages: int = 3
+    descriptor: bool = False  # tensor descriptors (TMA) instead of pointers; needs 16-byte strides
+    group: int = 8  # row tiles that walk the classes together
+
+
+def _rows(**kernels: dict[int, Tile]) -> dict[str, dict[int, Tile]]:
+    shared = {"logits": {2: Tile(4, 2048, 0, 8, 1), 4: Tile(4, 1024, 0, 8, 1)}}
+    return {**shared, **kernels}
+
+
+TABLE: dict[str, dict[str, dict[int, Tile]]] = {
+    "sm_90": _rows(
+        statistics={2: Tile(128, 256, 64, 8, 3, True), 4: Tile(128, 128, 32, 8, 3)},
+    ),
+    "sm_100": _rows(
+        statistics={2: Tile(256, 128, 64, 8, 4, True), 4: Tile(128, 128, 32, 8, 3)},
+    ),
+    "sm_80": _rows(
+        statistics={2: Tile(128, 128, 32, 8, 4), 4: Tile(128, 64, 32, 8, 3)},
+    ),
+    "gfx942": _rows(
+        statistics={2: Tile(128, 128, 32, 8, 2), 4: Tile(128, 64, 16, 8, 2)},
+    ),
+    "conservative": _rows(
+        statistics={2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
+    ),
+}
+CONSERVATIVE_SHARED_BYTES = 99 * 1024
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """The row of the table for a device: by its name, and only where its shared memory is what that row needs."""
+    if device.type != "cuda":
+        return "conservative"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        name = properties.gcnArchName.split(":")[0]
+        return name if name in TABLE else "conservative"
+    if getattr(properties, "shared_memory_per_block_optin", 0) < 160 * 1024:
+        return "conservative"
+    return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(properties.major, "conservative")
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; a fixed number where there is none, so that the interpreter is reproducible."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def tile(kernel: str, device: torch.device, dtype: torch.dtype) -> Tile:
+    """The configuration of ``kernel`` for tensors of ``dtype`` on ``device``."""
+    return TABLE[architecture(device)][kernel][dtype.itemsize]

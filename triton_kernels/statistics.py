@@ -1,0 +1,325 @@
+"""Online statistics of the classes other than the target, in one pass over the classes; logits are not stored.
+
+For row i with target y, over c != y (the reference c of arithmetic.py, here called ref, is an integer):
+
+    m   = max z_c          s = sum e_c          s2 = sum (g_c e_c)^2          e_c = 2^(z_c log2 e - ref)
+
+g_c = 1 - tanh^2 is the slope of the soft cap (1 without one). finalize.py joins these with z_y into
+
+    loss = log(1 + e^(m' - z_y) s)      ||r||^2 = q^2 g_y^2 + sum_c (g_c p_c)^2      q = sum_{c != y} p_c = 1 - p_y
+
+so that nothing cancels where p_y is close to 1. Label smoothing gives every class a share a_c = (eps / C) w_c of the
+target, and sum_c g_c^2 (T p_c - a_c)^2 must not be expanded: a trained model has T p_c close to a_c. It is a least-
+squares fit of e by w instead, kept as Welford and Chan do: with E = g e, V = g w over the classes seen so far
+
+    A = sum w     D = sum w (ref - z log2 e)     rho = E.V / V.V     Q = ||E - rho V||^2     V2 = V.V
+
+and ||x E - k V||^2 = x^2 Q + (x rho - k)^2 V2 for every x, k. Two parts merge with delta = rho' - rho:
+Q + Q' + delta^2 V2 V2' / (V2 + V2').
+
+Tile picture: program (row tile, split) keeps ROWS rows and walks its share of the class tiles.
+
+                 classes of this split ->
+            [ W0 ] [ W1 ] [ W2 ]             (COLUMNS, d), streamed through shared memory in steps of DEPTH
+    rows    +-----+------+------+
+    [ H ]   | acc |  acc |  acc |   -> m, s, s2 in registers -> partials [fields, splits, n]
+            +-----+------+------+
+
+GROUP row tiles walk the classes at the same time, so that W is read from DRAM about n / (ROWS * GROUP) times. There
+are no atomics: each (split, row) is written by one program, and finalize adds the splits in order.
+
+Flops 2 n C d. Bytes from DRAM at least (n + C) d item; requested from the cache by the programs (as counted by the
+interpreter guard) per row tile and class tile (ROWS + COLUMNS) d item. Epilogue on sm_90: at most 11.5 instructions a
+logit against 4096 flops a cycle, so at d >= 4096 the product dominates.
+
+``logits_statistics_kernel`` is the same pass where the logits are stored already: it reads each once, n C item bytes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import configs
+from .arithmetic import FLOOR, LOG2E, MINUS_INFINITY, grouped_tile, reference_exponent, soft_cap
+
+FIELDS = {False: 3, True: 7}  # of the partials, by label smoothing: m, s, s2 | m, s, A, D, rho, Q, V2
+
+
+@triton.jit
+def absorb(z, g, m, ref, s, s2, SOFTCAP: tl.constexpr):
+    """The statistics (m, ref, s, s2) after the tile z (excluded entries -inf); g is the cap's slope."""
+    m = tl.maximum(m, tl.max(z, 1))
+    new = reference_exponent(m)
+    scale = tl.exp2(ref - new)
+    e = tl.exp2(tl.fma(z, LOG2E, -new[:, None]))
+    s = s * scale + tl.sum(e, 1)
+    if SOFTCAP:
+        e = e * g
+    s2 = s2 * (scale * scale) + tl.sum(e * e, 1)
+    return m, new, s, s2
+
+
+@triton.jit
+def merge_fit(rho, residual, square, rho_, residual_, square_):
+    """Least-squares fits of two disjoint sets of classes, joined: (rho, Q, V2)."""
+    total = square + square_
+    share = tl.where(total > 0.0, square_ / tl.where(total > 0.0, total, 1.0), 0.0)
+    delta = rho_ - rho
+    return rho + delta * share, residual + residual_ + delta * delta * (square * share), total
+
+
+@triton.jit
+def absorb_smooth(z, g, w, m, ref, s, amount, spread, rho, residual, square, SOFTCAP: tl.constexpr):
+    """The same with label smoothing; w holds the class weights of the tile, 0 where a class is excluded."""
+    m = tl.maximum(m, tl.max(z, 1))
+    new = reference_exponent(m)
+    scale = tl.exp2(ref - new)
+    exponent = tl.fma(z, LOG2E, -new[:, None])
+    e = tl.exp2(exponent)
+    s = s * scale + tl.sum(e, 1)
+    spread += amount * (new - ref) + tl.sum(tl.where(w == 0.0, 0.0, -w * exponent), 1)
+    amount += tl.sum(w, 1)
+    if SOFTCAP:
+        e = e * g
+        w = w * g
+    square_ = tl.sum(w * w, 1)
+    rho_ = tl.sum(e * w, 1) / tl.where(square_ > 0.0, square_, 1.0)
+    left = e - rho_[:, None] * w
+    rho, residual, square = merge_fit(
+        rho * scale, residual * (scale * scale), square, rho_, tl.sum(left * left, 1), square_
+    )
+    return m, new, s, amount, spread, rho, residual, square
+
+
+@triton.jit
+def statistics_kernel(
+    features, weight, bias, class_weight, target, partials,
+    n, n_classes, d, stride_h, stride_w, tiles_per_split, softcap,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, EVEN_COLUMNS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Partials [fields, splits, n] of the logits cap(H W^T + c) over the classes other than each row's target."""
+    n_row_tiles = tl.cdiv(n, ROWS)
+    n_splits = tl.num_programs(0) // n_row_tiles
+    row_tile, split = grouped_tile(tl.program_id(0), n_row_tiles, n_splits, GROUP)
+    rows = row_tile * ROWS + tl.arange(0, ROWS)
+    inside = rows < n
+    y = tl.load(target + rows, mask=inside, other=0)
+    y = tl.where((y >= 0) & (y < n_classes), y, 0).to(tl.int32)
+    offset = tl.arange(0, COLUMNS)
+    depth = tl.arange(0, DEPTH)
+    m = tl.full((ROWS,), MINUS_INFINITY, tl.float32)
+    ref = tl.full((ROWS,), FLOOR, tl.float32) * LOG2E
+    s = tl.zeros((ROWS,), tl.float32)
+    s2 = tl.zeros((ROWS,), tl.float32)
+    if SMOOTH:
+        amount = tl.zeros((ROWS,), tl.float32)
+        spread = tl.zeros((ROWS,), tl.float32)
+        rho = tl.zeros((ROWS,), tl.float32)
+        square = tl.zeros((ROWS,), tl.float32)
+    if not DESCRIPTOR:
+        # Rows past the end repeat row 0: a clamp outside the loop is cheaper than a mask inside it.
+        h_rows = features + (tl.where(inside, rows, 0).to(tl.int64) * stride_h)[:, None] + depth[None, :]
+    first = split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(n_classes, COLUMNS))
+    for tile in range(first, last):
+        columns = tile * COLUMNS + offset
+        if not EVEN_COLUMNS:
+            columns = tl.where(columns < n_classes, columns, 0)
+        if not DESCRIPTOR:
+            w_rows = weight + (columns.to(tl.int64) * stride_w)[None, :] + depth[:, None]
+        z = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for k in range(0, d, DEPTH):
+            if DESCRIPTOR:
+                a = features.load([row_tile * ROWS, k])
+                b = weight.load([tile * COLUMNS, k]).T
+            elif EVEN_DEPTH:
+                a = tl.load(h_rows + k)
+                b = tl.load(w_rows + k)
+            else:
+                a = tl.load(h_rows + k, mask=(k + depth < d)[None, :], other=0.0)
+                b = tl.load(w_rows + k, mask=(k + depth < d)[:, None], other=0.0)
+            z = tl.dot(a, b, z, input_precision=PRECISION)
+        if HAS_BIAS:
+            z += tl.load(bias + columns).to(tl.float32)[None, :]
+        g = z
+        if SOFTCAP:
+            z, g = soft_cap(z, softcap)
+        excluded = offset[None, :] == (y - tile * COLUMNS)[:, None]
+        if not EVEN_COLUMNS:
+            excluded = excluded | (offset >= n_classes - tile * COLUMNS)[None, :]
+        z = tl.where(excluded, MINUS_INFINITY, z)
+        if SMOOTH:
+            if HAS_WEIGHT:
+                w = tl.load(class_weight + columns).to(tl.float32)
+                w = tl.where(excluded, 0.0, w[None, :])
+            else:
+                w = tl.where(excluded, 0.0, 1.0)
+            m, ref, s, amount, spread, rho, s2, square = absorb_smooth(
+                z, g, w, m, ref, s, amount, spread, rho, s2, square, SOFTCAP
+            )
+        else:
+            m, ref, s, s2 = absorb(z, g, m, ref, s, s2, SOFTCAP)
+    out = partials + split.to(tl.int64) * n + rows
+    field = n_splits.to(tl.int64) * n
+    tl.store(out, m, mask=inside)
+    tl.store(out + field, s, mask=inside)
+    if SMOOTH:
+        tl.store(out + 2 * field, amount, mask=inside)
+        tl.store(out + 3 * field, spread, mask=inside)
+        tl.store(out + 4 * field, rho, mask=inside)
+        tl.store(out + 5 * field, s2, mask=inside)
+        tl.store(out + 6 * field, square, mask=inside)
+    else:
+        tl.store(out + 2 * field, s2, mask=inside)
+
+
+@triton.jit
+def logits_statistics_kernel(
+    logits, class_weight, target, partials, n, n_classes, stride_z, tiles_per_split, softcap,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """The same partials from stored logits (n, C)."""
+    n_row_tiles = tl.cdiv(n, ROWS)
+    n_splits = tl.num_programs(0) // n_row_tiles
+    row_tile = tl.program_id(0) % n_row_tiles
+    split = tl.program_id(0) // n_row_tiles
+    rows = row_tile * ROWS + tl.arange(0, ROWS)
+    inside = rows < n
+    y = tl.load(target + rows, mask=inside, other=0)
+    y = tl.where((y >= 0) & (y < n_classes), y, 0).to(tl.int32)
+    m = tl.full((ROWS,), MINUS_INFINITY, tl.float32)
+    ref = tl.full((ROWS,), FLOOR, tl.float32) * LOG2E
+    s = tl.zeros((ROWS,), tl.float32)
+    s2 = tl.zeros((ROWS,), tl.float32)
+    if SMOOTH:
+        amount = tl.zeros((ROWS,), tl.float32)
+        spread = tl.zeros((ROWS,), tl.float32)
+        rho = tl.zeros((ROWS,), tl.float32)
+        square = tl.zeros((ROWS,), tl.float32)
+    z_rows = logits + rows.to(tl.int64)[:, None] * stride_z
+    first = split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(n_classes, COLUMNS))
+    for tile in range(first, last):
+        columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+        mask = inside[:, None] & (columns < n_classes)[None, :]
+        z = tl.load(z_rows + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        g = z
+        if SOFTCAP:
+            z, g = soft_cap(z, softcap)
+        excluded = (columns[None, :] == y[:, None]) | (columns >= n_classes)[None, :]
+        z = tl.where(excluded, MINUS_INFINITY, z)
+        if SMOOTH:
+            if HAS_WEIGHT:
+                w = tl.load(class_weight + columns, mask=columns < n_classes, other=0.0).to(tl.float32)
+                w = tl.where(excluded, 0.0, w[None, :])
+            else:
+                w = tl.where(excluded, 0.0, 1.0)
+            m, ref, s, amount, spread, rho, s2, square = absorb_smooth(
+                z, g, w, m, ref, s, amount, spread, rho, s2, square, SOFTCAP
+            )
+        else:
+            m, ref, s, s2 = absorb(z, g, m, ref, s, s2, SOFTCAP)
+    out = partials + split.to(tl.int64) * n + rows
+    field = n_splits.to(tl.int64) * n
+    tl.store(out, m, mask=inside)
+    tl.store(out + field, s, mask=inside)
+    if SMOOTH:
+        tl.store(out + 2 * field, amount, mask=inside)
+        tl.store(out + 3 * field, spread, mask=inside)
+        tl.store(out + 4 * field, rho, mask=inside)
+        tl.store(out + 5 * field, s2, mask=inside)
+        tl.store(out + 6 * field, square, mask=inside)
+    else:
+        tl.store(out + 2 * field, s2, mask=inside)
+
+
+def class_splits(n_row_tiles: int, n_class_tiles: int, programs: int) -> tuple[int, int]:
+    """(splits, class tiles per split): enough programs for the device, none empty, the same on every run."""
+    wanted = max(1, min(n_class_tiles, programs // max(n_row_tiles, 1)))
+    per_split = triton.cdiv(n_class_tiles, wanted)
+    return triton.cdiv(n_class_tiles, per_split), per_split
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How float32 operands are multiplied: as torch.set_float32_matmul_precision says for torch.mm."""
+    if dtype != torch.float32:
+        return "tf32"
+    if torch.version.hip:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def describable(*tensors: torch.Tensor) -> bool:
+    """Whether tensor descriptors can address these matrices: 16-byte base and row stride."""
+    return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
+
+
+def statistics(
+    features: torch.Tensor,  # (n, d), last dimension contiguous
+    weight: torch.Tensor,  # (C, d), last dimension contiguous
+    bias: torch.Tensor | None,  # (C,)
+    target: torch.Tensor,  # (n,) int64
+    *,
+    class_weight: torch.Tensor | None = None,  # (C,), read only with smoothing
+    smooth: bool = False,
+    softcap: float = 0.0,
+    tile: configs.Tile | None = None,
+    splits: int | None = None,
+) -> torch.Tensor:
+    """Partials [fields, splits, n] in float32 for :func:`finalize`, from features and weight."""
+    (n, d), n_classes = features.shape, len(weight)
+    tile = tile or configs.tile("statistics", features.device, features.dtype)
+    descriptor = tile.descriptor and describable(features, weight)
+    row_tiles, class_tiles = triton.cdiv(n, tile.rows), triton.cdiv(n_classes, tile.columns)
+    count, per_split = class_splits(
+        row_tiles, class_tiles, splits * row_tiles if splits else configs.processors(features.device)
+    )
+    partials = torch.empty(FIELDS[smooth], count, n, dtype=torch.float32, device=features.device)
+    if n == 0:
+        return partials
+    operands = (features, weight)
+    if descriptor:
+        operands = (
+            TensorDescriptor.from_tensor(features, [tile.rows, tile.depth]),
+            TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
+        )
+    statistics_kernel[(row_tiles * count,)](
+        *operands, bias, class_weight, target, partials,
+        n, n_classes, d, features.stride(0), weight.stride(0), per_split, softcap or 1.0,
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=tile.group, DESCRIPTOR=descriptor,
+        EVEN_COLUMNS=n_classes % tile.columns == 0, EVEN_DEPTH=d % tile.depth == 0, HAS_BIAS=bias is not None,
+        SOFTCAP=bool(softcap), SMOOTH=smooth, HAS_WEIGHT=smooth and class_weight is not None,
+        PRECISION=dot_precision(features.dtype), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return partials
+
+
+def logits_statistics(
+    logits: torch.Tensor,  # (n, C), last dimension contiguous
+    target: torch.Tensor,  # (n,) int64
+    *,
+    class_weight: torch.Tensor | None = None,
+    smooth: bool = False,
+    softcap: float = 0.0,
+    tile: configs.Tile | None = None,
+    splits: int | None = None,
+) -> torch.Tensor:
+    """Partials [fields, splits, n] in float32 for :func:`finalize`, from stored logits."""
+    n, n_classes = logits.shape
+    tile = tile or configs.tile("logits", logits.device, logits.dtype)
+    row_tiles, class_tiles = triton.cdiv(n, tile.rows), triton.cdiv(n_classes, tile.columns)
+    count, per_split = class_splits(
+        row_tiles, class_tiles, splits * row_tiles if splits else 4 * configs.processors(logits.device)
+    )
+    partials = torch.empty(FIELDS[smooth], count, n, dtype=torch.float32, device=logits.device)
+    if n:
+        logits_statistics_kernel[(row_tiles * count,)](
+            logits, class_weight, target, partials, n, n_classes, logits.stride(0), per_split, softcap or 1.0,
+            ROWS=tile.rows, COLUMNS=tile.columns, SOFTCAP=bool(softcap), SMOOTH=smooth,
+            HAS_WEIGHT=smooth and class_weight is not None, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return partials
