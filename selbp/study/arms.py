@@ -1,37 +1,14 @@
-"""The arms of a comparison: the selection rules by the names that the command line and the tables use."""
+"""From a rule's name on the command line to the selector."""
 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
 from typing import Any
 
 from selbp.selectors import Selector
+from selbp.study.rules import RULES, Rule
 
-
-@dataclass(frozen=True)
-class Rule:
-    """A selection rule by name. ``lr`` was tuned on held-out training data (see ``selbp compare --tune``)."""
-
-    selector: str  # class in selbp.selectors
-    label: str
-    summary: str
-    options: dict[str, Any] = field(default_factory=dict)
-    lr: float = 0.05
-
-
-RULES: dict[str, Rule] = {
-    "full": Rule("Full", "full batch", "every sample: the ordinary step (keep is 1.0)"),
-    "random": Rule("Random", "random", "k at random; needs no scoring forward"),
-    "top-loss": Rule("TopLoss", "top loss", "the k largest losses"),
-    "top-loss-refit": Rule("TopLoss", "top loss, refit", "the same, weights by least squares", {"weights": "refit"}),
-    "top-gradnorm": Rule("TopGradNorm", "top gradient norm", "the k largest last-layer gradients"),
-    "loss-percentile": Rule("LossPercentile", "loss percentile", "odds by the loss's percentile (Selective-Backprop)"),
-    "loss-rank": Rule("LossRank", "loss rank", "odds by the loss's rank in its minibatch"),
-    "gradnorm": Rule("GradNormImportance", "gradient-norm importance", "odds by gradient norm, unbiased weights"),
-    "matching": Rule("GradientMatching", "gradient matching", "weights and rows that match the mean gradient"),
-    "divbs": Rule("DivBS", "diverse (DivBS)", "odds by what the chosen ones do not yet span"),
-}
+__all__ = ["RULES", "Rule", "build_selector", "keep_for", "parse"]
 
 
 def parse(spec: str) -> tuple[Rule, dict[str, Any]]:

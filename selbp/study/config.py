@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from selbp.study.models import MODELS
 
@@ -29,9 +29,9 @@ class RunConfig:
     weight_decay: float = 5e-4
     warmup: float = 0.1  # share of the steps in which the rate rises to lr; then it falls linearly to 0
     seed: int = 0
-    backward: str = "auto"
-    scoring: str = "same"
-    head_gradient: str = "subset"
+    backward: Literal["auto", "rows", "recompute"] = "auto"
+    scoring: Literal["same", "eval"] = "same"
+    head_gradient: Literal["subset", "full"] = "subset"
     evaluate_every: int = 200
     device: str = "cpu"
     threads: int = 0  # 0: as torch decides

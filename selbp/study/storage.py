@@ -85,10 +85,11 @@ class JsonLines:
 # ------------------------------------------------------------------------------------------------- nested state
 
 
-def encode(state: Any) -> tuple[bytes, Block]:
+def encode(state: Any, reuse: Block | None = None) -> tuple[bytes, Block]:
     """A nest of dicts, lists, tuples, tensors and JSON scalars as JSON and one block of bytes.
 
-    Tensors keep dtype, shape and, for images, the channels-last layout. Anything else is a TypeError.
+    Tensors keep dtype, shape and, for images, the channels-last layout. Anything else is a TypeError. ``reuse`` is a
+    block of an earlier call that may be written over, so that its pages are warm.
     """
     pieces: list[tuple[int, Tensor]] = []
     size = 0
@@ -113,7 +114,7 @@ def encode(state: Any) -> tuple[bytes, Block]:
         raise TypeError(f"state may hold tensors, numbers, strings, dicts and lists, got {type(value).__name__}")
 
     text = json.dumps(walk(state), allow_nan=True).encode()
-    block = np.zeros(size, np.uint8)
+    block = reuse if reuse is not None and reuse.nbytes == size else np.zeros(size, np.uint8)
     for offset, flat in pieces:
         block[offset : offset + flat.numel()] = flat.numpy()
     return text, block
@@ -164,12 +165,14 @@ class Journal:
         self.durable_every = durable_every  # seconds between fsynced copies
         self.last_durable = time.monotonic()
         self.files: list[int] = []
+        self.block: Block | None = None
 
     def write(self, state: Any, sequence: int) -> None:
         """Keep ``state`` under ``sequence`` (increasing): a kill from now on loses nothing of it."""
         if not self.files:
             self.files = [os.open(path, os.O_RDWR | os.O_CREAT, 0o644) for path in self.paths]
-        text, block = encode(state)
+        text, self.block = encode(state, self.block)
+        block = self.block
         header = HEADER.pack(MAGIC, sequence, len(text), block.nbytes, checksum(sequence, text, block))
         self._write_slot(self.files[sequence % 2], header, text, block)
         if time.monotonic() - self.last_durable >= self.durable_every:

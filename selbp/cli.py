@@ -1,0 +1,179 @@
+"""The command line: ``selbp train | compare | bench | info``. Bad input ends in one line and a non-zero exit."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from selbp._version import __version__
+
+
+def keep_argument(text: str) -> float | int:
+    """``0.25`` is a share, ``32`` a number of samples; ``1`` is one sample and ``1.0`` all of them."""
+    try:
+        return int(text)
+    except ValueError:
+        try:
+            return float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"a share such as 0.25 or a number of samples, got {text!r}") from None
+
+
+def list_argument(text: str) -> list[str]:
+    """``a,b`` as a list; a comma inside a selector's options is written ``;``."""
+    return [part.strip().replace(";", ",") for part in text.split(",") if part.strip()]
+
+
+def rates_argument(text: str) -> list[float]:
+    """``0.02,0.05`` as floats."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"rates such as 0.02,0.05,0.1, got {text!r}") from None
+
+
+def seeds_argument(text: str) -> list[int]:
+    """``0,1,4`` or ``0-4`` as a list of numbers."""
+    seeds: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            seeds += range(int(first), int(last) + 1) if dash else [int(first)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"seeds such as 0-4 or 0,1,7, got {text!r}") from None
+    return seeds
+
+
+def _training_options(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", choices=["fashion-mnist", "digits"], default="fashion-mnist",
+                      help="fashion-mnist is fetched when it is not there (default: %(default)s)")  # fmt: skip
+    data.add_argument("--data", type=Path, metavar="DIR", help="folder with Fashion-MNIST's four IDX files")
+    run = parser.add_argument_group("training")
+    run.add_argument("--model", choices=["cnn", "mlp"], help="network (default: cnn)")
+    run.add_argument("--keep", type=keep_argument, metavar="K",
+                     help="share of each minibatch that runs backward (0.25), or a number of samples (32); 1 is one "
+                     "sample, 1.0 all (default: 0.25)")  # fmt: skip
+    length = run.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=float, metavar="E", help="length in passes over the data (default: 4)")
+    length.add_argument("--steps", type=int, metavar="N", help="length in optimizer steps")
+    run.add_argument("--batch-size", type=int, metavar="N", help="samples of a minibatch (default: 128)")
+    run.add_argument("--backward", choices=["auto", "rows", "recompute"], help="how the chosen rows run backward "
+                     "(default: auto)")  # fmt: skip
+    run.add_argument("--scoring", choices=["same", "eval"], help="mode of the scoring forward (default: same)")
+    run.add_argument("--head-gradient", choices=["subset", "full"], help="full gives the last layer its exact "
+                     "full-batch gradient (default: subset)")  # fmt: skip
+    run.add_argument("--evaluate-every", type=int, metavar="N", help="steps between evaluations (default: a tenth)")
+    run.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    run.add_argument("--threads", type=int, default=0, metavar="N", help="torch's threads (default: as torch decides)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--debug", action="store_true", help="on an error, show where it came from")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="selbp", description="Train a PyTorch model on a chosen, weighted part of each minibatch.",
+        epilog="selbp COMMAND --help explains a command, with examples.",
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"selbp {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    raw = argparse.RawDescriptionHelpFormatter
+
+    train = commands.add_parser(
+        "train", help="one training run", formatter_class=raw,
+        description="Train one model; log, state and result go to --out. Whatever stops a run, killed or interrupted,\n"
+        "only the step in flight is lost: the same command with --resume goes on from there, bit for bit.",
+        epilog="examples:\n"
+        "  selbp train --selector matching --keep 0.25\n"
+        "  selbp train --selector top-loss:weights=refit --epochs 2 --out runs/top\n"
+        "  selbp train --selector top-loss:weights=refit --epochs 2 --out runs/top --resume\n\n"
+        f"selectors (options as name:option=value,...):\n{_selector_help()}",
+    )  # fmt: skip
+    train.add_argument("--selector", default="matching", metavar="RULE", help="see below (default: %(default)s)")
+    train.add_argument("--lr", type=float, help="peak learning rate (default: the rule's own, tuned at keep 0.25)")
+    train.add_argument("--seed", type=int, default=0, help="weights, order of samples, draws (default: %(default)s)")
+    train.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/DATA-RULE-seedN)")
+    train.add_argument("--resume", action="store_true", help="go on with the run that --out holds")
+    _training_options(train)
+
+    compare = commands.add_parser(
+        "compare", help="selection rules by seeds: a table, plots, one page", formatter_class=raw,
+        description="Train every arm with every seed; print a table; write results.jsonl, table.md, three plots and\n"
+        "report.html to --out. Runs are cached by configuration: the same command goes on where it was stopped,\n"
+        "and an arm that fails is a line of the table, not the end of the others.",
+        epilog="examples:\n"
+        "  selbp compare --preset demo\n"
+        "  selbp compare --arms random,top-loss,matching --seeds 0-4 --keep 0.1 --epochs 8 --out runs/tenth\n"
+        "  selbp compare --arms full,random,matching:ridge=0.01 --budget samples\n"
+        "  selbp compare --arms random,matching --keep 0.1 --tune 0.02,0.05,0.1   # rates on held-out training data\n\n"
+        f"arms:\n{_selector_help()}",
+    )  # fmt: skip
+    compare.add_argument("--preset", choices=["demo"], help="demo: the six rules of `make demo`, minutes on two cores")
+    compare.add_argument("--arms", type=list_argument, metavar="A,B,...", help="rules to compare (default: the demo's)")
+    compare.add_argument("--seeds", "--seed", type=seeds_argument, metavar="S", help="0-4 or 0,1,7 (default: 0-2)")
+    compare.add_argument("--budget", choices=["steps", "samples"], default="steps",
+                         help="what arms share: steps, or samples run backward (default: %(default)s)")  # fmt: skip
+    rates = compare.add_mutually_exclusive_group()
+    rates.add_argument("--lr", type=float, help="one peak learning rate for every arm (default: each rule's own)")
+    rates.add_argument("--tune", type=rates_argument, metavar="R,R,...",
+                       help="choose each arm's rate among these, on a tenth of the training data held out")  # fmt: skip
+    compare.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder (default: runs/compare, runs/demo for the demo)"
+    )
+    _training_options(compare)
+
+    bench = commands.add_parser(
+        "bench", help="operator throughput against peers and the roofline", formatter_class=raw,
+        description="Run the benchmark suite of a source checkout. Further arguments go to it.",
+        epilog="example:\n  selbp bench --out runs/bench",
+    )  # fmt: skip
+    bench.add_argument("--seed", type=int, help="seed of the inputs")
+    bench.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
+    bench.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+
+    info = commands.add_parser(
+        "info", help="what was built, what is in use, why something is missing", formatter_class=raw,
+        description="Print versions, what was built, the CPU level in use, threads, and the state of CUDA and Triton.",
+        epilog="examples:\n  selbp info\n  selbp info --json",
+    )  # fmt: skip
+    info.add_argument("--json", action="store_true", help="as one JSON object")
+    info.add_argument("--out", type=Path, metavar="FILE", help="write it there as well")
+    info.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    info.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _selector_help() -> str:
+    from selbp.study.rules import RULES  # light: names and words only
+
+    return "\n".join(f"  {name:<16} {rule.summary}" for name, rule in RULES.items())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 a run failed, 2 bad input, 130 interrupted."""
+    arguments, rest = build_parser().parse_known_args(argv)
+    if rest and arguments.command != "bench":
+        build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    from selbp import commands
+
+    handlers = {"train": commands.train, "compare": commands.compare, "info": commands.info}
+    try:
+        if arguments.command == "bench":
+            return commands.bench(arguments, rest)
+        return handlers[arguments.command](arguments)
+    except KeyboardInterrupt:
+        print("\nselbp: interrupted", file=sys.stderr)
+        return commands.INTERRUPTED
+    except commands.EXPECTED as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"selbp: {error}", file=sys.stderr)
+        return commands.status_of(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

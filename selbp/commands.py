@@ -1,0 +1,247 @@
+"""What the commands do, once their arguments are read (:mod:`selbp.cli`)."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from selbp.data import DataError, Dataset, load
+from selbp.study.arms import build_selector, keep_for, parse
+from selbp.study.compare import Arm, Comparison, Outcome, run_all, tune
+from selbp.study.config import RunConfig
+from selbp.study.run import Diverged, Run, read_config, read_result
+from selbp.study.storage import StorageError, write_text
+
+DEMO_ARMS = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching")
+DEFAULT_EPOCHS = 4.0
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class UsageError(Exception):
+    """Bad input; the message is the one line that the user sees."""
+
+
+EXPECTED = (UsageError, ValueError, DataError, StorageError, Diverged, NotImplementedError, OSError)
+
+
+def status_of(error: Exception) -> int:
+    """Exit status of an expected error: 1 where the run failed, 2 where it was asked for wrongly."""
+    return FAILED if isinstance(error, (Diverged, OSError)) else BAD_INPUT
+
+
+def say(text: str) -> None:
+    """One line for the reader, at once."""
+    print(text, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------ shared
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def _load(arguments: argparse.Namespace, *, fallback: bool = False) -> Dataset:
+    _check_device(arguments.device)
+    return load(arguments.dataset, arguments.data, fallback=fallback, say=say)
+
+
+def _base(arguments: argparse.Namespace, data: Dataset, selector: str, lr: float, seed: int) -> RunConfig:
+    """The configuration that the arguments describe; what was not given keeps its default."""
+    batch_size = 128 if arguments.batch_size is None else arguments.batch_size
+    if not 1 <= batch_size <= len(data.train):
+        raise UsageError(f"--batch-size must lie in 1..{len(data.train)}, got {batch_size}")
+    steps = arguments.steps
+    if steps is None:
+        epochs = DEFAULT_EPOCHS if arguments.epochs is None else arguments.epochs
+        if not (math.isfinite(epochs) and epochs > 0):
+            raise UsageError(f"--epochs must be above 0, got {epochs}")
+        steps = max(1, round(epochs * (len(data.train) // batch_size)))
+    given = {
+        name: getattr(arguments, name)
+        for name in ("model", "backward", "scoring", "head_gradient", "evaluate_every")
+        if getattr(arguments, name) is not None
+    }
+    keep = keep_for(selector, 0.25 if arguments.keep is None else arguments.keep)
+    config = RunConfig(
+        dataset=data.name, fingerprint=data.fingerprint, selector=selector, steps=steps, lr=lr, keep=keep, seed=seed,
+        batch_size=batch_size, device=arguments.device, threads=arguments.threads,
+        **{"evaluate_every": max(1, math.ceil(steps / 10)), **given},
+    )  # fmt: skip
+    build_selector(selector)
+    return config
+
+
+class Bar:
+    """A progress bar of one run: samples a second and the last loss."""
+
+    def __init__(self, name: str, config: RunConfig, done: int, quiet: bool) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(
+            total=config.steps * config.batch_size, initial=done * config.batch_size, desc=name, unit=" samples",
+            unit_scale=True, disable=quiet, mininterval=0.2 if sys.stderr.isatty() else 15.0, leave=False,
+            dynamic_ncols=True,
+        )  # fmt: skip
+
+    def __call__(self, samples: int, loss: float) -> None:
+        """Advance."""
+        if not math.isnan(loss):
+            self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        self.bar.update(samples)
+
+    def close(self) -> None:
+        """Take it off the screen."""
+        self.bar.close()
+
+
+# ------------------------------------------------------------------------------------------------------- train
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """``selbp train``."""
+    lr = parse(arguments.selector)[0].lr if arguments.lr is None else arguments.lr
+    data = _load(arguments)
+    config = _base(arguments, data, arguments.selector, lr, arguments.seed)
+    name = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in arguments.selector)
+    folder = arguments.out or Path("runs") / f"{data.name}-{name}-seed{arguments.seed}"
+    before = read_config(folder)
+    if before is not None and not arguments.resume:
+        raise UsageError(f"{folder} holds a run already: --resume goes on with it, another --out starts a new one")
+    if before is None and arguments.resume:
+        say(f"{folder} holds no run yet: starting one")
+    if before is not None and before != config:
+        raise UsageError(f"{folder} holds another run: {'; '.join(before.differences(config))}")
+    result = read_result(folder)
+    if result is not None:
+        say(f"{folder} is finished")
+    else:
+        run = Run(config, data, folder)
+        done = run.open()
+        say(f"{'going on at step ' + str(done) if done else 'training'} in {folder}: {config.steps} steps, "
+            f"{config.kept()} of {config.batch_size} samples run backward")  # fmt: skip
+        bar = Bar(config.selector, config, done, arguments.quiet)
+        try:
+            result = run.execute(bar)
+        except KeyboardInterrupt:
+            bar.close()
+            say(f"stopped after step {run.step} of {config.steps}; the same command with --resume goes on from there")
+            return INTERRUPTED
+        finally:
+            bar.close()
+    seconds = result["seconds"]
+    say(f"test accuracy {result['accuracy']:.2f} %, {result['backward_samples']} backward samples, seconds: "
+        f"forward {seconds['score'] + seconds['forward']:.1f}, select {seconds['select']:.1f}, "
+        f"backward {seconds['backward']:.1f}, total {seconds['total']:.1f}")  # fmt: skip
+    say(f"log {folder / 'log.jsonl'}, weights {folder / 'model.pt'}, result {folder / 'result.json'}")
+    return OK
+
+
+# ----------------------------------------------------------------------------------------------------- compare
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """``selbp compare``."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError('the plots need matplotlib: pip install "selbp[demo]"')
+    from selbp.study.report import write_report
+
+    demo = arguments.preset == "demo"
+    names = arguments.arms or list(DEMO_ARMS)
+    arms = [Arm(name, arguments.lr) for name in names]
+    rates = [arm.rate() for arm in arms]  # also checks the names
+    data = _load(arguments, fallback=demo)
+    base = _base(arguments, data, names[0], rates[0], 0)
+    base = replace(base, keep=0.25 if arguments.keep is None else arguments.keep)
+    for name in names:
+        build_selector(name)
+    comparison = Comparison(base, arms, arguments.seeds or [0, 1, 2], arguments.budget)
+    folder = arguments.out or Path("runs") / ("demo" if demo else "compare")
+    folder.mkdir(parents=True, exist_ok=True)
+    command = "selbp " + shlex.join(sys.argv[1:])
+    outcomes: list[Outcome] = []
+    bars: list[Bar] = []
+
+    def close() -> None:
+        while bars:
+            bars.pop().close()
+
+    def progress(index: int, total: int, arm: Arm, config: RunConfig, done: int) -> Callable[[int, float], None]:
+        bars.append(Bar(f"{index + 1}/{total} {arm.label}, seed {config.seed}", config, done, arguments.quiet))
+        return bars[-1]
+
+    def finished(so_far: list[Outcome]) -> None:
+        close()
+        outcomes[:] = so_far
+        last = so_far[-1]
+        where = f"{len(so_far)}/{len(arms) * len(comparison.seeds)} {last.arm.label}, seed {last.config.seed}"
+        if last.result is None:
+            say(f"{where}: failed: {last.error}")
+        else:
+            say(f"{where}: {last.result['accuracy']:.2f} % in {last.result['seconds']['total']:.1f} s"
+                f"{' (from before)' if last.cached else ''}")  # fmt: skip
+
+    try:
+        if arguments.tune:
+            comparison, scores = tune(comparison, arguments.tune, data, folder, progress=progress)
+            write_text(folder / "tuning.json", json.dumps(scores, indent=1) + "\n")
+            for arm in comparison.arms:
+                tried = ", ".join(f"{rate:g}: {score:.2f} %" for rate, score in scores[arm.selector].items())
+                say(f"{arm.label}: rate {arm.rate():g} (held-out accuracy by rate: {tried})")
+        run_all(comparison, data, folder, progress=progress, finished=finished)
+    except KeyboardInterrupt:
+        close()
+        if outcomes:
+            write_report(comparison, data, outcomes, folder, command)
+        say(f"\nstopped with {len(outcomes)} runs finished; the same command goes on from the step in flight")
+        return INTERRUPTED
+    report, table = write_report(comparison, data, outcomes, folder, command)
+    say(f"\n{table}\npage: {report.resolve()}\nalso: table.md, results.jsonl, samples.png, seconds.png, time.png there")
+    return FAILED if any(outcome.result is None for outcome in outcomes) else OK
+
+
+# -------------------------------------------------------------------------------------------------- bench, info
+
+
+def bench(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """``selbp bench``: the suite lives beside the package in a source checkout, not in the package."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "benchmarks").is_dir():
+        raise UsageError(
+            "the benchmarks are part of a source checkout, which this installation is not: clone the project and run "
+            "`make bench` there"
+        )
+    command = [sys.executable, "-m", "benchmarks", *rest]
+    for name in ("seed", "out"):
+        value = getattr(arguments, name)
+        if value is not None:
+            command += [f"--{name}", str(value.resolve() if isinstance(value, Path) else value)]
+    return subprocess.run(command, cwd=root).returncode
+
+
+def info(arguments: argparse.Namespace) -> int:
+    """``selbp info``."""
+    from selbp.info import information
+
+    values = information()
+    width = max(map(len, values))
+    lines = "\n".join(f"{name:<{width}}  {value}" for name, value in values.items())
+    lines = json.dumps(values, indent=1) if arguments.json else lines
+    say(lines)
+    if arguments.out is not None:
+        write_text(arguments.out, lines + "\n")
+    return OK

@@ -1,0 +1,91 @@
+"""``selbp info``: versions, what was built, what is in use, and why something is missing."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+import selbp._native as native
+from selbp._version import __version__
+
+
+def machine() -> dict[str, str]:
+    """The machine and the versions, in words, for a report."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return {
+        "processor": f"{_processor()}, {os.cpu_count()} logical cores{gpu}",
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "versions": f"selbp {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        "threads": f"{torch.get_num_threads()} (torch), kernels of level {native.level()}",
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cuda_core() -> str:
+    try:
+        core = importlib.import_module("selbp._native_cuda")
+    except ImportError as error:
+        return f"not built ({error})"
+    return f"built for {core.architectures()}" if hasattr(core, "architectures") else "built"
+
+
+def _cuda() -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "none: this torch was built for the CPU alone"
+    if not torch.cuda.is_available():
+        return f"torch was built for CUDA {torch.version.cuda}, but finds no device: no driver, or none is visible"
+    names = ", ".join(
+        f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
+        for i in range(torch.cuda.device_count())
+    )
+    return f"{names}; CUDA {torch.version.cuda}"
+
+
+def _triton() -> str:
+    version = _version("triton")
+    if version == "not installed":
+        return "not installed: CUDA tensors use the reference implementation (pip install triton)"
+    if not torch.cuda.is_available():
+        return f"{version}, idle: there is no GPU, and CPU tensors use the native core"
+    return version
+
+
+def information() -> dict[str, str]:
+    """Everything that ``selbp info`` prints, by name."""
+    return {
+        "selbp": f"{__version__}, {Path(__file__).parent}",
+        "python": f"{platform.python_version()}, {sys.executable}",
+        "torch": torch.__version__,
+        "numpy": _version("numpy"),
+        "triton": _triton(),
+        "processor": machine()["processor"],
+        "native core": f"built, {native.__file__}",
+        "CPU level in use": native.level(),
+        "threads": f"{torch.get_num_threads()} (torch), {os.cpu_count()} logical cores",
+        "CUDA core": _cuda_core(),
+        "CUDA": _cuda(),
+        "matplotlib": _version("matplotlib"),
+        "scikit-learn": _version("scikit-learn"),
+    }

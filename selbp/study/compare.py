@@ -1,0 +1,171 @@
+"""A comparison: arms by seeds, one cached run each; a failed run never takes another with it."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from selbp.data import Dataset
+from selbp.study.arms import keep_for, parse
+from selbp.study.config import RunConfig
+from selbp.study.run import Diverged, Run, read_config, read_result
+from selbp.study.storage import StorageError, write_text
+
+BUDGETS = ("steps", "samples")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the table: a selector and, where it is not the rule's own, its learning rate."""
+
+    selector: str
+    lr: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The rule's label, with the options that were given."""
+        rule, _ = parse(self.selector)
+        options = self.selector.partition(":")[2]
+        return f"{rule.label} ({options})" if options else rule.label
+
+    def rate(self) -> float:
+        """Its learning rate."""
+        return parse(self.selector)[0].lr if self.lr is None else self.lr
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Arms by seeds under one budget; ``base`` gives what they share.
+
+    ``budget="steps"`` gives every arm ``base.steps`` steps; ``"samples"`` gives every arm the backward samples that
+    ``base.steps`` steps at ``base.keep`` take, so that the full batch gets fewer steps. Each run decays its own rate.
+    """
+
+    base: RunConfig
+    arms: Sequence[Arm]
+    seeds: Sequence[int] = (0,)
+    budget: str = "steps"
+
+    def __post_init__(self) -> None:
+        if not self.arms or not self.seeds:
+            raise ValueError("a comparison needs at least one arm and one seed")
+        if self.budget not in BUDGETS:
+            raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, got {self.budget!r}")
+        for name, values in (
+            ("arm", [arm.selector for arm in self.arms]),
+            ("seed", [str(seed) for seed in self.seeds]),
+        ):
+            repeated = sorted({value for value in values if values.count(value) > 1})
+            if repeated:
+                raise ValueError(f"{name} {repeated[0]} is given twice")
+
+    def config(self, arm: Arm, seed: int) -> RunConfig:
+        """The configuration of one run."""
+        config = replace(
+            self.base, selector=arm.selector, keep=keep_for(arm.selector, self.base.keep), lr=arm.rate(), seed=seed
+        )
+        if self.budget == "samples":
+            steps = max(1, round(self.base.steps * self.base.kept() / config.kept()))
+            every = max(1, round(self.base.evaluate_every * steps / self.base.steps))
+            config = replace(config, steps=steps, evaluate_every=every)
+        return config
+
+    def runs(self) -> Iterator[tuple[Arm, RunConfig]]:
+        """Every run, seed by seed: a comparison that is stopped has whole seeds to compare."""
+        for seed in self.seeds:
+            for arm in self.arms:
+                yield arm, self.config(arm, seed)
+
+
+@dataclass
+class Outcome:
+    """What became of one run: a result or the reason why there is none."""
+
+    arm: Arm
+    config: RunConfig
+    result: dict[str, Any] | None = None
+    error: str | None = None
+    cached: bool = field(default=False, compare=False)
+
+
+Progress = Callable[[int, int, Arm, RunConfig, int], Callable[[int, float], None]]
+
+
+def no_progress(_index: int, _total: int, _arm: Arm, _config: RunConfig, _done: int) -> Callable[[int, float], None]:
+    """Show nothing."""
+    return lambda _samples, _loss: None
+
+
+def run_folder(folder: Path, arm: Arm, config: RunConfig) -> Path:
+    """Where a run of a comparison lives; its name ends with the key, so that it is found again by its configuration."""
+    name = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in arm.selector)
+    return folder / "runs" / f"{name}-seed{config.seed}-{config.key()}"
+
+
+def run_one(arm: Arm, config: RunConfig, data: Dataset, folder: Path, advance: Callable[[int], Any]) -> Outcome:
+    """Carry one run to its end, from where it stands; what it raises becomes the outcome's error."""
+    home = run_folder(folder, arm, config)
+    try:
+        result = read_result(home)
+        if result is not None and read_config(home) == config:
+            return Outcome(arm, config, result, cached=True)
+        run = Run(config, data, home)
+        return Outcome(arm, config, run.execute(advance(run.open())))
+    except Exception as error:  # a failed arm is a line of the table, not the end of the others
+        home.mkdir(parents=True, exist_ok=True)
+        write_text(home / "error.txt", traceback.format_exc())
+        known = isinstance(error, (ValueError, Diverged, StorageError))
+        return Outcome(arm, config, error=str(error) if known else f"{type(error).__name__}: {error}")
+
+
+def run_all(
+    comparison: Comparison,
+    data: Dataset,
+    folder: Path,
+    *,
+    progress: Progress = no_progress,
+    finished: Callable[[list[Outcome]], None] = lambda outcomes: None,
+) -> list[Outcome]:
+    """Every run of ``comparison``; those that are finished in ``folder`` are read, the rest carried on.
+
+    ``finished`` is called with what there is after each run. KeyboardInterrupt passes through: the next call goes on
+    from the step that was in flight.
+    """
+    runs = list(comparison.runs())
+    outcomes: list[Outcome] = []
+    for index, (arm, config) in enumerate(runs):
+
+        def advance(done: int, index: int = index, arm: Arm = arm, config: RunConfig = config) -> Any:
+            return progress(index, len(runs), arm, config, done)
+
+        outcomes.append(run_one(arm, config, data, folder, advance))
+        finished(outcomes)
+    return outcomes
+
+
+def tune(
+    comparison: Comparison, rates: Sequence[float], data: Dataset, folder: Path, *, progress: Progress = no_progress
+) -> tuple[Comparison, dict[str, dict[float, float]]]:
+    """``comparison`` with each arm's best of ``rates``, and the mean accuracies that decided, by arm and rate.
+
+    The rates are judged on a tenth of the *training* data that is held out; the test part is never read. The seeds
+    (1000, 1001) are none that a comparison reports by default. A rate at which a run fails is out.
+    """
+    held_out = data.held_out(0.1)
+    base = replace(comparison.base, dataset=held_out.name, fingerprint=held_out.fingerprint)
+    arms, scores = [], {}
+    for arm in comparison.arms:
+        score: dict[float, float] = {}
+        for rate in rates:
+            trial = Comparison(base, [replace(arm, lr=rate)], (1000, 1001), comparison.budget)
+            outcomes = run_all(trial, held_out, folder / "tuning", progress=progress)
+            if all(outcome.result is not None for outcome in outcomes):
+                score[rate] = sum(outcome.result["accuracy"] for outcome in outcomes if outcome.result) / len(outcomes)
+        if not score:
+            raise ValueError(f"{arm.label} fails at every one of the rates {list(rates)}")
+        arms.append(replace(arm, lr=max(score, key=lambda rate: score[rate])))
+        scores[arm.selector] = score
+    return replace(comparison, arms=arms), scores

@@ -1,0 +1,208 @@
+"""A run: deterministic, resumable to the bit from any step, blind to the test part."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from selbp.data import Dataset, Split
+from selbp.data.idx import write_idx
+from selbp.study.config import RunConfig
+from selbp.study.run import Diverged, Order, Run, evaluate, read_config, read_result
+from selbp.study.storage import JsonLines
+
+RULES = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching")
+
+
+class Stop(Exception):
+    """A kill, as seen from inside the process."""
+
+
+def stop_after(steps: int):
+    left = steps
+
+    def advance(_samples: int, _loss: float) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Stop
+
+    return advance
+
+
+def finish(config: RunConfig, data: Dataset, folder: Path) -> dict:
+    run = Run(config, data, folder)
+    run.open()
+    return run.execute()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "model.pt", weights_only=True)
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    first, second = weights(a), weights(b)
+    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def log_without_times(folder: Path) -> list[dict]:
+    rows = JsonLines(folder / "log.jsonl").read()
+    return [{name: value for name, value in row.items() if name not in ("seconds", "milliseconds")} for row in rows]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("model", ["cnn", "mlp"])
+def test_a_run_stopped_at_any_step_ends_bit_for_bit_the_same(
+    tmp_path: Path, dataset: Dataset, config: RunConfig, rule: str, model: str
+) -> None:
+    config = dataclasses.replace(config, selector=rule, model=model, keep=1.0 if rule == "full" else 0.25)
+    whole = finish(config, dataset, tmp_path / "whole")
+    for stop in (1, 13):  # 13 more: inside an epoch, a window and between two evaluations
+        run = Run(config, dataset, tmp_path / "parts")
+        run.open()
+        with pytest.raises(Stop):
+            run.execute(stop_after(stop))
+    run = Run(config, dataset, tmp_path / "parts")
+    assert run.open() == 14
+    parts = run.execute()
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+    assert log_without_times(tmp_path / "whole") == log_without_times(tmp_path / "parts")
+    assert parts["accuracy"] == whole["accuracy"] and parts["backward_samples"] == whole["backward_samples"]
+    assert whole["backward_samples"] == 30 * (32 if rule == "full" else 8)
+
+
+def test_a_state_of_another_step_would_be_noticed(tmp_path: Path, dataset: Dataset, config: RunConfig) -> None:
+    """The comparison above can fail: resuming one step off gives other weights."""
+    finish(config, dataset, tmp_path / "whole")
+    run = Run(config, dataset, tmp_path / "parts")
+    run.open()
+    with pytest.raises(Stop):
+        run.execute(stop_after(10))
+    run = Run(config, dataset, tmp_path / "parts")
+    run.open()
+    run.step += 1
+    run.execute()
+    assert not same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_what_a_finished_run_leaves(tmp_path: Path, dataset: Dataset, config: RunConfig) -> None:
+    result = finish(config, dataset, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "log.jsonl", "model.pt", "result.json"]
+    assert read_config(tmp_path) == config and read_result(tmp_path) == json.loads(json.dumps(result))
+    assert [point["step"] for point in result["curve"]] == [0, 10, 20, 30]
+    assert result["seconds"]["total"] >= result["seconds"]["score"] + result["seconds"]["backward"] > 0
+    assert result["accuracy"] > 30  # it learns: chance is 10
+
+
+def test_arms_of_a_seed_start_alike(tmp_path: Path, dataset: Dataset, config: RunConfig) -> None:
+    runs = [
+        Run(dataclasses.replace(config, selector=rule), dataset, tmp_path / rule) for rule in ("random", "matching")
+    ]
+    for mine, theirs in zip(*(run.model.state_dict().values() for run in runs), strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.equal(runs[0].order.indices(5), runs[1].order.indices(5))
+
+
+def test_epochs_see_every_sample_once() -> None:
+    order = Order(100, 10, seed=3)
+    epochs = [torch.cat([order.indices(step) for step in range(start, start + 10)]) for start in (0, 10)]
+    assert all(torch.equal(epoch.sort().values, torch.arange(100)) for epoch in epochs)
+    assert not torch.equal(*epochs)
+    assert torch.equal(Order(100, 10, seed=3).indices(17), order.indices(17))
+    with pytest.raises(ValueError, match="100 training samples"):
+        Order(100, 101, seed=0)
+
+
+def other_test_part(data: Dataset) -> Dataset:
+    test = Split(255 - data.test.images, (data.test.labels + 3) % 10, data.test.mean, data.test.std)
+    return dataclasses.replace(data, test=test)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_training_does_not_depend_on_the_test_part(
+    tmp_path: Path, dataset: Dataset, config: RunConfig, rule: str
+) -> None:
+    config = dataclasses.replace(config, selector=rule)
+    first = finish(config, dataset, tmp_path / "a")
+    second = finish(config, other_test_part(dataset), tmp_path / "b")
+    assert same_weights(tmp_path / "a", tmp_path / "b") and first["accuracy"] != second["accuracy"]
+
+
+def test_evaluation_leaves_the_model_as_it_was(dataset: Dataset) -> None:
+    class Chatty(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(), torch.nn.Linear(64, 10))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert not self.training and not torch.is_grad_enabled()
+            return self.layers(x)
+
+    model = Chatty().train()
+    before = torch.get_rng_state()
+    accuracy, loss = evaluate(model, dataset.test, torch.device("cpu"), rows=7)
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+    inputs, target = dataset.test.batch(torch.arange(100))
+    logits = model.layers.eval()(inputs).detach()
+    assert accuracy == pytest.approx(100 * float((logits.argmax(1) == target).float().mean()), abs=1e-4)
+    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, target)), rel=1e-5)
+
+
+def test_a_diverging_run_says_so(tmp_path: Path, dataset: Dataset, config: RunConfig) -> None:
+    with pytest.raises(Diverged, match="lower --lr"):
+        finish(dataclasses.replace(config, selector="random", lr=1e25), dataset, tmp_path)
+
+
+def write_set(folder: Path, data: Dataset) -> Path:
+    folder.mkdir()
+    for prefix, split in (("train", data.train), ("t10k", data.test)):
+        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", split.images)
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", split.labels.to(torch.uint8))
+    return folder
+
+
+def test_sigkill_at_a_random_moment_costs_the_step_in_flight_only(tmp_path: Path, dataset: Dataset) -> None:
+    folder = write_set(tmp_path / "set", dataset)
+    command = [
+        sys.executable, "-m", "selbp.cli", "train", "--data", str(folder), "--selector", "loss-percentile", "--steps",
+        "400", "--batch-size", "32", "--threads", "1", "--quiet", "--evaluate-every", "50", "--model", "cnn", "--out",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment, timeout=120)
+    chance = random.Random()
+    steps = []
+    for _ in range(2):
+        process = subprocess.Popen([*command, str(tmp_path / "parts"), "--resume"], env=environment)
+        slots = [tmp_path / "parts" / name for name in ("state-a.bin", "state-b.bin")]
+        before = [slot.stat().st_mtime_ns if slot.exists() else 0 for slot in slots]
+        deadline = time.monotonic() + 60
+        while all(
+            slot.exists() is False or slot.stat().st_mtime_ns == old for slot, old in zip(slots, before, strict=True)
+        ):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.15))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        steps.append(_step(tmp_path / "parts"))
+    assert 0 < steps[0] <= steps[1]
+    subprocess.run([*command, str(tmp_path / "parts"), "--resume"], check=True, env=environment, timeout=120)
+    assert same_weights(tmp_path / "whole", tmp_path / "parts"), f"killed after steps {steps}"
+    assert log_without_times(tmp_path / "whole") == log_without_times(tmp_path / "parts")
+
+
+def _step(folder: Path) -> int:
+    from selbp.study.storage import Journal
+
+    found = Journal(folder).read()
+    return found[1] if found else 400  # finished before the kill arrived
