@@ -42,3 +42,15 @@ def assert_same(got, want, rtol=2e-5):
     for name in want:
         scale = want[name].abs().max().clamp(min=1e-12)
         assert (got[name] - want[name]).abs().max() <= rtol * scale + 1e-9, name
+
+
+def assert_same_state(got, want):
+    """Equal states, bit for bit; NaN equals NaN."""
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        if isinstance(value, dict):
+            assert_same_state(got[name], value)
+        elif isinstance(value, torch.Tensor):
+            torch.testing.assert_close(got[name], value, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert got[name] == value, name
