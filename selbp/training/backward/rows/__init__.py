@@ -8,6 +8,7 @@ from selbp.training.backward.rows import (  # noqa: F401  (each module registers
     products,
     scatter,
     shapes,
+    views,
 )
 from selbp.training.backward.rows.layout import BatchNormPolicy, Layout, RowSet
 from selbp.training.backward.rows.registry import RULES, TABLE, NoRuleError

@@ -164,13 +164,13 @@ def masked_fill(func: Any, gradient: Any, mask: Any, value: Any) -> Any:
     return pointwise(aten.masked_fill.Scalar, (gradient, mask, 0))
 
 
-@rule("neg", "clone", "alias", "_to_copy", "positive", "_conj", "resolve_conj", "zeros_like", "lift_fresh", "_neg_view")
+@rule("neg", "clone", "_to_copy", "zeros_like")
 def copy(func: Any, gradient: RowGradient, *args: Any, **kwargs: Any) -> Any:
     """Always."""
     return wrap(func(gradient._data, *args, **kwargs), gradient._layout)
 
 
-@rule("abs", "sgn", "sign", "real", "imag", "view_as_real", "view_as_complex")
+@rule("abs", "sgn", "sign")
 def maps_zero_to_zero(func: Any, gradient: RowGradient) -> Any:
     """Maps zero to zero."""
     return wrap(func(gradient._data), gradient._layout)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selbp.training.backward.rows.fallback import ZERO_RULES
 from selbp.training.backward.rows.layout import Layout
 from selbp.training.backward.rows.registry import Rule, need, overloads, rule
-from selbp.training.backward.rows.tensor import ZERO_RULES, RowGradient, Zeros, wrap, wrap_zeros
+from selbp.training.backward.rows.tensor import RowGradient, Zeros, wrap, wrap_zeros
 
 aten = torch.ops.aten
 

@@ -1,146 +1,18 @@
-"""Rules of views and data movement: where the samples stand afterwards."""
+"""Rules of data movement: the backwards of views, joins, padding, reordering."""
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from selbp.training.backward.rows.layout import Layout
-from selbp.training.backward.rows.registry import NoRuleError, need, rule
+from selbp.training.backward.rows.registry import need, rule
 from selbp.training.backward.rows.tensor import RowGradient, wrap
+from selbp.training.backward.rows.views import blocks
 
 aten = torch.ops.aten
-
-
-def follow(shape: Any, layout: Layout, size: Any) -> tuple[list[int], Layout]:
-    """The stored size and the layout after viewing ``shape`` as ``size``.
-
-    Row-major, an element's position is (left, sample, right) with ``left`` and ``right`` running over what stands
-    before and after the samples. The new dim that holds the samples must hold all n of them: it spans (left / before) *
-    n * (right / after) positions, where ``before`` and ``after`` are the products of the dims on either side of it.
-    """
-    out = list(size)
-    if -1 in out:
-        known = -prod(out)
-        out[out.index(-1)] = prod(shape) // max(1, known)
-    dim, n = layout.dim, layout.rows.n
-    left, right = prod(shape[:dim]) * layout.pre, layout.post * prod(shape[dim + 1 :])
-    before, after = 1, prod(out)
-    for axis, length in enumerate(out):
-        after = after // length if length else prod(out[axis + 1 :])
-        if left % before == 0 and after and right % after == 0:
-            pre, post = left // before, right // after
-            if length == pre * n * post:
-                out[axis] = pre * layout.rows.k * post
-                return out, layout.rows.layout(axis, pre, post)
-        before *= max(length, 1)
-    raise NoRuleError("the view splits the samples between dims")
-
-
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias")
-def view(func: Any, gradient: RowGradient, size: Any, *args: Any) -> Any:
-    """No dim of the result holds only a part of the samples."""
-    data, layout = gradient._data, gradient._layout
-    shape = gradient.shape
-    if layout.dim == 0 and layout.post == 1 and len(size) and size[0] == layout.full and len(shape) > 0:
-        out = [layout.kept, *size[1:]]  # the samples stay in front
-    else:
-        out, layout = follow(shape, layout, size)
-    try:
-        return wrap(data.view(out), layout)
-    except RuntimeError:  # the k rows lie otherwise in memory than the n would
-        need(func is not aten.view.default, "the rows' memory does not admit the view")
-        return wrap(data.reshape(out), layout)
-
-
-@rule("t")
-def matrix_transpose(func: Any, gradient: RowGradient) -> Any:
-    """Always."""
-    layout = gradient._layout
-    return wrap(gradient._data.t(), layout.at(1 - layout.dim) if gradient.dim() == 2 else layout)
-
-
-@rule("transpose.int")
-def transpose(func: Any, gradient: RowGradient, first: int, second: int) -> Any:
-    """Always."""
-    ndim, layout = gradient.dim(), gradient._layout
-    first, second = first % ndim, second % ndim
-    dim = second if layout.dim == first else first if layout.dim == second else layout.dim
-    return wrap(gradient._data.transpose(first, second), layout.at(dim))
-
-
-@rule("permute")
-def permute(func: Any, gradient: RowGradient, dims: list[int]) -> Any:
-    """Always."""
-    ndim, layout = gradient.dim(), gradient._layout
-    return wrap(gradient._data.permute(dims), layout.at([dim % ndim for dim in dims].index(layout.dim)))
-
-
-@rule("unsqueeze")
-def unsqueeze(func: Any, gradient: RowGradient, dim: int) -> Any:
-    """Always."""
-    layout = gradient._layout
-    dim %= gradient.dim() + 1
-    return wrap(gradient._data.unsqueeze(dim), layout.at(layout.dim + (dim <= layout.dim)))
-
-
-@rule("squeeze.dim", "squeeze.dims", "squeeze")
-def squeeze(func: Any, gradient: RowGradient, dims: Any = None) -> Any:
-    """Always; the samples' dim stays even where n is 1."""
-    ndim, layout = gradient.dim(), gradient._layout
-    wanted = range(ndim) if dims is None else [dims] if isinstance(dims, int) else dims
-    gone = sorted({dim % ndim for dim in wanted if gradient.shape[dim] == 1})
-    need(layout.dim not in gone, "the only sample's dim disappears")
-    data = gradient._data
-    for dim in reversed(gone):
-        data = data.squeeze(dim)
-    return wrap(data, layout.at(layout.dim - sum(dim < layout.dim for dim in gone)))
-
-
-@rule("expand")
-def expand(func: Any, gradient: RowGradient, size: Any, **kwargs: Any) -> Any:
-    """The samples' dim is not what is expanded."""
-    layout, size = gradient._layout, list(size)
-    dim = layout.dim + len(size) - gradient.dim()
-    need(size[dim] in (-1, layout.full), "the samples' dim is expanded")
-    size[dim] = layout.kept
-    return wrap(gradient._data.expand(size), layout.at(dim))
-
-
-@rule("select.int")
-def select(func: Any, gradient: RowGradient, dim: int, index: int) -> Any:
-    """Not along the samples."""
-    layout = gradient._layout
-    dim %= gradient.dim()
-    need(dim != layout.dim, "takes one sample")
-    return wrap(gradient._data.select(dim, index), layout.at(layout.dim - (dim < layout.dim)))
-
-
-def blocks(layout: Layout, start: int, end: int, step: int, size: int) -> tuple[int, int]:
-    """``start:end`` of a samples' dim of ``size`` in units of n samples: (first, last), where it cuts no n apart.
-
-    The dim is (pre, n, post): after ``cat`` of three tensors, say, a part of it can be all n samples of one.
-    """
-    whole = layout.rows.n * layout.post
-    start, end = max(start + size if start < 0 else start, 0), min(end + size if end < 0 else end, size)
-    need(step == 1 and whole > 0 and start % whole == end % whole == 0 and start < end, "takes a part of the samples")
-    return start // whole, end // whole
-
-
-@rule("slice.Tensor")
-def narrow(func: Any, gradient: RowGradient, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
-    """Not along the samples, or whole sets of n."""
-    layout = gradient._layout
-    dim %= gradient.dim()
-    if dim == layout.dim:
-        first, last = blocks(layout, start or 0, layout.full if end is None else end, step, layout.full)
-        kept = layout.rows.k * layout.post
-        layout = layout.rows.layout(dim, last - first, layout.post)
-        return wrap(gradient._data.narrow(dim, first * kept, (last - first) * kept), layout)
-    return wrap(func(gradient._data, dim, start, end, step), layout)
 
 
 @rule("slice_backward")
@@ -179,23 +51,6 @@ def unfold_backward(func: Any, gradient: RowGradient, size: Any, dim: int, lengt
     need(dim != layout.dim and layout.dim < len(size), "windows over the samples")
     size[layout.dim] = layout.kept
     return wrap(func(gradient._data, size, dim, length, step), layout)
-
-
-@rule("unbind.int")
-def unbind(func: Any, gradient: RowGradient, dim: int = 0) -> Any:
-    """Not along the samples."""
-    layout = gradient._layout
-    dim %= gradient.dim()
-    need(dim != layout.dim, "takes the samples apart")
-    layout = layout.at(layout.dim - (dim < layout.dim))
-    return [wrap(item, layout) for item in func(gradient._data, dim)]
-
-
-@rule("split.Tensor", "split_with_sizes", "chunk")
-def split(func: Any, gradient: RowGradient, sizes: Any, dim: int = 0) -> Any:
-    """Not along the samples."""
-    need(dim % gradient.dim() != gradient._layout.dim, "takes the samples apart")
-    return [wrap(item, gradient._layout) for item in func(gradient._data, sizes, dim)]
 
 
 def same_layout(parts: Any) -> tuple[Layout, list[Tensor]]:
@@ -265,16 +120,6 @@ def index_select(func: Any, gradient: Any, dim: int, index: Tensor) -> Any:
     need(isinstance(gradient, RowGradient), "the index is a gradient")
     need(dim % gradient.dim() != gradient._layout.dim, "picks samples")
     return wrap(func(gradient._data, dim, index), gradient._layout)
-
-
-@rule("diagonal")
-def diagonal(func: Any, gradient: RowGradient, offset: int = 0, first: int = 0, second: int = 1) -> Any:
-    """The samples are not on the diagonal."""
-    ndim, layout = gradient.dim(), gradient._layout
-    first, second = first % ndim, second % ndim
-    need(layout.dim not in (first, second), "the samples are a side of the diagonal")
-    dim = layout.dim - (first < layout.dim) - (second < layout.dim)
-    return wrap(func(gradient._data, offset, first, second), layout.at(dim))
 
 
 @rule("diagonal_backward")

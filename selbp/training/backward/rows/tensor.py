@@ -7,7 +7,7 @@ the gradient is scattered back to n rows ("densified", counted by operator name)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ _disabled_torch_function = torch._C._disabled_torch_function_impl
 observers: list[Callable[[Any, Any, Any, str | None], None]] = []
 
 
-class _Wrapper(torch.Tensor):
+class Wrapper(torch.Tensor):
     """What the three kinds of row-sparse tensors share."""
 
     __torch_function__ = _disabled_torch_function  # type: ignore[assignment]
@@ -31,6 +31,10 @@ class _Wrapper(torch.Tensor):
     _data: Tensor  # (…, pre * k * post, …) the k rows; for Dense all n rows
     _layout: Layout
     _rows: RowSet
+    _parent: RowGradient | None = None  # the tensor that this one is a view of
+    _view: tuple[Any, tuple[Any, ...], int | None] = (None, (), None)  # by which operator, and which of its results
+    _viewed = False  # it has views
+    _stale = False  # of the class: some tensor with views has become dense, which they follow when next used
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
         """An ordinary tensor of the full shape, zero in the rows that were not chosen."""
@@ -47,24 +51,33 @@ class _Wrapper(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if len(types) == 1 and types[0] is RowGradient:
-            rule = RULES.get(func)
-            if rule is None:
-                reason = "no rule"
-            else:
-                try:
-                    out = rule(func, *args, **kwargs) if kwargs else rule(func, *args)
-                except NoRuleError as error:
-                    reason = str(error)
-                else:
-                    for observer in observers:
-                        observer(func, args, out, None)
-                    return out
-            return _run_dense(func, args, kwargs or {}, reason)
-        return _run_mixed(func, types, args, kwargs or {})
+        if len(types) == 1 and types[0] is RowGradient and not Wrapper._stale:
+            return run_rule(func, args, kwargs or {})
+        from selbp.training.backward.rows import fallback
+
+        return fallback.run_mixed(func, types, args, kwargs or {})
 
 
-class RowGradient(_Wrapper):
+def run_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``func`` on k rows where a rule says how, else on n."""
+    rule = RULES.get(func)
+    if rule is None:
+        reason = "no rule"
+    else:
+        try:
+            out = rule(func, *args, **kwargs) if kwargs else rule(func, *args)
+        except NoRuleError as error:
+            reason = str(error)
+        else:
+            for observer in observers:
+                observer(func, args, out, None)
+            return out
+    from selbp.training.backward.rows import fallback
+
+    return fallback.run_dense(func, args, kwargs, reason)
+
+
+class RowGradient(Wrapper):
     """k rows that stand for n, see the module's text. Made by :func:`wrap`."""
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -82,7 +95,7 @@ class RowGradient(_Wrapper):
         return full
 
 
-class Dense(_Wrapper):
+class Dense(Wrapper):
     """A RowGradient after an in-place write or a view that no rule covers: all n rows, shared with its views."""
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -90,7 +103,7 @@ class Dense(_Wrapper):
         return self._data
 
 
-class Zeros(_Wrapper):
+class Zeros(Wrapper):
     """``gradient.new_zeros(size)``: zeros whose layout is that of what is written into them (see ``scatter``)."""
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -120,20 +133,20 @@ def wrap(data: Tensor, layout: Layout) -> RowGradient:
     return out
 
 
-def wrap_zeros(like: _Wrapper, size: list[int], dtype: torch.dtype, device: torch.device) -> Zeros:
+def wrap_view(
+    data: Tensor, layout: Layout, parent: RowGradient, func: Any, args: tuple[Any, ...], which: int | None = None
+) -> RowGradient:
+    """``wrap`` for the result of ``func(parent, *args)`` that shares the parent's memory."""
+    out = wrap(data, layout)
+    out._parent, out._view, parent._viewed = parent, (func, args, which), True
+    return out
+
+
+def wrap_zeros(like: Wrapper, size: list[int], dtype: torch.dtype, device: torch.device) -> Zeros:
     """``new_zeros`` of a row gradient."""
     out: Zeros = _make_wrapper(Zeros, size, dtype=dtype, device=device)
     out._rows = like._rows
     return out
-
-
-def tensors(args: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
-    """The arguments of an operator call, lists of tensors opened."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, (list, tuple)):
-            yield from value
-        else:
-            yield value
 
 
 def _dense_strides(tensor: Tensor) -> list[int]:
@@ -150,77 +163,4 @@ def densify(value: Any) -> Any:
     """``value`` with every row-sparse tensor in it scattered back."""
     if isinstance(value, (list, tuple)):
         return [densify(item) for item in value]
-    return value.to_dense() if isinstance(value, _Wrapper) else value
-
-
-def _run_dense(func: Any, args: Any, kwargs: dict[str, Any], reason: str) -> Any:
-    """Run ``func`` on n rows."""
-    source = next(value for value in tensors(args, kwargs) if isinstance(value, RowGradient))
-    source._rows.dense[str(func)] += 1
-    _share(func, args, kwargs)
-    out = _call(func, args, kwargs)
-    for observer in observers:
-        observer(func, args, out, reason)
-    return out
-
-
-def _share(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    """An argument that the operator writes to, or that its result aliases, must itself become the n rows."""
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None:
-            continue
-        value = args[position] if position < len(args) else kwargs.get(argument.name)
-        for item in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(item, (RowGradient, Zeros)):
-                item._data = item.to_dense()
-                item.__class__ = Dense  # type: ignore[assignment]
-
-
-def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    out = func(*densify(args), **{name: densify(value) for name, value in kwargs.items()})
-    return args[0] if func._schema.is_mutable and args and isinstance(args[0], Dense) else out
-
-
-def _run_mixed(func: Any, types: tuple[type, ...], args: Any, kwargs: dict[str, Any]) -> Any:
-    """Arguments of several kinds: refuse what is untested, then reduce to the plain case."""
-    for kind in types:
-        if kind.__name__ == "DTensor":
-            raise NotImplementedError(
-                f"selbp: {func} met a DTensor in the backward of a row selection. FSDP and tensor parallelism are not "
-                'supported there; use backward="recompute".'
-            )
-        if not issubclass(kind, _Wrapper):  # a tensor subclass of somebody else's: n rows are what it knows
-            return _run_dense_or_plain(func, args, kwargs, f"an operand is a {kind.__name__}")
-    if Zeros in types:
-        rule = ZERO_RULES.get(func)
-        if rule is not None:
-            try:
-                return rule(func, *args, **kwargs)
-            except NoRuleError:
-                pass
-        if any(isinstance(value, RowGradient) for value in tensors(args, kwargs)) and not func._schema.is_mutable:
-            return _again(func, args, kwargs, Zeros)
-    if RowGradient in types and not isinstance(args[0], (Dense, Zeros)):
-        return _again(func, args, kwargs, Dense)
-    return _run_dense_or_plain(func, args, kwargs, "an operand had become dense")
-
-
-def _again(func: Any, args: Any, kwargs: dict[str, Any], kind: type[_Wrapper]) -> Any:
-    """Dispatch once more with the operands of ``kind`` scattered back."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return value.to_dense() if isinstance(value, kind) else value
-
-    return func(*[plain(value) for value in args], **{name: plain(value) for name, value in kwargs.items()})
-
-
-def _run_dense_or_plain(func: Any, args: Any, kwargs: dict[str, Any], reason: str) -> Any:
-    if any(isinstance(value, RowGradient) for value in tensors(args, kwargs)):
-        return _run_dense(func, args, kwargs, reason)
-    _share(func, args, kwargs)  # nothing row-sparse is lost here, so nothing is counted
-    return _call(func, args, kwargs)
-
-
-ZERO_RULES: dict[Any, Callable[..., Any]] = {}
+    return value.to_dense() if isinstance(value, Wrapper) else value
