@@ -9,9 +9,10 @@ from torch import Tensor
 
 from selbp.ops.types import Selection
 from selbp.training.backward.recompute import Recompute
+from selbp.training.backward.rows.strategy import Rows
 from selbp.training.batch import Batch
 
-__all__ = ["STRATEGIES", "BackwardStrategy", "Recompute", "register", "resolve"]
+__all__ = ["STRATEGIES", "BackwardStrategy", "Recompute", "Rows", "register", "resolve"]
 
 
 class BackwardStrategy(Protocol):
@@ -51,3 +52,4 @@ def resolve(backward: str) -> tuple[BackwardStrategy, str]:
 
 
 register(Recompute())
+register(Rows())

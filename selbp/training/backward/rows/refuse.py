@@ -33,7 +33,11 @@ def refuse_forward(tensors: Sequence[Tensor]) -> None:
             )
         if type(tensor).__name__ == "DTensor":
             raise NotImplementedError("selbp: DTensor losses (tensor parallelism) are not supported; " + _INSTEAD)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
+        # A module sharded as a whole leaves no mark in the graph; torch keeps a list of those in the process.
+        states = sys.modules.get("torch.distributed._composable_state")
+        if any("FSDP" in type(module).__name__ for module in getattr(states, "_module_state_mapping", ())):
+            raise NotImplementedError(f"selbp: FSDP is not supported; {_INSTEAD}")
         for tensor in tensors:
             _refuse_sharded(tensor)
 

@@ -100,8 +100,7 @@ def select(
     sizes = {leaf.shape[0] for leaf in found}
     if len(sizes) > 1:
         raise ValueError(f"losses must agree about the number of samples, got {sorted(sizes)}")
-    differentiable = [leaf for leaf in found if leaf.requires_grad and torch.is_grad_enabled()]
-    refuse_forward(differentiable)
+    refuse_forward(found)
     rows, order = row_set(indices, sizes.pop(), batchnorm=batchnorm, dense=dense)
     out = []
     for leaf in leaves:

@@ -1,0 +1,83 @@
+"""Two processes over gloo: DDP's reducer meets ordinary gradients, whatever each rank has chosen; FSDP is refused."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import selbp
+
+
+class Model(nn.Module):
+    def __init__(self, unused: bool = False) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.GELU())
+        self.head = nn.Linear(8, 3)
+        self.extra = nn.Linear(8, 3) if unused else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(x))
+        return out
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def check_ddp(rank: int, unused: bool) -> None:
+    torch.manual_seed(0)
+    model = Model(unused).double()
+    ddp = DistributedDataParallel(model, find_unused_parameters=unused)
+    x, y = torch.randn(2, 6, 2, 6, 6, dtype=torch.float64), torch.randint(3, (2, 6))
+    chosen = [torch.tensor([4, 1]), torch.tensor([0, 5, 3])]  # k differs between the ranks
+
+    def losses(network: nn.Module, sign: float, who: int) -> Tensor:
+        return F.cross_entropy(network(sign * x[who]), y[who], reduction="none")
+
+    with ddp.no_sync():
+        selbp.select(losses(ddp, -1.0, rank), chosen[rank].flip(0)).sum().backward()
+    selbp.select(losses(ddp, 1.0, rank), chosen[rank]).sum().backward()
+    got = gradients(model)
+    model.zero_grad()
+    for who in range(2):
+        for sign in (-1.0, 1.0):
+            (losses(model, sign, who)[chosen[who]].sum() / 2).backward()
+    for a, b in zip(got, gradients(model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def check_fsdp() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    fully_shard(model, mesh=dist.init_device_mesh("cpu", (2,)))
+    values = model(torch.randn(6, 4)).square().sum(1)
+    with pytest.raises(NotImplementedError, match="FSDP"):
+        selbp.select(values, torch.tensor([1, 2]))
+
+
+def work(rank: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        check_ddp(rank, unused=False)
+        check_ddp(rank, unused=True)
+        check_fsdp()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(work, (port,), nprocs=2)
