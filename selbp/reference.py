@@ -18,6 +18,8 @@ Everything computes in the dtype it is given: hand it float64 to get the spec, f
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -216,11 +218,12 @@ def match(
     """
     batch, n = inner.shape[:-1], inner.shape[-1]
     rows = torch.ones_like(inner, dtype=torch.bool) if valid is None else valid.expand(inner.shape)
+    size = math.prod(batch)
     problems = zip(
-        gram.double().reshape(-1, n, n),
-        inner.double().reshape(-1, n),
-        target_sq.double().expand(batch).reshape(-1),
-        rows.reshape(-1, n),
+        gram.double().reshape(size, n, n),
+        inner.double().reshape(size, n),
+        target_sq.double().reshape(size),
+        rows.reshape(size, n),
         strict=True,
     )
     exact = gram.dtype == torch.float64
@@ -280,14 +283,12 @@ def _pursue(
     ridged = gram + lam * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     noise = NOISE_TOLERANCE[not exact] * (diagonal * target_sq).sqrt()
     support: list[int] = []
-    rejected: list[int] = []  # rows that the refit on this support turned down: their gain is a rounding error
     weights = inner[:0]
+    basis = gram[:0]  # see _append
+    rejected: list[int] = []  # rows that the refit on this support turned down: their gain is a rounding error
     for _ in range(3 * k + 16):
         correlation = inner - gram[:, support] @ weights  # of rows outside S: the ridge adds nothing there
-        distance = ridged.diagonal()
-        if support:
-            factor = torch.linalg.cholesky(ridged[support][:, support])
-            distance = distance - torch.linalg.solve_triangular(factor, gram[support], upper=False).square().sum(0)
+        distance = ridged.diagonal() - basis.square().sum(0)
         eligible = valid & (distance > RANK_TOLERANCE[not exact] * ridged.diagonal())
         eligible &= (correlation if nonnegative else correlation.abs()) > noise
         eligible[support + rejected] = False
@@ -306,27 +307,41 @@ def _pursue(
         score = torch.where(eligible, score, -torch.inf)
         best = int((score >= score.max() * (1.0 - TIE_TOLERANCE)).nonzero()[0])
         start = torch.cat([weights, weights.new_zeros(1)])
-        support, weights = _refit(ridged, inner, [*support, best], start, nonnegative)
+        support, weights, basis = _refit(
+            ridged, inner, [*support, best], start, _append(ridged, basis, best), nonnegative
+        )
         rejected = [] if best in support else [*rejected, best]
     return support, weights, MatchStatus.FULL if len(support) == k else MatchStatus.ITERATIONS
 
 
+def _append(ridged: Tensor, basis: Tensor, row: int) -> Tensor:
+    """Add ``row`` to the orthonormal ``basis`` (s, n) of S: ``basis[a, j]`` is row j's coordinate along vector a.
+
+    Gram-Schmidt in the Gram matrix. The coordinates of S itself are the Cholesky factor of ``ridged[S, S]``; what all
+    rows' coordinates leave of their squared norms is D.
+    """
+    known = basis[:, row]
+    left = ridged[row] - known @ basis
+    return torch.cat([basis, (left / (ridged[row, row] - known.square().sum()).sqrt())[None]])
+
+
 def _refit(
-    ridged: Tensor, inner: Tensor, support: list[int], weights: Tensor, nonnegative: bool
-) -> tuple[list[int], Tensor]:
+    ridged: Tensor, inner: Tensor, support: list[int], weights: Tensor, basis: Tensor, nonnegative: bool
+) -> tuple[list[int], Tensor, Tensor]:
     """The exact weights on ``support``, from feasible ``weights``; rows whose weight turns <= 0 leave it.
 
     Lawson & Hanson's inner loop: walk towards the unconstrained optimum until the first weight reaches 0, drop that
     row, and start again. Each walk lowers the objective, and the support shrinks, so it ends.
     """
     while support:
-        factor = torch.linalg.cholesky(ridged[support][:, support])
-        optimum = torch.cholesky_solve(inner[support][:, None], factor)[:, 0]
+        optimum = torch.cholesky_solve(inner[support][:, None], basis[:, support], upper=True)[:, 0]
         if not nonnegative or (optimum > 0).all():
-            return support, optimum
+            return support, optimum, basis
         step = torch.where(optimum <= 0, weights / (weights - optimum).clamp(min=1e-300), torch.inf)
         weights = weights + step.min() * (optimum - weights)
         drop = (step <= step.min()) | (weights <= 0)
         support = [row for row, out in zip(support, drop.tolist(), strict=True) if not out]
-        weights = weights[~drop]
-    return support, weights
+        weights, basis = weights[~drop], ridged[:0]
+        for row in support:
+            basis = _append(ridged, basis, row)
+    return support, weights, basis

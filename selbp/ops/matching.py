@@ -171,4 +171,5 @@ def _dense(gram: Tensor, inner: Tensor, target_sq: Tensor, ridge: float, valid: 
     found = match(gram, inner, target_sq, n, ridge=ridge, valid=valid)
     slots = torch.where(found.indices < 0, n, found.indices)  # padding goes to a column that is cut off
     padded = found.weights.new_zeros((*inner.shape[:-1], n + 1)).scatter(-1, slots, found.weights)
-    return torch.where((found.status == MatchStatus.INVALID)[..., None], torch.nan, padded[..., :n])
+    invalid = found.status == MatchStatus.INVALID.value  # Dynamo cannot compare a tensor with the enum itself
+    return torch.where(invalid[..., None], torch.nan, padded[..., :n])

@@ -33,6 +33,7 @@ class DivBS(Stateless):
     def __post_init__(self) -> None:
         check_choice("weights", self.weights, ("mean", "batch"))
 
+    @torch.no_grad()
     def select(
         self,
         stats: BatchStatistics,

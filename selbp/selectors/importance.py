@@ -58,6 +58,7 @@ class GradNormImportance:
         """() float64 running mean of tau; 0 before the first batch."""
         return torch.zeros((), dtype=torch.float64) if self._tau is None else self._tau
 
+    @torch.no_grad()
     def select(
         self,
         stats: BatchStatistics,

@@ -15,6 +15,8 @@ from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.sampling import sample_rows
 from selbp.selectors.weighting import Weights, batch_weights, mean_weights, unbiased_weights
 
+# Odds of a row whose loss is the least of all: it is drawn when there is nothing else to fill the k slots with.
+_LEAST = 1e-30
 _MODES = ("mean", "batch", "unbiased")
 
 
@@ -60,6 +62,7 @@ class LossPercentile:
                 "p_min must be > 0 for weights='unbiased': else the least loss has no chance at all, got 0"
             )
 
+    @torch.no_grad()
     def select(
         self,
         stats: BatchStatistics,
@@ -85,7 +88,7 @@ class LossPercentile:
         known = torch.isfinite(self._losses)
         ranked = torch.where(known, self._losses, torch.inf).sort().values
         below = torch.searchsorted(ranked, torch.nan_to_num(loss))
-        return (below / known.sum().clamp(min=1)).pow(self.beta).clamp(min=self.p_min)
+        return (below.double() / known.sum().clamp(min=1)).pow(self.beta).clamp(min=max(self.p_min, _LEAST))
 
     def state_dict(self) -> dict[str, Any]:
         """``losses`` (history,) float64: the last valid losses, oldest first, NaN where there were fewer."""
@@ -118,6 +121,7 @@ class LossRank(Stateless):
     def __post_init__(self) -> None:
         check_choice("weights", self.weights, _MODES)
 
+    @torch.no_grad()
     def select(
         self,
         stats: BatchStatistics,

@@ -50,6 +50,7 @@ class GradientMatching(Stateless):
         check_choice("weights", self.weights, ("refit", "mean", "batch"))
         check_number("unit_sum", self.unit_sum, 0.0)
 
+    @torch.no_grad()
     def select(
         self,
         stats: BatchStatistics,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 
 from torch import Tensor
 
+from selbp.ops._checks import accumulate_dtype
 from selbp.ops.gram import gradient_gram
 from selbp.ops.types import MeanGradient
 from selbp.reference import mean_gradient
@@ -26,15 +26,19 @@ class GradientProxies:
         self._gram: Tensor | None = None
         self._mean: MeanGradient | None = None
 
-    @cached_property
+    @property
     def residual(self) -> Tensor:
         """(n, C)."""
-        return self._residual if isinstance(self._residual, Tensor) else self._residual()
+        if not isinstance(self._residual, Tensor):
+            self._residual = self._residual()
+        return self._residual
 
-    @cached_property
+    @property
     def features(self) -> Tensor:
         """(n, d)."""
-        return self._features if isinstance(self._features, Tensor) else self._features()
+        if not isinstance(self._features, Tensor):
+            self._features = self._features()
+        return self._features
 
     def gram(self) -> Tensor:
         """(n, n) inner products g_i . g_j; see :func:`selbp.ops.gradient_gram`."""
@@ -45,5 +49,6 @@ class GradientProxies:
     def mean_gradient(self) -> MeanGradient:
         """The mean gradient and its inner products g_i . M; see :func:`selbp.ops.mean_gradient`."""
         if self._mean is None:
-            self._mean = mean_gradient(self.residual, self.features, bias=self.bias)
+            dtype = accumulate_dtype(self.residual.dtype)
+            self._mean = mean_gradient(self.residual.to(dtype), self.features.to(dtype), bias=self.bias)
         return self._mean

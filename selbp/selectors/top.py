@@ -29,6 +29,7 @@ class _Top(Stateless):
     def _score(self, stats: BatchStatistics, extras: Mapping[str, Tensor] | None) -> Tensor:
         raise NotImplementedError
 
+    @torch.no_grad()
     def select(
         self,
         stats: BatchStatistics,
@@ -104,6 +105,8 @@ class ReducibleLoss(_Top):
             got = "none" if not extras else ", ".join(map(repr, extras))
             raise ValueError(f"extras must hold {self.irreducible!r}, each sample's irreducible loss, got {got}")
         irreducible = extras[self.irreducible]
+        if not isinstance(irreducible, Tensor):
+            raise TypeError(f"{self.irreducible} must be a Tensor, got {type(irreducible).__name__}")
         if irreducible.shape != stats.loss.shape:
             raise ValueError(
                 f"{self.irreducible} must be (n,) = {tuple(stats.loss.shape)}, got {tuple(irreducible.shape)}"

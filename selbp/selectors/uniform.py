@@ -25,6 +25,7 @@ class Full(Stateless):
 
     needs: ClassVar[Needs] = "nothing"
 
+    @torch.no_grad()
     def select(
         self,
         stats: BatchStatistics,
@@ -48,6 +49,7 @@ class Random(Stateless):
 
     needs: ClassVar[Needs] = "nothing"
 
+    @torch.no_grad()
     def select(
         self,
         stats: BatchStatistics,

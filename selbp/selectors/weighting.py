@@ -50,13 +50,16 @@ def unbiased_weights(stats: BatchStatistics, real: Tensor, expected: Tensor) -> 
 def refit_weights(
     stats: BatchStatistics, indices: Tensor, real: Tensor, proxies: GradientProxies, ridge: float
 ) -> Tensor:
-    """(k,) nonnegative least-squares weights on the rows ``indices`` (k,); 0 for slots that are not ``real``."""
+    """(k,) nonnegative least-squares weights on the rows ``indices`` (k,); 0 for slots that are not ``real``.
+
+    All 0 where the gradients of the rows are so large that their products are not finite.
+    """
     gram = proxies.gram()
     support = gram[indices][:, indices] + ridge_of(gram, stats.valid, ridge) * torch.eye(
         len(indices), device=gram.device
     )
     weights = nnls_gram(support.to(gram.dtype), proxies.mean_gradient().inner[indices].to(gram.dtype), valid=real)
-    return torch.where(real, weights, 0.0).to(stats.loss.dtype)
+    return torch.where(real & torch.isfinite(weights), weights, 0.0).to(stats.loss.dtype)
 
 
 def ridge_of(gram: Tensor, valid: Tensor, ridge: float) -> Tensor:

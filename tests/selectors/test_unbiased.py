@@ -1,0 +1,147 @@
+"""E[sum_j w_j g_j] = (1/n) sum_i g_i for every mode that says so: a z-test that a wrong weight must fail."""
+
+import pytest
+import torch
+from conftest import Batch
+
+import selbp
+from selbp.selectors import Selection
+
+DRAWS = 3000
+LIMIT = 4.5  # two-sided, 12 to 40 components: a correct rule passes with probability > 0.999 for any seed
+
+UNBIASED = [
+    selbp.Random(),
+    selbp.LossPercentile(p_min=0.05, weights="unbiased"),
+    selbp.LossRank(weights="unbiased"),
+    selbp.GradNormImportance(),
+    selbp.GradNormImportance(norm="gradient"),
+    selbp.GradNormImportance(replacement=True),
+    selbp.GradNormImportance(threshold=1.1),
+    selbp.GradNormImportance(threshold=1e6),
+]
+
+
+def z_scores(batch, selector, k, draws=DRAWS):
+    """Of the mean of ``draws`` selected gradients against the minibatch's, in every component; and their variance."""
+    generator = torch.Generator().manual_seed(7)
+    picks = [selector.select(batch.stats, k, generator=generator) for _ in range(draws)]
+    indices, weights = (torch.stack(list(field)) for field in zip(*picks, strict=True))
+    dense = torch.zeros(draws, len(batch.loss), dtype=torch.float64).scatter_add_(1, indices, weights.double())
+    steps = dense @ batch.gradients
+    return (steps.mean(0) - batch.mean) / (steps.std(0) / draws**0.5), steps.var(0).sum()
+
+
+@pytest.mark.parametrize("selector", UNBIASED, ids=repr)
+def test_unbiased(selector):
+    z, _ = z_scores(Batch(), selector, 16)
+    assert z.abs().max() < LIMIT
+
+
+@pytest.mark.parametrize("selector", UNBIASED, ids=repr)
+def test_unbiased_with_rows_that_are_not_valid(selector):
+    z, _ = z_scores(Batch(n=40, valid=torch.arange(40) % 4 != 1), selector, 12)
+    assert z.abs().max() < LIMIT
+
+
+def test_unbiased_with_rows_without_a_gradient():
+    batch = Batch(n=40)
+    batch.residual[::3] = 0.0
+    batch.refresh()
+    for selector in (selbp.GradNormImportance(), selbp.GradNormImportance(replacement=True)):
+        z, _ = z_scores(batch, selector, 10)
+        assert z.abs().max() < LIMIT
+
+
+class Sequential:
+    """The mutant: rows drawn one after another without replacement, weighted as if drawn with it."""
+
+    def select(self, stats, k, *, generator=None):
+        odds = stats.residual_sq.sqrt()
+        odds = odds / odds.sum()
+        indices = torch.multinomial(odds, k, generator=generator)
+        return Selection(indices, 1.0 / (len(odds) * k * odds[indices]))
+
+
+def test_sequential_draws_with_weights_of_replacement_are_biased():
+    z, _ = z_scores(Batch(n=128), Sequential(), 32)
+    assert z.abs().max() > 2 * LIMIT
+
+
+@pytest.mark.parametrize(
+    "selector", [selbp.LossPercentile(), selbp.LossRank(), selbp.GradNormImportance(weights="mean")], ids=repr
+)
+def test_equal_weights_on_unequal_odds_are_biased(selector):
+    """The test's power: rules that do not call themselves unbiased fail it."""
+    z, _ = z_scores(Batch(), selector, 16)
+    assert z.abs().max() > 2 * LIMIT
+
+
+def test_norms_lower_the_variance():
+    batch = Batch()
+    _, uniform = z_scores(batch, selbp.Random(), 16, 2000)
+    _, by_residual = z_scores(batch, selbp.GradNormImportance(), 16, 2000)
+    _, by_gradient = z_scores(batch, selbp.GradNormImportance(norm="gradient"), 16, 2000)
+    assert by_gradient < by_residual < 0.7 * uniform
+
+
+@pytest.mark.parametrize("k", [1, 16, 40])
+def test_random_keeps_every_row_equally_often(k):
+    draws = 3000
+    generator = torch.Generator().manual_seed(2)
+    stats = Batch(n=40).stats
+    kept = torch.stack([selbp.Random().select(stats, k, generator=generator).indices for _ in range(draws)])
+    share = torch.bincount(kept.flatten(), minlength=40) / draws
+    deviation = (k / 40 * (1 - k / 40) / draws) ** 0.5
+    assert ((share - k / 40).abs() <= 4.5 * deviation + 1e-7).all()
+
+
+def test_loss_rank_keeps_at_its_odds():
+    """Inclusion probabilities are ((rank + 1/2) / n)^(n/k - 1), scaled to sum to k."""
+    draws, k = 4000, 8
+    batch = Batch(n=32)
+    generator = torch.Generator().manual_seed(3)
+    kept = torch.stack([selbp.LossRank().select(batch.stats, k, generator=generator).indices for _ in range(draws)])
+    share = torch.bincount(kept.flatten(), minlength=32).double() / draws
+    odds = (torch.arange(32, dtype=torch.float64) + 0.5).div(32).pow(3)
+    expected = (k * odds / odds.sum()).clamp(max=1)
+    assert expected.max() < 1
+    deviation = (expected * (1 - expected) / draws).sqrt()
+    assert ((share[batch.loss.argsort()] - expected).abs() <= 4.5 * deviation).all()
+
+
+def test_loss_percentile_keeps_at_its_odds():
+    draws, k = 4000, 8
+    batch = Batch(n=32)
+    generator = torch.Generator().manual_seed(3)
+    kept = torch.stack(
+        [selbp.LossPercentile(p_min=0.01).select(batch.stats, k, generator=generator).indices for _ in range(draws)]
+    )
+    share = torch.bincount(kept.flatten(), minlength=32).double() / draws
+    odds = torch.arange(32, dtype=torch.float64).div(32).pow(3).clamp(min=0.01)
+    expected = k * odds / odds.sum()
+    assert expected.max() < 1
+    deviation = (expected * (1 - expected) / draws).sqrt()
+    assert ((share[batch.loss.argsort()] - expected).abs() <= 4.5 * deviation).all()
+
+
+def test_divbs_draws_first_by_correlation_and_then_by_what_is_left():
+    draws = 4000
+    batch = Batch(n=6, classes=2, d=3)
+    proxies = batch.proxies
+    generator = torch.Generator().manual_seed(4)
+    rule = selbp.DivBS()
+    picks = torch.stack(
+        [rule.select(batch.stats, 2, proxies=proxies, generator=generator).indices for _ in range(draws)]
+    )
+    g, e = batch.gradients, batch.mean
+    first = (g @ e).abs() / (g @ e).abs().sum()
+    expected = torch.zeros(6, 6, dtype=torch.float64)
+    for i in range(6):
+        direction = g[i] / g[i].norm()
+        odds = (g @ (e - (direction @ e) * direction)).abs()
+        odds[i] = 0.0
+        expected[i] = first[i] * odds / odds.sum()
+    share = torch.bincount(picks[:, 0] * 6 + picks[:, 1], minlength=36).double().reshape(6, 6) / draws
+    deviation = (expected * (1 - expected) / draws).sqrt()
+    assert ((share - expected).abs() <= 4.5 * deviation + 1e-12).all()
