@@ -1,0 +1,171 @@
+"""Comparisons: failures stay single, runs are cached by configuration, tuning never sees the test part."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from selbp.data import Dataset, Split
+from selbp.study import compare as module
+from selbp.study.compare import Arm, Comparison, run_all, run_folder, tune
+from selbp.study.config import RunConfig
+from selbp.study.report import write_report
+from selbp.study.run import Run
+
+ARMS = [Arm("full"), Arm("random"), Arm("matching", lr=0.03)]
+
+
+@pytest.fixture
+def comparison(config: RunConfig) -> Comparison:
+    return Comparison(dataclasses.replace(config, selector="random", steps=8, evaluate_every=4), ARMS, (0, 1))
+
+
+def test_arms_and_budgets(comparison: Comparison) -> None:
+    runs = list(comparison.runs())
+    assert [(arm.selector, run.seed) for arm, run in runs[:4]] == [
+        ("full", 0), ("random", 0), ("matching", 0), ("full", 1),
+    ]  # fmt: skip
+    assert [run.keep for _, run in runs[:3]] == [1.0, 0.25, 0.25] and runs[2][1].lr == 0.03
+    assert {run.steps for _, run in runs} == {8}
+    samples = dataclasses.replace(comparison, budget="samples")
+    assert [run.steps for _, run in samples.runs()][:3] == [2, 8, 8]  # 64 samples backward each
+    assert Arm("matching:ridge=0.1").label == "gradient matching (ridge=0.1)"
+    for change in ({"arms": []}, {"seeds": ()}, {"budget": "time"}, {"arms": [ARMS[0]] * 2}, {"seeds": (1, 1)}):
+        with pytest.raises(ValueError, match="arm|seed|budget"):
+            dataclasses.replace(comparison, **change)
+
+
+def test_a_failed_arm_takes_no_other_with_it(
+    tmp_path: Path, dataset: Dataset, comparison: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carry_out = Run.execute
+
+    def fails(self: Run, *arguments):
+        if self.config.selector == "random" and self.config.seed == 0:
+            raise RuntimeError("bad luck")
+        return carry_out(self, *arguments)
+
+    monkeypatch.setattr(Run, "execute", fails)
+    outcomes = run_all(comparison, dataset, tmp_path)
+    assert [outcome.error for outcome in outcomes] == [None, "RuntimeError: bad luck", None, None, None, None]
+    failed = run_folder(tmp_path, outcomes[1].arm, outcomes[1].config)
+    assert "bad luck" in (failed / "error.txt").read_text() and "Traceback" in (failed / "error.txt").read_text()
+    page, table = write_report(comparison, dataset, outcomes, tmp_path, "selbp compare")
+    assert "1 of 2 seeds failed" in table and "bad luck" in page.read_text()
+    monkeypatch.setattr(Run, "execute", carry_out)
+    again = run_all(comparison, dataset, tmp_path)  # the failed run is tried again, the others are read
+    assert [outcome.cached for outcome in again] == [True, False, True, True, True, True]
+    assert all(outcome.result for outcome in again)
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(
+    tmp_path: Path, dataset: Dataset, comparison: Comparison
+) -> None:
+    def interrupting(index: int, _total: int, _arm: Arm, _config: RunConfig, _done: int):
+        left = [5]
+
+        def advance(_samples: int, _loss: float) -> None:
+            left[0] -= 1
+            if index == 1 and left[0] == 0:
+                raise KeyboardInterrupt
+
+        return advance
+
+    whole = run_all(comparison, dataset, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run_all(comparison, dataset, tmp_path / "parts", progress=interrupting)
+    starts: list[tuple[int, int]] = []
+
+    def note(index: int, _total: int, _arm: Arm, _config: RunConfig, done: int):
+        starts.append((index, done))
+        return lambda _samples, _loss: None
+
+    parts = run_all(comparison, dataset, tmp_path / "parts", progress=note)
+    assert starts[0] == (1, 5) and [done for _, done in starts[1:]] == [0] * 4  # the first was finished
+    for a, b in zip(whole, parts, strict=True):
+        assert a.result and b.result and a.result["accuracy"] == b.result["accuracy"]
+
+
+def test_the_cache_follows_the_configuration_and_the_data(
+    tmp_path: Path, dataset: Dataset, comparison: Comparison
+) -> None:
+    comparison = dataclasses.replace(comparison, arms=ARMS[1:2], seeds=(0,))
+    assert not run_all(comparison, dataset, tmp_path)[0].cached
+    assert run_all(comparison, dataset, tmp_path)[0].cached
+    for change in ({"lr": 0.2}, {"fingerprint": "other"}, {"steps": 9}, {"weight_decay": 0.0}):
+        arms = [Arm("random", lr=change.get("lr"))]
+        changed = dataclasses.replace(comparison, base=dataclasses.replace(comparison.base, **change), arms=arms)
+        assert not run_all(changed, dataset, tmp_path)[0].cached
+
+
+class Forbidden(Split):
+    """A test part that may not be looked at."""
+
+    def __getattribute__(self, name: str):
+        if name in ("images", "labels", "batch", "take", "to", "__len__"):
+            raise AssertionError(f"the test part was read: {name}")
+        return super().__getattribute__(name)
+
+    def __len__(self) -> int:
+        raise AssertionError("the test part was read: len")
+
+
+def test_tuning_never_sees_the_test_part(tmp_path: Path, dataset: Dataset, comparison: Comparison) -> None:
+    blind = dataclasses.replace(dataset, test=Forbidden(*dataclasses.astuple(dataset.test)))
+    assert "test part was read" in (run_all(comparison, blind, tmp_path / "a")[0].error or "")  # the guard bites
+    tuned, scores = tune(comparison, [1e-4, 0.1], blind, tmp_path / "b")
+    assert [arm.lr for arm in tuned.arms] == [
+        max(scores[arm.selector], key=scores[arm.selector].get) for arm in tuned.arms
+    ]
+    assert tuned.arms[1].lr == 0.1 and set(scores["random"]) == {1e-4, 0.1}
+
+
+def test_a_rate_that_fails_is_out(
+    tmp_path: Path, dataset: Dataset, comparison: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned, scores = tune(dataclasses.replace(comparison, arms=ARMS[1:2]), [0.01, 1e25], dataset, tmp_path)
+    assert tuned.arms[0].lr == 0.01 and set(scores["random"]) == {0.01}
+    with pytest.raises(ValueError, match="fails at every one"):
+        tune(dataclasses.replace(comparison, arms=ARMS[1:2]), [1e25], dataset, tmp_path)
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes) -> None:
+        self.links += [value or "" for name, value in attributes if name in ("src", "href")]
+        if tag not in ("img", "meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_stands_alone(tmp_path: Path, dataset: Dataset, comparison: Comparison) -> None:
+    outcomes = run_all(comparison, dataset, tmp_path)
+    path, table = write_report(comparison, dataset, outcomes, tmp_path, "selbp compare --arms '<b>'")
+    text = path.read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == [] and len(page.links) == 3
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert "<script" not in text and not re.search(r'(src|href)="http', text) and "&lt;b&gt;" in text
+    for part in ("gradient matching", "What the columns mean", "Machine", "torch", "same number of steps"):
+        assert part in text
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"runs", "report.html", "table.md", "results.jsonl", "samples.png", "seconds.png", "time.png"}
+    assert table in (tmp_path / "table.md").read_text()
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 6
+
+
+def test_the_phases_are_those_of_a_run() -> None:
+    from selbp.study import run, table
+
+    assert (*table.PHASES, "total") == run.PHASES and module.BUDGETS == ("steps", "samples")

@@ -1,0 +1,102 @@
+"""The table's statistics, against scipy, and its text."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from selbp.study.compare import Arm, Outcome
+from selbp.study.config import RunConfig
+from selbp.study.plots import accuracy_plot, mean_curve, spread_labels, time_plot
+from selbp.study.table import HEADINGS, PHASES, lines_of, markdown, paired_difference, rows_of, t95
+
+
+def outcome(selector: str, seed: int, accuracy: float | None, error: str | None = None) -> Outcome:
+    config = RunConfig(dataset="d", fingerprint="f", selector=selector, steps=10, lr=0.1, seed=seed)
+    if accuracy is None:
+        return Outcome(Arm(selector), config, error=error)
+    curve = [
+        {"step": step, "accuracy": accuracy * step / 10, "backward_samples": 32 * step, "seconds": 0.1 * step}
+        for step in (0, 5, 10)
+    ]
+    seconds = {phase: 0.5 + seed for phase in PHASES} | {"total": 3.0}
+    result = {
+        "config": config.as_dict(), "accuracy": accuracy, "steps": 10, "backward_samples": 320, "seconds": seconds,
+        "curve": curve,
+    }  # fmt: skip
+    return Outcome(Arm(selector), config, result)
+
+
+RANDOM, TOP = [80.0, 81.5, 79.0, 80.5], [81.0, 83.0, 79.5, 81.0]
+OUTCOMES = [outcome("random", seed, RANDOM[seed]) for seed in range(4)]
+OUTCOMES += [outcome("top-loss", seed, TOP[seed]) for seed in range(4)]
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 9, 30])
+def test_t_quantiles(degrees: int) -> None:
+    assert t95(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), abs=6e-4)
+
+
+def test_means_deviations_and_paired_intervals() -> None:
+    baseline, line = lines_of(OUTCOMES)
+    assert line.mean() == pytest.approx(np.mean(TOP)) and line.deviation() == pytest.approx(np.std(TOP, ddof=1))
+    middle, half = paired_difference(line, baseline)
+    interval = stats.ttest_rel(TOP, RANDOM).confidence_interval(0.95)
+    assert (middle - half, middle + half) == pytest.approx((interval.low, interval.high), abs=2e-3)
+
+
+def test_pairs_are_by_seed_not_by_position() -> None:
+    mixed = [*reversed(OUTCOMES[:4]), *OUTCOMES[4:]]
+    baseline, line = lines_of(mixed)
+    assert paired_difference(line, baseline) == pytest.approx(paired_difference(*reversed(lines_of(OUTCOMES))))
+    only_seed_3 = lines_of([OUTCOMES[3], *OUTCOMES[4:]])
+    assert paired_difference(only_seed_3[1], only_seed_3[0]) == (TOP[3] - RANDOM[3], None)
+    none = lines_of([OUTCOMES[0], OUTCOMES[5]])
+    assert paired_difference(none[1], none[0]) is None
+
+
+def test_failures_are_lines_and_say_how_many_seeds_they_cost() -> None:
+    failed = [
+        outcome("matching", 0, None, "out of luck"),
+        outcome("gradnorm", 0, 70.0),
+        outcome("gradnorm", 1, None, "x"),
+    ]
+    lines = lines_of([*OUTCOMES, *failed])
+    text = markdown(lines)
+    assert "failed: seed 0: out of luck" in text and "70.00 (1 of 2 seeds failed)" in text
+    rows = text.splitlines()
+    assert len(rows) == 2 + 4 and len({len(row) for row in rows}) == 1
+    assert len({row.count("|") for row in rows}) == 1 and all(len(row) == len(HEADINGS) for row in rows_of(lines))
+
+
+def test_one_seed_has_no_deviation_and_no_interval() -> None:
+    rows = rows_of(lines_of([OUTCOMES[0], OUTCOMES[4]]))
+    assert rows[1][3] == "81.00" and rows[1][4] == "+1.00" and rows[0][4] == "-"
+
+
+def test_without_random_there_is_no_difference() -> None:
+    assert rows_of(lines_of(OUTCOMES[4:]))[0][4] == "-"
+
+
+def test_curves_and_plots() -> None:
+    lines = lines_of([*OUTCOMES, outcome("matching", 0, None, "no result")])
+    x, mean, low, high = mean_curve(lines[1], "seconds")
+    assert x.tolist() == [0.0, 0.5, 1.0] and mean[-1] == pytest.approx(np.mean(TOP))
+    assert low[-1] == min(TOP) and high[-1] == max(TOP)
+    for png in (*(accuracy_plot(lines, axis, "t") for axis in ("backward_samples", "seconds")), time_plot(lines)):
+        assert png.startswith(b"\x89PNG") and len(png) > 5000
+    nothing = lines_of([outcome("matching", 0, None, "no result")])
+    assert accuracy_plot(nothing, "seconds", "t").startswith(b"\x89PNG") and time_plot(nothing).startswith(b"\x89PNG")
+
+
+def test_labels_keep_their_distance_and_order() -> None:
+    places = spread_labels([5.0, 5.1, 4.9, 9.9, 0.1], 1.0, 0.0, 10.0)
+    ordered = sorted(places)
+    assert all(b - a >= 1.0 - 1e-9 for a, b in zip(ordered, ordered[1:], strict=False))
+    assert places[4] < places[2] < places[0] < places[1] < places[3]
+    assert min(places) >= 0 and max(places) <= 10
+    crowded = spread_labels([1.0] * 50, 1.0, 0.0, 10.0)
+    assert min(crowded) >= -1e-9 and max(crowded) <= 10 and not any(map(math.isnan, crowded))
