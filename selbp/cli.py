@@ -44,6 +44,8 @@ def seeds_argument(text: str) -> list[int]:
             seeds += range(int(first), int(last) + 1) if dash else [int(first)]
     except ValueError:
         raise argparse.ArgumentTypeError(f"seeds such as 0-4 or 0,1,7, got {text!r}") from None
+    if not seeds:
+        raise argparse.ArgumentTypeError(f"seeds such as 0-4, the lower one first, got {text!r}")
     return seeds
 
 

@@ -92,7 +92,7 @@ def rows_of(lines: Sequence[Line]) -> list[list[str]]:
     baseline = next((line for line in lines if line.selector == BASELINE and line.results), None)
     rows = []
     for line in lines:
-        keep = f"{line.keep:g}" if isinstance(line.keep, float) else f"{line.keep} rows"
+        keep = f"{line.keep} rows" if isinstance(line.keep, int) else "all" if line.keep == 1 else f"{line.keep:g}"
         head = [line.label, keep, f"{line.lr:g}"]
         if not line.results:
             rows.append([*head, f"failed: {line.errors[0]}", *["-"] * (len(HEADINGS) - 4)])

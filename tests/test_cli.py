@@ -1,0 +1,201 @@
+"""The command line, as a user meets it: help, results, one line on bad input, interrupts that can be resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import selbp
+from selbp import commands
+from selbp.cli import build_parser, keep_argument, list_argument, main, seeds_argument
+from selbp.data.idx import write_idx
+from selbp.study.rules import RULES
+
+FAST = ["--model", "mlp", "--steps", "12", "--batch-size", "16", "--threads", "1", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("set")
+    generator = torch.Generator().manual_seed(0)
+    for prefix, n in (("train", 200), ("t10k", 50)):
+        labels = torch.randint(0, 10, (n,), generator=generator)
+        pixels = torch.randint(0, 100, (n, 8, 8), generator=generator)
+        pixels[torch.arange(n), labels % 8, labels // 2] += 150
+        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", pixels.to(torch.uint8))
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels.to(torch.uint8))
+    return folder
+
+
+def test_train_then_refuse_then_resume(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", "--data", str(images), *FAST, "--selector", "top-loss", "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    assert "test accuracy" in capsys.readouterr().out
+    assert main(command) == 2
+    assert re.fullmatch(r"selbp: .* holds a run already.*--resume.*\n", capsys.readouterr().err)
+    assert main([*command, "--resume"]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert main([*command, "--resume", "--lr", "0.3"]) == 2
+    assert "holds another run: lr: 0.05, not 0.3" in capsys.readouterr().err
+
+
+def test_compare_prints_the_table_and_the_page(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "--data", str(images), *FAST, "--seeds", "0-1", "--out", str(tmp_path)]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    for name in commands.DEMO_ARMS:
+        assert f"| {RULES[name].label} " in out
+    assert f"page: {tmp_path / 'report.html'}" in out and (tmp_path / "report.html").exists()
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("(from before)") == 12
+
+
+def test_compare_with_a_failing_arm_exits_1_and_keeps_the_rest(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = ["--arms", "random,top-loss", "--lr", "1e30", "--seeds", "0"]
+    assert main(["compare", "--data", str(images), *FAST, *arms, "--out", str(tmp_path)]) == 1
+    assert "no longer finite" in capsys.readouterr().out
+
+
+def test_tune_writes_what_decided(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = ["--arms", "random", "--tune", "0.0001,0.2", "--seeds", "0"]
+    assert main(["compare", "--data", str(images), *FAST, *arms, "--out", str(tmp_path)]) == 0
+    assert set(json.loads((tmp_path / "tuning.json").read_text())["random"]) == {"0.0001", "0.2"}
+    assert "random: rate 0.2 (held-out accuracy by rate" in capsys.readouterr().out
+
+
+BAD = {
+    "unknown selector": (["train", "--selector", "best"], "there is no selector 'best'"),
+    "unknown option": (["train", "--selector", "random:colour=red"], "colour"),
+    "selector value": (["train", "--selector", "loss-percentile:beta=-1"], "beta"),
+    "keep": (["train", "--keep", "1.5"], "keep"),
+    "rows": (["train", "--batch-size", "100000"], "--batch-size"),
+    "epochs": (["train", "--epochs", "0"], "--epochs"),
+    "steps": (["train", "--steps", "0"], "steps"),
+    "rate": (["train", "--lr", "-1"], "lr"),
+    "device": (["train", "--device", "abacus"], "--device abacus"),
+    "arm": (["compare", "--arms", "random,best"], "there is no selector 'best'"),
+    "twice": (["compare", "--arms", "random,random"], "random is given twice"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(case: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command, reason = BAD[case]
+    assert main([*command, "--data", str(images), "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("selbp: ") and message.count("\n") == 1 and reason in message
+    assert main([*command, "--data", str(images), "--out", str(tmp_path / "out"), "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_broken_file_is_one_line_that_names_it(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for path in images.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes()[: 40 if "t10k-images" in path.name else None])
+    assert main(["train", "--data", str(folder), *FAST, "--out", str(tmp_path / "run")]) == 2
+    message = capsys.readouterr().err
+    assert str(folder / "t10k-images-idx3-ubyte.gz") in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [[], ["fly"], ["train", "--kep", "3", "x"], ["train", "--keep", "half"],
+                                     ["compare", "--seeds", "a"], ["compare", "--seeds", "4-2"], ["compare", "--tune", "x"]])  # fmt: skip
+def test_usage_errors(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    assert caught.value.code == 2 and "selbp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "bench", "info"])
+def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0 and "example" in text and "--out" in text
+    assert command in ("bench", "info") or all(name in text for name in RULES)
+
+
+def test_every_command_takes_seed_and_out() -> None:
+    for command in ("train", "compare", "bench", "info"):
+        build_parser().parse_args([command, "--seed", "1", "--out", "x"])
+
+
+def test_arguments() -> None:
+    assert (keep_argument("1"), type(keep_argument("1.0"))) == (1, float)
+    assert seeds_argument("0-2,7") == [0, 1, 2, 7]
+    assert list_argument("random, matching:ridge=1;rule=raw") == ["random", "matching:ridge=1,rule=raw"]
+
+
+def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for part in (selbp.__version__, torch.__version__, "native core", "CPU level in use", "threads", "CUDA", "triton"):
+        assert part in text
+    assert main(["info", "--json", "--out", str(tmp_path / "info.json")]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "info.json").read_text())
+
+
+def test_bench_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setattr(commands, "__file__", str(tmp_path / "site-packages" / "selbp" / "commands.py"))
+    assert main(["bench"]) == 2
+    assert "source checkout" in capsys.readouterr().err
+
+
+def test_bench_hands_its_arguments_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    monkeypatch.setattr(commands, "__file__", str(tmp_path / "selbp" / "commands.py"))
+    seen: list[list[str]] = []
+
+    def note(command: list[str], **_options: object) -> subprocess.CompletedProcess[bytes]:
+        seen.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(commands.subprocess, "run", note)
+    assert main(["bench", "--seed", "4", "-k", "gram"]) == 3
+    assert seen[0][1:] == ["-m", "benchmarks", "-k", "gram", "--seed", "4"]
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_ctrl_c_leaves_a_state_to_resume_and_says_so(command: str, images: Path, tmp_path: Path) -> None:
+    extra = (
+        ["--selector", "random", "--resume"] if command == "train" else ["--arms", "random,top-loss", "--seeds", "0"]
+    )
+    line = [
+        sys.executable, "-m", "selbp.cli", command, "--data", str(images), *FAST, "--steps", "3000", *extra,
+        "--out", str(tmp_path),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.rglob("state-b.bin")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopped" in out and "same command" in out and "Traceback" not in err
+    again = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    if command == "train":
+        assert re.search(r"going on at step [1-9]", again.stdout)
+
+
+def test_importing_the_command_line_is_light() -> None:
+    code = "import sys, selbp.cli; print([m for m in ('triton', 'matplotlib', 'sklearn', 'scipy') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
