@@ -113,11 +113,21 @@ def test_a_broken_file_is_one_line_that_names_it(
     assert str(folder / "t10k-images-idx3-ubyte.gz") in message and message.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [[], ["fly"], ["train", "--kep", "3", "x"], ["train", "--keep", "half"],
-                                     ["compare", "--seeds", "a"], ["compare", "--seeds", "4-2"], ["compare", "--tune", "x"]])  # fmt: skip
-def test_usage_errors(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+USAGE = [
+    "",
+    "fly",
+    "train --kep 3 x",
+    "train --keep half",
+    "compare --seeds a",
+    "compare --seeds 4-2",
+    "compare --tune x",
+]
+
+
+@pytest.mark.parametrize("line", USAGE)
+def test_usage_errors(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(command)
+        main(line.split())
     assert caught.value.code == 2 and "selbp" in capsys.readouterr().err
 
 
