@@ -31,9 +31,10 @@ def find_head(model: nn.Module, head: nn.Module | str | None) -> nn.Module:
     candidates = [name for name, module in names.items() if isinstance(module, nn.Linear)]
     listed = f"candidates: {', '.join(map(repr, candidates))}" if candidates else "the model has no nn.Linear"
     if isinstance(head, str):
-        if head not in names:
-            raise ValueError(f"head {head!r} is not a module of the model; {listed}")
-        found = names[head]
+        try:
+            found = names[head] if head in names else model.get_submodule(head)
+        except AttributeError:
+            raise ValueError(f"head {head!r} is not a module of the model; {listed}") from None
     elif isinstance(head, nn.Module):
         if all(head is not module for module in names.values()):
             raise ValueError(f"head must be a module of the model, got another {type(head).__name__}; {listed}")

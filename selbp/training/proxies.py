@@ -6,6 +6,7 @@ Also where the mean gradient M becomes that of all ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -74,23 +75,30 @@ class HeadProxies(GradientProxies):
     def __init__(
         self,
         residual: Callable[[], Tensor],  # () -> (n, T, C), 0 where a sample is not valid
-        features: Tensor,  # (n, T, d), finite
+        features: Callable[[], Tensor],  # () -> (n, T, d), finite
         *,
+        positions: int,  # T
         bias: bool = True,
         reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self._token_residual: Tensor | None = None
-        self._compute = residual
-        self.token_features, self._reduce = features, reduce
-        self._positions = features.shape[1]
-        super().__init__(lambda: self.token_residual.sum(1), lambda: features.mean(1), bias=bias)
+        super().__init__(lambda: self.token_residual.sum(1), lambda: self.token_features.mean(1), bias=bias)
+        self._factors: tuple[Callable[[], Tensor], Callable[[], Tensor]] | None = (residual, features)
+        self.positions, self._reduce = positions, reduce
 
-    @property
+    def _factor(self, which: int) -> Tensor:
+        if self._factors is None:
+            raise RuntimeError("the factors of these proxies have been released")
+        return self._factors[which]()
+
+    @cached_property
     def token_residual(self) -> Tensor:
-        """(n, T, C), computed once."""
-        if self._token_residual is None:
-            self._token_residual = self._compute()
-        return self._token_residual
+        """(n, T, C)."""
+        return self._factor(0)
+
+    @cached_property
+    def token_features(self) -> Tensor:
+        """(n, T, d)."""
+        return self._factor(1)
 
     @property
     def flat(self) -> tuple[Tensor, Tensor]:
@@ -100,7 +108,7 @@ class HeadProxies(GradientProxies):
     def gram(self) -> Tensor:
         """See :meth:`GradientProxies.gram`."""
         if self._gram is None:
-            if self._positions == 1:
+            if self.positions == 1:
                 self._gram = operators.gradient_gram(*self.flat, bias=self.bias)
             else:
                 self._gram = sequence_gram(self.token_residual, self.token_features, bias=self.bias)
@@ -110,7 +118,7 @@ class HeadProxies(GradientProxies):
         """See :meth:`GradientProxies.mean_gradient`; over all ranks where ``reduce`` was given."""
         if self._mean is None:
             residual, features = self.flat
-            length = self._positions
+            length = self.positions
             inner, target_sq, weight, bias = operators.mean_gradient(residual, features, bias=self.bias)
             inner, target_sq = inner.view(-1, length).sum(1) * length, target_sq * length**2
             weight, bias = weight * length, None if bias is None else bias * length
@@ -135,27 +143,19 @@ class HeadProxies(GradientProxies):
             gram = self.gram()[rows][:, rows].double()
             error = target_sq.double() - 2 * w @ inner[rows].double() + w @ gram @ w
             return (error.clamp(min=0) / target_sq.double()).sqrt()
-        length = self._positions
+        length = self.positions
         tokens = (rows[:, None] * length + torch.arange(length, device=rows.device)).flatten()
         return operators.matching_residual(
             *self.flat, tokens, (w / length).repeat_interleave(length, output_size=len(w) * length), bias=self.bias
         )
 
     def release(self) -> None:
-        """Let go of the factors once Gram matrix and mean gradient are known, so that a report keeps little alive."""
-        if self._gram is not None and self._mean is not None:
-            self._token_residual, self._compute = None, _released
-            self.token_features = self.token_features[:0]
-            self._features = self.token_features
-            self.__dict__.pop("residual", None)
-            self.__dict__.pop("features", None)
+        """Let go of the factors."""
+        self._factors = None
+        for name in ("token_residual", "token_features", "residual", "features"):
+            self.__dict__.pop(name, None)
 
     @property
-    def retained_bytes(self) -> int:
-        """Bytes of the factors that this object keeps alive (the residual is counted whether computed or not)."""
-        n, length, d = self.token_features.shape
-        return n * length * d * self.token_features.element_size()
-
-
-def _released() -> Tensor:
-    raise RuntimeError("the factors of these proxies have been released")
+    def complete(self) -> bool:
+        """Whether the Gram matrix and the mean gradient are known: then the factors are no longer needed."""
+        return self._gram is not None and self._mean is not None

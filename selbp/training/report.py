@@ -76,7 +76,7 @@ class StepReport:
     scored: bool  # whether a forward on all rows was paid for scoring
     backward: str  # the strategy used
     backward_reason: str  # and why
-    _selection: Selection = field(repr=False)
+    selection: Selection = field(repr=False)  # rows and weights
     _stats: BatchStatistics = field(repr=False)
     _proxies: HeadProxies | None = field(repr=False)
     _chosen: Tensor = field(repr=False)  # (k,) scaled losses of the chosen rows
@@ -89,7 +89,7 @@ class StepReport:
         valid = self._stats.valid
         if self.scored:
             return float(torch.where(valid, self._stats.loss, 0).sum()) / self.n
-        live = self._selection.weights != 0
+        live = self.selection.weights != 0
         mean = torch.where(live, self._chosen, 0).sum() / live.sum().clamp(min=1)
         return float(mean * valid.sum()) / self.n
 
@@ -104,24 +104,24 @@ class StepReport:
     @cached_property
     def weight_sum(self) -> float:
         """Sum of the weights: the factor on the learning rate that the selection implies."""
-        return float(self._selection.weights.double().sum())
+        return float(self.selection.weights.double().sum())
 
     @cached_property
     def weight_max(self) -> float:
         """The greatest weight."""
-        return float(self._selection.weights.max())
+        return float(self.selection.weights.max())
 
     @cached_property
     def effective_sample_size(self) -> float:
         """(sum w)^2 / sum w^2: k for equal weights, 1 where one row carries everything."""
-        w = self._selection.weights.double()
+        w = self.selection.weights.double()
         total = float(w.square().sum())
         return float(w.sum()) ** 2 / total if total else 0.0
 
     @cached_property
     def relative_residual(self) -> float | None:
         """||mean - sum w g|| / ||mean|| of the head's gradients."""
-        return None if self._proxies is None else float(self._proxies.matching_residual(self._selection))
+        return None if self._proxies is None else float(self._proxies.matching_residual(self.selection))
 
     @cached_property
     def gain(self) -> float | None:

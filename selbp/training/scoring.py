@@ -186,10 +186,16 @@ def _scaled(
     proxies = None
     if residual is not None and rows.features is not None:
         compute, live = residual, valid[:, None, None]
-        h = torch.where(live, rows.features.to(rows.loss.dtype), 0.0)
-        proxies = HeadProxies(lambda: torch.where(live, compute() * scale, 0.0), h, bias=bias, reduce=reduce)
+        h = rows.features
+        proxies = HeadProxies(
+            lambda: torch.where(live, compute() * scale, 0.0),
+            lambda: torch.where(live, h.to(rows.loss.dtype), 0.0),
+            positions=h.shape[1],
+            bias=bias,
+            reduce=reduce,
+        )
         if gradients and h.shape[1] > 1:  # a sum over positions: its norm needs the factors of every position
-            exact = sequence_norm_sq(proxies.token_residual, h, bias=bias)
+            exact = sequence_norm_sq(proxies.token_residual, proxies.token_features, bias=bias)
             feature_sq = exact / (rows.residual_sq * scale.square()).clamp(min=1e-30)
     stats = BatchStatistics(
         rows.loss * scale, rows.lse, rows.residual_sq * scale.square(), feature_sq, rows.correct, valid

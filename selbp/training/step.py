@@ -161,7 +161,7 @@ class SelectiveBackprop:
         with torch.no_grad(), without_autocast(batch.device):
             selection = self._select(batch, scored, k) if selecting else Full().select(scored.stats, batch.n)
             mean = scored.proxies.mean_gradient() if full_head is not None and scored.proxies is not None else None
-        proxies, hits = self._worth_keeping(scored.proxies), scored.hits
+        proxies, hits = self._worth_keeping(scored.proxies, batch.n), scored.hits
         losses_of_forward, stats, scale = scored.losses, scored.stats, scored.scale
         del scored  # and with it the factors, unless they are worth keeping
         watch.lap("select")
@@ -218,14 +218,16 @@ class SelectiveBackprop:
             )
         return selection
 
-    def _worth_keeping(self, proxies: HeadProxies | None) -> HeadProxies | None:
+    def _worth_keeping(self, proxies: HeadProxies | None, n: int) -> HeadProxies | None:
         """The proxies for the report's figures, unless that would keep large factors alive during the backward."""
         if proxies is None or self.head is None:
             return None
-        proxies.release()
-        n, length, d = proxies.token_features.shape
-        classes, _ = self.head.weight.shape  # type: ignore[misc]
-        return proxies if n * length * (d + classes) * 4 <= DIAGNOSTIC_BYTES else None
+        if proxies.complete:
+            proxies.release()
+            return proxies
+        weight = self.head.weight
+        factors = n * proxies.positions * sum(weight.shape) if isinstance(weight, Tensor) else 0
+        return proxies if 4 * factors <= DIAGNOSTIC_BYTES else None
 
     # --------------------------------------------------------------------------------------- report and state
 

@@ -48,8 +48,7 @@ def test_kept_rows(keep, n, k):
         (TypeError, {"selector": selbp.TopLoss}, "instance of a selector"),
         (TypeError, {"selector": "top"}, "instance of a selector"),
         (TypeError, {"model": lambda x: x}, "torch.nn.Module"),
-        (ValueError, {"backward": "rows"}, "not part of this version"),
-        (ValueError, {"backward": "fast"}, "'rows', 'recompute' or 'auto'"),
+        (ValueError, {"backward": "fast"}, "'auto', 'recompute' or 'rows'"),
         (ValueError, {"scoring": "train"}, "'same' or 'eval'"),
         (ValueError, {"head_gradient": "exact"}, "'subset' or 'full'"),
         (ValueError, {"target": "all"}, "'local' or 'global'"),
@@ -160,4 +159,4 @@ def test_per_sample_tensors_reach_the_selector():
     irreducible[5] = -100.0
     step = build(selector=selbp.ReducibleLoss(), keep=1)
     step(x, y, irreducible_loss=irreducible)
-    assert step.report._selection.indices.tolist() == [5]
+    assert step.report.selection.indices.tolist() == [5]

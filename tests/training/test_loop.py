@@ -32,7 +32,7 @@ def test_bf16_autocast(scoring, rule):
         loss = step(x, y)
         assert loss.dtype == torch.float32
         got = gradients(model, loss)
-        want = gradients(model, by_hand(model, x, y, step.report._selection))
+        want = gradients(model, by_hand(model, x, y, step.report.selection))
     assert len(got) == 4 and all(g.abs().sum() > 0 for g in got.values())
     assert_same(got, want, rtol=1e-6)
 
@@ -71,7 +71,7 @@ def test_grad_scaler_accumulation_and_clipping(head_gradient):
             with torch.autocast(**AUTOCAST):
                 loss = step(x, y) / 3
             scalers[0].scale(loss).backward()
-            selection = step.report._selection
+            selection = step.report.selection
             with torch.autocast(**AUTOCAST):
                 chosen = by_hand(twin, x, y, selection) / 3
                 full = F.cross_entropy(twin(x).float(), y) / 3
@@ -113,7 +113,7 @@ def test_full_head_gradient_is_exact_and_leaves_the_trunk_to_the_subset():
     subset, full = build(model), build(model, head_gradient="full")
     chosen, got = gradients(model, subset(x, y)), gradients(model, full(x, y) * 3.0)
     ordinary = gradients(model, F.cross_entropy(model(x), y))
-    assert full.report._selection.indices.tolist() == subset.report._selection.indices.tolist()
+    assert full.report.selection.indices.tolist() == subset.report.selection.indices.tolist()
     for name in got:
         want = ordinary[name] if name.startswith("2") else chosen[name]
         torch.testing.assert_close(got[name], 3.0 * want, rtol=1e-5, atol=1e-7)

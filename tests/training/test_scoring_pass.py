@@ -137,7 +137,7 @@ def test_the_generator_decides_and_torch_seed_is_respected():
             torch.manual_seed(seed)
         step = build(model, selbp.Random(), generator=generator)
         step(x, y)
-        return step.report._selection.indices.tolist()
+        return step.report.selection.indices.tolist()
 
     assert draw(1) == draw(1) != draw(2)
     make = lambda seed: torch.Generator().manual_seed(seed)  # noqa: E731

@@ -44,10 +44,8 @@ def resolve(backward: str) -> tuple[BackwardStrategy, str]:
     """The strategy for a ``backward=`` of the contract, and why it is that one. Raises ValueError."""
     if backward == "auto":
         return STRATEGIES["recompute"], '"auto" means recompute'
-    if backward not in ("rows", "recompute"):
-        raise ValueError(f"backward must be 'rows', 'recompute' or 'auto', got {backward!r}")
     if backward not in STRATEGIES:
-        raise ValueError(f"backward={backward!r} is not part of this version: use 'recompute' or 'auto'")
+        raise ValueError(f"backward must be 'auto', {' or '.join(map(repr, STRATEGIES))}, got {backward!r}")
     return STRATEGIES[backward], "asked for"
 
 

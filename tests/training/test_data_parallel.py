@@ -1,0 +1,113 @@
+"""Two processes over gloo: the head's exact gradient passes the reducer, and the global target is that of all ranks."""
+
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import selbp
+
+N = 16
+
+
+def data(rank, step=0):
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randn(N, 12, generator=generator), torch.randint(0, 5, (N,), generator=generator)
+
+
+def network():
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 5))
+
+
+class Spy(selbp.GradientMatching):
+    """Remembers the mean gradient it was given."""
+
+    def select(self, stats, k, *, proxies=None, extras=None, generator=None):
+        object.__setattr__(self, "mean", proxies.mean_gradient())
+        return super().select(stats, k, proxies=proxies, extras=extras, generator=generator)
+
+
+def full_gradient(model, steps=1):
+    """The ordinary gradient of both ranks' minibatches together."""
+    loss = sum(F.cross_entropy(model(x), y) for s in range(steps) for x, y in (data(0, s), data(1, s))) / (2 * steps)
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def check_close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def worker(rank, port):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    for find_unused in (False, True):
+        for scoring in ("same", "eval"):
+            full_head_passes_the_reducer(rank, find_unused, scoring)
+    accumulation_and_scaling(rank)
+    global_target(rank)
+    dist.destroy_process_group()
+
+
+def full_head_passes_the_reducer(rank, find_unused, scoring):
+    model, plain = network(), network()
+    ddp = DistributedDataParallel(model, find_unused_parameters=find_unused)
+    step = selbp.SelectiveBackprop(
+        ddp, selector=selbp.GradientMatching(), keep=0.25, head_gradient="full", scoring=scoring
+    )
+    for _ in range(2):
+        model.zero_grad()
+        step(*data(rank)).backward()
+    exact = full_gradient(plain)
+    check_close(model[2].weight.grad, exact[2])
+    check_close(model[2].bias.grad, exact[3])
+    assert (model[0].weight.grad - exact[0]).norm() > 1e-3 * exact[0].norm()  # of the chosen rows only
+    trunk = model[0].weight.grad.clone()
+    dist.all_reduce(trunk)
+    check_close(trunk / 2, model[0].weight.grad)  # equal on both ranks
+
+
+def accumulation_and_scaling(rank):
+    model, plain = network(), network()
+    ddp = DistributedDataParallel(model)
+    step = selbp.SelectiveBackprop(ddp, selector=selbp.TopLoss(), keep=0.25, head_gradient="full")
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with ddp.no_sync():
+        scaler.scale(step(*data(rank, 0)) / 2).backward()
+    scaler.scale(step(*data(rank, 1)) / 2).backward()
+    scaler.unscale_(optimizer)
+    check_close(model[2].weight.grad, full_gradient(plain, steps=2)[2])
+
+
+def global_target(rank):
+    model, plain = network(), network()
+    rule = Spy()
+    step = selbp.SelectiveBackprop(DistributedDataParallel(model), selector=rule, keep=0.25, target="global")
+    loss = step(*data(rank))
+    exact = full_gradient(plain)
+    check_close(rule.mean.head_weight, exact[2])
+    check_close(rule.mean.head_bias, exact[3])
+    check_close(rule.mean.target_sq, exact[2].square().sum() + exact[3].square().sum())
+    x, y = data(rank)
+    own = [
+        torch.autograd.grad(F.cross_entropy(plain(x[i : i + 1]), y[i : i + 1]), plain[2].weight)[0] for i in range(N)
+    ]
+    bias = [torch.autograd.grad(F.cross_entropy(plain(x[i : i + 1]), y[i : i + 1]), plain[2].bias)[0] for i in range(N)]
+    inner = [(g * exact[2]).sum() + (b * exact[3]).sum() for g, b in zip(own, bias, strict=True)]
+    check_close(rule.mean.inner, torch.stack(inner))
+    loss.backward()
+    assert 0.0 < step.report.relative_residual < 10.0
+
+
+def test_two_processes():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (port,), nprocs=2)
