@@ -1,9 +1,14 @@
 // The Python face of the CPU core, and the only file that includes pybind11. Buffers arrive as addresses and shapes
 // that selbp/ops has already validated; nothing here knows torch.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <new>
 
 #include "cpu/level.hpp"
 #include "gram/cpu.hpp"
+#include "matching/matching.hpp"
 #include "stream/cpu.hpp"
 
 namespace py = pybind11;
@@ -53,10 +58,40 @@ void bind_gram(py::module_& m) {
       Released());
 }
 
+template <typename T, typename Solve>
+void match(Solve solve, const selbp::matching::Options& options, const std::array<std::uintptr_t, 9>& buffers,
+           std::int64_t batch, int n_threads) {
+  const selbp::matching::Problem<T> problems{at<T>(buffers[0]), at<T>(buffers[1]), at<T>(buffers[2]),
+                                             at<unsigned char>(buffers[3])};
+  const selbp::matching::Answer<T> answers{at<std::int64_t>(buffers[4]), at<T>(buffers[5]),
+                                           at<std::int32_t>(buffers[6]), at<T>(buffers[7]),
+                                           at<unsigned char>(buffers[8])};
+  if (!solve(options, problems, answers, batch, n_threads)) throw std::bad_alloc();
+}
+
+void bind_matching(py::module_& m) {
+  m.def(
+      "match",
+      [](const std::array<std::uintptr_t, 9>& buffers, bool is_double, std::int64_t batch, int n, int k, int rule,
+         bool nonnegative, double ridge, double tolerance, int n_threads, std::int64_t near_bytes) {
+        const py::gil_scoped_release released;
+        selbp::matching::Options options{n, k, static_cast<selbp::matching::Rule>(rule), nonnegative, ridge, tolerance};
+        if (near_bytes >= 0) options.near_bytes = static_cast<std::size_t>(near_bytes);
+        if (is_double)
+          match<double>(SELBP_PICK(match_f64), options, buffers, batch, n_threads);
+        else
+          match<float>(SELBP_PICK(match_f32), options, buffers, batch, n_threads);
+      },
+      py::arg("buffers"), py::arg("is_double"), py::arg("batch"), py::arg("n"), py::arg("k"), py::arg("rule"),
+      py::arg("nonnegative"), py::arg("ridge"), py::arg("tolerance"), py::arg("n_threads"), py::arg("near_bytes") = -1,
+      "buffers: gram, inner, target_sq, valid (0: all), indices, weights, count, residual, status.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU kernels of selbp; called through selbp.ops, which validates.";
   m.def("level", [] { return selbp::level_name(); }, "The x86-64 level whose kernels are in use.");
   bind_gram(m);
+  bind_matching(m);
 }

@@ -17,3 +17,16 @@ def gram_tile(
 def row_dots(sums: int, a: int, b: int, is_double: bool, rows: int, columns: int, n_threads: int) -> None: ...
 def stream_read(source: int, count: int, repeats: int, n_threads: int) -> float: ...
 def stream_copy(target: int, source: int, count: int, repeats: int, n_threads: int) -> None: ...
+def match(
+    buffers: tuple[int, int, int, int, int, int, int, int, int],
+    is_double: bool,
+    batch: int,
+    n: int,
+    k: int,
+    rule: int,
+    nonnegative: bool,
+    ridge: float,
+    tolerance: float,
+    n_threads: int,
+    near_bytes: int = -1,
+) -> None: ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from selbp import reference
+from selbp import _native, reference
 from selbp.ops._checks import (
     accumulate_dtype,
     check_finite,
@@ -19,9 +19,11 @@ from selbp.ops._checks import (
     check_shape,
 )
 from selbp.ops._library import define
+from selbp.ops._threads import native_threads
 from selbp.ops.types import Matching, MatchStatus
 
-RULES = ("ols", "normalized", "raw")
+RULES = ("ols", "normalized", "raw")  # in the order of csrc/matching/matching.hpp
+_GRAIN = 1 << 17  # multiply-adds that are worth waking a thread for: about 20 us
 
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -51,11 +53,31 @@ def _reference(
     return indices, weights, count, residual, status
 
 
+def _cpu(
+    gram: Tensor, inner: Tensor, target_sq: Tensor, k: int, rule: str, ridge: float, nonnegative: bool,
+    valid: Tensor | None, tolerance: float,
+) -> _Outputs:  # fmt: skip
+    dtype = accumulate_dtype(gram.dtype)
+    gram, inner, target_sq = (x.to(dtype).contiguous() for x in (gram, inner, target_sq))
+    if valid is not None:
+        valid = valid.expand(inner.shape).contiguous()
+    outputs = _fake(gram, inner, target_sq, k, rule, ridge, nonnegative, valid, tolerance)
+    n, problems = inner.shape[-1], target_sq.numel()
+    if problems:
+        threads = min(problems, native_threads(problems * n * min(n, k) ** 2, grain=_GRAIN))
+        buffers = (gram, inner, target_sq, valid, *outputs)
+        _native.match(
+            tuple(0 if x is None else x.data_ptr() for x in buffers),  # type: ignore[arg-type]
+            dtype == torch.float64, problems, n, k, RULES.index(rule), nonnegative, ridge, tolerance, threads,
+        )  # fmt: skip
+    return outputs
+
+
 _match = define(
     "match(Tensor gram, Tensor inner, Tensor target_sq, SymInt k, str rule, float ridge, bool nonnegative, "
     "Tensor? valid, float tolerance) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
-    cpu=_reference,
+    cpu=_cpu,
     cuda=_reference,
 )
 

@@ -1,0 +1,85 @@
+// The matching engine on CPU threads: one team of SIMD registers for each problem, problems spread over OpenMP threads.
+#include <stdlib.h>
+
+#include "matching/engine.hpp"
+#include "team/simd_team.hpp"
+
+namespace selbp {
+namespace SELBP_LEVEL {
+namespace {
+
+// Grows, and stays for the thread's next call: fresh pages would cost a fifth of a solve. What is large goes at once.
+class Arena {
+ public:
+  ~Arena() { release(); }
+  char* reserve(std::size_t bytes) {
+    if (bytes > bytes_) {
+      release();
+      if (posix_memalign(&data_, 4096, bytes) != 0) data_ = nullptr;
+      bytes_ = data_ ? bytes : 0;
+    }
+    return static_cast<char*>(data_);
+  }
+  void trim() {
+    if (bytes_ > kKeep) release();
+  }
+
+ private:
+  static constexpr std::size_t kKeep = std::size_t(32) << 20;
+  void release() {
+    free(data_);
+    data_ = nullptr;
+    bytes_ = 0;
+  }
+  void* data_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+
+thread_local Arena arena;
+
+std::size_t whole_pages(std::size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
+
+template <class T>
+bool solve_all(const Options& options, const Problem<T>& problems, const Answer<T>& answers, std::int64_t batch,
+               int threads) {
+  using Team = SimdTeam<T>;
+  const Shape<T, Team::kPanel> shape(options.n, options.k);
+  const bool far = shape.tableau_bytes() > options.near_bytes;
+  const int lookahead = far ? Team::kLookahead : 0;
+  const std::size_t arrays = whole_pages(shape.array_bytes()), tableau = whole_pages(shape.tableau_bytes());
+  const std::size_t bytes = arrays + tableau + whole_pages(shape.shelf_bytes(lookahead));
+  const std::size_t n = std::size_t(options.n), k = std::size_t(options.k);
+  bool enough = true;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) reduction(&& : enough) if (threads > 1)
+  for (std::int64_t at = 0; at < batch; ++at) {
+    char* memory = arena.reserve(bytes);
+    if (!memory) {
+      enough = false;
+      continue;
+    }
+    const std::size_t i = std::size_t(at);
+    const Workspace<T, Team::kPanel> work(shape, memory, memory + arrays, memory + arrays + tableau, lookahead);
+    const Problem<T> problem{problems.gram + i * n * n, problems.inner + i * n, problems.target_sq + i,
+                             problems.valid ? problems.valid + i * n : nullptr};
+    const Answer<T> answer{answers.indices + i * k, answers.weights + i * k, answers.count + i, answers.residual + i,
+                           answers.status + i};
+    Team team;
+    Engine<Team, T>(team, options, problem, work).solve(answer);
+    arena.trim();
+  }
+  return enough;
+}
+
+}  // namespace
+
+bool match_f32(const Options& options, const Problem<float>& problems, const Answer<float>& answers, std::int64_t batch,
+               int threads) {
+  return solve_all(options, problems, answers, batch, threads);
+}
+bool match_f64(const Options& options, const Problem<double>& problems, const Answer<double>& answers,
+               std::int64_t batch, int threads) {
+  return solve_all(options, problems, answers, batch, threads);
+}
+
+}  // namespace SELBP_LEVEL
+}  // namespace selbp

@@ -1,0 +1,52 @@
+// The matching solver's public face for C++: shapes, options and buffers; see engine.hpp for what it does.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/level.hpp"
+
+namespace selbp {
+namespace matching {
+
+enum class Rule : int { ols = 0, normalized = 1, raw = 2 };
+enum class Status : int { full = 0, optimal = 1, tolerance = 2, invalid = 3, iterations = 4 };
+
+struct Options {
+  int n;             // rows to choose from
+  int k;             // how many to choose at most; more than n is allowed
+  Rule rule;         // which score picks the next row
+  bool nonnegative;  // weights >= 0
+  double ridge;      // of the mean squared norm
+  double tolerance;  // relative residual at which to stop; 0: never
+  // Bytes of the tableau beyond which rows are formed ahead (CPU). What fits in L2 gains nothing; results are the same.
+  std::size_t near_bytes = std::size_t(512) << 10;
+};
+
+// One problem, or the first of a batch of problems that lie one behind the other.
+template <class T>
+struct Problem {
+  const T* gram;               // (n, n) symmetric
+  const T* inner;              // (n,)
+  const T* target_sq;          // ()
+  const unsigned char* valid;  // (n,) rows that may be chosen; null: all
+};
+
+template <class T>
+struct Answer {
+  std::int64_t* indices;  // (k,) in order of choice, padded with -1
+  T* weights;             // (k,) padded with 0
+  std::int32_t* count;    // ()
+  T* residual;            // () relative, without the ridge's term
+  unsigned char* status;  // () a Status
+};
+
+}  // namespace matching
+
+// Solves `batch` problems on at most `threads` threads; false where memory ran out.
+SELBP_DECLARE_LEVELS(bool match_f32(const matching::Options& options, const matching::Problem<float>& problems,
+                                    const matching::Answer<float>& answers, std::int64_t batch, int threads);
+                     bool match_f64(const matching::Options& options, const matching::Problem<double>& problems,
+                                    const matching::Answer<double>& answers, std::int64_t batch, int threads);)
+
+}  // namespace selbp
