@@ -75,7 +75,6 @@ def sample_rows(odds: Tensor, k: int, generator: torch.Generator | None) -> tupl
     probability = inclusion_probabilities(odds, k)
     hits = systematic(probability, generator)
     indices, real = top_rows(torch.zeros_like(probability), hits, k)
-    indices, real = fill_spare(indices, real, odds > 0)
     return indices, real, probability[indices]
 
 

@@ -64,7 +64,13 @@ def test_a_state_is_a_copy(rule):
     steps(rule, 2, first=2)
     other = dataclasses.replace(rule)
     other.load_state_dict(state)
+    held = other.state_dict()
     steps(other, 2, first=4)
+    other.load_state_dict(held)
+    for value in held.values():
+        value.zero_()
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(value, frozen[name], rtol=0, atol=0, equal_nan=True)
     for name, value in state.items():
         torch.testing.assert_close(value, frozen[name], rtol=0, atol=0, equal_nan=True)
 

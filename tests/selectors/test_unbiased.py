@@ -125,23 +125,34 @@ def test_loss_percentile_keeps_at_its_odds():
     assert ((share[batch.loss.argsort()] - expected).abs() <= 4.5 * deviation).all()
 
 
-def test_divbs_draws_first_by_correlation_and_then_by_what_is_left():
-    draws = 4000
-    batch = Batch(n=6, classes=2, d=3)
-    proxies = batch.proxies
-    generator = torch.Generator().manual_seed(4)
-    rule = selbp.DivBS()
-    picks = torch.stack(
-        [rule.select(batch.stats, 2, proxies=proxies, generator=generator).indices for _ in range(draws)]
-    )
+def test_divbs_draws_by_what_the_rows_so_far_do_not_span():
+    """All ordered pairs, and every third row, at the odds of the rule with explicit gradients and projections."""
+    draws, n = 6000, 6
+    batch = Batch(n=n, classes=2, d=3)
+    batch.features += 2.0  # rows much alike: what one takes out matters to the others
+    batch.refresh()
     g, e = batch.gradients, batch.mean
-    first = (g @ e).abs() / (g @ e).abs().sum()
-    expected = torch.zeros(6, 6, dtype=torch.float64)
-    for i in range(6):
-        direction = g[i] / g[i].norm()
-        odds = (g @ (e - (direction @ e) * direction)).abs()
-        odds[i] = 0.0
-        expected[i] = first[i] * odds / odds.sum()
-    share = torch.bincount(picks[:, 0] * 6 + picks[:, 1], minlength=36).double().reshape(6, 6) / draws
-    deviation = (expected * (1 - expected) / draws).sqrt()
-    assert ((share - expected).abs() <= 4.5 * deviation + 1e-12).all()
+
+    def odds(chosen):
+        left = e
+        if chosen:
+            basis = torch.linalg.qr(g[list(chosen)].T).Q
+            left = e - basis @ (basis.T @ e)
+        correlation = (g @ left).abs()
+        correlation[list(chosen)] = 0.0
+        return correlation / correlation.sum()
+
+    pairs, third = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    for i in range(n):
+        pairs[i] = odds([])[i] * odds([i])
+        for j in set(range(n)) - {i}:
+            third += pairs[i, j] * odds([i, j])
+
+    proxies, rule, generator = batch.proxies, selbp.DivBS(), torch.Generator().manual_seed(4)
+    picks = torch.stack(
+        [rule.select(batch.stats, 3, proxies=proxies, generator=generator).indices for _ in range(draws)]
+    )
+    for codes, expected in ((picks[:, 0] * n + picks[:, 1], pairs.flatten()), (picks[:, 2], third)):
+        share = torch.bincount(codes, minlength=len(expected)).double() / draws
+        deviation = (expected * (1 - expected) / draws).sqrt()
+        assert ((share - expected).abs() <= LIMIT * deviation + 1e-12).all()
