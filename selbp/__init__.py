@@ -30,9 +30,11 @@ from selbp.selectors import (  # noqa: E402
 )
 from selbp.training import Schedule, SelectiveBackprop, StepReport  # noqa: E402
 from selbp.training.backward.rows import fence, select  # noqa: E402
+from selbp.training.cut import CutReport, SelectiveBackward, selective_backward  # noqa: E402
 
 __all__ = [
     "BatchStatistics",
+    "CutReport",
     "DivBS",
     "Full",
     "GradNormImportance",
@@ -45,6 +47,7 @@ __all__ = [
     "Schedule",
     "Selection",
     "SelectiveBackprop",
+    "SelectiveBackward",
     "Selector",
     "StepReport",
     "TopGradNorm",
@@ -52,4 +55,5 @@ __all__ = [
     "__version__",
     "fence",
     "select",
+    "selective_backward",
 ]

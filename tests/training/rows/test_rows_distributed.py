@@ -53,6 +53,25 @@ def check_ddp(rank: int, unused: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def check_cut(rank: int) -> None:
+    torch.manual_seed(0)
+    model = Model().double()
+    cuts = [selbp.SelectiveBackward(2, selbp.Random(), generator=torch.Generator().manual_seed(who)) for who in (0, 1)]
+    again = [selbp.SelectiveBackward(2, selbp.Random(), generator=torch.Generator().manual_seed(who)) for who in (0, 1)]
+    x, y = torch.randn(2, 6, 2, 6, 6, dtype=torch.float64), torch.randint(3, (2, 6))
+    hook = model.body[3].register_forward_hook(lambda module, args, output: cuts[rank](output))
+    F.cross_entropy(DistributedDataParallel(model)(x[rank]), y[rank]).backward()
+    hook.remove()
+    got = gradients(model)
+    model.zero_grad()
+    for who in range(2):  # each rank's own selection, averaged
+        hook = model.body[3].register_forward_hook(lambda module, args, output, who=who: again[who](output))
+        (F.cross_entropy(model(x[who]), y[who]) / 2).backward()
+        hook.remove()
+    for a, b in zip(got, gradients(model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 def check_fsdp() -> None:
     from torch.distributed.fsdp import fully_shard
 
@@ -71,6 +90,7 @@ def work(rank: int, port: int) -> None:
     try:
         check_ddp(rank, unused=False)
         check_ddp(rank, unused=True)
+        check_cut(rank)
         check_fsdp()
     finally:
         dist.destroy_process_group()

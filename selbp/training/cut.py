@@ -1,0 +1,267 @@
+"""The cut: the identity in the forward, a selection in the backward.
+
+Put anywhere in a model, it receives the gradient of all n samples from above, chooses k of them there, and hands the
+part of the model below a gradient that has only those rows, each scaled by n times its weight. Above the cut gradients
+are exact and full-batch; below, the backward costs k / n. The loop, the loss and the trainer do not change.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from selbp.ops.types import BatchStatistics, Selection
+from selbp.selectors import GradientMatching, ReducibleLoss, Selector, TopLoss
+from selbp.training.backward.rows.layout import BatchNormPolicy
+from selbp.training.backward.rows.refuse import refuse_backward, refuse_forward
+from selbp.training.backward.rows.select import enter, row_set
+from selbp.training.backward.rows.tensor import RowGradient, densify
+from selbp.training.budget import check_keep, kept_rows, random_error
+from selbp.training.cut_proxies import FlatProxies, Proxy, proxies_at_cut, statistics_at_cut
+from selbp.training.guards import without_autocast
+from selbp.training.proxies import HeadProxies
+from selbp.training.scoring import DIAGNOSTIC_BYTES
+
+
+@dataclass
+class CutReport:
+    """What a cut chose in its last backward; the properties synchronise with the device when read."""
+
+    n: int  # samples whose gradients arrived
+    k: int  # rows that went on
+    selection: Selection  # indices among the minibatch's samples; weights as in sum_j w_j g_j ~ (1 / n) sum_i g_i
+    dense: Counter[str] = field(default_factory=Counter)  # operators below the cut that ran on n rows
+    _local: Selection | None = field(default=None, repr=False)
+    _stats: BatchStatistics | None = field(default=None, repr=False)
+    _proxies: FlatProxies | HeadProxies | None = field(default=None, repr=False)
+
+    @cached_property
+    def weight_sum(self) -> float:
+        """Sum of the weights: the factor on the learning rate of the layers below."""
+        return float(self.selection.weights.double().sum())
+
+    @cached_property
+    def weight_max(self) -> float:
+        """The greatest weight."""
+        return float(self.selection.weights.max())
+
+    @cached_property
+    def effective_sample_size(self) -> float:
+        """(sum w)^2 / sum w^2: k for equal weights, 1 where one row carries everything."""
+        w = self.selection.weights.double()
+        total = float(w.square().sum())
+        return float(w.sum()) ** 2 / total if total else 0.0
+
+    @cached_property
+    def relative_residual(self) -> float | None:
+        """||mean - sum w g|| / ||mean|| of the gradients at the cut; None where the rule looked at none."""
+        if self._proxies is None or self._local is None:
+            return None
+        return float(self._proxies.matching_residual(self._local))
+
+    @cached_property
+    def gain(self) -> float | None:
+        """Expected squared error of k rows drawn at random, over that of the chosen ones: above 1 the rule helps."""
+        if self.relative_residual is None or self._stats is None or self._proxies is None:
+            return None
+        squares = float((self._stats.residual_sq * self._stats.feature_sq).double().sum())
+        target_sq = float(self._proxies.mean_gradient().target_sq)
+        expected = random_error(self.n, self.n, self.k, squares, target_sq)
+        error = self.relative_residual**2 * target_sq
+        return expected / error if error > 0 else float("inf") if expected else None
+
+
+class Cut:
+    """One cut's settings, and the choice that its hook makes in the backward."""
+
+    def __init__(
+        self,
+        keep: float | int,
+        selector: Selector,
+        *,
+        generator: torch.Generator | None,
+        losses: Callable[[], Tensor] | None,
+        proxy: Proxy,
+        batchnorm: BatchNormPolicy,
+    ) -> None:
+        if isinstance(selector, type) or not isinstance(selector, Selector):
+            raise TypeError(f"selector must be an instance of a selector such as selbp.Random(), got {selector!r}")
+        reads_losses = selector.needs == "loss" or isinstance(selector, (TopLoss, ReducibleLoss))
+        if reads_losses and losses is None:
+            raise ValueError(
+                f"{selector!r} reads per-sample losses, which a cut does not see: use a rule that reads gradients, or "
+                "pass losses=, a function that returns the (n,) losses of the forward being differentiated"
+            )
+        if isinstance(selector, ReducibleLoss):
+            raise ValueError(f"{selector!r} reads a tensor per sample, which a cut is not given")
+        if proxy not in ("pooled", "flat", "positions"):
+            raise ValueError(f'proxy must be "pooled", "flat" or "positions", got {proxy!r}')
+        if batchnorm not in ("exact", "subset"):
+            raise ValueError(f'batchnorm must be "exact" or "subset", got {batchnorm!r}')
+        self.keep, self.selector, self.generator = check_keep(keep), selector, generator
+        self.losses, self.proxy, self.batchnorm = losses, proxy, batchnorm
+        self.last: CutReport | None = None
+
+    def attach(self, hidden: Tensor, features: Tensor | None) -> Tensor:
+        """Hook the choice to the gradient of ``hidden``, which is returned as it is."""
+        n = hidden.shape[0] if hidden.dim() else 0
+        if not torch.is_grad_enabled() or not hidden.requires_grad:
+            return hidden
+        if hidden.dim() == 0:
+            raise ValueError("hidden must be (n, ...), got a scalar: place the cut before the loss is averaged")
+        if features is not None and (features.dim() == 0 or features.shape[0] != n):
+            raise ValueError(f"features must have hidden's {n} samples in dim 0, got {tuple(features.shape)}")
+        if kept_rows(self.keep, n) >= n:
+            return hidden
+        refuse_forward([hidden])
+        # Detached: a closure over `hidden` would be a cycle through its own hook that nothing collects.
+        activation = hidden.detach() if features is None else features.detach()
+
+        def hook(delta: Tensor) -> Tensor | None:
+            refuse_backward()
+            return self.choose(delta, activation)
+
+        hidden.register_hook(hook)
+        return hidden
+
+    @torch.no_grad()
+    def choose(self, delta: Tensor, activation: Tensor) -> Tensor | None:
+        """The row-sparse gradient that goes on below; None leaves ``delta`` as it came."""
+        outer, n = None, delta.shape[0]
+        if isinstance(delta, RowGradient) and delta._layout is delta._rows.layout(0):
+            outer = delta._rows  # a cut above: choose among its rows, the others are zero
+            delta, activation = delta._data, outer.slices.take(activation, outer.layout(0), 0)
+        else:
+            delta = densify(delta)
+        m, k = delta.shape[0], kept_rows(self.keep, n)
+        if k >= m:
+            return None
+        greatest = delta.abs().amax() if delta.numel() else delta.new_zeros(())
+        finite = greatest.isfinite()
+        if delta.device.type == "cpu" and not finite:
+            return None  # a scaled loss overflowed: GradScaler must see it
+        with without_autocast(delta.device):
+            selection, stats, proxies = self._select(torch.where(finite, delta, 0), activation, k)
+        scale = m * selection.weights.to(delta.dtype)
+        rows = delta.index_select(0, selection.indices)
+        live = (selection.weights != 0).view(-1, *[1] * (delta.dim() - 1))
+        rows = torch.where(live, rows * scale.view_as(live), 0)
+        if delta.device.type != "cpu":  # there, asking would wait for the device: let every row carry the overflow on
+            rows = torch.where(finite, rows, torch.nan)
+        indices = selection.indices if outer is None else outer.on(delta.device)[selection.indices]
+        chosen = Selection(indices, selection.weights * (m / n))
+        self.last = CutReport(n, k, chosen, Counter(), selection, stats, proxies)
+        kept, order = row_set(indices, n, batchnorm=self.batchnorm, dense=self.last.dense)
+        return enter(kept, rows, order)
+
+    def _select(
+        self, delta: Tensor, activation: Tensor, k: int
+    ) -> tuple[Selection, BatchStatistics, FlatProxies | HeadProxies | None]:
+        m = delta.shape[0]
+        needs = self.selector.needs
+        if needs == "nothing":
+            stats = BatchStatistics.unscored(torch.ones(m, dtype=torch.bool, device=delta.device))
+            if delta.dtype == torch.float64:  # weights have the losses' dtype
+                stats = stats._replace(loss=stats.loss.double())
+            return self.selector.select(stats, k, generator=self.generator), stats, None
+        proxies = proxies_at_cut(delta, activation, self.proxy)
+        loss = None if self.losses is None else self.losses()
+        if loss is not None and loss.shape != (m,):
+            raise ValueError(f"losses() must return ({m},) losses, got {tuple(loss.shape)}")
+        stats = statistics_at_cut(proxies, loss)
+        selection = self.selector.select(stats, k, proxies=proxies, generator=self.generator)
+        proxies.release()
+        small = sum(x.numel() * x.element_size() for x in (delta, activation)) <= DIAGNOSTIC_BYTES
+        return selection, stats, proxies if small or needs == "gradients" else None
+
+
+def selective_backward(
+    hidden: Tensor,
+    keep: float | int,
+    selector: Selector | None = None,
+    *,
+    features: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    losses: Callable[[], Tensor] | None = None,
+    proxy: Proxy = "pooled",
+    batchnorm: BatchNormPolicy = "exact",
+) -> Tensor:
+    """``hidden`` itself; in the backward only k chosen rows of its gradient go on. See :class:`SelectiveBackward`.
+
+    Also active in evaluation mode (a function does not know the mode), unless gradients are off.
+    """
+    rule = GradientMatching() if selector is None else selector
+    cut = Cut(keep, rule, generator=generator, losses=losses, proxy=proxy, batchnorm=batchnorm)
+    return cut.attach(hidden, features)
+
+
+class SelectiveBackward(nn.Module):
+    """The identity, whose backward lets k chosen rows of the gradient into the layers below it.
+
+    ::
+
+        model = nn.Sequential(trunk, selbp.SelectiveBackward(keep=0.25), head)   # nothing else changes
+
+    The gradient that arrives is that of all n samples, delta_i = dL / d hidden_i for any scalar loss L. The rule
+    chooses k rows and weights w with sum_j w_j g_j ~ (1 / n) sum_i g_i, and row j goes on scaled by n w_j: the layers
+    above get their exact full-batch gradients, those below an estimate (unbiased with :class:`selbp.Random`) at k / n
+    of the cost. In evaluation mode, without gradients, and where k = n, it is exactly the identity. Several cuts nest:
+    a lower one chooses among the rows of the one above it. A gradient that is not finite goes on as it is, for
+    GradScaler to see (on a GPU as NaN in the chosen rows).
+
+    Args:
+        keep: a share in (0, 1] (float, k = max(1, round(keep n))) or a number of samples (int of at least 1).
+        selector: a rule that needs nothing or gradients, :class:`selbp.GradientMatching` by default.
+        generator: where draws come from, on the device of the gradient; torch's global one for None.
+        losses: for rules that read losses: returns the (n,) losses of the forward being differentiated.
+        proxy: what the rule sees of samples that have several positions: ``"pooled"`` sums over them, ``"flat"``
+            compares position by position, ``"positions"`` is exact for a linear layer below, and the dearest.
+        batchnorm: for BatchNorm below the cut, as in :func:`selbp.select`.
+
+    Raises:
+        TypeError, ValueError: at construction, for a rule that could not work here.
+    """
+
+    def __init__(
+        self,
+        keep: float | int,
+        selector: Selector | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        losses: Callable[[], Tensor] | None = None,
+        proxy: Proxy = "pooled",
+        batchnorm: BatchNormPolicy = "exact",
+    ) -> None:
+        super().__init__()
+        rule = GradientMatching() if selector is None else selector
+        self._cut = Cut(keep, rule, generator=generator, losses=losses, proxy=proxy, batchnorm=batchnorm)
+
+    @property
+    def keep(self) -> float | int:
+        """Share or number of rows that go on."""
+        return self._cut.keep
+
+    @property
+    def selector(self) -> Selector:
+        """The rule."""
+        return self._cut.selector
+
+    @property
+    def report(self) -> CutReport:
+        """What the last backward chose. Raises RuntimeError before the first one."""
+        if self._cut.last is None:
+            raise RuntimeError("there is no report before the first backward through this cut")
+        return self._cut.last
+
+    def forward(self, hidden: Tensor, features: Tensor | None = None) -> Tensor:
+        """``hidden`` (n, ...), unchanged. ``features`` (n, ...) is the input of the layer below, where it is known."""
+        return self._cut.attach(hidden, features) if self.training else hidden
+
+    def extra_repr(self) -> str:
+        """Settings for ``print(model)``."""
+        return f"keep={self.keep}, selector={self.selector!r}"

@@ -1,0 +1,92 @@
+"""What a selector sees at a cut: each sample's gradient there, and the activation beside it.
+
+The layer below the cut has the gradient g_i = sum_t delta_it (x) a_it, with delta the gradient at the cut and a the
+layer's input, over the positions t of a sample (steps, pixels). Where a is not handed in, the activation at the cut
+stands for it. Three views of it, from cheap to exact:
+
+* ``"pooled"``: (sum_t delta_it) (x) [mean_t a_it, 1], one position per sample;
+* ``"flat"``: all positions and channels as one vector, K = (delta delta') * (a a' + 1);
+* ``"positions"``: the sum over positions exactly, at a cost that grows with their number.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from selbp.ops.types import BatchStatistics, MeanGradient, Selection
+from selbp.selectors import GradientProxies
+from selbp.training.proxies import HeadProxies, sequence_norm_sq
+
+Proxy = Literal["pooled", "flat", "positions"]
+
+
+class FlatProxies(GradientProxies):
+    """Proxies whose mean gradient is far too large to form, so that its products come from the Gram matrix."""
+
+    def mean_gradient(self) -> MeanGradient:
+        """Inner products and norm of the mean; in place of the mean itself a tensor without elements."""
+        if self._mean is None:
+            inner = self.gram().double().mean(1)
+            target_sq = inner.mean().clamp(min=0)
+            dtype = self.gram().dtype
+            self._mean = MeanGradient(inner.to(dtype), target_sq.to(dtype), self.gram().new_zeros(0, 0), None)
+        return self._mean
+
+    def matching_residual(self, selection: Selection) -> Tensor:
+        """() ``||M - sum_j w_j g_j|| / ||M||``, from the Gram matrix."""
+        w, rows, gram = selection.weights.double(), selection.indices, self.gram().double()
+        target_sq = gram.mean()
+        error = target_sq - 2 * w @ gram.mean(1)[rows] + w @ gram[rows][:, rows] @ w
+        return (error.clamp(min=0) / target_sq).sqrt()
+
+    def release(self) -> None:
+        """Keep the Gram matrix and let go of what it was made from."""
+        self.gram()
+        self.__dict__.pop("residual", None)
+        self.__dict__.pop("features", None)
+        self._residual = self._features = self.gram()[:, :0]
+
+
+def _positions_last(x: Tensor, image: bool) -> Tensor:
+    """(n, T, c) of a (n, c, *space) image, a (n, T, c) sequence or a (n, c) vector."""
+    if x.dim() < 2:
+        return x.reshape(len(x), 1, -1)
+    if x.dim() == 2:
+        return x.unsqueeze(1)
+    return x.flatten(2).transpose(1, 2) if image else x.flatten(1, -2)
+
+
+def proxies_at_cut(
+    delta: Tensor,  # (n, ...) finite, floating
+    features: Tensor,  # (n, ...) of the same number of samples
+    kind: Proxy,
+) -> FlatProxies | HeadProxies:
+    """The per-sample gradients at a cut, in at least float32, scaled to a greatest entry of 1: rules are scale-free."""
+    wide = torch.float64 if delta.dtype == torch.float64 else torch.float32
+    delta, features = delta.to(wide), features.to(wide)
+    delta = delta / delta.abs().amax().clamp(min=torch.finfo(wide).tiny)
+    if kind == "flat":
+        return FlatProxies(delta.flatten(1), features.flatten(1))
+    tokens = _positions_last(delta, delta.dim() >= 4)
+    inputs = _positions_last(features, features.dim() >= 4)
+    if kind == "pooled" or tokens.shape[1] != inputs.shape[1]:
+        tokens, inputs = tokens.sum(1, keepdim=True), inputs.mean(1, keepdim=True)
+    return HeadProxies(lambda: tokens, inputs)
+
+
+def statistics_at_cut(proxies: FlatProxies | HeadProxies, loss: Tensor | None) -> BatchStatistics:
+    """(n,) norms of the gradients at the cut, in a selector's terms; the loss where there is one."""
+    n = len(proxies.residual)
+    unknown = BatchStatistics.unscored(torch.ones(n, dtype=torch.bool, device=proxies.residual.device))
+    dtype = proxies.residual.dtype
+    if isinstance(proxies, HeadProxies) and proxies.token_features.shape[1] > 1:
+        delta_sq = sequence_norm_sq(proxies.token_residual, proxies.token_features)
+        activation_sq = torch.ones_like(delta_sq)  # the norm of the sum over positions does not factor
+    else:
+        delta_sq = proxies.residual.square().sum(1)
+        activation_sq = proxies.features.square().sum(1) + 1
+    known = unknown.loss.to(dtype) if loss is None else loss.detach().to(dtype)
+    return unknown._replace(loss=known, lse=unknown.lse.to(dtype), residual_sq=delta_sq, feature_sq=activation_sq)
