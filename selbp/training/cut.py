@@ -175,9 +175,10 @@ class Cut:
             raise ValueError(f"losses() must return ({m},) losses, got {tuple(loss.shape)}")
         stats = statistics_at_cut(proxies, loss)
         selection = self.selector.select(stats, k, proxies=proxies, generator=self.generator)
-        proxies.release()
+        if proxies.complete:
+            proxies.release()
         small = sum(x.numel() * x.element_size() for x in (delta, activation)) <= DIAGNOSTIC_BYTES
-        return selection, stats, proxies if small or needs == "gradients" else None
+        return selection, stats, proxies if proxies.complete or small else None
 
 
 def selective_backward(

@@ -42,9 +42,13 @@ class FlatProxies(GradientProxies):
         error = target_sq - 2 * w @ gram.mean(1)[rows] + w @ gram[rows][:, rows] @ w
         return (error.clamp(min=0) / target_sq).sqrt()
 
+    @property
+    def complete(self) -> bool:
+        """Whether the Gram matrix is known: then the factors are no longer needed."""
+        return self._gram is not None
+
     def release(self) -> None:
         """Keep the Gram matrix and let go of what it was made from."""
-        self.gram()
         self.__dict__.pop("residual", None)
         self.__dict__.pop("features", None)
         self._residual = self._features = self.gram()[:, :0]
@@ -74,7 +78,7 @@ def proxies_at_cut(
     inputs = _positions_last(features, features.dim() >= 4)
     if kind == "pooled" or tokens.shape[1] != inputs.shape[1]:
         tokens, inputs = tokens.sum(1, keepdim=True), inputs.mean(1, keepdim=True)
-    return HeadProxies(lambda: tokens, inputs)
+    return HeadProxies(lambda: tokens, lambda: inputs, positions=tokens.shape[1])
 
 
 def statistics_at_cut(proxies: FlatProxies | HeadProxies, loss: Tensor | None) -> BatchStatistics:
@@ -82,7 +86,7 @@ def statistics_at_cut(proxies: FlatProxies | HeadProxies, loss: Tensor | None) -
     n = len(proxies.residual)
     unknown = BatchStatistics.unscored(torch.ones(n, dtype=torch.bool, device=proxies.residual.device))
     dtype = proxies.residual.dtype
-    if isinstance(proxies, HeadProxies) and proxies.token_features.shape[1] > 1:
+    if isinstance(proxies, HeadProxies) and proxies.positions > 1:
         delta_sq = sequence_norm_sq(proxies.token_residual, proxies.token_features)
         activation_sq = torch.ones_like(delta_sq)  # the norm of the sum over positions does not factor
     else:

@@ -60,7 +60,8 @@ def check_cut(rank: int) -> None:
     again = [selbp.SelectiveBackward(2, selbp.Random(), generator=torch.Generator().manual_seed(who)) for who in (0, 1)]
     x, y = torch.randn(2, 6, 2, 6, 6, dtype=torch.float64), torch.randint(3, (2, 6))
     hook = model.body[3].register_forward_hook(lambda module, args, output: cuts[rank](output))
-    F.cross_entropy(DistributedDataParallel(model)(x[rank]), y[rank]).backward()
+    ddp = DistributedDataParallel(model)
+    F.cross_entropy(ddp(x[rank]), y[rank]).backward()
     hook.remove()
     got = gradients(model)
     model.zero_grad()
