@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
         f"selectors (options as name:option=value,...):\n{_selector_help()}",
     )  # fmt: skip
     train.add_argument("--selector", default="matching", metavar="RULE", help="see below (default: %(default)s)")
-    train.add_argument("--lr", type=float, help="peak learning rate (default: the rule's own, tuned at keep 0.25)")
+    train.add_argument("--lr", type=float, help="peak learning rate (default: the rule's own)")
     train.add_argument("--seed", type=int, default=0, help="weights, order of samples, draws (default: %(default)s)")
     train.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/DATA-RULE-seedN)")
     train.add_argument("--resume", action="store_true", help="go on with the run that --out holds")

@@ -80,11 +80,13 @@ def caveats(comparison: Comparison, lines: Sequence[Line]) -> list[str]:
     if seeds < 5:
         plural = "one seed" if seeds == 1 else f"{seeds} seeds"
         notes.append(f"{plural.capitalize()}: differences of a few tenths of a point are not established by this.")
-    notes.append(
-        "Learning rates were chosen on held-out training data. The test part evaluates; it chooses nothing."
-        if all(arm.lr is None for arm in comparison.arms)
-        else "Learning rates were given by hand or by --tune; the test part evaluates, it chooses nothing here."
-    )
+    if len({line.lr for line in lines}) == 1 and len(lines) > 1:
+        notes.append(
+            "One learning rate serves every arm here, which may favour some: --tune gives each arm its own, chosen on "
+            "held-out training data. The test part evaluates; it chooses nothing."
+        )
+    else:
+        notes.append("Arms have learning rates of their own. The test part evaluates; it chooses nothing.")
     failed = [line.label for line in lines if line.errors]
     if failed:
         notes.append(f"Failed, wholly or in part: {', '.join(failed)}; the reasons stand below the table.")

@@ -8,7 +8,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Rule:
-    """A selection rule by name. ``lr`` was tuned on held-out training data (see ``selbp compare --tune``)."""
+    """A selection rule by name. ``lr`` is its default rate: the best of .02, .05, .1 and .2 for the random rule, on
+    held-out Fashion-MNIST at keep 0.25; ``selbp compare --tune`` finds each rule's own.
+    """
 
     selector: str  # class in selbp.selectors
     label: str

@@ -168,6 +168,10 @@ class Run:
         self.step += 1
         self.backward_samples += self.config.kept()
 
+    def _open_window(self) -> Tensor:
+        """The steps that no log row has summed up yet."""
+        return self.window[: self.step % WINDOW]
+
     def _close_window(self) -> float:
         steps = (self.step - 1) % WINDOW + 1
         medians = self.window[:steps].median(0).values
@@ -187,9 +191,13 @@ class Run:
 
     def _evaluate(self) -> None:
         accuracy, loss = evaluate(self.model, self.evaluation, self.device)
+        pending = self._open_window()[:, -1]
+        seconds = self.seconds["total"]
+        if len(pending) and self.step < self.config.steps:
+            seconds += float(pending.median()) * len(pending)
         self.log.append({
             "kind": "evaluation", "step": self.step, "accuracy": accuracy, "loss": loss,
-            "backward_samples": self.backward_samples, "seconds": self.seconds["total"],
+            "backward_samples": self.backward_samples, "seconds": seconds,
         })  # fmt: skip
 
     def _finish(self) -> dict[str, Any]:

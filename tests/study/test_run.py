@@ -206,3 +206,9 @@ def _step(folder: Path) -> int:
 
     found = Journal(folder).read()
     return found[1] if found else 400  # finished before the kill arrived
+
+
+def test_time_runs_on_between_log_rows(tmp_path: Path, dataset: Dataset, config: RunConfig) -> None:
+    """Evaluations inside a window of steps are charged for the steps that it holds so far."""
+    seconds = [point["seconds"] for point in finish(config, dataset, tmp_path)["curve"]]
+    assert seconds[0] == 0.0 and all(a < b for a, b in zip(seconds[:3], seconds[1:3], strict=False))
