@@ -54,7 +54,8 @@ def check(found, gram, inner, target_sq, k, nonnegative=True):
         assert count == k
     if torch.isfinite(found.residual) and target_sq > 0:
         b, t, w = inner.double()[chosen], target_sq.double(), w.double()
-        scale = w @ gram.double()[chosen][:, chosen] @ w + 2 * (w @ b).abs() + t
+        # Rounding is relative to the terms, which may cancel to much less than they are.
+        scale = w.abs() @ gram.double()[chosen][:, chosen].abs() @ w.abs() + 2 * w.abs() @ b.abs() + t
         square = t - 2 * w @ b + w @ gram.double()[chosen][:, chosen] @ w
         slack = 1e-13 if found.weights.dtype == F64 else 1e-7  # of the weights' and the residual's rounding
         assert abs(float(found.residual.double() ** 2 - square.clamp(min=0) / t)) <= 4 * slack * float(scale / t)
