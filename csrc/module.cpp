@@ -9,6 +9,7 @@
 #include "cpu/level.hpp"
 #include "gram/cpu.hpp"
 #include "matching/matching.hpp"
+#include "statistics/cpu.hpp"
 #include "stream/cpu.hpp"
 
 namespace py = pybind11;
@@ -87,6 +88,39 @@ void bind_matching(py::module_& m) {
       "buffers: gram, inner, target_sq, valid (0: all), indices, weights, count, residual, status.");
 }
 
+void bind_statistics(py::module_& m) {
+  using Address = std::uintptr_t;
+  using Size = std::int64_t;
+  using Released = py::call_guard<py::gil_scoped_release>;
+  m.attr("STATISTICS_STATE") = selbp::kStateDoubles;
+  m.def(
+      "statistics",
+      [](Address logits, int type, Size row_stride, Size rows, Size columns, Size first_class, Size n_classes,
+         Address features, int feature_type, Size feature_stride, Size n_features, bool feature_bias, Address target,
+         Address class_weight, Size ignore_index, double label_smoothing, double softcap, Address state, Address loss,
+         Address lse, Address residual_sq, Address feature_sq, Address correct, Address valid, int n_threads) {
+        const selbp::Matrix z{at<void>(logits), selbp::Type(type), row_stride, rows, columns};
+        const selbp::Matrix h{at<void>(features), selbp::Type(feature_type), feature_stride, rows, n_features};
+        const selbp::LossOptions options{at<Size>(target), at<void>(class_weight), ignore_index, label_smoothing,
+                                         softcap};
+        const selbp::StatisticsOutput out{at<void>(loss),       at<void>(lse),     at<void>(residual_sq),
+                                          at<void>(feature_sq), at<bool>(correct), at<bool>(valid)};
+        return SELBP_PICK(statistics)(z, first_class, n_classes, h, feature_bias, options, at<selbp::RowState>(state),
+                                      out, n_threads);
+      },
+      Released());
+  m.def(
+      "residual",
+      [](Address out, Address logits, int type, Size row_stride, Size rows, Size columns, Address lse, Address target,
+         Address class_weight, Size ignore_index, double label_smoothing, double softcap, int n_threads) {
+        const selbp::Matrix z{at<void>(logits), selbp::Type(type), row_stride, rows, columns};
+        const selbp::LossOptions options{at<Size>(target), at<void>(class_weight), ignore_index, label_smoothing,
+                                         softcap};
+        return SELBP_PICK(residual)(z, at<void>(lse), options, at<void>(out), n_threads);
+      },
+      Released());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -94,4 +128,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("level", [] { return selbp::level_name(); }, "The x86-64 level whose kernels are in use.");
   bind_gram(m);
   bind_matching(m);
+  bind_statistics(m);
 }

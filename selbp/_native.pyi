@@ -30,3 +30,48 @@ def match(
     n_threads: int,
     near_bytes: int = -1,
 ) -> None: ...
+
+STATISTICS_STATE: int  # float64 values that carry one row from tile to tile
+
+def statistics(
+    logits: int,
+    type: int,
+    row_stride: int,
+    rows: int,
+    columns: int,
+    first_class: int,
+    n_classes: int,
+    features: int,
+    feature_type: int,
+    feature_stride: int,
+    n_features: int,
+    feature_bias: bool,
+    target: int,
+    class_weight: int,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    state: int,
+    loss: int,
+    lse: int,
+    residual_sq: int,
+    feature_sq: int,
+    correct: int,
+    valid: int,
+    n_threads: int,
+) -> int: ...
+def residual(
+    out: int,
+    logits: int,
+    type: int,
+    row_stride: int,
+    rows: int,
+    columns: int,
+    lse: int,
+    target: int,
+    class_weight: int,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    n_threads: int,
+) -> int: ...

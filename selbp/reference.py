@@ -82,7 +82,7 @@ def cross_entropy_statistics(
         feature_sq = torch.ones_like(loss)
     else:
         feature_sq = features.square().sum(1) + float(bias)
-    valid = present & torch.isfinite(loss) & torch.isfinite(residual_sq) & torch.isfinite(feature_sq)
+    valid = present & torch.isfinite(torch.stack([loss, lse, residual_sq, feature_sq])).all(0)
     correct = valid & (z_y >= others.amax(1))
     return BatchStatistics(loss, lse, residual_sq, feature_sq, correct, valid)
 

@@ -2,6 +2,8 @@
 
 from selbp.ops.gram import gradient_gram
 from selbp.ops.matching import match, nnls, nnls_gram
+from selbp.ops.residual import residual
+from selbp.ops.statistics import cross_entropy_statistics, linear_cross_entropy_statistics
 from selbp.ops.types import BatchStatistics, Matching, MatchStatus, MeanGradient, Selection
 
 __all__ = [
@@ -10,8 +12,11 @@ __all__ = [
     "Matching",
     "MeanGradient",
     "Selection",
+    "cross_entropy_statistics",
     "gradient_gram",
+    "linear_cross_entropy_statistics",
     "match",
     "nnls",
     "nnls_gram",
+    "residual",
 ]

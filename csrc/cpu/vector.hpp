@@ -1,0 +1,259 @@
+// One SIMD vector of the level that this file is compiled for, with exp and tanh that never call libm.
+//
+// Included by per-level cpu.cpp files only. Everything stands in an unnamed namespace: internal linkage keeps a
+// copy compiled for one level out of another level's path. GCC/Clang vector extensions do the arithmetic; intrinsics
+// appear only where -ffp-contract=off (the solver needs it) would keep the compiler from fusing a multiply-add, and
+// for half-precision conversion (in their maskz forms: GCC 12 warns of its own header's plain ones).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define SELBP_INLINE inline __attribute__((always_inline))
+#define SELBP_LAMBDA __attribute__((always_inline))
+
+namespace selbp {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// The vector of a compute type A (float or double): V its values, I integers of the same width.
+template <class A>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  static constexpr int kLanes = kVectorBytes / 4;
+  typedef float V __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Int;
+  static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, readable in the low bits
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr float kExpLow = -87.33f, kExpHigh = 88.0f;
+  static constexpr int kMantissa = 23, kBias = 127;
+};
+
+template <>
+struct Simd<double> {
+  static constexpr int kLanes = kVectorBytes / 8;
+  typedef double V __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Int;
+  static constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
+  static constexpr double kExpLow = -708.0, kExpHigh = 709.0;
+  static constexpr int kMantissa = 52, kBias = 1023;
+};
+
+using F32 = Simd<float>::V;
+using F64 = Simd<double>::V;
+
+// a * b + c, fused where the level has it.
+SELBP_INLINE F32 fma(F32 a, F32 b, F32 c) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (F32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+SELBP_INLINE F64 fma(F64 a, F64 b, F64 c) {
+#if defined(__AVX512F__)
+  return (F64)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (F64)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The greater of a and b; b where a is NaN.
+SELBP_INLINE F32 maximum(F32 a, F32 b) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (F32)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+SELBP_INLINE F64 maximum(F64 a, F64 b) { return a > b ? a : b; }
+
+template <class A>
+SELBP_INLINE typename Simd<A>::V splat(A x) {
+  return x - typename Simd<A>::V{};  // x - 0, not x + 0: keeps the sign of zero
+}
+
+// Unaligned loads of one vector's worth of elements, widened to the compute type.
+SELBP_INLINE F32 load(const float* p) {
+  F32 v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+SELBP_INLINE F64 load(const double* p) {
+  F64 v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+typedef uint16_t U16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t U32 __attribute__((vector_size(kVectorBytes)));
+SELBP_INLINE F32 load(const BFloat16* p) {
+  U16 v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return (F32)(__builtin_convertvector(v, U32) << 16);
+}
+SELBP_INLINE F32 load(const Half* p) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (F32)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  U16 v;
+  __builtin_memcpy(&v, p, sizeof v);
+  const U32 h = __builtin_convertvector(v, U32);
+  const F32 scaled = (F32)((h & 0x7fffu) << 13) * 0x1p112f;  // rebias the exponent; exact for subnormals too
+  const U32 special = (U32)((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+  return (F32)((U32)scaled | special | ((h & 0x8000u) << 16));
+#endif
+}
+
+// The first `count` < kLanes elements, zeros behind them; nothing beyond is read.
+template <class T>
+SELBP_INLINE auto load_first(const T* p, int64_t count) {
+  T values[sizeof(load(p)) / sizeof(load(p)[0])] = {};
+  __builtin_memcpy(values, p, static_cast<std::size_t>(count) * sizeof(T));
+  return load(values);
+}
+#if defined(__AVX512F__)  // saves the store-to-load stall of the copy
+SELBP_INLINE F32 load_first(const float* p, int64_t count) {
+  return (F32)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+}
+#endif
+
+template <class V, class A>
+SELBP_INLINE void store(A* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+template <class A>
+SELBP_INLINE double sum(typename Simd<A>::V v) {  // pairwise: short dependency chains
+  double lanes[Simd<A>::kLanes];
+  for (int i = 0; i < Simd<A>::kLanes; ++i) lanes[i] = static_cast<double>(v[i]);
+  for (int half = Simd<A>::kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+template <class A>
+SELBP_INLINE A greatest(typename Simd<A>::V v) {  // of its lanes, none of them NaN
+  A lanes[Simd<A>::kLanes];
+  store(lanes, v);
+  for (int half = Simd<A>::kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
+  return lanes[0];
+}
+
+// 0, 1, 2, ... in the lanes.
+template <class A>
+SELBP_INLINE typename Simd<A>::I lane_numbers() {
+  static const struct Table {
+    alignas(kVectorBytes) typename Simd<A>::Int numbers[16];
+  } table = {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}};
+  typename Simd<A>::I v;
+  __builtin_memcpy(&v, table.numbers, sizeof v);
+  return v;
+}
+
+// (e^r - 1) for |r| <= ln(2)/2 to about one unit in the last place.
+SELBP_INLINE F32 expm1_reduced(F32 r) {
+  F32 q = fma(splat(1.9875691500e-4f), r, splat(1.3981999507e-3f));  // Cephes expf
+  q = fma(q, r, splat(8.3334519073e-3f));
+  q = fma(q, r, splat(4.1665795894e-2f));
+  q = fma(q, r, splat(1.6666665459e-1f));
+  q = fma(q, r, splat(5.0000001201e-1f));
+  return fma(q * r, r, r);
+}
+SELBP_INLINE F64 expm1_reduced(F64 r) {
+  F64 q = splat(1.0 / 6227020800.0);  // Taylor to r^13: the remainder is below 5e-18
+  q = fma(q, r, splat(1.0 / 479001600.0));
+  q = fma(q, r, splat(1.0 / 39916800.0));
+  q = fma(q, r, splat(1.0 / 3628800.0));
+  q = fma(q, r, splat(1.0 / 362880.0));
+  q = fma(q, r, splat(1.0 / 40320.0));
+  q = fma(q, r, splat(1.0 / 5040.0));
+  q = fma(q, r, splat(1.0 / 720.0));
+  q = fma(q, r, splat(1.0 / 120.0));
+  q = fma(q, r, splat(1.0 / 24.0));
+  q = fma(q, r, splat(1.0 / 6.0));
+  q = fma(q, r, splat(0.5));
+  return fma(q * r, r, r);
+}
+
+// e^x = scale * (1 + q), for x in [kExpLow, kExpHigh]; a NaN stays one in q.
+template <class A>
+struct Exponential {
+  typename Simd<A>::V scale, q;
+};
+template <class A>
+SELBP_INLINE Exponential<A> exponential(typename Simd<A>::V x) {
+  using S = Simd<A>;
+  using V = typename S::V;
+  using I = typename S::I;
+  const V shifted = fma(x, splat(A(1.44269504088896340736)), splat(S::kMagic));
+  const V n = shifted - S::kMagic;
+  V r = fma(n, splat(-S::kLn2High), x);
+  r = fma(n, splat(-S::kLn2Low), r);
+  const I magic = (I)splat(S::kMagic);
+  const I exponent = ((I)shifted - magic + typename S::Int(S::kBias)) << S::kMantissa;
+  return {(V)exponent, expm1_reduced(r)};
+}
+
+// e^x; 0 below kExpLow (so for -inf), e^kExpHigh above kExpHigh, NaN for NaN.
+template <class A>
+SELBP_INLINE typename Simd<A>::V exp(typename Simd<A>::V x) {
+  using V = typename Simd<A>::V;
+  const V low = splat(Simd<A>::kExpLow), high = splat(Simd<A>::kExpHigh);
+  V clamped = x < low ? low : x;
+  clamped = clamped > high ? high : clamped;
+  const Exponential<A> e = exponential<A>(clamped);
+  const V value = fma(e.scale, e.q, e.scale);
+  return x < low ? V{} : value;
+}
+
+// cap * tanh(z / cap) and its derivative, with E = e^(-2|z/cap|): tanh = (1 - E) / (1 + E), derivative 4E / (1 + E)^2.
+// 1 - E is taken as -expm1, so that small logits keep their relative accuracy.
+template <class A>
+SELBP_INLINE typename Simd<A>::V soft_cap(typename Simd<A>::V z, typename Simd<A>::V cap,
+                                          typename Simd<A>::V& derivative) {
+  using V = typename Simd<A>::V;
+  const V x = z / cap;
+  const V twice = x < V{} ? A(2) * x : A(-2) * x;
+  const V low = splat(Simd<A>::kExpLow);
+  const Exponential<A> e = exponential<A>(twice < low ? low : twice);
+  const V minus = fma(e.scale, e.q, e.scale - A(1));  // E - 1
+  const V plus = minus + A(2);                        // E + 1
+  const V tanh = minus / plus;                        // of -|x|
+  derivative = A(4) * (minus + A(1)) / (plus * plus);
+  return cap * (x < V{} ? tanh : -tanh);
+}
+
+}  // namespace
+}  // namespace selbp

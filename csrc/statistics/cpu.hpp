@@ -1,0 +1,60 @@
+// Per-sample cross-entropy statistics and residuals of rows of logits; the header of the family.
+//
+// The logits come either whole or in column tiles (the linear form: a GEMM writes a tile, this consumes it). With the
+// target's logit z_y held apart, each row accumulates over the other classes only, relative to their running maximum m:
+//   s = sum e^(z-m),  s2 = sum D^2 e^(2(z-m)),  and with label smoothing  sx = sum D^2 w e^(z-m),  sw2 = sum D^2 w^2,
+//   u = sum w (m - z),  sw = sum w           (w class weights, D derivative of the soft cap, else 1)
+// from which loss, log-sum-exp and ||r||^2 follow without cancellation for confident rows:
+//   loss_y = log1p(e^(m-z_y) s),  q = 1 - p_y = e^(m-lse) s,  ||r||^2 = q^2 + e^(2(m-lse)) s2.
+// Inside a tile lanes accumulate in the compute type (float, or double for double); across tiles everything is double.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/level.hpp"
+
+namespace selbp {
+
+enum class Type : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+// The options that both operators share. `class_weight` is in the compute type, or null.
+struct LossOptions {
+  const int64_t* target;
+  const void* class_weight;
+  int64_t ignore_index;
+  double label_smoothing, softcap;
+};
+
+struct Matrix {  // rows with a contiguous last dimension
+  const void* data;
+  Type type;
+  int64_t row_stride, rows, columns;
+};
+
+// What a row has accumulated so far; an array of these carries the rows from one tile to the next.
+struct RowState {
+  double m, s, s2, sx, sw2, u, sw;
+  double z_y, derivative_y;  // the target's logit after the cap, and D there
+};
+
+constexpr int kStateDoubles = sizeof(RowState) / sizeof(double);
+
+struct StatisticsOutput {  // floats in the compute type of the logits
+  void *loss, *lse, *residual_sq, *feature_sq;
+  bool *correct, *valid;
+};
+
+// Both return the first row whose target lies outside [0, n_classes) and is not ignored (nothing is read through it),
+// or -1.
+//
+// statistics: consumes columns [first_class, first_class + logits.columns) of n_classes. The first tile initialises
+// `state` (rows entries; null where one tile is the whole row), the last one writes `output`. `features.data` may be
+// null: feature_sq is then 1.
+// residual: (rows, columns) softmax minus target, times the chain factor of the cap; 0 in rows that are not valid.
+SELBP_DECLARE_LEVELS(int64_t statistics(const Matrix& logits, int64_t first_class, int64_t n_classes,
+                                        const Matrix& features, bool feature_bias, const LossOptions& options,
+                                        RowState* state, const StatisticsOutput& output, int n_threads);
+                     int64_t residual(const Matrix& logits, const void* lse, const LossOptions& options, void* output,
+                                      int n_threads);)
+
+}  // namespace selbp

@@ -1,0 +1,102 @@
+"""``residual``: the gradient of each row's loss with respect to its logits, softmax minus target."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from selbp import _native, reference
+from selbp.ops._checks import accumulate_dtype, check_floating, check_same_device, check_shape
+from selbp.ops._library import define
+from selbp.ops._loss import (
+    TYPE_CODE,
+    address,
+    check_loss,
+    contiguous_rows,
+    native_class_weight,
+    raise_bad_target,
+)
+from selbp.ops._threads import native_threads
+
+
+def residual(
+    logits: Tensor,  # (n, C)
+    target: Tensor,  # (n,)
+    lse: Tensor,  # (n,)
+    *,
+    class_weight: Tensor | None = None,  # (C,)
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Gradient of each row's loss with respect to its logits (before the cap, whose chain factor is included).
+
+    Args:
+        logits: (n, C), float32, float64, bfloat16 or float16; copied once if its last dimension is not contiguous.
+        target: (n,) int64 class indices, or ``ignore_index``.
+        lse: (n,) log-sum-exp of the capped logits, as :func:`cross_entropy_statistics` returns it.
+        class_weight: (C,) weights of the classes, as torch's ``weight``.
+        ignore_index: rows with this target are 0.
+        label_smoothing: in [0, 1], as torch's.
+        softcap: as in :func:`cross_entropy_statistics`.
+
+    Returns:
+        (n, C), float64 for float64 logits, else float32; 0 in rows whose target is ignored or whose loss is not
+        finite. The target's entry is minus the sum of the others' probabilities: ``p_y - 1`` would cancel.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, device or option is wrong, or (CPU) a target lies outside [0, C).
+    """
+    check_floating("logits", logits)
+    check_shape("logits", logits, "(n, C)", (None, None))
+    check_loss("logits", logits, logits.shape[1], target, class_weight, ignore_index, label_smoothing, softcap)
+    check_floating("lse", lse)
+    check_shape("lse", lse, f"(n,) with n = {logits.shape[0]} as logits", (logits.shape[0],))
+    check_same_device("lse", lse, "logits", logits)
+    return _residual(logits, target, lse, class_weight, ignore_index, float(label_smoothing), float(softcap))
+
+
+def _cpu(
+    logits: Tensor, target: Tensor, lse: Tensor, class_weight: Tensor | None,
+    ignore_index: int, label_smoothing: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    dtype = accumulate_dtype(logits.dtype)
+    n, n_classes = logits.shape
+    out = torch.empty(n, n_classes, dtype=dtype)
+    if not n:
+        return out
+    z, y, lse = contiguous_rows(logits), target.contiguous(), lse.to(dtype).contiguous()
+    weight = native_class_weight(class_weight, dtype)
+    bad = _native.residual(
+        out.data_ptr(), z.data_ptr(), TYPE_CODE[z.dtype], z.stride(0), n, n_classes, lse.data_ptr(), y.data_ptr(),
+        address(weight), ignore_index, label_smoothing, softcap, native_threads(n * n_classes),
+    )  # fmt: skip
+    if bad >= 0:
+        raise_bad_target(y, bad, n_classes, ignore_index)
+    return out
+
+
+def _fake(
+    logits: Tensor, target: Tensor, lse: Tensor, class_weight: Tensor | None,
+    ignore_index: int, label_smoothing: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    return logits.new_empty(logits.shape, dtype=accumulate_dtype(logits.dtype))
+
+
+def _cuda(
+    logits: Tensor, target: Tensor, lse: Tensor, class_weight: Tensor | None,
+    ignore_index: int, label_smoothing: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    dtype = accumulate_dtype(logits.dtype)
+    return reference.residual(
+        logits.to(dtype), target, lse.to(dtype), class_weight=class_weight, ignore_index=ignore_index,
+        label_smoothing=label_smoothing, softcap=softcap,
+    )  # fmt: skip
+
+
+_residual = define(
+    "residual(Tensor logits, Tensor target, Tensor lse, Tensor? class_weight, int ignore_index, float label_smoothing, "
+    "float softcap) -> Tensor",
+    fake=_fake, cpu=_cpu, cuda=_cuda,
+)  # fmt: skip

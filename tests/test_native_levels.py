@@ -1,0 +1,131 @@
+"""The per-level native kernels: none can be linked into another level's path, all agree, and forks do not hang."""
+
+import multiprocessing
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from selbp import _native, ops
+from selbp.ops._threads import native_threads
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "csrc").glob("*/cpu.cpp"))
+x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86-64 levels need x86-64")
+
+
+def shared_symbols(source: str, folder: Path) -> list[str]:
+    """Symbols of the object compiled from ``source`` that a linker may replace by another object's copy."""
+    (folder / "kernel.cpp").write_text(source)
+    # Without optimisation nothing is inlined away, so that every such function shows.
+    flags = "-std=c++17 -O0 -fopenmp -fPIC -w -march=x86-64-v3 -DSELBP_LEVEL=v3 -DSELBP_X86_LEVELS=1".split()
+    command = [os.environ.get("CXX", "g++"), *flags, f"-I{ROOT / 'csrc'}", "-c", "kernel.cpp", "-o", "kernel.o"]
+    subprocess.run(command, cwd=folder, check=True)
+    listing = subprocess.run(["nm", "-C", "kernel.o"], cwd=folder, check=True, capture_output=True, text=True).stdout
+    symbols = [line[17:] for line in listing.splitlines()]
+    # DW.ref.*: a data pointer that every object shares by design. External functions stand in their level's namespace.
+    return [
+        s for s in symbols
+        if (s[0] in "WVuv" and "DW.ref." not in s) or (s[0] in "TDBR" and not s[2:].startswith("selbp::v3::"))
+    ]  # fmt: skip
+
+
+@x86
+@pytest.mark.skipif(not (shutil.which("g++") and shutil.which("nm")), reason="needs g++ and nm")
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.parent.name)
+def test_kernels_share_no_symbol_between_levels(source, tmp_path):
+    assert shared_symbols(source.read_text(), tmp_path) == []
+
+
+@x86
+@pytest.mark.skipif(not (shutil.which("g++") and shutil.which("nm")), reason="needs g++ and nm")
+def test_an_inline_function_would_be_seen(tmp_path):
+    planted = "inline double shared(double x) { return x * x; }\ndouble f(double x) { return shared(x); }\n"
+    assert len(shared_symbols(planted, tmp_path)) == 2
+
+
+RUN = """
+import sys, torch
+from selbp import ops, _native
+torch.manual_seed(3)
+results = {"level": _native.level()}
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for n, C in ((5, 3), (9, 47), (4, 2500)):
+        z = (torch.randn(n, C) * 4).to(dtype); y = torch.randint(C, (n,)); y[1] = -100
+        z[2, 1] = -torch.inf; z[3] *= 1e-7
+        for options in ({}, {"label_smoothing": 0.1, "softcap": 9.0, "class_weight": torch.rand(C)}):
+            stats = ops.cross_entropy_statistics(z, y, z, **options)
+            results[f"{dtype} {C} {len(options)}"] = (*stats, ops.residual(z, y, stats.lse, **options))
+torch.save(results, sys.argv[1])
+"""
+
+
+@x86
+def test_levels_agree(tmp_path):
+    results = {}
+    for level in ("baseline", "v3", ""):
+        path = tmp_path / f"level-{level}.pt"
+        environment = {**os.environ, "SELBP_CPU_LEVEL": level}
+        subprocess.run([sys.executable, "-c", RUN, str(path)], check=True, timeout=120, env=environment)
+        results[level] = torch.load(path)
+    assert results["baseline"].pop("level") == "baseline"
+    assert results[""].pop("level") == _native.level()
+    assert "v4" not in results["v3"].pop("level")
+    for level in ("v3", ""):
+        for case, expected in results["baseline"].items():
+            for a, b in zip(results[level][case], expected, strict=True):
+                tolerance = 1e-12 if "float64" in case else 4e-6
+                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+# ------------------------------------------------------------------------------------- forked and spawned workers
+
+
+def statistics(rows=64):
+    """Enough work for more than one thread."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, 4000, generator=generator)
+    return ops.cross_entropy_statistics(logits, torch.arange(rows)).loss
+
+
+class Losses(Dataset):
+    """Each item is computed natively, in the worker."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return statistics()[index]
+
+
+def _child(queue):
+    queue.put((native_threads(1 << 30), torch.get_num_threads(), float(statistics().sum())))
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_dataloader_workers(start):
+    torch.set_num_threads(2)
+    expected = statistics()[:4]  # the parent's OpenMP threads exist now
+    loader = DataLoader(Losses(), batch_size=2, num_workers=2, multiprocessing_context=start, timeout=90)
+    torch.testing.assert_close(torch.cat(list(loader)), expected)
+
+
+def test_a_forked_process_runs_serially():
+    torch.set_num_threads(2)
+    expected = float(statistics().sum())
+    assert native_threads(1 << 30) == 2
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_child, args=(queue,))
+    child.start()
+    threads, torch_threads, total = queue.get(timeout=60)
+    child.join(timeout=60)
+    assert child.exitcode == 0
+    assert (threads, torch_threads) == (1, 2)
+    assert total == pytest.approx(expected)
