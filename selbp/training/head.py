@@ -61,13 +61,19 @@ def find_clear_head(model: nn.Module) -> nn.Module | None:
 
 
 def check_full_gradient(model: nn.Module, head: nn.Module) -> None:
-    """Raise ValueError unless the head's gradient can be replaced: trainable, and its own parameters alone."""
+    """Raise ValueError unless the head's gradient can be replaced: trainable, not shared, not in compiled code."""
     mine = {id(p) for p in head.parameters(recurse=False)}
     owners = [name for name, p in unwrap(model).named_parameters(remove_duplicate=False) if id(p) in mine]
     if len(owners) > len(mine):
         raise ValueError(f'head_gradient="full" needs a head of its own, but its parameters are tied: {owners}')
     if any(not p.requires_grad for p in head.parameters(recurse=False)):
         raise ValueError('head_gradient="full" needs a trainable head, but it has frozen parameters')
+    for module in model.modules():
+        compiled = hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        if compiled and any(part is head for part in module.modules()):
+            raise ValueError(
+                'head_gradient="full" needs a head outside torch.compile, whose code has its gradient built in'
+            )
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -99,7 +100,7 @@ class StepReport:
         if self._hits is None:
             return None
         correct, total = (int(x) for x in self._hits)
-        return correct / total if total else float("nan")
+        return correct / total if total else None
 
     @cached_property
     def weight_sum(self) -> float:
@@ -120,8 +121,11 @@ class StepReport:
 
     @cached_property
     def relative_residual(self) -> float | None:
-        """||mean - sum w g|| / ||mean|| of the head's gradients."""
-        return None if self._proxies is None else float(self._proxies.matching_residual(self.selection))
+        """||mean - sum w g|| / ||mean|| of the head's gradients; None where the mean is zero."""
+        if self._proxies is None:
+            return None
+        value = float(self._proxies.matching_residual(self.selection))
+        return value if math.isfinite(value) else None
 
     @cached_property
     def gain(self) -> float | None:
