@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import Batch
+from selection_cases import Batch
 
 import selbp
 from selbp.selectors import BatchStatistics, GradientProxies

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from conftest import Batch
+from selection_cases import Batch
 
 import selbp
 from selbp import ops
@@ -23,7 +23,7 @@ def residual_of(batch, found):
         (selbp.TopGradNorm(), lambda b: b.gradients.norm(dim=1)),
         (selbp.ReducibleLoss(), lambda b: b.loss - b.irreducible),
     ],
-    ids=repr,
+    ids=["loss", "gradient norm", "reducible loss"],
 )
 def test_top(selector, score, batch):
     found = batch.select(selector, 10)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import Batch
+from selection_cases import Batch
 
 import selbp
 

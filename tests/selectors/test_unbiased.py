@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Batch
+from selection_cases import Batch
 
 import selbp
 from selbp.selectors import Selection

@@ -47,7 +47,7 @@ def test_kept_rows(keep, n, k):
     [
         (TypeError, {"selector": selbp.TopLoss}, "instance of a selector"),
         (TypeError, {"selector": "top"}, "instance of a selector"),
-        (TypeError, {"model": lambda x: x}, "torch.nn.Module"),
+        (TypeError, {"model": str.upper}, "torch.nn.Module"),
         (ValueError, {"backward": "fast"}, "'auto', 'recompute' or 'rows'"),
         (ValueError, {"scoring": "train"}, "'same' or 'eval'"),
         (ValueError, {"head_gradient": "exact"}, "'subset' or 'full'"),
