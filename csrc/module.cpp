@@ -98,25 +98,30 @@ void bind_statistics(py::module_& m) {
       [](Address logits, int type, Size row_stride, Size rows, Size columns, Size first_class, Size n_classes,
          Address features, int feature_type, Size feature_stride, Size n_features, bool feature_bias, Address target,
          Address class_weight, Size ignore_index, double label_smoothing, double softcap, Address state, Address loss,
-         Address lse, Address residual_sq, Address feature_sq, Address correct, Address valid, int n_threads) {
+         Address lse, Address residual_sq, Address feature_sq, Address others, Address correct, Address valid,
+         int n_threads) {
         const selbp::Matrix z{at<void>(logits), selbp::Type(type), row_stride, rows, columns};
         const selbp::Matrix h{at<void>(features), selbp::Type(feature_type), feature_stride, rows, n_features};
         const selbp::LossOptions options{at<Size>(target), at<void>(class_weight), ignore_index, label_smoothing,
                                          softcap};
-        const selbp::StatisticsOutput out{at<void>(loss),       at<void>(lse),     at<void>(residual_sq),
-                                          at<void>(feature_sq), at<bool>(correct), at<bool>(valid)};
+        const selbp::StatisticsOutput out{at<void>(loss),       at<void>(lse),    at<void>(residual_sq),
+                                          at<void>(feature_sq), at<void>(others), at<bool>(correct),
+                                          at<bool>(valid)};
         return SELBP_PICK(statistics)(z, first_class, n_classes, h, feature_bias, options, at<selbp::RowState>(state),
                                       out, n_threads);
       },
       Released());
   m.def(
       "residual",
-      [](Address out, Address logits, int type, Size row_stride, Size rows, Size columns, Address lse, Address target,
+      [](Address out, Address logits, int type, Size row_stride, Size rows, Size columns, Size first_class,
+         Size n_classes, double weight_sum, Address lse, Address others, Address scale, Address target,
          Address class_weight, Size ignore_index, double label_smoothing, double softcap, int n_threads) {
         const selbp::Matrix z{at<void>(logits), selbp::Type(type), row_stride, rows, columns};
+        const selbp::ResidualTile tile{first_class,   n_classes,        weight_sum,
+                                       at<void>(lse), at<void>(others), at<void>(scale)};
         const selbp::LossOptions options{at<Size>(target), at<void>(class_weight), ignore_index, label_smoothing,
                                          softcap};
-        return SELBP_PICK(residual)(z, at<void>(lse), options, at<void>(out), n_threads);
+        return SELBP_PICK(residual)(z, tile, options, at<void>(out), n_threads);
       },
       Released());
 }

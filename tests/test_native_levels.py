@@ -29,11 +29,8 @@ def shared_symbols(source: str, folder: Path) -> list[str]:
     subprocess.run(command, cwd=folder, check=True)
     listing = subprocess.run(["nm", "-C", "kernel.o"], cwd=folder, check=True, capture_output=True, text=True).stdout
     symbols = [line[17:] for line in listing.splitlines()]
-    # DW.ref.*: a data pointer that every object shares by design. External functions stand in their level's namespace.
-    return [
-        s for s in symbols
-        if (s[0] in "WVuv" and "DW.ref." not in s) or (s[0] in "TDBR" and not s[2:].startswith("selbp::v3::"))
-    ]  # fmt: skip
+    # A name that contains the level's namespace is this level's alone. DW.ref.*: a data pointer, shared by design.
+    return [s for s in symbols if s[0] in "WVuvTDBR" and "selbp::v3::" not in s and "DW.ref." not in s]
 
 
 @x86

@@ -111,7 +111,7 @@ double row_square_sum(const Matrix& matrix, int64_t row) {
 }
 
 struct RowResult {
-  double loss, lse, residual_sq;
+  double loss, lse, residual_sq, others;
   bool correct;
 };
 
@@ -132,7 +132,7 @@ RowResult finish(const RowState& state, int64_t y, double w_y, double smooth_eac
     loss_y = above_m - a;
     p_m = 1 / sum;
   }
-  RowResult result{0, a > 0 ? state.z_y + loss_y : state.m + above_m, 0, false};
+  RowResult result{0, a > 0 ? state.z_y + loss_y : state.m + above_m, 0, 0, false};
   if (y < 0) return result;
 
   const double q = state.s * p_m;
@@ -146,6 +146,7 @@ RowResult finish(const RowState& state, int64_t y, double w_y, double smooth_eac
   double others = scale * scale * state.s2;
   if (rest != 0) others += smooth_each * (smooth_each * state.sw2 - 2 * scale * state.sx);
   result.residual_sq = r_y * r_y + (others > 0 || others != others ? others : 0.0);
+  result.others = q;
   result.correct = state.z_y >= state.m;
   return result;
 }
@@ -160,6 +161,7 @@ void write(const StatisticsOutput& out, int64_t row, const RowResult& result, bo
   static_cast<A*>(out.lse)[row] = lse;
   static_cast<A*>(out.residual_sq)[row] = __builtin_isfinite(loss) || ignored ? residual_sq : nan;
   static_cast<A*>(out.feature_sq)[row] = sq;
+  if (out.others) static_cast<A*>(out.others)[row] = A(result.others);
   out.valid[row] = finite && !ignored;
   out.correct[row] = finite && !ignored && result.correct;
 }

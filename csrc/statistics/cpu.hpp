@@ -41,7 +41,17 @@ constexpr int kStateDoubles = sizeof(RowState) / sizeof(double);
 
 struct StatisticsOutput {  // floats in the compute type of the logits
   void *loss, *lse, *residual_sq, *feature_sq;
+  void* others;  // probability of all classes but the target; may be null
   bool *correct, *valid;
+};
+
+// Columns [first_class, first_class + logits.columns) of the residual of rows of n_classes.
+struct ResidualTile {
+  int64_t first_class, n_classes;
+  double weight_sum;   // of all class weights; n_classes without them
+  const void* lse;     // and the rest, one value a row in the compute type
+  const void* others;  // as in StatisticsOutput; null: summed here, for which the tile must be the whole row
+  const void* scale;   // what each row is multiplied with; null: 1
 };
 
 // Both return the first row whose target lies outside [0, n_classes) and is not ignored (nothing is read through it),
@@ -50,11 +60,12 @@ struct StatisticsOutput {  // floats in the compute type of the logits
 // statistics: consumes columns [first_class, first_class + logits.columns) of n_classes. The first tile initialises
 // `state` (rows entries; null where one tile is the whole row), the last one writes `output`. `features.data` may be
 // null: feature_sq is then 1.
-// residual: (rows, columns) softmax minus target, times the chain factor of the cap; 0 in rows that are not valid.
+// residual: (rows, columns) softmax minus target, times the chain factor of the cap and `scale`; 0 in rows that are
+// not valid. `output` may be the logits' own memory where they have the compute type and no padding.
 SELBP_DECLARE_LEVELS(int64_t statistics(const Matrix& logits, int64_t first_class, int64_t n_classes,
                                         const Matrix& features, bool feature_bias, const LossOptions& options,
                                         RowState* state, const StatisticsOutput& output, int n_threads);
-                     int64_t residual(const Matrix& logits, const void* lse, const LossOptions& options, void* output,
-                                      int n_threads);)
+                     int64_t residual(const Matrix& logits, const ResidualTile& tile, const LossOptions& options,
+                                      void* output, int n_threads);)
 
 }  // namespace selbp

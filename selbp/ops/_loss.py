@@ -69,6 +69,13 @@ def native_class_weight(class_weight: Tensor | None, dtype: torch.dtype) -> Tens
     return None if class_weight is None else class_weight.to(dtype).contiguous()
 
 
+def weight_sum(class_weight: Tensor | None, n_classes: int, label_smoothing: float) -> float:
+    """Sum of the class weights, which only label smoothing reads; ``n_classes`` where there are none."""
+    if class_weight is None or not label_smoothing:
+        return float(n_classes)
+    return float(class_weight.sum(dtype=torch.float64))
+
+
 def address(tensor: Tensor | None) -> int:
     """Where the data begin; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

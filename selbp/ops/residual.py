@@ -15,6 +15,7 @@ from selbp.ops._loss import (
     contiguous_rows,
     native_class_weight,
     raise_bad_target,
+    weight_sum,
 )
 from selbp.ops._threads import native_threads
 
@@ -69,7 +70,8 @@ def _cpu(
     z, y, lse = contiguous_rows(logits), target.contiguous(), lse.to(dtype).contiguous()
     weight = native_class_weight(class_weight, dtype)
     bad = _native.residual(
-        out.data_ptr(), z.data_ptr(), TYPE_CODE[z.dtype], z.stride(0), n, n_classes, lse.data_ptr(), y.data_ptr(),
+        out.data_ptr(), z.data_ptr(), TYPE_CODE[z.dtype], z.stride(0), n, n_classes,
+        0, n_classes, weight_sum(weight, n_classes, label_smoothing), lse.data_ptr(), 0, 0, y.data_ptr(),
         address(weight), ignore_index, label_smoothing, softcap, native_threads(n * n_classes),
     )  # fmt: skip
     if bad >= 0:

@@ -118,7 +118,7 @@ def _outputs(like: Tensor, n: int, dtype: torch.dtype) -> _Tensors:
     return empty(dtype), empty(dtype), empty(dtype), empty(dtype), empty(torch.bool), empty(torch.bool)
 
 
-class _Pass:
+class StatisticsPass:
     """One pass over the classes: the outputs, the carried state and the native calls that fill them."""
 
     def __init__(
@@ -140,6 +140,7 @@ class _Pass:
         self.label_smoothing, self.softcap = label_smoothing, softcap
         self.outputs = _outputs(target, n, accumulate)
         self.state: Tensor | None = None
+        self.others: Tensor | None = None  # (n,) 1 - p_y, where wanted
 
     def carry(self) -> None:
         """Keep each row's state between tiles."""
@@ -161,6 +162,7 @@ class _Pass:
             self.label_smoothing, self.softcap,
             0 if self.state is None else self.state.data_ptr() + 8 * _native.STATISTICS_STATE * row,
             loss.data_ptr() + item, lse.data_ptr() + item, residual_sq.data_ptr() + item, feature_sq.data_ptr() + item,
+            0 if self.others is None else self.others.data_ptr() + item,
             correct.data_ptr() + row, valid.data_ptr() + row, native_threads(rows * columns),
         )  # fmt: skip
         if bad >= 0:
@@ -178,7 +180,7 @@ def _cpu(
     logits: Tensor, target: Tensor, features: Tensor | None, class_weight: Tensor | None,
     ignore_index: int, label_smoothing: float, softcap: float, bias: bool,
 ) -> _Tensors:  # fmt: skip
-    one = _Pass(
+    one = StatisticsPass(
         logits.shape[1], logits.dtype, target, features, bias, class_weight, ignore_index, label_smoothing, softcap
     )
     one.add(contiguous_rows(logits))
@@ -189,21 +191,26 @@ def _linear_cpu(
     features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None,
     ignore_index: int, label_smoothing: float, softcap: float,
 ) -> _Tensors:  # fmt: skip
-    n, n_classes = features.shape[0], weight.shape[0]
-    one = _Pass(
-        n_classes, features.dtype, target, features, bias is not None, class_weight, ignore_index, label_smoothing,
+    one = StatisticsPass(
+        weight.shape[0], features.dtype, target, features, bias is not None, class_weight, ignore_index, label_smoothing,
         softcap,
     )  # fmt: skip
+    fold_head(one, features, weight, bias)
+    return one.outputs
+
+
+def fold_head(one: StatisticsPass, features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Run ``one`` over the logits of a head, a tile at a time."""
+    n, n_classes = features.shape[0], weight.shape[0]
     rows, columns = tile_shape(n, n_classes, features.dtype)
     if n <= rows and n_classes <= columns:
         one.add(_gemm.linear(features, weight, bias))
-        return one.outputs
+        return
     one.carry()
     for c in range(0, n_classes, columns):
         part, part_bias = weight[c : c + columns], None if bias is None else bias[c : c + columns]
         for row in range(0, n, rows):
             one.add(_gemm.linear(features[row : row + rows], part, part_bias), row, c)
-    return one.outputs
 
 
 def _fake(
