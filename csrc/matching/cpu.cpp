@@ -47,7 +47,7 @@ bool solve_all(const Options& options, const Problem<T>& problems, const Answer<
   const bool far = shape.tableau_bytes() > options.near_bytes;
   const int lookahead = far ? Team::kLookahead : 0;
   const std::size_t arrays = whole_pages(shape.array_bytes()), tableau = whole_pages(shape.tableau_bytes());
-  const std::size_t bytes = arrays + tableau + whole_pages(shape.shelf_bytes(lookahead));
+  const std::size_t bytes = arrays + tableau + whole_pages(shape.shelf_bytes(lookahead, Team::kShelf));
   const std::size_t n = std::size_t(options.n), k = std::size_t(options.k);
   bool enough = true;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) reduction(&& : enough) if (threads > 1)
@@ -58,7 +58,8 @@ bool solve_all(const Options& options, const Problem<T>& problems, const Answer<
       continue;
     }
     const std::size_t i = std::size_t(at);
-    const Workspace<T, Team::kPanel> work(shape, memory, memory + arrays, memory + arrays + tableau, lookahead);
+    const Workspace<T, Team::kPanel> work(shape, memory, memory + arrays, memory + arrays + tableau, lookahead,
+                                          Team::kShelf);
     const Problem<T> problem{problems.gram + i * n * n, problems.inner + i * n, problems.target_sq + i,
                              problems.valid ? problems.valid + i * n : nullptr};
     const Answer<T> answer{answers.indices + i * k, answers.weights + i * k, answers.count + i, answers.residual + i,

@@ -29,9 +29,9 @@
 // It stops at k rows, at the tolerance, when no column is eligible (the KKT conditions), or after 3 k + 16 appends.
 //
 // Cost: n k^2 multiply-adds and 2 n k^2 bytes of f32, which is what bounds it. Where those come from beyond L2, a pass
-// forms the rows of the 8 best candidates at once (*lookahead*): a later pivot that is among them resumes at the row
-// where the pass ended. Each column subtracts the same products in the same order, so the result is the same to the
-// bit.
+// forms the rows of the best few candidates at once (*lookahead*) and shelves them: a later pivot found there resumes
+// at the row where the pass ended. Each column subtracts the same products in the same order, so the result is the same
+// to the bit.
 #pragma once
 
 #include "matching/workspace.hpp"
@@ -223,7 +223,8 @@ class Engine {
   SELBP_METHOD Best<T> append(int pivot) {
     const int last = rows_, slot = work_.slot[last];
     const T inverse = T(1) / square_root(work_.distance[pivot]), z = work_.correlation[pivot] * inverse;
-    const int shelf_row = provisional_row(pivot), begin = shelf_row < 0 ? 0 : shelf_begin_;
+    int begin;
+    const int shelf_row = take_from_shelf(pivot, begin);
     team_.broadcast(last, [&](int s) { work_.pivot_column[s] = -*work_.tableau.at(s, pivot); });
     team_.once([&] {
       work_.order[last] = pivot;
@@ -372,7 +373,7 @@ class Engine {
   }
 
   // -------------------------------------------------------------------------------------------------- lookahead
-  static constexpr int kLookahead = Team::kLookahead;
+  static constexpr int kLookahead = Team::kLookahead, kShelf = Team::kShelf;
 
   template <class Columns, class Value>
   SELBP_HD void keep_score(Columns j, Value value) const {
@@ -387,48 +388,67 @@ class Engine {
     }
   }
 
-  // The shelf's row that holds [G | I]_pivot - sum_{s < shelf_begin_} h_s q_s, or -1.
-  SELBP_METHOD int provisional_row(int pivot) {
+  // The shelf's place that holds [G | I]_pivot - sum_{s < begin} h_s q_s for some `begin`, or -1. Where the pivot is
+  // not on the shelf and the tableau is large, the pass that forms it also forms the rows that are likely to come next.
+  SELBP_METHOD int take_from_shelf(int pivot, int& begin) {
+    begin = 0;
     if constexpr (kLookahead > 0) {
       if (!work_.score) return -1;
-      for (int r = 0; r < kLookahead; ++r)
-        if (shelf_pivot_[r] == pivot) return r;
-      const std::size_t bytes = std::size_t(rows_) * std::size_t(live_columns()) * sizeof(T);
-      if (bytes < options_.near_bytes) return -1;
-      shelf_pivot_[0] = pivot;
-      for (int r = 1; r < kLookahead; ++r) {
-        work_.score[shelf_pivot_[r - 1]] = T(-1);
-        const Best<T> next = team_.argmax(shape_.main, shape_.main, [&](auto j, auto& vote) SELBP_INLINE_LAMBDA {
-          vote.score = j.load(work_.score);
-        });
-        shelf_pivot_[r] = next.index < 0 ? pivot : next.index;
+      int place = 0;
+      while (place < kShelf && shelf_pivot_[place] != pivot) ++place;
+      if (place == kShelf) {
+        const std::size_t bytes = std::size_t(rows_) * std::size_t(live_columns()) * sizeof(T);
+        if (bytes < options_.near_bytes) return -1;
+        place = fill_shelf(pivot);
       }
-      form_shelf();
-      return 0;
+      shelf_pivot_[place] = -1;  // used up
+      begin = shelf_begin_[place];
+      return place;
     }
     return -1;
   }
 
-  SELBP_METHOD void form_shelf() {
-    shelf_begin_ = rows_;
-    for (int s = 0; s < rows_; ++s)
-      for (int r = 0; r < kLookahead; ++r)
-        work_.shelf_column[s * kLookahead + r] = -*work_.tableau.at(s, shelf_pivot_[r]);
+  // Forms `pivot` and the best rows that are not on the shelf, in the places that were filled longest ago.
+  SELBP_METHOD int fill_shelf(int pivot) {
+    for (int other : shelf_pivot_)
+      if (other >= 0) work_.score[other] = T(-1);
+    int formed[kLookahead];
+    for (int r = 0; r < kLookahead; ++r) {
+      formed[r] = pivot;
+      if (r > 0) {
+        const Best<T> next = team_.argmax(shape_.main, shape_.main, [&](auto j, auto& vote) SELBP_INLINE_LAMBDA {
+          vote.score = j.load(work_.score);
+        });
+        if (next.index >= 0) formed[r] = next.index;  // else the pivot once more: harmless
+      }
+      work_.score[formed[r]] = T(-1);
+      shelf_pivot_[shelf_next_ + r] = formed[r];
+      shelf_begin_[shelf_next_ + r] = rows_;
+      for (int s = 0; s < rows_; ++s) work_.shelf_column[s * kLookahead + r] = -*work_.tableau.at(s, formed[r]);
+    }
+    const int place = shelf_next_;
+    form_rows(formed, place);
+    shelf_next_ = (shelf_next_ + kLookahead) % kShelf;
+    return place;
+  }
+
+  SELBP_METHOD void form_rows(const int* formed, int place) {
     team_.template columns<Team::kLookaheadLines>(shape_.main, live_columns(), [&](auto j) SELBP_INLINE_LAMBDA {
       typename decltype(j)::Value sum[kLookahead];
 #pragma GCC unroll 8
-      for (int r = 0; r < kLookahead; ++r) sum[r] = pivot_row(j, shelf_pivot_[r]);
-      for (int s = first_row(j, 0); s < shelf_begin_; ++s) {
-        const T* column = work_.shelf_column + s * kLookahead;
+      for (int r = 0; r < kLookahead; ++r) sum[r] = pivot_row(j, formed[r]);
+      const T* columns = work_.shelf_column;
+      const int end = rows_;
+      for (int s = first_row(j, 0); s < end; ++s) {
         const auto row = j.load(work_.tableau, s);
 #pragma GCC unroll 8
-        for (int r = 0; r < kLookahead; ++r) sum[r] = fused(column[r], row, sum[r]);
+        for (int r = 0; r < kLookahead; ++r) sum[r] = fused(columns[s * kLookahead + r], row, sum[r]);
       }
 #pragma GCC unroll 8
-      for (int r = 0; r < kLookahead; ++r) j.store(work_.shelf, r, sum[r]);
+      for (int r = 0; r < kLookahead; ++r) j.store(work_.shelf, place + r, sum[r]);
     });
     for (int j = live_columns(); j < shape_.count; ++j)  // slots that come into use later
-      for (int r = 0; r < kLookahead; ++r) *work_.shelf.at(r, j) = T(0);
+      for (int r = 0; r < kLookahead; ++r) *work_.shelf.at(place + r, j) = T(0);
   }
 
   // ------------------------------------------------------------------------------------------------- the answer
@@ -488,8 +508,8 @@ class Engine {
   int live_slots_ = 0;                        // whole panels of slots that have been used
   bool removed_ = false;                      // a row has left S, so slots no longer stand in the order of the rows
   bool barred_ = false, progressed_ = false;  // a row waits; a row has stayed since
-  int shelf_pivot_[kLookahead > 0 ? kLookahead : 1] = {};
-  int shelf_begin_ = 0;
+  int shelf_pivot_[kShelf + 1], shelf_begin_[kShelf + 1];  // whose row stands there, up to which row it is formed
+  int shelf_next_ = 0;
 };
 
 }  // namespace SELBP_LEVEL

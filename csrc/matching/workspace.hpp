@@ -20,8 +20,8 @@ struct Shape {
     height = rows | 1;  // odd: see Panels
   }
   SELBP_BOTH std::size_t tableau_bytes() const { return std::size_t(count) * std::size_t(height) * sizeof(T); }
-  SELBP_BOTH std::size_t shelf_bytes(int lookahead) const {
-    return lookahead ? std::size_t(count) * std::size_t(lookahead | 1) * sizeof(T) +
+  SELBP_BOTH std::size_t shelf_bytes(int lookahead, int shelf) const {
+    return lookahead ? std::size_t(count) * std::size_t(shelf | 1) * sizeof(T) +
                            std::size_t(lookahead) * std::size_t(rows) * sizeof(T) + std::size_t(count) * sizeof(T)
                      : 0;
   }
@@ -49,7 +49,8 @@ struct Workspace {
   T *shelf_column = nullptr, *score = nullptr;
 
   // `arrays`, `tableau_data` and `shelf_data` are aligned to 64 bytes and as long as Shape says.
-  SELBP_BOTH Workspace(Shape<T, width> shape, void* arrays, void* tableau_data, void* shelf_data, int lookahead) {
+  SELBP_BOTH Workspace(Shape<T, width> shape, void* arrays, void* tableau_data, void* shelf_data, int lookahead,
+                       int shelf_rows) {
     T* next = static_cast<T*>(arrays);
     correlation = take(next, shape.count);
     distance = take(next, shape.count);
@@ -66,9 +67,9 @@ struct Workspace {
     slot = order + shape.rows;
     tableau = {static_cast<T*>(tableau_data), shape.height};
     T* rest = static_cast<T*>(shelf_data);
-    shelf = {rest, lookahead | 1};
+    shelf = {rest, shelf_rows | 1};
     if (lookahead) {
-      take(rest, shape.count * (lookahead | 1));
+      take(rest, shape.count * (shelf_rows | 1));
       score = take(rest, shape.count);
       shelf_column = take(rest, shape.rows * lookahead);
     }

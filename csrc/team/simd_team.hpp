@@ -81,10 +81,11 @@ class SimdTeam {
   static constexpr int kPanel = kLineBytes / int(sizeof(T));
   // Lookahead (matching/engine.hpp): rows formed in one pass, and lines at once, so that both fit in registers.
 #if defined(__AVX512F__)
-  static constexpr int kLookahead = 8, kLookaheadLines = 2;
+  static constexpr int kLookahead = 4, kLookaheadLines = 4;
 #else
   static constexpr int kLookahead = 4, kLookaheadLines = 1;
 #endif
+  static constexpr int kShelf = 32;  // rows that are kept for later, a multiple of kLookahead
 
   template <class F>
   SELBP_HD void each(int count, F f) const {
