@@ -31,25 +31,49 @@ class Tile:
 
 
 def _rows(**kernels: dict[int, Tile]) -> dict[str, dict[int, Tile]]:
-    shared = {"logits": {2: Tile(4, 2048, 0, 8, 1), 4: Tile(4, 1024, 0, 8, 1)}}
-    return {**shared, **kernels}
+    shared = {
+        "logits": {2: Tile(4, 1024, 0, 4, 1), 4: Tile(4, 512, 0, 4, 1)},
+        "residual": {2: Tile(2, 512, 0, 4, 1), 4: Tile(2, 512, 0, 4, 1)},
+    }
+    return {**shared, "statistics_ragged": kernels["statistics"], **kernels}
 
 
 TABLE: dict[str, dict[str, dict[int, Tile]]] = {
     "sm_90": _rows(
         statistics={2: Tile(128, 256, 64, 8, 3, True), 4: Tile(128, 128, 32, 8, 3)},
+        statistics_softcap={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
+        statistics_smoothing={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(128, 32, 32, 8, 3)},
+        gram={2: Tile(128, 128, 64, 8, 4, True), 4: Tile(64, 64, 32, 4, 3)},
+        gram_small={2: Tile(64, 64, 64, 4, 4, True), 4: Tile(64, 64, 32, 4, 3)},
     ),
     "sm_100": _rows(
         statistics={2: Tile(256, 128, 64, 8, 4, True), 4: Tile(128, 128, 32, 8, 3)},
+        statistics_ragged={2: Tile(128, 128, 64, 8, 4, True), 4: Tile(128, 128, 32, 8, 3)},
+        statistics_softcap={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
+        statistics_smoothing={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(128, 32, 32, 8, 3)},
+        gram={2: Tile(128, 128, 64, 8, 4, True), 4: Tile(64, 64, 32, 4, 3)},
+        gram_small={2: Tile(64, 64, 64, 4, 4, True), 4: Tile(64, 64, 32, 4, 3)},
     ),
     "sm_80": _rows(
         statistics={2: Tile(128, 128, 32, 8, 4), 4: Tile(128, 64, 32, 8, 3)},
+        statistics_softcap={2: Tile(128, 64, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
+        statistics_smoothing={2: Tile(128, 32, 64, 8, 3), 4: Tile(64, 32, 32, 4, 3)},
+        gram={2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
+        gram_small={2: Tile(64, 64, 64, 4, 3), 4: Tile(64, 64, 32, 4, 3)},
     ),
     "gfx942": _rows(
         statistics={2: Tile(128, 128, 32, 8, 2), 4: Tile(128, 64, 16, 8, 2)},
+        statistics_softcap={2: Tile(128, 64, 32, 8, 2), 4: Tile(64, 64, 16, 8, 2)},
+        statistics_smoothing={2: Tile(64, 64, 32, 4, 2), 4: Tile(64, 64, 16, 4, 2)},
+        gram={2: Tile(128, 128, 32, 8, 2), 4: Tile(64, 64, 16, 4, 2)},
+        gram_small={2: Tile(64, 64, 32, 4, 2), 4: Tile(64, 64, 16, 4, 2)},
     ),
     "conservative": _rows(
         statistics={2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
+        statistics_softcap={2: Tile(128, 64, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
+        statistics_smoothing={2: Tile(128, 32, 64, 8, 3), 4: Tile(64, 32, 32, 4, 3)},
+        gram={2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
+        gram_small={2: Tile(64, 64, 32, 4, 3), 4: Tile(64, 64, 32, 4, 3)},
     ),
 }
 CONSERVATIVE_SHARED_BYTES = 99 * 1024
@@ -73,6 +97,16 @@ def architecture(device: torch.device) -> str:
 def processors(device: torch.device) -> int:
     """Multiprocessors of a device; a fixed number where there is none, so that the interpreter is reproducible."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def statistics_tile(
+    device: torch.device, dtype: torch.dtype, n_classes: int, *, bias: bool, softcap: bool, smooth: bool
+) -> Tile:
+    """The configuration of ``statistics``: options, a bias and a ragged last tile need registers, so smaller tiles."""
+    if smooth or softcap:
+        return tile("statistics_smoothing" if smooth else "statistics_softcap", device, dtype)
+    exact = tile("statistics", device, dtype)
+    return tile("statistics_ragged", device, dtype) if bias or n_classes % exact.columns else exact
 
 
 def tile(kernel: str, device: torch.device, dtype: torch.dtype) -> Tile:

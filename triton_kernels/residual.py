@@ -151,7 +151,7 @@ def residual(
 ) -> torch.Tensor:
     """(n, C) residual in ``dtype``; 0 where the row is not valid."""
     n, n_classes = logits.shape
-    tile = tile or configs.tile("logits", logits.device, logits.dtype)
+    tile = tile or configs.tile("residual", logits.device, logits.dtype)
     out = torch.empty(n, n_classes, dtype=dtype, device=logits.device)
     if n == 0:
         return out

@@ -272,7 +272,9 @@ def statistics(
 ) -> torch.Tensor:
     """Partials [fields, splits, n] in float32 for :func:`finalize`, from features and weight."""
     (n, d), n_classes = features.shape, len(weight)
-    tile = tile or configs.tile("statistics", features.device, features.dtype)
+    tile = tile or configs.statistics_tile(
+        features.device, features.dtype, n_classes, bias=bias is not None, softcap=bool(softcap), smooth=smooth
+    )
     descriptor = tile.descriptor and describable(features, weight)
     row_tiles, class_tiles = triton.cdiv(n, tile.rows), triton.cdiv(n_classes, tile.columns)
     count, per_split = class_splits(

@@ -7,6 +7,7 @@ import sys
 
 import kernel_cases as cases
 import pytest
+import test_kernel_gram
 import test_kernel_residual
 import test_kernel_statistics as check
 import torch
@@ -31,6 +32,10 @@ def stored(option="plain", splits=3):
 def residual(option="plain"):
     case = cases.make(19, 24, 203, torch.float32, option, bias=True)
     test_kernel_residual.check(case, case.logits, 3)
+
+
+def gradients():
+    test_kernel_gram.test_shapes((70, 45, 29), True)
 
 
 def confident():
@@ -108,6 +113,21 @@ MUTANTS = {
     ),
     "residual off by one": ("residual", "(columns < n_classes)[None, :]", "(columns <= n_classes)[None, :]", residual),
     "residual of rows without a target": ("residual", "tl.where(present[:, None], r, 0.0)", "r", residual),
+    "gram: mirror not transposed": ("gram", "tl.trans(acc)", "acc", gradients),
+    "gram: wrong tile of the triangle": (
+        "gram",
+        "j * ROWS + tl.arange(0, ROWS)\n    #",
+        "i * ROWS + tl.arange(0, ROWS)\n    #",
+        gradients,
+    ),
+    "gram: bias twice": ("gram", "acc * (other + plus)", "acc * (other + 2.0 * plus)", gradients),
+    "gram: broken rows kept": (
+        "gram",
+        "bad_row[:, None] | bad_column[None, :]",
+        "bad_row[:, None]",
+        test_kernel_gram.test_broken_rows_count_as_zero,
+    ),
+    "gram: off by one": ("gram", "rows_i < n, rows_i", "rows_i <= n, rows_i", gradients),
     "32-bit offset": (
         "statistics",
         "rows.to(tl.int64)[:, None] * stride_z",
@@ -133,6 +153,7 @@ def plant(tmp_path, monkeypatch):
         for where, names in {
             cases: ("finalize", "target_logit", "statistics"),
             test_kernel_residual: ("residual",),
+            test_kernel_gram: ("gram",),
         }.items():
             for name in names:
                 monkeypatch.setattr(where, name, getattr(importlib.import_module(f"mutated_kernels.{name}"), name))
