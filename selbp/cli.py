@@ -60,7 +60,9 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
                      help="share of each minibatch that runs backward (0.25), or a number of samples (32); 1 is one "
                      "sample, 1.0 all (default: 0.25)")  # fmt: skip
     length = run.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=float, metavar="E", help="length in passes over the data (default: 4)")
+    length.add_argument(
+        "--epochs", type=float, metavar="E", help="length in passes over the data (default: 4; the demo: 3)"
+    )
     length.add_argument("--steps", type=int, metavar="N", help="length in optimizer steps")
     run.add_argument("--batch-size", type=int, metavar="N", help="samples of a minibatch (default: 128)")
     run.add_argument("--backward", choices=["auto", "rows", "recompute"], help="how the chosen rows run backward "
