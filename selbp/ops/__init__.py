@@ -1,6 +1,7 @@
 """The operators: functional front over ``torch.ops.selbp.*``."""
 
 from selbp.ops.gram import gradient_gram
+from selbp.ops.linear_cross_entropy import linear_cross_entropy
 from selbp.ops.matching import match, nnls, nnls_gram
 from selbp.ops.residual import residual
 from selbp.ops.statistics import cross_entropy_statistics, linear_cross_entropy_statistics
@@ -14,6 +15,7 @@ __all__ = [
     "Selection",
     "cross_entropy_statistics",
     "gradient_gram",
+    "linear_cross_entropy",
     "linear_cross_entropy_statistics",
     "match",
     "nnls",

@@ -37,3 +37,23 @@ def define(
     torch.library.register_fake(f"selbp::{name}", fake, lib=library)
     overload: Callable[..., Any] = operator
     return overload
+
+
+def define_differentiable(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Register the operator ``schema`` with the backward formula ``backward`` and return its overload."""
+    name = schema.split("(")[0]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, cpu, "CPU")
+    library.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"selbp::{name}", fake, lib=library)
+    torch.library.register_autograd(f"selbp::{name}", backward, setup_context=setup_context, lib=library)
+    overload: Callable[..., Any] = getattr(torch.ops.selbp, name).default
+    return overload

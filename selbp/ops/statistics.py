@@ -192,8 +192,8 @@ def _linear_cpu(
     ignore_index: int, label_smoothing: float, softcap: float,
 ) -> _Tensors:  # fmt: skip
     one = StatisticsPass(
-        weight.shape[0], features.dtype, target, features, bias is not None, class_weight, ignore_index, label_smoothing,
-        softcap,
+        weight.shape[0], features.dtype, target, features, bias is not None, class_weight, ignore_index,
+        label_smoothing, softcap,
     )  # fmt: skip
     fold_head(one, features, weight, bias)
     return one.outputs

@@ -1,0 +1,278 @@
+"""``linear_cross_entropy``: a head and its loss in one, differentiable; one pass also gives the statistics.
+
+Forward: the pass of ``linear_cross_entropy_statistics``, a tile of logits at a time. Of each row only its log-sum-exp
+and q = 1 - p_y are kept. Backward, for the k rows whose loss has a gradient: a tile of their logits again, turned in
+place into residuals scaled by the incoming gradient, then R W into the features' gradient and R^T H into the weight's
+rows of that tile. Three products of k rows; nothing of size n x C exists at any time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from selbp import _native, reference
+from selbp.ops import _gemm
+from selbp.ops._checks import accumulate_dtype, check_integer, check_same_device
+from selbp.ops._library import define, define_differentiable
+from selbp.ops._loss import (
+    TYPE_CODE,
+    address,
+    check_head,
+    check_loss,
+    contiguous_rows,
+    native_class_weight,
+    raise_bad_target,
+    weight_sum,
+)
+from selbp.ops._threads import native_threads
+from selbp.ops.statistics import StatisticsPass, fold_head
+from selbp.ops.types import BatchStatistics
+
+_TILE_BYTES = 4 << 20  # of logits
+
+_Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+_Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+@overload
+def linear_cross_entropy(
+    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, class_weight: Tensor | None = ...,
+    ignore_index: int = ..., label_smoothing: float = ..., softcap: float = ..., rows: Tensor | None = ...,
+    return_statistics: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def linear_cross_entropy(
+    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, class_weight: Tensor | None = ...,
+    ignore_index: int = ..., label_smoothing: float = ..., softcap: float = ..., rows: Tensor | None = ...,
+    return_statistics: Literal[True],
+) -> tuple[Tensor, BatchStatistics]: ...  # fmt: skip
+
+
+def linear_cross_entropy(
+    features: Tensor,  # (n, d)
+    weight: Tensor,  # (C, d)
+    bias: Tensor | None,  # (C,)
+    target: Tensor,  # (n,)
+    *,
+    class_weight: Tensor | None = None,  # (C,)
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    rows: Tensor | None = None,  # (k,)
+    return_statistics: bool = False,
+) -> Tensor | tuple[Tensor, BatchStatistics]:
+    """Cross-entropy of ``features @ weight.T + bias`` per row, differentiable once; the logits are never stored.
+
+    The gradients of features, weight and bias cost three products of the rows that have one: on the CPU those whose
+    incoming gradient is not 0, found in the backward; on a GPU, where looking would wait for the device, all rows or
+    those that ``rows`` names. The weight's gradient is accumulated in float32 and written once.
+
+    Args:
+        features: (n, d), float32, float64, bfloat16 or float16.
+        weight: (C, d) of the dtype of ``features``.
+        bias: (C,) or None.
+        target: (n,) int64 class indices, or ``ignore_index``.
+        class_weight: (C,) weights of the classes, as torch's ``weight``; not differentiated.
+        ignore_index: rows with this target have loss 0 and no gradient.
+        label_smoothing: in [0, 1], as torch's.
+        softcap: where positive, the loss is that of ``softcap * tanh(logits / softcap)``.
+        rows: (k,) int64, the rows whose losses carry a gradient; the others' count as constants. Repeated entries
+            count once.
+        return_statistics: also return the :class:`BatchStatistics` of the same pass, which carry no gradient.
+
+    Returns:
+        loss (n,), or (loss, statistics); float64 for float64 inputs, else float32. Rows that are not ``valid`` (see
+        BatchStatistics) have no gradient and spoil none.
+
+    Raises:
+        TypeError: an argument has the wrong type, or the dtypes differ.
+        ValueError: a shape, device or option is wrong, or (CPU) a target lies outside [0, C).
+        RuntimeError: in the backward, where a second derivative is asked for.
+    """
+    check_head(features, weight, bias)
+    check_loss("features", features, weight.shape[0], target, class_weight, ignore_index, label_smoothing, softcap)
+    if rows is not None:
+        check_integer("rows", rows)
+        if rows.dim() != 1:
+            raise ValueError(f"rows must be (k,), got {tuple(rows.shape)}")
+        check_same_device("rows", rows, "features", features)
+    loss, *statistics, _ = _linear_cross_entropy(
+        features, weight, bias, target, class_weight, rows, ignore_index, float(label_smoothing), float(softcap)
+    )
+    return (loss, BatchStatistics(loss.detach(), *statistics)) if return_statistics else loss
+
+
+def _cpu(
+    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None,
+    rows: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
+) -> _Forward:  # fmt: skip
+    one = StatisticsPass(
+        weight.shape[0], features.dtype, target, features, bias is not None, class_weight, ignore_index,
+        label_smoothing, softcap,
+    )  # fmt: skip
+    one.others = torch.empty(features.shape[0], dtype=accumulate_dtype(features.dtype))
+    fold_head(one, features, weight, bias)
+    return *one.outputs, one.others
+
+
+def _fake(
+    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None,
+    rows: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
+) -> _Forward:  # fmt: skip
+    n, dtype = features.shape[0], accumulate_dtype(features.dtype)
+
+    def empty(dtype: torch.dtype) -> Tensor:
+        return features.new_empty(n, dtype=dtype)
+
+    flags = empty(torch.bool), empty(torch.bool)
+    return empty(dtype), empty(dtype), empty(dtype), empty(dtype), *flags, empty(dtype)
+
+
+def _cuda(
+    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None,
+    rows: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
+) -> _Forward:  # fmt: skip
+    dtype = accumulate_dtype(features.dtype)
+    logits = torch.nn.functional.linear(features, weight, bias).to(dtype)
+    stats = reference.cross_entropy_statistics(
+        logits, target, features.to(dtype), class_weight=class_weight, ignore_index=ignore_index,
+        label_smoothing=label_smoothing, softcap=softcap, bias=bias is not None,
+    )  # fmt: skip
+    y = torch.where((target >= 0) & (target < weight.shape[0]), target, 0)[:, None]
+    capped = reference.soft_cap(logits, softcap).scatter(1, y, -torch.inf)
+    return *stats, torch.exp(torch.logsumexp(capped, 1) - stats.lse)
+
+
+def _backward_cpu(
+    grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, others: Tensor,
+    valid: Tensor, class_weight: Tensor | None, rows: Tensor | None, ignore_index: int, label_smoothing: float,
+    softcap: float, need_features: bool, need_weight: bool, need_bias: bool,
+) -> _Gradients:  # fmt: skip
+    n, n_classes, accumulate = features.shape[0], weight.shape[0], accumulate_dtype(features.dtype)
+    live = valid & (grad != 0)
+    if rows is not None:
+        live &= torch.zeros_like(live).index_fill_(0, rows, True)
+    chosen = live.nonzero()[:, 0]
+    k = len(chosen)
+    d_features, d_weight, d_bias = _empty_gradients(features, weight, bias, need_features, need_weight, need_bias)
+    if not k:
+        return d_features.zero_(), d_weight.zero_(), d_bias.zero_()
+
+    def take(tensor: Tensor) -> Tensor:
+        return tensor.contiguous() if k == n else tensor.index_select(0, chosen)
+
+    h = features if k == n else take(features)
+    y, lse, others, scale = take(target), take(lse), take(others), take(grad.to(accumulate))
+    w, total = native_class_weight(class_weight, accumulate), weight_sum(class_weight, n_classes, label_smoothing)
+    dh: Tensor | None = None
+    columns = min(n_classes, max(64, _TILE_BYTES // (4 * k) // 64 * 64))
+    for c in range(0, n_classes, columns):
+        part = weight[c : c + columns]
+        z = contiguous_rows(_gemm.linear(h, part, None if bias is None else bias[c : c + columns]))
+        r = z if z.dtype == accumulate else torch.empty(z.shape, dtype=accumulate)
+        bad = _native.residual(
+            r.data_ptr(), z.data_ptr(), TYPE_CODE[z.dtype], z.stride(0), k, z.shape[1], c, n_classes, total,
+            lse.data_ptr(), others.data_ptr(), scale.data_ptr(), y.data_ptr(), address(w), ignore_index,
+            label_smoothing, softcap, native_threads(z.numel()),
+        )  # fmt: skip
+        if bad >= 0:
+            raise_bad_target(y, bad, n_classes, ignore_index)
+        if need_bias:
+            d_bias[c : c + columns] = r.sum(0)
+        r = r.to(features.dtype)
+        if need_weight:
+            d_weight[c : c + columns] = _gemm.linear(r.t(), h.t())
+        if need_features:
+            product = _gemm.linear(r, part.t())
+            dh = product.to(accumulate) if dh is None else dh.add_(product)
+    if dh is not None:
+        if k == n:
+            return dh.to(features.dtype), d_weight, d_bias
+        d_features.zero_().index_copy_(0, chosen, dh.to(features.dtype))
+    return d_features, d_weight, d_bias
+
+
+def _empty_gradients(
+    features: Tensor, weight: Tensor, bias: Tensor | None, need_features: bool, need_weight: bool, need_bias: bool
+) -> _Gradients:
+    """One tensor per input, of no elements where its gradient is not needed."""
+    d_features = features.new_empty(features.shape if need_features else (0,))
+    d_weight = weight.new_empty(weight.shape if need_weight else (0,))
+    return d_features, d_weight, weight.new_empty(weight.shape[0] if need_bias and bias is not None else 0)
+
+
+def _backward_fake(
+    grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, others: Tensor,
+    valid: Tensor, class_weight: Tensor | None, rows: Tensor | None, ignore_index: int, label_smoothing: float,
+    softcap: float, need_features: bool, need_weight: bool, need_bias: bool,
+) -> _Gradients:  # fmt: skip
+    return _empty_gradients(features, weight, bias, need_features, need_weight, need_bias)
+
+
+def _backward_cuda(
+    grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, others: Tensor,
+    valid: Tensor, class_weight: Tensor | None, rows: Tensor | None, ignore_index: int, label_smoothing: float,
+    softcap: float, need_features: bool, need_weight: bool, need_bias: bool,
+) -> _Gradients:  # fmt: skip
+    dtype, chosen = accumulate_dtype(features.dtype), rows
+    scale = torch.where(valid, grad.to(dtype), 0.0)
+    if chosen is None:
+        chosen = torch.arange(len(features), device=features.device)
+    else:  # a row named twice shares its gradient between its places
+        places = torch.zeros_like(scale).index_add_(0, chosen, torch.ones_like(chosen, dtype=dtype))
+        scale = scale / places.clamp(min=1)
+    live = valid[chosen][:, None]
+    h = torch.where(live, features[chosen], 0.0)
+    logits = torch.nn.functional.linear(features[chosen], weight, bias).to(dtype)
+    r = reference.residual(
+        logits, target[chosen], lse[chosen], class_weight=class_weight, ignore_index=ignore_index,
+        label_smoothing=label_smoothing, softcap=softcap,
+    ) * scale[chosen, None]  # fmt: skip
+    d_features, d_weight, d_bias = _empty_gradients(features, weight, bias, need_features, need_weight, need_bias)
+    if need_features:
+        d_features = d_features.zero_().index_add_(0, chosen, (r.to(weight.dtype) @ weight))
+    if need_weight:
+        d_weight = r.to(weight.dtype).t() @ h
+    if need_bias:
+        d_bias = r.sum(0).to(weight.dtype)
+    return d_features, d_weight, d_bias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Forward) -> None:
+    features, weight, bias, target, class_weight, rows, *options = inputs
+    _, lse, _, _, _, valid, others = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(features, weight, bias, target, lse, others, valid, class_weight, rows)
+    ctx.options = options
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
+    if torch.is_grad_enabled():
+        raise RuntimeError("linear_cross_entropy is differentiable once: its backward was called with create_graph")
+    features, weight, bias, *rest = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    gradients = _linear_cross_entropy_backward(grad, features, weight, bias, *rest, *ctx.options, *needs)
+    return *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), *(None,) * 6
+
+
+_linear_cross_entropy = define_differentiable(
+    "linear_cross_entropy(Tensor features, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
+    "Tensor? rows, int ignore_index, float label_smoothing, float softcap) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",  # BatchStatistics, then (n,) 1 - p_y
+    fake=_fake, cpu=_cpu, cuda=_cuda, setup_context=_setup_context, backward=_backward,
+)  # fmt: skip
+_linear_cross_entropy_backward = define(
+    "linear_cross_entropy_backward(Tensor grad, Tensor features, Tensor weight, Tensor? bias, Tensor target, "
+    "Tensor lse, Tensor others, Tensor valid, Tensor? class_weight, Tensor? rows, int ignore_index, "
+    "float label_smoothing, float softcap, bool need_features, bool need_weight, bool need_bias) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_backward_fake, cpu=_backward_cpu, cuda=_backward_cuda,
+)  # fmt: skip
