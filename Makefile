@@ -40,6 +40,9 @@ $(VENV)/.with-%: $(VENV)/.torch $(SOURCES)
 demo: $(VENV)/.with-demo
 	$(BIN)/selbp compare --preset demo $(ARGS)
 
+# Two workers of one thread each: spinning OpenMP threads of two processes would fight over two cores.
+test test-all: export OMP_NUM_THREADS = 1
+
 test: $(VENV)/.with-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
 
