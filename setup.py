@@ -37,7 +37,8 @@ class NativeBuild(build_ext):
         include = [str(ROOT / "csrc")]
         jobs = [(source, name, flags) for source in relative("*/cpu.cpp") for name, flags in LEVELS.items()]
 
-        newest = max(os.path.getmtime(path) for path in ["setup.py", *extension.depends])
+        headers = relative("**/*.hpp")
+        newest = max(os.path.getmtime(path) for path in ["setup.py", *headers])
 
         def compile_one(job: tuple[str, str, list[str]]) -> list[str]:
             source, name, flags = job
@@ -66,7 +67,7 @@ setup(
             "selbp._native",
             ["csrc/module.cpp"],
             include_dirs=["csrc"],
-            depends=relative("**/*.hpp"),
+            depends=relative("**/*.hpp") + relative("*/cpu.cpp"),
             define_macros=[("SELBP_X86_LEVELS", "1")] if len(LEVELS) > 1 else [],
             extra_compile_args=FLAGS,
             extra_link_args=["-fopenmp"],

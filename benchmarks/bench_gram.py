@@ -1,4 +1,4 @@
-"""The Gram matrix of the per-sample gradients, against the two full products that it replaces."""
+"""The Gram matrix and the mean gradient, against the full products that bound them and against eager torch."""
 
 from __future__ import annotations
 
@@ -48,6 +48,43 @@ def _case(n: int, classes: int, features: int, dtype: torch.dtype = torch.float3
     )
 
 
+def _mean_case(n: int, classes: int, features: int, quick: bool = False) -> Case:
+    return Case(
+        f"mean gradient n={n} C={classes} d={features} float32",
+        partial(_factors, n, classes, features, torch.float32),
+        {
+            "ours": ops.mean_gradient,
+            "its two GEMMs alone": lambda r, h: _fastest(r, _fastest(r.t(), h.t()).t()),
+            "eager torch": reference.mean_gradient,
+            "from the Gram matrix (loses its digits)": lambda r, h: ops.gradient_gram(r, h).mean(1),
+        },
+        flops=4 * n * classes * features,
+        nbytes=4 * (n * (classes + features) + classes * features),
+        formula="2 products of 2 n C d flops; each factor read and M written once",
+        quick=quick,
+    )
+
+
+def _residual_case(n: int, classes: int, features: int, k: int, quick: bool = False) -> Case:
+    def inputs(device: torch.device) -> tuple[Tensor, Tensor, ops.Selection]:
+        r, h = _factors(n, classes, features, torch.float32, device)
+        return r, h, ops.Selection(torch.randperm(n, device=device)[:k], torch.full((k,), 1 / k, device=device))
+
+    return Case(
+        f"matching residual n={n} C={classes} d={features} k={k}",
+        inputs,
+        {
+            "ours": ops.matching_residual,
+            "eager torch": lambda r, h, chosen: reference.matching_residual(r, h, chosen.indices, chosen.weights),
+        },
+        flops=2 * (n + k) * classes * features,
+        nbytes=4 * n * (classes + features),
+        formula="2 (n + k) C d float64 flops; each factor read once",
+        dtype=torch.float64,
+        quick=quick,
+    )
+
+
 CASES = [
     _case(128, 10, 128, quick=True),
     _case(512, 100, 512, quick=True),
@@ -58,5 +95,10 @@ CASES = [
     _case(4096, 1000, 768),
     _case(1024, 1000, 512, torch.bfloat16),
     _case(1024, 1000, 512, torch.float64),
+    _mean_case(128, 10, 128, quick=True),
+    _mean_case(1024, 100, 512, quick=True),
+    _mean_case(1024, 1000, 2048),
+    _residual_case(128, 10, 128, 32, quick=True),
+    _residual_case(1024, 1000, 512, 256),
 ]
 test_gram = suite(CASES)

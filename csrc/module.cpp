@@ -26,14 +26,13 @@ void bind_gram(py::module_& m) {
   using Size = std::int64_t;
   using Released = py::call_guard<py::gil_scoped_release>;
   m.def(
-      "gram_tile",
-      [](Address out, Address rr, Address hh, bool is_double, Size n, Size row, Size column, Size rows, Size columns,
-         bool bias, int n_threads) {
-        const selbp::GramTile tile{n, row, column, rows, columns};
+      "gram_panel",
+      [](Address out, Address rr, Address hh, bool is_double, Size n, Size begin, Size width, bool bias,
+         int n_threads) {
+        const selbp::GramPanel panel{n, begin, width};
         if (is_double)
-          SELBP_PICK(gram_tile_f64)(at<double>(out), at<double>(rr), at<double>(hh), tile, bias, n_threads);
-        else
-          SELBP_PICK(gram_tile_f32)(at<float>(out), at<float>(rr), at<float>(hh), tile, bias, n_threads);
+          return SELBP_PICK(gram_panel_f64)(at<double>(out), at<double>(rr), at<double>(hh), panel, bias, n_threads);
+        return SELBP_PICK(gram_panel_f32)(at<float>(out), at<float>(rr), at<float>(hh), panel, bias, n_threads);
       },
       Released());
   m.def(

@@ -1,4 +1,4 @@
-// What stands around the GEMMs of the Gram matrix and the mean gradient (math: K = (R R^T) o (H H^T + 1)).
+// What stands around the GEMMs of the Gram matrix and the mean gradient (K = (R R^T) o (H H^T + 1)).
 #pragma once
 
 #include <cstdint>
@@ -7,16 +7,16 @@
 
 namespace selbp {
 
-// A tile of the Gram matrix: rows [row, row + rows) and columns [column, column + columns), column >= row. On the
-// diagonal (column == row, rows == columns) only the tile's own upper triangle is read.
-struct GramTile {
-  std::int64_t n, row, column, rows, columns;
+// Columns [begin, begin + width) of an n x n Gram matrix, from the diagonal down: rows [begin, n).
+struct GramPanel {
+  std::int64_t n, begin, width;
 };
 
 SELBP_DECLARE_LEVELS(
-    // out = (rr) o (hh + bias) in the tile and in its mirror image; rr and hh are (rows, columns), contiguous.
-    void gram_tile_f32(float* out, const float* rr, const float* hh, GramTile tile, float bias, int n_threads);
-    void gram_tile_f64(double* out, const double* rr, const double* hh, GramTile tile, double bias, int n_threads);
+    // out = (rr) o (hh + bias) in the panel and in its mirror image; rr and hh are (n - begin, width), contiguous.
+    // Returns whether the panel's part of the diagonal is finite.
+    bool gram_panel_f32(float* out, const float* rr, const float* hh, GramPanel panel, float bias, int n_threads);
+    bool gram_panel_f64(double* out, const double* rr, const double* hh, GramPanel panel, double bias, int n_threads);
     // sums[i] = sum_j a_ij b_ij in float64; both (rows, columns), contiguous.
     void row_dots_f32(double* sums, const float* a, const float* b, std::int64_t rows, std::int64_t columns,
                       int n_threads);

@@ -3,6 +3,8 @@
 from selbp.ops.gram import gradient_gram
 from selbp.ops.linear_cross_entropy import linear_cross_entropy
 from selbp.ops.matching import match, nnls, nnls_gram
+from selbp.ops.matching_residual import matching_residual
+from selbp.ops.mean_gradient import mean_gradient
 from selbp.ops.residual import residual
 from selbp.ops.statistics import cross_entropy_statistics, linear_cross_entropy_statistics
 from selbp.ops.types import BatchStatistics, Matching, MatchStatus, MeanGradient, Selection
@@ -18,6 +20,8 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_statistics",
     "match",
+    "matching_residual",
+    "mean_gradient",
     "nnls",
     "nnls_gram",
     "residual",

@@ -1,7 +1,7 @@
 """``gradient_gram``: the inner products of all per-sample last-layer gradients, K = (R R^T) o (H H^T + 1).
 
-One triangle is computed. Rows are cut into blocks; each pair of blocks costs two GEMM tiles and one native pass that
-multiplies them, adds the bias's one and writes the product with its mirror image, so K is symmetric bit for bit.
+One triangle is computed, in panels of columns from the diagonal down: two GEMMs, then one native pass that adds the
+bias's one, multiplies, and writes the panel with its mirror image, so K is symmetric bit for bit.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from selbp.ops._checks import accumulate_dtype, check_floating, check_same_devic
 from selbp.ops._library import define
 from selbp.ops._threads import native_threads
 
-_TILE = 512  # rows of an off-diagonal tile: two float32 tiles, 1 MiB each, and long enough for the GEMM's full rate
-_LEAF = 128  # a diagonal tile this small is computed whole; larger ones split, so that 1/2 + 64/n of the work is done
+_PANEL = 128  # columns: wide enough for the GEMM's full rate, and 1/2 + 64/n of the full work
 
 
 def gradient_gram(
@@ -60,40 +59,30 @@ def finite_rows(residual: Tensor, features: Tensor) -> Tensor:
     return torch.isfinite(residual).all(1) & torch.isfinite(features).all(1)
 
 
-def _tiles(begin: int, end: int) -> list[tuple[int, int, int, int]]:
-    """Tiles (row, column, rows, columns) that cover the upper triangle of the rows and columns [begin, end)."""
-    size = end - begin
-    if size <= _LEAF:
-        return [(begin, begin, size, size)] if size else []
-    half = size // 2 if size <= _TILE else _TILE
-    half += -half % 16 if half + 16 < size else 0  # whole SIMD rows
-    middle = begin + half
-    across = [(begin, column, half, min(_TILE, end - column)) for column in range(middle, end, _TILE)]
-    return _tiles(begin, middle) + across + _tiles(middle, end)
-
-
 def _cpu(residual: Tensor, features: Tensor, bias: bool) -> Tensor:
     dtype = accumulate_dtype(residual.dtype)
     r, h = residual.to(dtype).contiguous(), features.to(dtype).contiguous()
     n = len(r)
     out = torch.empty(n, n, dtype=dtype)
-    threads = native_threads(n * n)
-    for row, column, rows, columns in _tiles(0, n):
-        rr = _gemm.linear(r[row : row + rows], r[column : column + columns])
-        hh = _gemm.linear(h[row : row + rows], h[column : column + columns])
-        _native.gram_tile(
+    finite = True
+    for begin in range(0, n, _PANEL):
+        end = min(begin + _PANEL, n)
+        rr = _gemm.linear(r[begin:], r[begin:end])
+        hh = _gemm.linear(h[begin:], h[begin:end])
+        finite &= _native.gram_panel(
             out.data_ptr(), rr.data_ptr(), hh.data_ptr(), dtype == torch.float64,
-            n, row, column, rows, columns, bias, threads,
+            n, begin, end - begin, bias, native_threads(rr.numel()),
         )  # fmt: skip
-    _zero_spoiled(out, r, h)
+    if not finite:
+        _zero_spoiled(out, r, h)
     return out
 
 
 def _zero_spoiled(out: Tensor, residual: Tensor, features: Tensor) -> None:
-    """Zero the rows and columns of samples that are not finite.
+    """Zero the rows and columns of samples that are not finite; called where the diagonal is not.
 
-    The diagonal finds them for nothing: a NaN or an infinity in r_i or h_i makes K_ii NaN or infinite. So does an
-    overflow of finite factors, which stays.
+    A NaN or an infinity in r_i or h_i makes K_ii NaN or infinite, so looking at the inputs is not needed otherwise.
+    Finite factors whose product overflows do so too: their infinities stay.
     """
     suspects = (~torch.isfinite(out.diagonal())).nonzero()[:, 0]
     if len(suspects):

@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from selbp.ops._checks import accumulate_dtype
 from selbp.ops.gram import gradient_gram
+from selbp.ops.mean_gradient import mean_gradient
 from selbp.ops.types import MeanGradient
-from selbp.reference import mean_gradient
 
 
 class GradientProxies:
@@ -49,6 +48,5 @@ class GradientProxies:
     def mean_gradient(self) -> MeanGradient:
         """The mean gradient and its inner products g_i . M; see :func:`selbp.ops.mean_gradient`."""
         if self._mean is None:
-            dtype = accumulate_dtype(self.residual.dtype)
-            self._mean = mean_gradient(self.residual.to(dtype), self.features.to(dtype), bias=self.bias)
+            self._mean = mean_gradient(self.residual, self.features, bias=self.bias)
         return self._mean

@@ -145,9 +145,8 @@ class HeadProxies(GradientProxies):
             return (error.clamp(min=0) / target_sq.double()).sqrt()
         length = self.positions
         tokens = (rows[:, None] * length + torch.arange(length, device=rows.device)).flatten()
-        return operators.matching_residual(
-            *self.flat, tokens, (w / length).repeat_interleave(length, output_size=len(w) * length), bias=self.bias
-        )
+        spread = Selection(tokens, (w / length).repeat_interleave(length, output_size=len(w) * length))
+        return operators.matching_residual(*self.flat, spread, bias=self.bias)
 
     def release(self) -> None:
         """Let go of the factors."""

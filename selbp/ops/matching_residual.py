@@ -1,0 +1,122 @@
+"""``matching_residual``: how far a weighted selection is from the mean gradient, certified in float64.
+
+A solver's own bookkeeping, or the quadratic form of a float32 Gram matrix, cannot certify a relative residual below
+about 3e-4. This forms the difference M - sum_j w_j g_j itself, a block of classes at a time, from the factors.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from selbp import reference
+from selbp.ops._checks import check_floating, check_integer, check_same_device, check_shape
+from selbp.ops._library import define
+from selbp.ops.gram import check_factors, finite_rows
+from selbp.ops.mean_gradient import row_dots
+
+_BLOCK = 1 << 21  # float64 entries of one block of M (16 MiB)
+
+
+class Chosen(Protocol):
+    """A :class:`selbp.ops.Selection`, a :class:`selbp.ops.Matching` of one problem, or anything like them."""
+
+    @property
+    def indices(self) -> Tensor:
+        """(k,) int64; -1 is an empty slot."""
+
+    @property
+    def weights(self) -> Tensor:
+        """(k,) floating."""
+
+
+def matching_residual(
+    residual: Tensor,  # (n, C)
+    features: Tensor,  # (n, d)
+    selection: Chosen,
+    *,
+    bias: bool = True,
+) -> Tensor:
+    """Relative error of a selection, ``||M - sum_j w_j g_j|| / ||M||`` with M the mean of all n gradients.
+
+    Args:
+        residual: (n, C) gradient of each sample's loss with respect to the logits.
+        features: (n, d) input of the head, in the dtype of ``residual``.
+        selection: its ``indices`` (k,) and ``weights`` (k,); an index of -1 is an empty slot.
+        bias: whether the head has a bias.
+
+    Returns:
+        () float64, computed in float64 whatever the inputs; NaN where M is zero. A row with a NaN or an infinity in
+        either input counts as a zero gradient.
+
+    Raises:
+        TypeError: an input or a part of ``selection`` has the wrong type.
+        ValueError: a shape or a device does not fit; on the CPU also an index outside [-1, n).
+    """
+    check_factors(residual, features)
+    for part in ("indices", "weights"):
+        if not hasattr(selection, part):
+            raise TypeError(f"selection must have .indices and .weights, got {type(selection).__name__}")
+    indices, weights = selection.indices, selection.weights
+    check_integer("selection.indices", indices)
+    check_shape("selection.indices", indices, "(k,)", (None,))
+    check_floating("selection.weights", weights)
+    check_shape("selection.weights", weights, "(k,) as selection.indices", (len(indices),))
+    check_same_device("selection.indices", indices, "residual", residual)
+    check_same_device("selection.weights", weights, "residual", residual)
+    return _matching_residual(residual, features, indices, weights, bool(bias))
+
+
+def _cpu(residual: Tensor, features: Tensor, indices: Tensor, weights: Tensor, bias: bool) -> Tensor:
+    n = len(residual)
+    if len(indices) and not (-1 <= int(indices.min()) and int(indices.max()) < n):
+        raise ValueError(f"selection.indices must lie in [-1, {n}), got values from {indices.min()} to {indices.max()}")
+    taken = indices >= 0
+    rows, w = indices[taken], weights[taken].double()
+    h = features.double().contiguous()
+    error_sq, mean_sq = _squares(residual, h, rows, w, bias)
+    if not (math.isfinite(error_sq) and math.isfinite(mean_sq)):
+        finite = finite_rows(residual, features)
+        if not finite.all():
+            zero = torch.zeros((), dtype=torch.float64)
+            r = torch.where(finite[:, None], residual.double(), zero)
+            error_sq, mean_sq = _squares(r, torch.where(finite[:, None], h, zero), rows, w, bias)
+    return (error_sq / mean_sq).sqrt()
+
+
+def _squares(residual: Tensor, h: Tensor, rows: Tensor, w: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """Squared norms of M - sum_j w_j g_j and of M."""
+    n, n_classes = residual.shape
+    n = max(n, 1)
+    weighted = h[rows] * w[:, None]
+    block = max(1, min(n_classes, _BLOCK // max(n, h.shape[1], 1)))
+    error_sq = torch.zeros((), dtype=torch.float64)
+    mean_sq = torch.zeros((), dtype=torch.float64)
+    for begin in range(0, n_classes, block):
+        r = residual[:, begin : begin + block].double()
+        mean = (r.t() @ h).div_(n)
+        mean_sq += row_dots(mean, mean).sum()
+        error = mean.addmm_(r[rows].t(), weighted, alpha=-1.0)
+        error_sq += row_dots(error, error).sum()
+        if bias:
+            mean_bias = r.sum(0).div_(n)
+            mean_sq += mean_bias.square().sum()
+            error_sq += (mean_bias - w @ r[rows]).square().sum()
+    return error_sq, mean_sq
+
+
+def _fake(residual: Tensor, features: Tensor, indices: Tensor, weights: Tensor, bias: bool) -> Tensor:
+    return residual.new_empty((), dtype=torch.float64)
+
+
+_matching_residual = define(
+    "matching_residual(Tensor residual, Tensor features, Tensor indices, Tensor weights, bool bias) -> Tensor",
+    fake=_fake,
+    cpu=_cpu,
+    cuda=lambda residual, features, indices, weights, bias: reference.matching_residual(
+        residual, features, indices, weights, bias=bias
+    ),
+)

@@ -1,0 +1,112 @@
+"""``mean_gradient``: the exact mean gradient of the head, and every sample's inner product with it, without K.
+
+Two GEMMs: M = (1/n) R^T [H, 1], then b_i = r_i^T M [h_i, 1]. Taking b from the Gram matrix instead, as K 1 / n, would
+lose everything where the mean nearly cancels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from selbp import _native, reference
+from selbp.ops import _gemm
+from selbp.ops._checks import accumulate_dtype
+from selbp.ops._library import define
+from selbp.ops._threads import native_threads
+from selbp.ops.gram import check_factors, finite_rows
+from selbp.ops.types import MeanGradient
+
+
+def mean_gradient(
+    residual: Tensor,  # (n, C)
+    features: Tensor,  # (n, d)
+    *,
+    bias: bool = True,
+) -> MeanGradient:
+    """The mean last-layer gradient M of a minibatch and each sample's inner product with it.
+
+    M is what an ordinary backward pass would leave in the head's ``.grad`` for a mean loss.
+
+    Args:
+        residual: (n, C) gradient of each sample's loss with respect to the logits.
+        features: (n, d) input of the head, in the dtype of ``residual``.
+        bias: whether the head has a bias.
+
+    Returns:
+        ``MeanGradient(inner (n,), target_sq (), head_weight (C, d), head_bias (C,) or None)``, float64 for float64
+        inputs, else float32. ``inner`` and ``target_sq`` are summed in float64. A row with a NaN or an infinity in
+        either input counts as a zero gradient.
+
+    Raises:
+        TypeError: an input is not a floating tensor, or their dtypes differ.
+        ValueError: an input is not a matrix, or their rows or devices differ.
+    """
+    check_factors(residual, features)
+    inner, target_sq, head_weight, head_bias = _mean_gradient(residual, features, bool(bias))
+    return MeanGradient(inner, target_sq, head_weight, head_bias if bias else None)
+
+
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """(rows,) float64 sums over the columns of ``a * b``, two contiguous CPU matrices, float32 or float64."""
+    rows, columns = a.shape
+    sums = torch.empty(rows, dtype=torch.float64)
+    threads = native_threads(a.numel())
+    _native.row_dots(sums.data_ptr(), a.data_ptr(), b.data_ptr(), a.dtype == torch.float64, rows, columns, threads)
+    return sums
+
+
+def _cpu(residual: Tensor, features: Tensor, bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulate_dtype(residual.dtype)
+    r, h = residual.to(dtype).contiguous(), features.to(dtype).contiguous()
+    products = _products(r, h, len(r), bias)
+    if math.isfinite(products[1]):
+        return products
+    # Only now are the rows looked at: a NaN or an infinity in either factor makes some entry of M, and so its norm,
+    # a NaN or an infinity.
+    finite = finite_rows(r, h)
+    if finite.all():
+        return products
+    kept, target_sq, head_weight, head_bias = _products(r[finite], h[finite], len(r), bias)
+    inner = torch.zeros(len(r), dtype=dtype)
+    inner[finite] = kept
+    return inner, target_sq, head_weight, head_bias
+
+
+def _products(r: Tensor, h: Tensor, n: int, bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four results over the rows given, of a minibatch of ``n``."""
+    n = max(n, 1)
+    head_weight = _gemm.linear(r.t(), h.t()).div_(n)
+    inner = row_dots(_gemm.linear(r, head_weight.t()), h)
+    target_sq = row_dots(head_weight, head_weight).sum()
+    head_bias = r.new_empty(0)
+    if bias:
+        head_bias = r.sum(0).div_(n)
+        inner += torch.mv(r, head_bias)
+        target_sq += head_bias.double().square().sum()
+    return inner.to(r.dtype), target_sq.to(r.dtype), head_weight, head_bias
+
+
+def _fake(residual: Tensor, features: Tensor, bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (n, n_classes), d = residual.shape, features.shape[1]
+    dtype = accumulate_dtype(residual.dtype)
+    shapes = ((n,), (), (n_classes, d), (n_classes if bias else 0,))
+    inner, target_sq, head_weight, head_bias = (residual.new_empty(shape, dtype=dtype) for shape in shapes)
+    return inner, target_sq, head_weight, head_bias
+
+
+def _cuda(residual: Tensor, features: Tensor, bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulate_dtype(residual.dtype)
+    inner, target_sq, head_weight, head_bias = reference.mean_gradient(
+        residual.to(dtype), features.to(dtype), bias=bias
+    )
+    return inner, target_sq, head_weight, inner.new_empty(0) if head_bias is None else head_bias
+
+
+_mean_gradient = define(
+    "mean_gradient(Tensor residual, Tensor features, bool bias)"
+    " -> (Tensor inner, Tensor target_sq, Tensor head_weight, Tensor head_bias)",
+    fake=_fake, cpu=_cpu, cuda=_cuda,
+)  # fmt: skip

@@ -1,0 +1,175 @@
+import hypothesis
+import pytest
+import torch
+from factors import DTYPES, Rows, draw, output_dtype, unit, with_bias
+from hypothesis import strategies as st
+
+from selbp import ops, reference
+from selbp.ops import _gemm
+
+SHAPES = [
+    (0, 3, 4),
+    (1, 1, 1),
+    (2, 1, 5),
+    (5, 7, 1),
+    (63, 10, 12),
+    (65, 3, 9),
+    (128, 10, 128),
+    (129, 33, 65),
+    (300, 100, 40),
+]
+
+
+def check_gram(gram, residual, features, bias):
+    """The result meets the rounding bound of its accumulation; reads nothing but the definition."""
+    got = gram(residual, features, bias=bias)
+    r, h = residual.double(), with_bias(features, bias)
+    exact = (r @ r.t()) * (h @ h.t())
+    scale = (r.abs() @ r.abs().t()) * (h.abs() @ h.abs().t())
+    bound = (r.shape[1] + h.shape[1] + 4) * unit(residual.dtype) * scale  # two dot products and three roundings
+    assert got.shape == exact.shape and got.dtype == output_dtype(residual.dtype) and not got.requires_grad
+    assert ((got.double() - exact).abs() <= bound).all()
+    assert torch.equal(got, got.t())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_the_definition(shape, dtype, bias, device):
+    residual, features = (x.to(device) for x in draw(*shape, dtype))
+    check_gram(ops.gradient_gram, residual, features, bias)
+    exact = reference.gradient_gram(residual.double(), features.double(), bias=bias)
+    assert torch.allclose(ops.gradient_gram(residual, features, bias=bias).double(), exact, rtol=1e-3, atol=1e-4)
+
+
+@hypothesis.given(st.integers(0, 150), st.integers(1, 40), st.integers(1, 40), st.booleans(), st.integers(0, 99))
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_any_shape(n, n_classes, d, bias, seed):
+    check_gram(ops.gradient_gram, *draw(n, n_classes, d, seed=seed), bias)
+
+
+@pytest.mark.parametrize("path", ["mm", "onednn"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_both_gemms_and_thread_counts(monkeypatch, path, threads):
+    if path == "onednn" and not _gemm._agree(torch.float32):
+        pytest.skip("this torch has no mkldnn::_linear_pointwise for float32")
+    monkeypatch.setattr(_gemm, "_choice", {torch.float32: path == "onednn"})
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_gram(ops.gradient_gram, *draw(700, 120, 130), True)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("transform", Rows.TRANSFORMS.values(), ids=Rows.TRANSFORMS)
+def test_any_strides(transform):
+    residual, features = draw(70, 20, 30)
+    wanted = ops.gradient_gram(residual, features)
+    assert torch.equal(ops.gradient_gram(transform(residual), transform(features)), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scales", [(1e15, 1.0), (1e-15, 1.0), (1e15, 1e-15), (1e-15, 1e15)], ids=str)
+def test_scales(dtype, scales):
+    residual, features = draw(140, 10, 20, dtype)
+    check_gram(ops.gradient_gram, residual * scales[0], features * scales[1], False)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_row_that_is_not_finite_counts_as_zero_and_spoils_no_other(value, which):
+    factors = list(draw(200, 10, 12))
+    clean = ops.gradient_gram(*factors)
+    factors[which][[3, 130]] = torch.where(torch.arange(factors[which].shape[1]) == 2, value, factors[which][[3, 130]])
+    got = ops.gradient_gram(*factors)
+    kept = torch.ones(200, dtype=torch.bool)
+    kept[[3, 130]] = False
+    assert (got[~kept] == 0).all() and (got[:, ~kept] == 0).all()
+    assert torch.equal(got[kept][:, kept], clean[kept][:, kept])
+    assert torch.allclose(got.double(), reference.gradient_gram(*(x.double() for x in factors)), rtol=1e-4, atol=1e-5)
+
+
+def test_overflow_of_finite_factors_stays_visible():
+    got = ops.gradient_gram(torch.full((3, 2), 1e15), torch.full((3, 2), 1e15))
+    assert torch.isinf(got).all()
+
+
+def test_zero_residual_meets_infinite_features():
+    got = ops.gradient_gram(torch.zeros(2, 3), torch.tensor([[torch.inf], [1.0]]))
+    assert (got == 0).all()
+
+
+def mutants():
+    gram = ops.gradient_gram
+
+    def without(rows, columns):
+        def mutant(residual, features, bias):
+            out = gram(residual, features, bias=bias).clone()
+            out[rows, columns] = 0
+            return out
+
+        return mutant
+
+    def rounded(residual, features, bias):
+        return gram(residual, features, bias=bias).bfloat16().float()
+
+    def asymmetric(residual, features, bias):
+        return reference.gradient_gram(residual, features, bias=bias) * torch.ones(len(residual)).index_fill_(
+            0, torch.tensor([7]), 1 + 2e-7
+        )
+
+    return {
+        "no_bias": lambda residual, features, bias: gram(residual, features, bias=False),
+        "bias_twice": lambda residual, features, bias: gram(residual, features, bias=bias) + residual @ residual.t(),
+        "no_mirror": lambda residual, features, bias: gram(residual, features, bias=bias).tril(),
+        "one_mirrored_block_missing": without(slice(0, 64), slice(128, 192)),
+        "last_row": without(slice(-1, None), slice(0, 1)),
+        "bfloat16": rounded,
+        "not_symmetric": asymmetric,
+    }
+
+
+@pytest.mark.parametrize("name", mutants())
+def test_mutants_are_caught(name):
+    with pytest.raises(AssertionError):
+        check_gram(mutants()[name], *draw(200, 10, 12), True)
+
+
+def test_registered_for_compile_fake_and_autograd():
+    operator = torch.ops.selbp.gradient_gram.default
+    for dtype in DTYPES:
+        residual, features = draw(9, 4, 5, dtype)
+        torch.library.opcheck(operator, (residual, features, True))
+        torch.library.opcheck(operator, (residual.requires_grad_(), features.requires_grad_(), False))
+    torch.library.opcheck(operator, (*draw(0, 4, 5), True))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_in_one_graph(backend):
+    residual, features = draw(40, 6, 7)
+    residual.requires_grad_()
+    compiled = torch.compile(lambda r, h: ops.gradient_gram(r, h, bias=False) * 2, fullgraph=True, backend=backend)
+    assert torch.equal(compiled(residual, features), ops.gradient_gram(residual, features, bias=False) * 2)
+
+
+@pytest.mark.parametrize(
+    "residual,features,error,words",
+    [
+        ([1.0], torch.zeros(2, 3), TypeError, "residual must be a Tensor, got list"),
+        (
+            torch.zeros(2, 3, dtype=torch.int64),
+            torch.zeros(2, 3),
+            TypeError,
+            "residual must be float32.*got torch.int64",
+        ),
+        (torch.zeros(2, 3), torch.zeros(2, 3).double(), TypeError, "features must have the dtype of residual"),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 3), ValueError, r"residual must be \(n, C\), got \(2, 3, 4\)"),
+        (torch.zeros(2, 3), torch.zeros(3, 3), ValueError, r"features must be \(n, d\) with n = 2.*got \(3, 3\)"),
+        (torch.zeros(2, 3), torch.zeros(2, 3, device="meta"), ValueError, "features must be on the device of residual"),
+    ],
+)
+@pytest.mark.parametrize("operator", [ops.gradient_gram, ops.mean_gradient], ids=lambda f: f.__name__)
+def test_errors_name_the_argument(operator, residual, features, error, words):
+    with pytest.raises(error, match=words):
+        operator(residual, features)
