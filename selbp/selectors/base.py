@@ -39,6 +39,9 @@ class Selector(Protocol):
     ) -> Selection:
         """Choose k of the ``len(stats.valid)`` rows, without synchronising with the device.
 
+        ``stats.loss`` is each sample's own loss as torch's ``reduction="none"`` gives it, summed over the tokens of a
+        sequence: it means the same in every minibatch. ``stats.residual_sq`` and the ``proxies`` are of the losses
+        scaled so that their mean over the n rows is torch's ``reduction="mean"``, the one whose gradient is matched.
         Every draw comes from ``generator`` (on the statistics' device), else from torch's global one. ``extras``
         holds what the caller knows about each sample, (n,) each. Raises ValueError unless 1 <= k <= n.
         """

@@ -84,7 +84,8 @@ class ReducibleLoss(_Top):
     """The k rows of greatest reducible loss ``loss - irreducible`` (RHO-LOSS, Mindermann et al. 2022, equation 3).
 
     The irreducible loss of each sample is that of a model trained on holdout data; the step is given it as an extra
-    (n,) tensor called ``irreducible``, in the unit of the statistics' loss. A row where it is not finite is not chosen.
+    (n,) tensor called ``irreducible``: the loss as ``reduction="none"`` gives it, class weights included, summed over
+    the tokens of a sequence. A row where it is not finite is not chosen.
     ``weights`` as in :class:`TopLoss`.
     """
 

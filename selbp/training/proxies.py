@@ -81,7 +81,8 @@ class HeadProxies(GradientProxies):
         bias: bool = True,
         reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        super().__init__(lambda: self.token_residual.sum(1), lambda: self.token_features.mean(1), bias=bias)
+        self._pooled = (lambda: self.token_residual.sum(1), lambda: self.token_features.mean(1))
+        super().__init__(*self._pooled, bias=bias)
         self._factors: tuple[Callable[[], Tensor], Callable[[], Tensor]] | None = (residual, features)
         self.positions, self._reduce = positions, reduce
 
@@ -151,7 +152,8 @@ class HeadProxies(GradientProxies):
     def release(self) -> None:
         """Let go of the factors."""
         self._factors = None
-        for name in ("token_residual", "token_features", "residual", "features"):
+        self._residual, self._features = self._pooled
+        for name in ("token_residual", "token_features"):
             self.__dict__.pop(name, None)
 
     @property

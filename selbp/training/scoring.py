@@ -30,7 +30,7 @@ DIAGNOSTIC_BYTES = 32 << 20  # of residual and features kept for the report of a
 class Scored:
     """What the scoring forward found."""
 
-    stats: BatchStatistics  # scaled: loss by s, residual_sq by s^2
+    stats: BatchStatistics  # loss as the criterion gives it, comparable between minibatches; residual_sq scaled by s^2
     scale: Tensor  # () s = n / total mass of the valid samples
     proxies: HeadProxies | None
     losses: Tensor | None  # (n,) unscaled, with their graph, where the forward recorded one
@@ -180,7 +180,11 @@ def _scaled(
     reduce: Callable[[Tensor], Tensor] | None,
     losses: Tensor | None,
 ) -> Scored:
-    """Statistics and proxies in the units of torch's mean; a sample that is not valid has a zero gradient."""
+    """Gradients in the units of torch's mean, 0 for a sample that is not valid; losses stay as they are.
+
+    s differs between minibatches with their class weights and valid targets, and a rule may compare a loss with those
+    of other minibatches or with one known beforehand.
+    """
     valid, residual, feature_sq = rows.valid, rows.residual, rows.feature_sq
     scale = scale_of(mass, valid).to(rows.loss.dtype)
     proxies = None
@@ -197,7 +201,5 @@ def _scaled(
         if gradients and h.shape[1] > 1:  # a sum over positions: its norm needs the factors of every position
             exact = sequence_norm_sq(proxies.token_residual, proxies.token_features, bias=bias)
             feature_sq = exact / (rows.residual_sq * scale.square()).clamp(min=1e-30)
-    stats = BatchStatistics(
-        rows.loss * scale, rows.lse, rows.residual_sq * scale.square(), feature_sq, rows.correct, valid
-    )
+    stats = BatchStatistics(rows.loss, rows.lse, rows.residual_sq * scale.square(), feature_sq, rows.correct, valid)
     return Scored(stats, scale, proxies, losses, rows.hits)

@@ -162,7 +162,8 @@ class SelectiveBackprop:
             selection = self._select(batch, scored, k) if selecting else Full().select(scored.stats, batch.n)
             mean = scored.proxies.mean_gradient() if full_head is not None and scored.proxies is not None else None
         proxies, hits = self._worth_keeping(scored.proxies, batch.n), scored.hits
-        losses_of_forward, stats, scale = scored.losses, scored.stats, scored.scale
+        losses_of_forward, scale = scored.losses, scored.scale
+        stats = scored.stats._replace(loss=scored.stats.loss * scale)  # as the report averages it
         del scored  # and with it the factors, unless they are worth keeping
         watch.lap("select")
 

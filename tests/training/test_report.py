@@ -1,6 +1,7 @@
 """The report's figures against the same computed one by one; reading them is the only synchronisation."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from training_kit import TokenModel, gradients, mlp, samples
 
 import selbp
 from selbp.training.budget import random_error, rows_at_cost, step_cost
+from selbp.training.proxies import HeadProxies
 
 RULES = [
     selbp.Full(), selbp.Random(), selbp.TopLoss(), selbp.TopGradNorm(), selbp.GradNormImportance(),
@@ -188,6 +190,22 @@ def test_large_factors_do_not_outlive_the_choice(monkeypatch):
     assert step.report.gain > 0  # from the Gram matrix and the mean gradient, which were computed anyway
     with pytest.raises(RuntimeError, match="released"):
         step.report._proxies.token_features  # noqa: B018
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+def test_released_proxies_hold_no_factor(positions):
+    proxies = HeadProxies(
+        lambda: torch.randn(4, positions, 5), lambda: torch.randn(4, positions, 6), positions=positions
+    )
+    read = [proxies.token_residual, proxies.token_features, proxies.residual, proxies.features]
+    alive = [weakref.ref(x) for x in read]
+    proxies.gram()
+    proxies.mean_gradient()
+    proxies.release()
+    del read
+    assert all(x() is None for x in alive)
+    with pytest.raises(RuntimeError, match="released"):
+        proxies.features  # noqa: B018
 
 
 def test_no_report_before_a_step():
