@@ -13,6 +13,7 @@ import torch
 
 import selbp._native as native
 from selbp._version import __version__
+from selbp.ops import _triton as _triton_kernels
 
 
 def machine() -> dict[str, str]:
@@ -69,7 +70,8 @@ def _triton() -> str:
         return "not installed: CUDA tensors use the reference implementation (pip install triton)"
     if not torch.cuda.is_available():
         return f"{version}, idle: there is no GPU, and CPU tensors use the native core"
-    return version
+    reason = _triton_kernels.unavailable()
+    return version if reason is None else f"{version}; {reason}"
 
 
 def information() -> dict[str, str]:

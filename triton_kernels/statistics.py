@@ -275,7 +275,7 @@ def statistics(
     tile = tile or configs.statistics_tile(
         features.device, features.dtype, n_classes, bias=bias is not None, softcap=bool(softcap), smooth=smooth
     )
-    descriptor = tile.descriptor and describable(features, weight)
+    descriptor = tile.descriptor and d > 0 and describable(features, weight)
     row_tiles, class_tiles = triton.cdiv(n, tile.rows), triton.cdiv(n_classes, tile.columns)
     count, per_split = class_splits(
         row_tiles, class_tiles, splits * row_tiles if splits else configs.processors(features.device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from selbp import _native, reference
-from selbp.ops import _gemm
+from selbp.ops import _gemm, _triton
 from selbp.ops._checks import accumulate_dtype, check_floating, check_same_device, check_same_dtype, check_shape
 from selbp.ops._library import define
 from selbp.ops._threads import native_threads
@@ -97,6 +97,9 @@ def _fake(residual: Tensor, features: Tensor, bias: bool) -> Tensor:
 
 
 def _cuda(residual: Tensor, features: Tensor, bias: bool) -> Tensor:
+    fused = _triton.kernels("cross_entropy", residual, features)
+    if fused is not None:
+        return fused.gradient_gram(residual, features, bias)
     dtype = accumulate_dtype(residual.dtype)
     return reference.gradient_gram(residual.to(dtype), features.to(dtype), bias=bias)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from selbp import _native, reference
+from selbp.ops import _triton
 from selbp.ops._checks import accumulate_dtype, check_floating, check_same_device, check_shape
 from selbp.ops._library import define
 from selbp.ops._loss import (
@@ -90,6 +91,9 @@ def _cuda(
     logits: Tensor, target: Tensor, lse: Tensor, class_weight: Tensor | None,
     ignore_index: int, label_smoothing: float, softcap: float,
 ) -> Tensor:  # fmt: skip
+    fused = _triton.kernels("cross_entropy", logits)
+    if fused is not None:
+        return fused.residual(logits, target, lse, class_weight, ignore_index, label_smoothing, softcap)
     dtype = accumulate_dtype(logits.dtype)
     return reference.residual(
         logits.to(dtype), target, lse.to(dtype), class_weight=class_weight, ignore_index=ignore_index,

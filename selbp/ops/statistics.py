@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from selbp import _native, reference
-from selbp.ops import _gemm
+from selbp.ops import _gemm, _triton
 from selbp.ops._checks import accumulate_dtype, check_floating, check_same_device, check_shape
 from selbp.ops._library import define
 from selbp.ops._loss import (
@@ -231,6 +231,11 @@ def _cuda(
     logits: Tensor, target: Tensor, features: Tensor | None, class_weight: Tensor | None,
     ignore_index: int, label_smoothing: float, softcap: float, bias: bool,
 ) -> _Tensors:  # fmt: skip
+    fused = _triton.kernels("cross_entropy", logits, features)
+    if fused is not None:
+        return fused.cross_entropy_statistics(
+            logits, target, features, class_weight, ignore_index, label_smoothing, softcap, bias
+        )
     dtype = accumulate_dtype(logits.dtype)
     return reference.cross_entropy_statistics(
         logits.to(dtype), target, None if features is None else features.to(dtype), class_weight=class_weight,
@@ -242,6 +247,11 @@ def _linear_cuda(
     features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None,
     ignore_index: int, label_smoothing: float, softcap: float,
 ) -> _Tensors:  # fmt: skip
+    fused = _triton.kernels("cross_entropy", features)
+    if fused is not None:
+        return fused.linear_cross_entropy_statistics(
+            features, weight, bias, target, class_weight, ignore_index, label_smoothing, softcap
+        )
     logits = torch.nn.functional.linear(features, weight, bias)
     return _cuda(logits, target, features, class_weight, ignore_index, label_smoothing, softcap, bias is not None)
 

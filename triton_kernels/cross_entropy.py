@@ -1,0 +1,107 @@
+"""The launches behind the operators, in order: what a CUDA implementation in ``selbp.ops`` calls.
+
+    stored logits        target_logit (gather) -> logits_statistics -> finalize
+    features and weight  target_logit (product) -> statistics       -> finalize
+
+Inputs may have any strides: a matrix whose last dimension is not contiguous is copied once. Outputs are float32 and
+bool. Nothing is synchronised and nothing depends on data, so every call can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import residual as residual_kernels
+from .finalize import finalize
+from .gram import gram
+from .statistics import logits_statistics, statistics
+from .target_logit import target_logit
+
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def rows(matrix: Tensor) -> Tensor:
+    """The matrix itself where its rows are contiguous and do not overlap, else one copy."""
+    plain = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+    return matrix if plain or matrix.numel() == 0 else matrix.contiguous()
+
+
+def cross_entropy_statistics(
+    logits: Tensor,  # (n, C)
+    target: Tensor,  # (n,) int64
+    features: Tensor | None,  # (n, d)
+    class_weight: Tensor | None,  # (C,)
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    bias: bool,
+) -> Statistics:
+    """The fields of BatchStatistics from stored logits."""
+    logits, target = rows(logits), target.contiguous()
+    class_weight = None if class_weight is None else class_weight.contiguous()
+    with torch.cuda.device_of(logits):
+        z, feature_sq = target_logit(
+            target, logits.shape[1], features=None if features is None else rows(features), logits=logits,
+            plus=float(bias),
+        )  # fmt: skip
+        partials = logits_statistics(
+            logits, target, class_weight=class_weight, smooth=label_smoothing != 0.0, softcap=softcap
+        )
+        loss, lse, residual_sq, correct, valid = finalize(
+            partials, z, feature_sq, target, logits.shape[1], class_weight=class_weight, ignore_index=ignore_index,
+            label_smoothing=label_smoothing, softcap=softcap,
+        )  # fmt: skip
+    return loss, lse, residual_sq, feature_sq, correct, valid
+
+
+def linear_cross_entropy_statistics(
+    features: Tensor,  # (n, d)
+    weight: Tensor,  # (C, d)
+    bias: Tensor | None,  # (C,)
+    target: Tensor,  # (n,) int64
+    class_weight: Tensor | None,  # (C,)
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+) -> Statistics:
+    """The fields of BatchStatistics of ``features @ weight.T + bias``, which is never stored."""
+    features, weight, target = rows(features), rows(weight), target.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    class_weight = None if class_weight is None else class_weight.contiguous()
+    with torch.cuda.device_of(features):
+        z, feature_sq = target_logit(
+            target, len(weight), features=features, weight=weight, bias=bias, plus=float(bias is not None)
+        )
+        partials = statistics(
+            features, weight, bias, target, class_weight=class_weight, smooth=label_smoothing != 0.0, softcap=softcap
+        )
+        loss, lse, residual_sq, correct, valid = finalize(
+            partials, z, feature_sq, target, len(weight), class_weight=class_weight, ignore_index=ignore_index,
+            label_smoothing=label_smoothing, softcap=softcap,
+        )  # fmt: skip
+    return loss, lse, residual_sq, feature_sq, correct, valid
+
+
+def residual(
+    logits: Tensor,  # (n, C)
+    target: Tensor,  # (n,) int64
+    lse: Tensor,  # (n,)
+    class_weight: Tensor | None,  # (C,)
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+) -> Tensor:
+    """(n, C) float32 gradient of each row's loss with respect to its logits."""
+    with torch.cuda.device_of(logits):
+        return residual_kernels.residual(
+            rows(logits), target.contiguous(), lse.contiguous(),
+            class_weight=None if class_weight is None else class_weight.contiguous(), ignore_index=ignore_index,
+            label_smoothing=label_smoothing, softcap=softcap,
+        )  # fmt: skip
+
+
+def gradient_gram(residual: Tensor, features: Tensor, bias: bool) -> Tensor:
+    """(n, n) float32 inner products of the per-sample gradients."""
+    with torch.cuda.device_of(residual):
+        return gram(rows(residual), rows(features), bias=bias)
