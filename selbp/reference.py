@@ -136,6 +136,34 @@ def residual(
     return torch.where((present & finite)[:, None], r, 0.0)
 
 
+def sketch(
+    features: Tensor,  # (n, T, d)
+    weight: Tensor,  # (C, d)
+    bias: Tensor | None,  # (C,)
+    target: Tensor,  # (n, T)
+    left: Tensor,  # (C, p)
+    right: Tensor,  # (d, q), (d + 1, q) with a bias
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """(n, p, q) sketch ``sum_t (left^T r_t) (right^T [h_t, 1])^T`` of each sequence's head gradient."""
+    n, length, d = features.shape
+    h, y = features.reshape(n * length, d), target.reshape(n * length)
+    logits = torch.nn.functional.linear(h, weight, bias)
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "softcap": softcap}
+    stats = cross_entropy_statistics(logits, y, h, class_weight=class_weight, **options)  # type: ignore[arg-type]
+    r = residual(logits, y, stats.lse, class_weight=class_weight, **options)  # type: ignore[arg-type]
+    if bias is not None:
+        h = torch.cat([h, h.new_ones(len(h), 1)], 1)
+    h = torch.where(stats.valid[:, None], h, 0.0)
+    return torch.einsum(
+        "ntp,ntq->npq", (r @ left).view(n, length, left.shape[1]), (h @ right).view(n, length, right.shape[1])
+    )
+
+
 # ------------------------------------------------------------------------------- 2. Gram and mean gradient
 
 

@@ -6,6 +6,7 @@ from selbp.ops.matching import match, nnls, nnls_gram
 from selbp.ops.matching_residual import matching_residual
 from selbp.ops.mean_gradient import mean_gradient
 from selbp.ops.residual import residual
+from selbp.ops.sketch import sketch, sketch_gram, sketch_projections
 from selbp.ops.statistics import cross_entropy_statistics, linear_cross_entropy_statistics
 from selbp.ops.types import BatchStatistics, Matching, MatchStatus, MeanGradient, Selection
 
@@ -25,4 +26,7 @@ __all__ = [
     "nnls",
     "nnls_gram",
     "residual",
+    "sketch",
+    "sketch_gram",
+    "sketch_projections",
 ]

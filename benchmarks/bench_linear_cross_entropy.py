@@ -1,0 +1,123 @@
+"""The fused head and loss, forward and backward, against the bare GEMMs that it needs and against eager torch.
+
+``python -m benchmarks linear_cross_entropy`` times; ``python -m benchmarks.bench_linear_cross_entropy`` prints the
+peak extra memory, returned gradients excluded on all sides.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.bench_statistics import RETURN_FREED
+from benchmarks.harness import Case, peak_extra_bytes, suite
+from selbp import ops
+from selbp.ops import _gemm
+
+
+def _head(
+    n: int, d: int, classes: int, keep: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    features = torch.randn(n, d, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(classes, d, device=device) / d**0.5).to(dtype).requires_grad_()
+    upstream = torch.zeros(n, device=device).index_fill_(0, torch.randperm(n, device=device)[:keep], 1.0 / keep)
+    return features, weight, torch.randint(classes, (n,), device=device), upstream
+
+
+def _ours(features: Tensor, weight: Tensor, target: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+    loss = ops.linear_cross_entropy(features, weight, None, target)
+    return torch.autograd.grad(loss, (features, weight), upstream)
+
+
+def _eager(features: Tensor, weight: Tensor, target: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+    """``F.cross_entropy(F.linear(...))``."""
+    logits = torch.nn.functional.linear(features, weight)
+    loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    return torch.autograd.grad(loss, (features, weight), upstream.to(loss.dtype))
+
+
+def _bare(features: Tensor, weight: Tensor, target: Tensor, upstream: Tensor) -> None:
+    """Nothing but the fastest GEMMs: logits of n rows; logits and both gradients of the k rows; the gradient stored.
+
+    A tile of 1024 classes at a time: for torch's oneDNN this is faster than whole matrices, and it needs no memory.
+    """
+    h, w = features.detach(), weight.detach()
+    product = _gemm.linear if h.device.type == "cpu" else torch.nn.functional.linear
+    rows = upstream.nonzero()[:, 0]
+    chosen, gradient = h[rows], torch.empty_like(w)
+    for c in range(0, len(w), 1024):
+        product(h, w[c : c + 1024])
+    for c in range(0, len(w), 1024):
+        part = w[c : c + 1024]
+        tile = product(chosen, part)
+        gradient[c : c + 1024] = product(tile.t(), chosen.t())
+        product(tile, part.t())
+
+
+def _bare_whole(features: Tensor, weight: Tensor, target: Tensor, upstream: Tensor) -> None:
+    """The same products of whole matrices."""
+    h, w = features.detach(), weight.detach()
+    product = _gemm.linear if h.device.type == "cpu" else torch.nn.functional.linear
+    product(h, w)
+    chosen = h[upstream.nonzero()[:, 0]]
+    logits = product(chosen, w)
+    product(logits.t(), chosen.t())
+    product(logits, w.t())
+
+
+def _case(n: int, d: int, classes: int, keep: int, dtype: torch.dtype = torch.float32, quick: bool = False) -> Case:
+    return Case(
+        f"linear cross-entropy n={n} d={d} C={classes} k={keep} {str(dtype).removeprefix('torch.')}",
+        partial(_head, n, d, classes, keep, dtype),
+        {"ours": _ours, "its GEMMs alone, in tiles": _bare, "its GEMMs alone, whole": _bare_whole, "eager": _eager},
+        flops=2 * (n + 3 * keep) * d * classes,
+        nbytes=dtype.itemsize * 4 * classes * d,
+        formula="2 (n + 3 k) d C flops; the weight read three times and its gradient written",
+        dtype=dtype,
+        limits={} if quick else {"its GEMMs alone, whole": 1.15},
+        quick=quick,
+        rounds=7 if quick else 3,
+    )
+
+
+CASES = [
+    _case(128, 128, 1000, 32, quick=True),
+    _case(1024, 1024, 50257, 1024),
+    _case(1024, 1024, 50257, 256),
+    _case(1024, 1024, 50257, 1024, torch.bfloat16),
+]
+test_linear_cross_entropy = suite(CASES)
+
+_MEMORY = {"ours": _ours, "eager": _eager}
+
+
+def peak_mebibytes(name: str, n: int, d: int, classes: int, keep: int, threads: int = 2) -> float:
+    """Peak memory of one forward and backward beyond its returned gradients, in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.bench_linear_cross_entropy", name]
+    command += [str(size) for size in (n, d, classes, keep, threads)]
+    environment = {**os.environ, **RETURN_FREED}
+    return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    """Print the table of memory; with arguments, one entry of it."""
+    if len(sys.argv) > 1:
+        n, d, classes, keep, threads = map(int, sys.argv[2:])
+        torch.set_num_threads(threads)
+        head = _head(n, d, classes, keep, torch.float32, torch.device("cpu"))
+        returned = sum(4 * tensor.numel() for tensor in head[:2])
+        print((peak_extra_bytes(partial(_MEMORY[sys.argv[1]], *head)) - returned) / 2**20)
+        return
+    print("peak extra memory in MiB, forward and backward, returned gradients excluded, float32, 2 threads")
+    for n, d, classes, keep in ((1024, 1024, 50257, 1024), (1024, 1024, 50257, 256)):
+        ours, eager = (peak_mebibytes(name, n, d, classes, keep) for name in _MEMORY)
+        print(f"n={n} d={d} C={classes} k={keep}: ours {ours:.1f}, eager {eager:.1f}, ratio {ours / eager:.3f}")
+
+
+if __name__ == "__main__":
+    main()

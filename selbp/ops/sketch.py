@@ -1,0 +1,211 @@
+"""``sketch``: a small random projection of each sequence's head gradient, whose inner products are unbiased.
+
+A sequence's gradient is G_i = sum_t r_t [h_t, 1]^T, a C x (d + 1) matrix that is never formed. With independent
+random matrices P (C, p) and Q (d + 1, q), E[P P^T] = I and E[Q Q^T] = I, its sketch is
+
+    S_i = P^T G_i Q = sum_t (P^T r_t) (Q^T [h_t, 1])^T,   p x q numbers,
+
+so that E <S_i, S_j> = <G_i, G_j>, for i = j too, and for Gaussian entries (those of random signs vary less)
+
+    Var <S_i, S_j> <= ((1 + 2/p)(1 + 2/q) - 1) ||G_i||^2 ||G_j||^2:
+
+given Q, with A = G Q, E_P <P^T A_i, P^T A_j>^2 <= <A_i, A_j>^2 + (2/p) ||A_i||^2 ||A_j||^2, and the same again over Q.
+P^T r_t = P^T softmax(z_t) - P[y_t] has the shape of attention with keys W and values P: the residuals are formed a tile
+of classes at a time and multiplied at once, p/d of extra work on top of the logits' GEMM.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from selbp import _native, reference
+from selbp.ops import _gemm
+from selbp.ops._checks import accumulate_dtype, check_floating, check_integer, check_same_device, check_shape
+from selbp.ops._library import define
+from selbp.ops._loss import (
+    TYPE_CODE,
+    address,
+    check_head,
+    check_loss,
+    contiguous_rows,
+    native_class_weight,
+    raise_bad_target,
+    weight_sum,
+)
+from selbp.ops._threads import native_threads
+from selbp.ops.statistics import StatisticsPass, fold_head, tile_shape
+
+
+def sketch_projections(
+    n_classes: int,
+    width: int,  # d, or d + 1 with a bias
+    dimensions: tuple[int, int] = (64, 64),
+    *,
+    kind: Literal["sign", "gaussian"] = "sign",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """Random matrices P (C, p) and Q (width, q) of mean 0 and variance 1/p and 1/q, the same on every device.
+
+    Args:
+        n_classes: rows of P.
+        width: rows of Q: the features, and one more where the head has a bias.
+        dimensions: (p, q).
+        kind: ``"sign"``, entries plus or minus 1/sqrt(p), or ``"gaussian"``.
+        seed: of the CPU generator that draws both.
+        dtype: of both.
+        device: where they are wanted.
+
+    Raises:
+        ValueError: ``kind`` is not one of the two, or a dimension is below 1.
+    """
+    if kind not in ("sign", "gaussian"):
+        raise ValueError(f"kind must be sign or gaussian, got {kind!r}")
+    if len(dimensions) != 2 or min(dimensions) < 1:
+        raise ValueError(f"dimensions must be two positive integers (p, q), got {dimensions}")
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(rows: int, columns: int) -> Tensor:
+        if kind == "gaussian":
+            entries = torch.randn(rows, columns, generator=generator)
+        else:
+            entries = torch.randint(0, 2, (rows, columns), generator=generator, dtype=torch.float32).mul_(2).sub_(1)
+        return (entries / columns**0.5).to(device=device, dtype=dtype)
+
+    return draw(n_classes, dimensions[0]), draw(width, dimensions[1])
+
+
+def sketch(
+    features: Tensor,  # (n, T, d)
+    weight: Tensor,  # (C, d)
+    bias: Tensor | None,  # (C,)
+    target: Tensor,  # (n, T)
+    projections: tuple[Tensor, Tensor],  # (C, p) and (d, q), or (d + 1, q) with a bias
+    *,
+    class_weight: Tensor | None = None,  # (C,)
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Sketch of the head gradient of each sequence's summed token losses; inner products are unbiased.
+
+    Args:
+        features: (n, T, d) inputs of the head, float32, float64, bfloat16 or float16.
+        weight: (C, d) of the dtype of ``features``.
+        bias: (C,) or None.
+        target: (n, T) int64 class indices, or ``ignore_index`` for tokens that do not count.
+        projections: P (C, p) and Q, from :func:`sketch_projections`; the same for all sequences compared.
+        class_weight: (C,) weights of the classes, as torch's ``weight``.
+        ignore_index: tokens with this target contribute nothing.
+        label_smoothing: in [0, 1], as torch's.
+        softcap: as in :func:`cross_entropy_statistics`.
+
+    Returns:
+        (n, p, q), float64 for float64 inputs, else float32, accumulated so. Tokens that are not ``valid`` (see
+        BatchStatistics) contribute nothing. The variance is in this module's docstring.
+
+    Raises:
+        TypeError: an argument has the wrong type, or the dtypes differ.
+        ValueError: a shape, device or option is wrong, or (CPU) a target lies outside [0, C).
+    """
+    check_floating("features", features)
+    check_shape("features", features, "(n, T, d)", (None, None, None))
+    n, length, d = features.shape
+    check_integer("target", target)
+    check_shape("target", target, f"(n, T) = {(n, length)} as features", (n, length))
+    flat, y = features.reshape(n * length, d), target.reshape(n * length)
+    check_head(flat, weight, bias)
+    check_loss("features", flat, weight.shape[0], y, class_weight, ignore_index, label_smoothing, softcap)
+    left, right = projections
+    width = d + (bias is not None)
+    for name, projection, rows in (("projections[0]", left, weight.shape[0]), ("projections[1]", right, width)):
+        check_floating(name, projection)
+        check_shape(name, projection, f"of {rows} rows", (rows, None))
+        check_same_device(name, projection, "features", features)
+    options = ignore_index, float(label_smoothing), float(softcap)
+    return _sketch(features, weight, bias, target, left, right, class_weight, *options)
+
+
+def sketch_gram(sketches: Tensor) -> Tensor:
+    """(n, n) inner products of sketches (n, p, q): an unbiased estimate of the sequences' Gram matrix.
+
+    Symmetric positive semidefinite, as :func:`selbp.ops.match` wants it; float64 for float64, else float32.
+
+    Raises:
+        TypeError: ``sketches`` is not a floating tensor.
+        ValueError: ``sketches`` is not (n, p, q).
+    """
+    check_floating("sketches", sketches)
+    check_shape("sketches", sketches, "(n, p, q)", (None, None, None))
+    flat = sketches.detach().flatten(1).to(accumulate_dtype(sketches.dtype))
+    return flat @ flat.t()
+
+
+def _cpu(
+    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, left: Tensor, right: Tensor,
+    class_weight: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    n, length, d = features.shape
+    tokens, n_classes, accumulate = n * length, weight.shape[0], accumulate_dtype(features.dtype)
+    h, y = features.reshape(tokens, d), target.reshape(tokens).contiguous()
+    left, right = left.to(accumulate), right.to(accumulate)
+    one = StatisticsPass(
+        n_classes, features.dtype, y, h, bias is not None, class_weight, ignore_index, label_smoothing, softcap
+    )
+    one.others = torch.empty(tokens, dtype=accumulate)
+    fold_head(one, h, weight, bias)
+    _, lse, _, _, _, valid = one.outputs
+
+    w, total = native_class_weight(class_weight, accumulate), weight_sum(class_weight, n_classes, label_smoothing)
+    projected = torch.zeros(tokens, left.shape[1], dtype=accumulate)
+    rows, columns = tile_shape(tokens, n_classes, features.dtype)
+    for c in range(0, n_classes, columns):
+        part, values = weight[c : c + columns], left[c : c + columns].t()
+        part_bias = None if bias is None else bias[c : c + columns]
+        for row in range(0, tokens, rows):
+            z = contiguous_rows(_gemm.linear(h[row : row + rows], part, part_bias))
+            r = z if z.dtype == accumulate else torch.empty(z.shape, dtype=accumulate)
+            place = row * lse.element_size()
+            bad = _native.residual(
+                r.data_ptr(), z.data_ptr(), TYPE_CODE[z.dtype], z.stride(0), z.shape[0], z.shape[1], c, n_classes,
+                total, lse.data_ptr() + place, one.others.data_ptr() + place, 0, y.data_ptr() + 8 * row, address(w),
+                ignore_index, label_smoothing, softcap, native_threads(z.numel()),
+            )  # fmt: skip
+            if bad >= 0:
+                raise_bad_target(y, row + bad, n_classes, ignore_index)
+            projected[row : row + rows] += _gemm.linear(r, values)
+    wide = torch.where(valid[:, None], h, 0.0).to(accumulate)
+    mapped = _gemm.linear(wide, right[:d].t(), right[d] if bias is not None else None)
+    live = torch.where(valid[:, None], projected, 0.0).view(n, length, left.shape[1])
+    return torch.bmm(live.transpose(1, 2), mapped.view(n, length, right.shape[1]))
+
+
+def _fake(
+    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, left: Tensor, right: Tensor,
+    class_weight: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    shape = features.shape[0], left.shape[1], right.shape[1]
+    return features.new_empty(shape, dtype=accumulate_dtype(features.dtype))
+
+
+def _cuda(
+    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, left: Tensor, right: Tensor,
+    class_weight: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    dtype = accumulate_dtype(features.dtype)
+    return reference.sketch(
+        features.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), target, left.to(dtype),
+        right.to(dtype), class_weight=class_weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
+        softcap=softcap,
+    )  # fmt: skip
+
+
+_sketch = define(
+    "sketch(Tensor features, Tensor weight, Tensor? bias, Tensor target, Tensor left, Tensor right, "
+    "Tensor? class_weight, int ignore_index, float label_smoothing, float softcap) -> Tensor",
+    fake=_fake, cpu=_cpu, cuda=_cuda,
+)  # fmt: skip
