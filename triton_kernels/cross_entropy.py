@@ -9,9 +9,12 @@ bool. Nothing is synchronised and nothing depends on data, so every call can be 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from . import linear_cross_entropy as head
 from . import residual as residual_kernels
 from .finalize import finalize
 from .gram import gram
@@ -48,14 +51,14 @@ def cross_entropy_statistics(
         partials = logits_statistics(
             logits, target, class_weight=class_weight, smooth=label_smoothing != 0.0, softcap=softcap
         )
-        loss, lse, residual_sq, correct, valid = finalize(
+        loss, lse, residual_sq, _, correct, valid = finalize(
             partials, z, feature_sq, target, logits.shape[1], class_weight=class_weight, ignore_index=ignore_index,
             label_smoothing=label_smoothing, softcap=softcap,
         )  # fmt: skip
     return loss, lse, residual_sq, feature_sq, correct, valid
 
 
-def linear_cross_entropy_statistics(
+def linear_cross_entropy(
     features: Tensor,  # (n, d)
     weight: Tensor,  # (C, d)
     bias: Tensor | None,  # (C,)
@@ -64,8 +67,8 @@ def linear_cross_entropy_statistics(
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
-) -> Statistics:
-    """The fields of BatchStatistics of ``features @ weight.T + bias``, which is never stored."""
+) -> tuple[Tensor, ...]:
+    """The fields of BatchStatistics of ``features @ weight.T + bias``, which is never stored, then 1 - p_y."""
     features, weight, target = rows(features), rows(weight), target.contiguous()
     bias = None if bias is None else bias.contiguous()
     class_weight = None if class_weight is None else class_weight.contiguous()
@@ -76,11 +79,28 @@ def linear_cross_entropy_statistics(
         partials = statistics(
             features, weight, bias, target, class_weight=class_weight, smooth=label_smoothing != 0.0, softcap=softcap
         )
-        loss, lse, residual_sq, correct, valid = finalize(
+        loss, lse, residual_sq, others, correct, valid = finalize(
             partials, z, feature_sq, target, len(weight), class_weight=class_weight, ignore_index=ignore_index,
             label_smoothing=label_smoothing, softcap=softcap,
         )  # fmt: skip
-    return loss, lse, residual_sq, feature_sq, correct, valid
+    return loss, lse, residual_sq, feature_sq, correct, valid, others
+
+
+def linear_cross_entropy_statistics(*arguments: Any) -> Statistics:
+    """The fields of BatchStatistics; arguments as for :func:`linear_cross_entropy`."""
+    return linear_cross_entropy(*arguments)[:6]
+
+
+def linear_cross_entropy_backward(
+    scale: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, others: Tensor,
+    class_weight: Tensor | None, **options: Any,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of the rows given; see :func:`.linear_cross_entropy.backward`."""
+    with torch.cuda.device_of(features):
+        return head.backward(
+            scale, rows(features), rows(weight), None if bias is None else bias.contiguous(), target, lse, others,
+            None if class_weight is None else class_weight.contiguous(), **options,
+        )  # fmt: skip
 
 
 def residual(

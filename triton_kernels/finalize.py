@@ -14,7 +14,7 @@ t_y = (1 - eps) w_y + k w_y, a_c = k w_c for c != y, k = eps / C, T = t_y + k A:
 (without smoothing: T^2 (g_y^2 q^2 + s2 (2^(ref - C) / Z)^2)). Rows: ignored -> loss and ||r||^2 are 0; target out of
 range -> NaN; NaN or +inf logits -> not finite; only rows with everything finite are ``valid``.
 
-Tile picture: ROWS rows a program, one pass over the splits. Bytes: n (4 fields splits + 8 + 8 + 14) and the class
+Tile picture: ROWS rows a program, one pass over the splits. Bytes: n (4 fields splits + 8 + 8 + 18) and the class
 weight gathered; algebra on (n,) vectors, a few microseconds.
 """
 
@@ -29,7 +29,7 @@ from .statistics import merge_fit
 @triton.jit
 def finalize_kernel(
     partials, target_logit, feature_sq, class_weight, target,
-    loss_out, lse_out, residual_sq_out, correct_out, valid_out,
+    loss_out, lse_out, residual_sq_out, others_out, correct_out, valid_out,
     n, n_splits, n_classes, ignore_index, label_smoothing, softcap,
     ROWS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
 ):  # fmt: skip
@@ -118,6 +118,7 @@ def finalize_kernel(
     tl.store(loss_out + rows, loss, mask=inside)
     tl.store(lse_out + rows, lse, mask=inside)
     tl.store(residual_sq_out + rows, residual_sq, mask=inside)
+    tl.store(others_out + rows, q, mask=inside)
     tl.store(correct_out + rows, (valid & leads).to(tl.uint8), mask=inside)
     tl.store(valid_out + rows, valid.to(tl.uint8), mask=inside)
 
@@ -136,15 +137,16 @@ def finalize(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     softcap: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, lse, residual_sq) float32 and (correct, valid) bool, each (n,)."""
+) -> tuple[torch.Tensor, ...]:
+    """(loss, lse, residual_sq, others = 1 - p_y) float32 and (correct, valid) bool, each (n,)."""
     fields, n_splits, n = partials.shape
-    loss, lse, residual_sq = (torch.empty(n, dtype=torch.float32, device=partials.device) for _ in range(3))
+    loss, lse, residual_sq, others = (torch.empty(n, dtype=torch.float32, device=partials.device) for _ in range(4))
     correct, valid = (torch.empty(n, dtype=torch.uint8, device=partials.device) for _ in range(2))
     if n:
         finalize_kernel[(triton.cdiv(n, ROWS),)](
-            partials, target_logit, feature_sq, class_weight, target, loss, lse, residual_sq, correct, valid,
+            partials, target_logit, feature_sq, class_weight, target, loss, lse, residual_sq, others,
+            correct, valid,
             n, n_splits, n_classes, ignore_index, label_smoothing, softcap or 1.0,
             ROWS=ROWS, SOFTCAP=bool(softcap), SMOOTH=fields == 7, HAS_WEIGHT=class_weight is not None, num_warps=4,
         )  # fmt: skip
-    return loss, lse, residual_sq, correct.view(torch.bool), valid.view(torch.bool)
+    return loss, lse, residual_sq, others, correct.view(torch.bool), valid.view(torch.bool)

@@ -8,13 +8,14 @@ rows of that tile. Three products of k rows; nothing of size n x C exists at any
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from selbp import _native, reference
-from selbp.ops import _gemm
+from selbp.ops import _gemm, _triton
 from selbp.ops._checks import accumulate_dtype, check_integer, check_same_device
 from selbp.ops._library import define, define_differentiable
 from selbp.ops._loss import (
@@ -137,6 +138,11 @@ def _cuda(
     features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None,
     rows: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
 ) -> _Forward:  # fmt: skip
+    fused = _triton.kernels("cross_entropy", features)
+    if fused is not None:
+        return fused.linear_cross_entropy(
+            features, weight, bias, target, class_weight, ignore_index, label_smoothing, softcap
+        )
     dtype = accumulate_dtype(features.dtype)
     logits = torch.nn.functional.linear(features, weight, bias).to(dtype)
     stats = reference.cross_entropy_statistics(
@@ -219,6 +225,15 @@ def _backward_cuda(
     valid: Tensor, class_weight: Tensor | None, rows: Tensor | None, ignore_index: int, label_smoothing: float,
     softcap: float, need_features: bool, need_weight: bool, need_bias: bool,
 ) -> _Gradients:  # fmt: skip
+    fused = _triton.kernels("cross_entropy", features)
+    if fused is not None:
+        options = {
+            "label_smoothing": label_smoothing, "softcap": softcap, "need_features": need_features,
+            "need_weight": need_weight, "need_bias": need_bias,
+        }  # fmt: skip
+        return _backward_fused(
+            fused, grad, features, weight, bias, target, lse, others, valid, class_weight, rows, options
+        )
     dtype, chosen = accumulate_dtype(features.dtype), rows
     scale = torch.where(valid, grad.to(dtype), 0.0)
     if chosen is None:
@@ -241,6 +256,30 @@ def _backward_cuda(
     if need_bias:
         d_bias = r.sum(0).to(weight.dtype)
     return d_features, d_weight, d_bias
+
+
+def _backward_fused(
+    fused: ModuleType, grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor,
+    others: Tensor, valid: Tensor, class_weight: Tensor | None, rows: Tensor | None, options: dict[str, Any],
+) -> _Gradients:  # fmt: skip
+    scale, h = torch.where(valid, grad.float(), 0.0), torch.where(valid[:, None], features, 0.0)
+    if rows is not None:
+        # A row named twice counts at its last place, and the others add 0: the same bits in any order.
+        place = torch.arange(len(rows), device=rows.device)
+        last = torch.full_like(target, -1).scatter_reduce(0, rows, place, "amax")
+        scale, h = torch.where(last[rows] == place, scale[rows], 0.0), h[rows]
+        target, lse, others = target[rows], lse[rows], others[rows]
+    dh, dw, db = fused.linear_cross_entropy_backward(
+        scale, h, weight, bias, target, lse, others, class_weight, **options
+    )
+    if dh is not None and rows is not None:
+        dh = torch.zeros_like(features, dtype=dh.dtype).index_add_(0, rows, dh)
+    nothing = features.new_empty(0)
+    return (
+        nothing if dh is None else dh.to(features.dtype),
+        nothing.clone() if dw is None else dw,
+        nothing.clone() if db is None else db,
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Forward) -> None:

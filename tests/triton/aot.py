@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from selbp.triton_kernels import configs, finalize, gram, residual, statistics, target_logit
+from selbp.triton_kernels import configs, finalize, gram, linear_cross_entropy, residual, statistics, target_logit
 
 TARGETS = {
     "sm_80": [GPUTarget("cuda", 80, 32)],
@@ -143,7 +143,8 @@ def row_variants(arch: str) -> list[Variant]:
             types = {
                 "logits": f"*{element}", "target": "*i64", "partials": "*fp32", "softcap": "fp32", "lse": "*fp32",
                 "out": "*fp32", "sums": "*fp32", "target_logit": "*fp32", "feature_sq": "*fp32", "loss_out": "*fp32",
-                "lse_out": "*fp32", "residual_sq_out": "*fp32", "correct_out": "*u8", "valid_out": "*u8",
+                "lse_out": "*fp32", "residual_sq_out": "*fp32", "others_out": "*fp32", "correct_out": "*u8",
+                "valid_out": "*u8",
                 "label_smoothing": "fp32", **_pointer("class_weight", options["HAS_WEIGHT"], "fp32"),
                 **_pointer("weight_sum", options["HAS_WEIGHT"] and options["SMOOTH"], "fp32"),
                 **_integers("n", "n_splits", "n_classes", "stride_z", "stride_out", "tiles_per_split", "ignore_index"),
@@ -160,6 +161,34 @@ def row_variants(arch: str) -> list[Variant]:
             if itemsize == 4:
                 found.append(Variant(f"finalize {name}", finalize.finalize_kernel, types,
                                      {"ROWS": finalize.ROWS, **options}, 4))  # fmt: skip
+    return found
+
+
+def chunk_variants(arch: str, target: GPUTarget) -> list[Variant]:
+    """Residuals of a chunk of classes, for the backward of linear_cross_entropy."""
+    found = []
+    for itemsize, element in NAMES.items():
+        shape = configs.TABLE[arch]["chunk"][itemsize]
+        for name in ("plain", "everything"):
+            options = VARIANTS[name]
+            plain = dataclasses.replace(shape, descriptor=False)
+            for tile, exact in ((shape, True), (plain, False)):
+                constants = {
+                    "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "GROUP": tile.group,
+                    "DESCRIPTOR": tile.descriptor, "EVEN_DEPTH": exact, "HAS_BIAS": not exact,
+                    "PRECISION": _precision(itemsize, target), **options,
+                }  # fmt: skip
+                types = {
+                    "features": _matrix_operand(tile, tile.rows, tile.depth, element),
+                    "weight": _matrix_operand(tile, tile.columns, tile.depth, element), "target": "*i64",
+                    **_pointer("bias", not exact, element), **_pointer("class_weight", options["HAS_WEIGHT"], "fp32"),
+                    **dict.fromkeys(("lse", "others", "scale", "mass", "rest"), "*fp32"), "out": f"*{element}",
+                    "share": "fp32", "softcap": "fp32",
+                    **_integers("k", "n_columns", "first_class", "d", "stride_h", "stride_w", "stride_out"),
+                }  # fmt: skip
+                label = f"chunk {element} {name} {'exact' if exact else 'ragged pointers'}"
+                kernel = linear_cross_entropy.residual_chunk_kernel
+                found.append(Variant(label, kernel, types, constants, tile.warps, tile.stages, True))
     return found
 
 
@@ -200,7 +229,12 @@ def gram_variants(arch: str, target: GPUTarget) -> list[Variant]:
 
 def variants(arch: str, target: GPUTarget) -> list[Variant]:
     """Every kernel variant that ships for an architecture."""
-    return [*statistics_variants(arch, target), *row_variants(arch), *gram_variants(arch, target)]
+    return [
+        *statistics_variants(arch, target),
+        *row_variants(arch),
+        *gram_variants(arch, target),
+        *chunk_variants(arch, target),
+    ]
 
 
 def compile_variant(variant: Variant, target: GPUTarget):

@@ -98,7 +98,9 @@ def run_logits(logits, case: Case, tile, splits=None, features=None, plus=0.0):
 
 
 def _join(partials, z, feature_sq, case, n_classes):
-    loss, lse, residual_sq, correct, valid = finalize(partials, z, feature_sq, case.target, n_classes, **case.options)
+    loss, lse, residual_sq, _, correct, valid = finalize(
+        partials, z, feature_sq, case.target, n_classes, **case.options
+    )
     return loss, lse, residual_sq, feature_sq, correct, valid
 
 

@@ -1,0 +1,177 @@
+"""Backward of the head and its loss in one: residuals of a chunk of classes, and the products that belong to the BLAS.
+
+Forward is ``statistics`` (no logits stored); it keeps lse and q = 1 - p_y of each row. For the k rows that carry a
+gradient s_i (the incoming gradient), and for one chunk of classes at a time,
+
+    R_chunk = s * dl/dz        (k, chunk), in the inputs' dtype, as eager autograd stores it
+    dW[chunk] = R_chunk^T H    dc[chunk] = sum_i R_chunk     written once each, accumulated in float32
+    dH += R_chunk W[chunk]     accumulated in float32 over the chunks
+
+With z after the cap, g its slope, T and A as in residual.py:  r_c = (T e^(z_c - lse) - a_c) g_c,  r_y = (A - T q) g_y.
+
+Tile picture: one program computes one tile of H W[chunk]^T, turns it into residuals in registers and stores it.
+
+              chunk of classes              The two products read R_chunk from the L2 where the chunk is small enough:
+    rows    [ R ][ R ][ R ]  (COLUMNS)      CHUNK_BYTES bounds it.
+            [ R ][ R ][ R ]
+
+Flops 2 k C d here and 4 k C d in the BLAS; bytes (k + C) d item + k C item written, and read twice.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import configs
+from .arithmetic import exponential, grouped_tile, soft_cap
+from .statistics import describable, dot_precision
+
+CHUNK_BYTES = 32 << 20  # of residuals: inside the L2 of an A100 (40 MB) or H100 (50 MB)
+
+
+@triton.jit
+def residual_chunk_kernel(
+    features, weight, bias, class_weight, target, lse, others, scale, mass, rest, out,
+    k, n_columns, first_class, d, stride_h, stride_w, stride_out, share, softcap,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[i, c] = scale_i r_i,first+c for the classes of a chunk; weight, bias and class_weight start at the chunk."""
+    n_row_tiles = tl.cdiv(k, ROWS)
+    row_tile, tile = grouped_tile(tl.program_id(0), n_row_tiles, tl.num_programs(0) // n_row_tiles, GROUP)
+    rows = row_tile * ROWS + tl.arange(0, ROWS)
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    depth = tl.arange(0, DEPTH)
+    inside = rows < k
+    within = columns < n_columns
+    if not DESCRIPTOR:
+        h_rows = features + (tl.where(inside, rows, 0).to(tl.int64) * stride_h)[:, None] + depth[None, :]
+        w_rows = weight + (tl.where(within, columns, 0).to(tl.int64) * stride_w)[None, :] + depth[:, None]
+    z = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for step in range(0, d, DEPTH):
+        if DESCRIPTOR:
+            a = features.load([row_tile * ROWS, step])
+            b = weight.load([tile * COLUMNS, step]).T
+        elif EVEN_DEPTH:
+            a = tl.load(h_rows + step)
+            b = tl.load(w_rows + step)
+        else:
+            a = tl.load(h_rows + step, mask=(step + depth < d)[None, :], other=0.0)
+            b = tl.load(w_rows + step, mask=(step + depth < d)[:, None], other=0.0)
+        z = tl.dot(a, b, z, input_precision=PRECISION)
+    if HAS_BIAS:
+        z += tl.load(bias + columns, mask=within, other=0.0).to(tl.float32)[None, :]
+    g = z
+    if SOFTCAP:
+        z, g = soft_cap(z, softcap)
+    mass_row = tl.load(mass + rows, mask=inside, other=0.0)
+    q = tl.load(others + rows, mask=inside, other=0.0)
+    own = tl.load(rest + rows, mask=inside, other=0.0) - mass_row * q
+    r = mass_row[:, None] * exponential(z - tl.load(lse + rows, mask=inside, other=0.0)[:, None])
+    if SMOOTH:
+        if HAS_WEIGHT:
+            r -= share * tl.load(class_weight + columns, mask=within, other=0.0).to(tl.float32)[None, :]
+        else:
+            r -= share
+    y = tl.load(target + rows, mask=inside, other=-1)
+    r = tl.where((columns + first_class)[None, :] == y[:, None], own[:, None], r)
+    if SOFTCAP:
+        r = r * g
+    # A row without a gradient may hold NaN: it is replaced, not multiplied.
+    factor = tl.load(scale + rows, mask=inside, other=0.0)
+    r = tl.where((factor != 0.0)[:, None], r * factor[:, None], 0.0)
+    place = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
+    tl.store(place, r.to(out.dtype.element_ty), mask=inside[:, None] & within[None, :])
+
+
+def residual_chunk(
+    out: torch.Tensor,  # (k, columns) of the dtype of features
+    features: torch.Tensor,  # (k, d), last dimension contiguous
+    weight: torch.Tensor,  # (columns, d), last dimension contiguous: the chunk's rows
+    bias: torch.Tensor | None,  # (columns,)
+    class_weight: torch.Tensor | None,  # (columns,), read only with smoothing
+    rows: tuple[torch.Tensor, ...],  # target int64, and lse, others, scale, mass, rest float32, each (k,)
+    first_class: int,
+    *,
+    share: float = 0.0,  # label smoothing / C
+    softcap: float = 0.0,
+    tile: configs.Tile | None = None,
+) -> None:
+    """Fill ``out`` with the scaled residuals of the classes [first_class, first_class + columns)."""
+    (k, columns), d = out.shape, features.shape[1]
+    tile = tile or configs.tile("chunk", features.device, features.dtype)
+    descriptor = tile.descriptor and d > 0 and describable(features, weight)
+    operands = (features, weight)
+    if descriptor:
+        operands = (
+            TensorDescriptor.from_tensor(features, [tile.rows, tile.depth]),
+            TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
+        )
+    residual_chunk_kernel[(triton.cdiv(k, tile.rows) * triton.cdiv(columns, tile.columns),)](
+        *operands, bias, class_weight, *rows, out, k, columns, first_class, d, features.stride(0), weight.stride(0),
+        out.stride(0), share, softcap or 1.0,
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=tile.group, DESCRIPTOR=descriptor,
+        EVEN_DEPTH=d % tile.depth == 0, HAS_BIAS=bias is not None, SOFTCAP=bool(softcap), SMOOTH=share != 0.0,
+        HAS_WEIGHT=share != 0.0 and class_weight is not None, PRECISION=dot_precision(features.dtype),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b`` in float32, from operands of any dtype, without widening them where the device can."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b)
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
+
+
+def backward(
+    scale: torch.Tensor,  # (k,) float32 incoming gradients; 0 where the row has none
+    features: torch.Tensor,  # (k, d), finite where scale is not 0 and 0 elsewhere
+    weight: torch.Tensor,  # (C, d)
+    bias: torch.Tensor | None,  # (C,)
+    target: torch.Tensor,  # (k,) int64
+    lse: torch.Tensor,  # (k,)
+    others: torch.Tensor,  # (k,) 1 - p_y
+    class_weight: torch.Tensor | None,  # (C,)
+    *,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    need_features: bool = True,
+    need_weight: bool = True,
+    need_bias: bool = True,
+    tile: configs.Tile | None = None,
+    chunk: int | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of features (k, d) in float32, of weight and bias in their dtypes; None where not needed."""
+    (k, d), n_classes = features.shape, len(weight)
+    y = torch.where((target >= 0) & (target < n_classes), target, 0)
+    share = label_smoothing / n_classes
+    w_y = torch.ones_like(scale, dtype=torch.float64) if class_weight is None else class_weight.double()[y]
+    total = n_classes if class_weight is None else class_weight.double().sum()
+    rows = (
+        y, lse.float().contiguous(), others.float().contiguous(), scale.contiguous(),
+        ((1.0 - label_smoothing) * w_y + share * total).float(), (share * (total - w_y)).float(),
+    )  # fmt: skip
+    chunk = chunk or max(256, CHUNK_BYTES // (max(k, 1) * features.element_size()) // 256 * 256)
+    buffer = torch.empty(k * min(chunk, n_classes), dtype=features.dtype, device=features.device)
+    d_features = torch.zeros(k, d, dtype=torch.float32, device=features.device) if need_features else None
+    d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else None
+    d_bias = torch.zeros_like(bias) if need_bias and bias is not None else None
+    if k == 0:
+        return d_features, d_weight, d_bias
+    for first in range(0, n_classes, chunk):
+        part = slice(first, min(first + chunk, n_classes))
+        r = buffer[: k * (part.stop - first)].view(k, -1)
+        residual_chunk(
+            r, features, weight[part], None if bias is None else bias[part],
+            None if class_weight is None else class_weight[part], rows, first, share=share, softcap=softcap, tile=tile,
+        )  # fmt: skip
+        if d_bias is not None:
+            d_bias[part] = r.sum(0, dtype=torch.float32)
+        if d_weight is not None:
+            d_weight[part] = product(r.t(), features)
+        if d_features is not None:
+            d_features += product(r, weight[part])
+    return d_features, d_weight, d_bias
