@@ -3,13 +3,23 @@
 ``selbp._native`` is C++17 without torch: every ``csrc/<family>/cpu.cpp`` is compiled once for each x86-64 level
 (SELBP_LEVEL names its namespace) and picked at run time; other architectures get the baseline alone.
 
-Environment: MAX_JOBS (parallel compilations), SELBP_CUDA=auto|0|1 and SELBP_CUDA_ARCH (the CUDA core).
+``selbp._native_cuda`` is every ``csrc/<family>/cuda.cu``, compiled by nvcc: no GPU and no CUDA build of torch is needed,
+and the CUDA runtime is linked statically, so it imports on a machine without a driver.
+
+Environment:
+    MAX_JOBS         parallel compilations
+    SELBP_CUDA       auto (the default): the CUDA core is built where there are nvcc and a driver; 0: never; 1: always
+    SELBP_CUDA_ARCH  architectures, "80;90;100" by default; the last one is embedded as PTX too, for what comes later
 """
 
 from __future__ import annotations
 
+import ctypes.util
 import os
 import platform
+import re
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,11 +39,52 @@ def relative(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
 
 
+def cuda_wanted() -> bool:
+    wish = os.environ.get("SELBP_CUDA", "auto")
+    if wish not in ("auto", "0", "1"):
+        raise SystemExit(f"SELBP_CUDA must be auto, 0 or 1, got {wish!r}")
+    nvcc = find_nvcc()
+    if wish == "1" and nvcc is None:
+        raise SystemExit(
+            "SELBP_CUDA=1, but there is no nvcc. Install the CUDA toolkit and put its bin folder on PATH or its root in "
+            "CUDA_HOME; or set SELBP_CUDA=0 to install without the CUDA core."
+        )
+    return wish == "1" or (wish == "auto" and nvcc is not None and ctypes.util.find_library("cuda") is not None)
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
+
+
+def toolkit_root(nvcc: str) -> Path:
+    """The toolkit that this nvcc belongs to, which it says itself: the one on PATH may be a wrapper."""
+    said = subprocess.run([nvcc, "-dryrun", "x.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    return Path(top[1].strip()).resolve() if top else Path(os.environ["CUDA_HOME"])
+
+
+def cuda_architectures() -> list[str]:
+    return [a.strip() for a in re.split("[;, ]", os.environ.get("SELBP_CUDA_ARCH", "80;90;100")) if a.strip()]
+
+
+def nvcc_flags() -> list[str]:
+    """-fmad=false: a product is fused with a sum where the source says so, and only there, as on the CPU."""
+    *others, last = cuda_architectures()
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in others]
+    targets.append(f"-gencode=arch=compute_{last},code=[sm_{last},compute_{last}]")
+    return ["-std=c++17", "-O3", "-fmad=false", "-Werror=all-warnings", "--threads=0", "-Icsrc", *targets,
+            "-Xcompiler=-fPIC,-Wall,-Wextra,-fvisibility=hidden", "-Xptxas=-v"]  # fmt: skip
+
+
 class NativeBuild(build_ext):
-    """Compiles the per-level kernels once for each level and links them into the extension."""
+    """Compiles the per-level kernels once for each level, the CUDA kernels by nvcc, and links each extension."""
 
     def build_extension(self, extension: Pybind11Extension) -> None:
         os.chdir(ROOT)
+        if extension.name == "selbp._native_cuda":
+            extension.extra_objects = [self.compile_cuda(source) for source in relative("*/cuda.cu")]
+            return super().build_extension(extension)
         include = [str(ROOT / "csrc")]
         jobs = [(source, name, flags) for source in relative("*/cpu.cpp") for name, flags in LEVELS.items()]
 
@@ -57,6 +108,34 @@ class NativeBuild(build_ext):
         extension.extra_objects = objects
         super().build_extension(extension)
 
+    def compile_cuda(self, source: str) -> str:
+        """One object for all architectures; beside it stands what ptxas said of registers, spills and shared memory."""
+        target = Path(self.build_temp, source).with_suffix(".cuda.o")
+        inputs = ["setup.py", source, *relative("**/*.hpp"), *relative("**/*.cuh")]
+        if target.exists() and target.stat().st_mtime > max(os.path.getmtime(path) for path in inputs):
+            return str(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        said = subprocess.run([find_nvcc() or "nvcc", *nvcc_flags(), "-c", source, "-o", str(target)],
+                              capture_output=True, text=True)  # fmt: skip
+        if said.returncode:
+            raise SystemExit(f"nvcc could not compile {source}:\n{said.stdout}{said.stderr}")
+        target.with_suffix(".ptxas.txt").write_text(said.stdout + said.stderr)
+        return str(target)
+
+
+def cuda_extension() -> Pybind11Extension:
+    library = toolkit_root(find_nvcc() or "nvcc") / "lib64"
+    return Pybind11Extension(
+        "selbp._native_cuda",
+        ["csrc/module_cuda.cpp"],
+        include_dirs=["csrc"],
+        depends=[*relative("**/*.hpp"), *relative("**/*.cuh"), *relative("**/*.cu")],
+        define_macros=[("SELBP_CUDA_ARCHITECTURES", '"sm_' + ", sm_".join(cuda_architectures()) + ' and PTX"')],
+        extra_compile_args=FLAGS,
+        library_dirs=[str(library)],
+        libraries=["cudart_static", "dl", "rt", "pthread"],
+    )
+
 
 setup(
     packages=[*find_packages(include=["selbp", "selbp.*"]), "selbp.triton_kernels"],
@@ -71,7 +150,8 @@ setup(
             define_macros=[("SELBP_X86_LEVELS", "1")] if len(LEVELS) > 1 else [],
             extra_compile_args=FLAGS,
             extra_link_args=["-fopenmp"],
-        )
+        ),
+        *([cuda_extension()] if cuda_wanted() else []),
     ],
     cmdclass={"build_ext": NativeBuild},
 )

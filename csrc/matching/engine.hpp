@@ -435,16 +435,16 @@ class Engine {
   SELBP_METHOD void form_rows(const int* formed, int place) {
     team_.template columns<Team::kLookaheadLines>(shape_.main, live_columns(), [&](auto j) SELBP_INLINE_LAMBDA {
       typename decltype(j)::Value sum[kLookahead];
-#pragma GCC unroll 8
+      SELBP_UNROLL
       for (int r = 0; r < kLookahead; ++r) sum[r] = pivot_row(j, formed[r]);
       const T* columns = work_.shelf_column;
       const int end = rows_;
       for (int s = first_row(j, 0); s < end; ++s) {
         const auto row = j.load(work_.tableau, s);
-#pragma GCC unroll 8
+        SELBP_UNROLL
         for (int r = 0; r < kLookahead; ++r) sum[r] = fused(columns[s * kLookahead + r], row, sum[r]);
       }
-#pragma GCC unroll 8
+      SELBP_UNROLL
       for (int r = 0; r < kLookahead; ++r) j.store(work_.shelf, place + r, sum[r]);
     });
     for (int j = live_columns(); j < shape_.count; ++j)  // slots that come into use later

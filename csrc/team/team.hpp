@@ -37,11 +37,15 @@
 #define SELBP_METHOD __device__ __forceinline__
 #define SELBP_BOTH __host__ __device__ __forceinline__
 #define SELBP_INLINE_LAMBDA
+#define SELBP_UNROLL _Pragma("unroll")
+#define SELBP_UNROLL_ROWS _Pragma("unroll 8")  // several loads under way before the first is needed
 #else
 #define SELBP_HD inline __attribute__((always_inline))
 #define SELBP_METHOD inline
 #define SELBP_BOTH inline
 #define SELBP_INLINE_LAMBDA __attribute__((always_inline))
+#define SELBP_UNROLL _Pragma("GCC unroll 8")
+#define SELBP_UNROLL_ROWS
 #endif
 
 namespace selbp {

@@ -18,6 +18,7 @@ from selbp.ops._checks import (
     check_same_dtype,
     check_shape,
 )
+from selbp.ops._cuda_core import cuda_core
 from selbp.ops._library import define
 from selbp.ops._threads import native_threads
 from selbp.ops.types import Matching, MatchStatus
@@ -32,8 +33,11 @@ def _fake(
     gram: Tensor, inner: Tensor, target_sq: Tensor, k: int, rule: str, ridge: float, nonnegative: bool,
     valid: Tensor | None, tolerance: float,
 ) -> _Outputs:  # fmt: skip
+    return _empty(inner, accumulate_dtype(gram.dtype), k)
+
+
+def _empty(inner: Tensor, dtype: torch.dtype, k: int) -> _Outputs:
     batch = inner.shape[:-1]
-    dtype = accumulate_dtype(gram.dtype)
     return (
         inner.new_empty((*batch, k), dtype=torch.int64),
         inner.new_empty((*batch, k), dtype=dtype),
@@ -53,22 +57,53 @@ def _reference(
     return indices, weights, count, residual, status
 
 
-def _cpu(
-    gram: Tensor, inner: Tensor, target_sq: Tensor, k: int, rule: str, ridge: float, nonnegative: bool,
-    valid: Tensor | None, tolerance: float,
-) -> _Outputs:  # fmt: skip
+_Buffers = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _buffers(gram: Tensor, inner: Tensor, target_sq: Tensor, k: int, valid: Tensor | None) -> _Buffers:
+    """What a native backend is handed: contiguous inputs of the type it computes in, and outputs to fill."""
     dtype = accumulate_dtype(gram.dtype)
     gram, inner, target_sq = (x.to(dtype).contiguous() for x in (gram, inner, target_sq))
     if valid is not None:
         valid = valid.expand(inner.shape).contiguous()
-    outputs = _fake(gram, inner, target_sq, k, rule, ridge, nonnegative, valid, tolerance)
-    n, problems = inner.shape[-1], target_sq.numel()
+    return gram, inner, target_sq, valid, *_empty(inner, dtype, k)
+
+
+def _addresses(buffers: _Buffers) -> tuple[int, int, int, int, int, int, int, int, int]:
+    a, b, c, d, e, f, g, h, i = (0 if x is None else x.data_ptr() for x in buffers)
+    return a, b, c, d, e, f, g, h, i
+
+
+def _cpu(
+    gram: Tensor, inner: Tensor, target_sq: Tensor, k: int, rule: str, ridge: float, nonnegative: bool,
+    valid: Tensor | None, tolerance: float,
+) -> _Outputs:  # fmt: skip
+    buffers = _buffers(gram, inner, target_sq, k, valid)
+    outputs, n, problems, is_double = buffers[4:], inner.shape[-1], target_sq.numel(), gram.dtype == torch.float64
     if problems:
         threads = min(problems, native_threads(problems * n * min(n, k) ** 2, grain=_GRAIN))
-        buffers = (gram, inner, target_sq, valid, *outputs)
         _native.match(
-            tuple(0 if x is None else x.data_ptr() for x in buffers),  # type: ignore[arg-type]
-            dtype == torch.float64, problems, n, k, RULES.index(rule), nonnegative, ridge, tolerance, threads,
+            _addresses(buffers), is_double, problems, n, k, RULES.index(rule), nonnegative, ridge, tolerance, threads
+        )
+    return outputs
+
+
+def _cuda(
+    gram: Tensor, inner: Tensor, target_sq: Tensor, k: int, rule: str, ridge: float, nonnegative: bool,
+    valid: Tensor | None, tolerance: float,
+) -> _Outputs:  # fmt: skip
+    core, _ = cuda_core()
+    if core is None:
+        return _reference(gram, inner, target_sq, k, rule, ridge, nonnegative, valid, tolerance)
+    buffers = _buffers(gram, inner, target_sq, k, valid)
+    outputs, n, problems, is_double = buffers[4:], inner.shape[-1], target_sq.numel(), gram.dtype == torch.float64
+    if problems:
+        device = inner.device.index
+        size = core.match_workspace(problems, is_double, n, k, device)
+        workspace = torch.empty(size, dtype=torch.uint8, device=inner.device)
+        core.match(
+            _addresses(buffers), is_double, problems, n, k, RULES.index(rule), nonnegative, ridge, tolerance,
+            workspace.data_ptr(), device, torch.cuda.current_stream(device).cuda_stream,
         )  # fmt: skip
     return outputs
 
@@ -78,7 +113,7 @@ _match = define(
     "Tensor? valid, float tolerance) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     cpu=_cpu,
-    cuda=_reference,
+    cuda=_cuda,
 )
 
 

@@ -1,0 +1,203 @@
+"""The matching solver against scikit-learn, SPAMS, CORDS and SciPy on Gram matrices of real gradients.
+
+``python -m benchmarks matching`` times; ``python -m benchmarks.bench_matching`` prints what single cases cannot show:
+the scaling of batches, the cost of a whole selection beside a forward pass, and the modelled latency on a GPU.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gradients import MatchingProblem, matching_problem
+from benchmarks.harness import Case, Unavailable, suite
+from benchmarks.peers import matching as peers
+from selbp import ops
+
+
+def _with(
+    peer: Callable[..., object] | Unavailable, call: Callable[..., object]
+) -> Callable[..., object] | Unavailable:
+    return peer if isinstance(peer, Unavailable) else partial(call, peer)
+
+
+# -------------------------------------------------------------------------------------------- one matching problem
+
+
+def _single(source: str, stage: str, n: int, device: torch.device) -> tuple[MatchingProblem, dict[str, object]]:
+    problem = MatchingProblem(*(x.float().to(device) for x in matching_problem(source, stage, n)))
+    return problem, {name: x.cpu().numpy() for name, x in problem._asdict().items()}
+
+
+def _pursuit(n: int, k: int, source: str, stage: str, quick: bool = False) -> Case:
+    tableau = 4 * (n + k) * k
+    return Case(
+        f"nonnegative OLS n={n} k={k} {source}, {stage}",
+        partial(_single, source, stage, n),
+        {
+            "ours": lambda p, _: ops.match(p.gram, p.inner, p.target_sq, k),
+            "scikit-learn orthogonal_mp_gram": _with(
+                peers.scikit_learn(), lambda solve, _, a: solve(a["gram"], a["inner"], k)
+            ),
+            "SPAMS omp": _with(peers.spams(), lambda solve, _, a: solve(a["factor"], a["target"], k)),
+            "CORDS OrthogonalMP_REG_Parallel_V1": _with(
+                peers.cords(), lambda solve, p, _: solve(p.factor, p.target, k)
+            ),
+        },
+        flops=2.0 * n * k * k,
+        nbytes=2.0 * n * k * k + 4.0 * k**3 / 3.0,
+        formula="row t of k reads the t rows before it: 2 n k^2 + 4 k^3 / 3 bytes (lookahead reads fewer)",
+        working_set=tableau,
+        limits={"scikit-learn orthogonal_mp_gram": 1 / 18, "CORDS OrthogonalMP_REG_Parallel_V1": 1 / 250},
+        quick=quick,
+        rounds=3,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ NNLS
+
+
+def _nnls_inputs(source: str, stage: str, n: int, device: torch.device) -> tuple[MatchingProblem, dict[str, object]]:
+    problem = MatchingProblem(*(x.to(device) for x in matching_problem(source, stage, n, external=True)))
+    return problem, {name: x.cpu().numpy() for name, x in problem._asdict().items()}
+
+
+def _nnls(n: int, source: str, stage: str, quick: bool = False) -> Case:
+    return Case(
+        f"NNLS n={n} {source}, {stage}, target of another batch, float64",
+        partial(_nnls_inputs, source, stage, n),
+        {
+            "ours": lambda p, _: ops.nnls_gram(p.gram, p.inner),
+            "SciPy nnls": _with(peers.scipy_nnls(), lambda solve, _, a: solve(a["factor"], a["target"])),
+        },
+        limits={"SciPy nnls": 1 / 8},
+        quick=quick,
+        rounds=3,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- batches
+
+
+def _batch_inputs(batch: int, n: int, device: torch.device) -> tuple[list[Tensor], list[tuple[object, object]]]:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(batch, n, n, generator=generator, dtype=torch.float64) + 0.3
+    target = rows.mean(1) + 0.3 * torch.randn(batch, n, generator=generator, dtype=torch.float64)
+    gram, inner = rows @ rows.mT, (rows @ target[..., None])[..., 0]
+    ours = [x.float().to(device) for x in (gram, inner, target.square().sum(1))]
+    return ours, [(a.T.numpy(), y.numpy()) for a, y in zip(rows, target, strict=True)]
+
+
+def _batch(batch: int, n: int, k: int) -> Case:
+    return Case(
+        f"{batch} problems n={n} k={k}",
+        partial(_batch_inputs, batch, n),
+        {
+            "ours": lambda ours, _: ops.match(*ours, k),
+            "Python loop over SciPy nnls": _with(
+                peers.scipy_nnls(), lambda solve, _, problems: [solve(a, y) for a, y in problems]
+            ),
+        },
+        limits={"Python loop over SciPy nnls": 1 / 50},
+        rounds=3,
+    )
+
+
+CASES = [
+    _pursuit(128, 32, "digits", "early", quick=True),
+    *(_pursuit(512, 128, source, stage) for source in ("digits", "clusters") for stage in ("early", "middle", "late")),
+    _pursuit(1024, 256, "digits", "early"),
+    _pursuit(1024, 256, "clusters", "late"),
+    _pursuit(2048, 512, "clusters", "early"),
+    _pursuit(2048, 512, "clusters", "late"),
+    *(_nnls(n, source, "late") for n in (256, 512) for source in ("digits", "clusters")),
+    _batch(32, 64, 16),
+    _batch(1024, 64, 16),
+]
+test_matching = suite(CASES)
+
+
+# --------------------------------------------------------------------------------------- what single cases cannot show
+
+
+def _milliseconds(call: Callable[[], object], seconds: float = 1.0) -> float:
+    call()
+    samples, end = [], time.perf_counter() + seconds
+    while len(samples) < 5 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(samples)
+
+
+def selection(logits: Tensor, target: Tensor, features: Tensor, k: int) -> object:
+    """Everything between the forward and the backward: statistics, residual, Gram, mean gradient, solve."""
+    stats = ops.cross_entropy_statistics(logits, target, features)
+    residual = ops.residual(logits, target, stats.lse)
+    mean = ops.mean_gradient(residual, features)
+    return ops.match(ops.gradient_gram(residual, features), mean.inner, mean.target_sq, k, valid=stats.valid)
+
+
+class _Basic(nn.Module):
+    def __init__(self, inputs: int, width: int, stride: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width),
+        )  # fmt: skip
+        self.skip = (
+            nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+            if stride != 1 or inputs != width
+            else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.skip(x))
+
+
+def resnet18(classes: int) -> nn.Module:
+    """He et al. (2016), table 1, with the ImageNet stem."""
+    widths = [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1), (256, 512, 2),
+              (512, 512, 1)]  # fmt: skip
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+        *(_Basic(*w) for w in widths), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes),
+    )  # fmt: skip
+
+
+def modelled_h100_us(k: int, barriers: int = 2) -> float:
+    """UNMEASURED. k iterations of the block kernel: per iteration two barriers with their shuffles and one trip to L2
+    for the pivot's row of the Gram matrix, from published latencies (about 0.2 us, 0.15 us and 0.35 us at 1.7 GHz).
+    """
+    return k * (barriers * 0.2 + 0.15 + 0.35)
+
+
+def main() -> None:
+    """Print the three."""
+    torch.set_num_threads(1)
+    times = {
+        b: _milliseconds(partial(ops.match, *_batch_inputs(b, 64, torch.device("cpu"))[0], 16)) for b in (32, 1024)
+    }
+    ratio = times[1024] / 32 / times[32]
+    print(f"batches of (64, 16): 32 in {times[32]:.3f} ms, 1024 in {times[1024]:.3f} ms: {ratio:.2f} of linear")
+    n, classes, d, k = 128, 10, 128, 32
+    logits, features, target = torch.randn(n, classes), torch.randn(n, d), torch.randint(classes, (n,))
+    whole = _milliseconds(partial(selection, logits, target, features, k))
+    with torch.no_grad():
+        images, model = torch.randn(n, 3, 64, 64), resnet18(classes)
+        forward = _milliseconds(lambda: model(images))
+    print(
+        f"whole selection n={n} C={classes} d={d} k={k}: {whole:.3f} ms, {100 * whole / forward:.2f} % of a ResNet-18"
+    )
+    print(f"forward (ImageNet stem, 64 x 64 inputs, {forward:.0f} ms, one thread)")
+    step = 3 * n * 3.6e9 / (0.3 * 989e12) * 1e3  # forward and backward at 224 x 224, 30 % of the bf16 peak
+    print(f"H100, modelled, UNMEASURED: solve of k={k} {modelled_h100_us(k):.0f} us, ResNet-18 step {step:.1f} ms")
+
+
+if __name__ == "__main__":
+    main()

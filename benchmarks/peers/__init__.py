@@ -1,0 +1,1 @@
+"""Solvers of others, under one signature; each module says where its solver comes from."""

@@ -1,0 +1,76 @@
+"""Orthogonal matching pursuit and NNLS as others offer them. A package that is not installed is ``Unavailable``.
+
+scikit-learn   ``orthogonal_mp_gram``: from the Gram matrix, weights of either sign
+SciPy          ``optimize.nnls``: from a matrix, float64
+SPAMS          ``omp`` (pip install spams-bin): from a matrix, builds its own Gram matrix
+CORDS          ``OrthogonalMP_REG_Parallel_V1`` (pip install --no-deps cords): GradMatch's, from a matrix
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from benchmarks.harness import Unavailable
+
+Array = np.ndarray
+
+
+def scikit_learn() -> Callable[[Array, Array, int], Array] | Unavailable:
+    """(gram, inner, k) -> dense weights."""
+    try:
+        from sklearn.linear_model import orthogonal_mp_gram
+    except ImportError as error:
+        return Unavailable(f"scikit-learn: {error}")
+    return lambda gram, inner, k: orthogonal_mp_gram(gram, inner, n_nonzero_coefs=k)
+
+
+def scipy_nnls() -> Callable[[Array, Array], Array] | Unavailable:
+    """(factor, target) -> dense weights."""
+    try:
+        from scipy.optimize import nnls
+    except ImportError as error:
+        return Unavailable(f"SciPy: {error}")
+    return lambda factor, target: nnls(factor, target)[0]
+
+
+def spams() -> Callable[[Array, Array, int], object] | Unavailable:
+    """(factor, target, k) -> sparse weights; one thread."""
+    try:
+        import spams as module
+    except ImportError as error:
+        return Unavailable(f"spams-bin: {error}")
+
+    def solve(factor: Array, target: Array, k: int) -> object:
+        return module.omp(np.asfortranarray(target[:, None]), np.asfortranarray(factor), L=k, numThreads=1)
+
+    return solve
+
+
+def _cords_solvers() -> ModuleType:
+    """CORDS' file of solvers alone: the package's own import pulls in packages that its solver does not need."""
+    package = importlib.util.find_spec("cords")
+    if package is None or not package.submodule_search_locations:
+        raise ImportError("No module named 'cords'")
+    path = Path(package.submodule_search_locations[0], "selectionstrategies", "helpers", "omp_solvers.py")
+    spec = importlib.util.spec_from_file_location("cords_omp_solvers", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    errors = np.geterr()
+    spec.loader.exec_module(module)
+    np.seterr(**errors)  # it changes numpy's error state on import
+    return module
+
+
+def cords() -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor] | Unavailable:
+    """(factor, target, k) -> dense weights, with GradMatch's own settings (lam = 0.5, positive)."""
+    try:
+        solver = _cords_solvers().OrthogonalMP_REG_Parallel_V1
+    except (ImportError, FileNotFoundError) as error:
+        return Unavailable(f"cords: {error}")
+    return lambda factor, target, k: solver(factor, target, tol=0.0, nnz=k, positive=True, lam=0.5)

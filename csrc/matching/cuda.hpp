@@ -1,0 +1,21 @@
+// The matching solver on a GPU, as C++ sees it: sizes first, then a launch on the caller's stream.
+#pragma once
+
+#include "matching/matching.hpp"
+
+namespace selbp {
+namespace cuda {
+
+// Bytes of global memory that `launch_match` wants for such a batch on such a device (256-byte aligned); negative: a
+// CUDA error, of which the absolute value is the code.
+std::int64_t match_workspace(const matching::Options& options, std::int64_t batch, bool is_double, int device);
+
+// Solves the problems on `stream` of `device` without waiting for it; allocates nothing. Returns a CUDA error code.
+template <class T>
+int launch_match(const matching::Options& options, const matching::Problem<T>& problems,
+                 const matching::Answer<T>& answers, std::int64_t batch, void* workspace, int device, void* stream);
+
+const char* error_text(int code);
+
+}  // namespace cuda
+}  // namespace selbp

@@ -1,0 +1,56 @@
+// The Python face of the CUDA core: pybind11 and nothing of CUDA but what the families' cuda.hpp declare, so that g++
+// compiles it. Addresses are of device memory; everything is enqueued on the caller's stream and nothing waits.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+
+#include "matching/cuda.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* at(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(std::int64_t code) {
+  if (code != 0) throw std::runtime_error("CUDA: " + std::string(selbp::cuda::error_text(static_cast<int>(code))));
+}
+
+selbp::matching::Options options(int n, int k, int rule, bool nonnegative, double ridge, double tolerance) {
+  return {n, k, static_cast<selbp::matching::Rule>(rule), nonnegative, ridge, tolerance};
+}
+
+template <typename T>
+int launch_match(const selbp::matching::Options& options, const std::array<std::uintptr_t, 9>& buffers,
+                 std::int64_t batch, std::uintptr_t workspace, int device, std::uintptr_t stream) {
+  return selbp::cuda::launch_match<T>(
+      options, {at<T>(buffers[0]), at<T>(buffers[1]), at<T>(buffers[2]), at<unsigned char>(buffers[3])},
+      {at<std::int64_t>(buffers[4]), at<T>(buffers[5]), at<std::int32_t>(buffers[6]), at<T>(buffers[7]),
+       at<unsigned char>(buffers[8])},
+      batch, at<void>(workspace), device, at<void>(stream));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native_cuda, m) {
+  m.doc() = "CUDA kernels of selbp; called through selbp.ops, which validates.";
+  m.def("architectures", [] { return SELBP_CUDA_ARCHITECTURES; }, "What the kernels were compiled for.");
+  m.def("match_workspace", [](std::int64_t batch, bool is_double, int n, int k, int device) {
+    const std::int64_t bytes = selbp::cuda::match_workspace(options(n, k, 0, true, 0.0, 0.0), batch, is_double, device);
+    check(bytes < 0 ? -bytes : 0);
+    return bytes;
+  });
+  m.def("match", [](const std::array<std::uintptr_t, 9>& buffers, bool is_double, std::int64_t batch, int n, int k,
+                    int rule, bool nonnegative, double ridge, double tolerance, std::uintptr_t workspace, int device,
+                    std::uintptr_t stream) {
+    const auto chosen = options(n, k, rule, nonnegative, ridge, tolerance);
+    check(is_double ? launch_match<double>(chosen, buffers, batch, workspace, device, stream)
+                    : launch_match<float>(chosen, buffers, batch, workspace, device, stream));
+  });
+}

@@ -1,0 +1,107 @@
+"""The CUDA core where there is no GPU: what the compiler made of each kernel, and that the module imports."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NVCC = shutil.which("nvcc")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+# kernel -> (most registers, most bytes of spills, most bytes of static shared memory), for every architecture.
+# 512 threads of 128 registers are all that a multiprocessor has; a block of match_grid has 128 threads.
+BUDGETS = {
+    "match_blocks<float, shared>": (128, 0, 0),
+    "match_blocks<float, global>": (128, 0, 0),
+    "match_blocks<double, shared>": (128, 0, 0),
+    "match_blocks<double, global>": (128, 0, 0),
+    "match_grid<float>": (255, 0, 0),
+    "match_grid<double>": (255, 0, 0),
+}
+
+
+def kernel_name(mangled):
+    found = re.search(r"(match_blocks|match_grid)I([fd])(?:Lb([01]))?E", mangled)
+    assert found, mangled
+    where = {None: "", "1": ", shared", "0": ", global"}[found[3]]
+    return f"{found[1]}<{ {'f': 'float', 'd': 'double'}[found[2]] }{where}>"
+
+
+def parse(text):
+    """{(architecture, kernel): (registers, spilled bytes, static shared bytes)} from what ptxas -v said."""
+    table = {}
+    for block in re.split(r"Compiling entry function ", text)[1:]:
+        mangled, architecture = re.match(r"'(\w+)' for '(\w+)'", block).groups()
+        spills = sum(map(int, re.findall(r"(\d+) bytes spill", block)))
+        shared = re.search(r"(\d+) bytes smem", block)
+        registers = int(re.search(r"Used (\d+) registers", block)[1])
+        table[architecture, kernel_name(mangled)] = registers, spills, int(shared[1]) if shared else 0
+    return table
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What ptxas said: of the last build where that is newer than the sources, else of a build for sm_90 alone."""
+    sources = [*ROOT.glob("csrc/**/*.hpp"), *ROOT.glob("csrc/**/*.cu*")]
+    newest = max(path.stat().st_mtime for path in sources)
+    for report in ROOT.glob("build/**/matching/cuda.cuda.ptxas.txt"):
+        if report.stat().st_mtime > newest:
+            return parse(report.read_text())
+    if NVCC is None:
+        pytest.skip("needs nvcc")
+    cubin = tmp_path_factory.mktemp("cuda") / "cuda.cubin"
+    command = [NVCC, "-std=c++17", "-O3", "-fmad=false", "-Werror=all-warnings", "-Xptxas=-v", "-Icsrc", "-arch=sm_90"]
+    command += ["-cubin", "csrc/matching/cuda.cu", "-o", str(cubin)]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert said.returncode == 0, said.stderr
+    return parse(said.stdout + said.stderr)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_stay_within_their_budgets(compiled, architecture):
+    found = {kernel: used for (arch, kernel), used in compiled.items() if arch == architecture}
+    if not found:
+        pytest.skip(f"not compiled for {architecture} here: build with SELBP_CUDA=1 first")
+    assert found.keys() == BUDGETS.keys()
+    over = {
+        k: (used, BUDGETS[k]) for k, used in found.items() if any(u > b for u, b in zip(used, BUDGETS[k], strict=True))
+    }
+    assert not over
+
+
+def test_the_parser_sees_spills_and_shared_memory():
+    text = (
+        "ptxas info : Compiling entry function '_ZN5selbp6device10match_gridIdEEv' for 'sm_90'\n"
+        "    72 bytes stack frame, 88 bytes spill stores, 212 bytes spill loads\n"
+        "ptxas info : Used 130 registers, used 1 barriers, 4096 bytes smem\n"
+    )
+    assert parse(text) == {("sm_90", "match_grid<double>"): (130, 300, 4096)}
+
+
+def test_the_cuda_module_imports_without_a_driver_and_says_what_is_missing():
+    pytest.importorskip("selbp._native_cuda", reason="built with SELBP_CUDA=1 only")
+    code = (
+        "import torch\nif torch.cuda.is_available(): raise SystemExit(0)\n"
+        "from selbp import _native_cuda as core\nassert 'sm_' in core.architectures()\n"
+        "try:\n    core.match_workspace(1, False, 128, 32, 0)\n"
+        "except RuntimeError as error:\n    assert str(error).startswith('CUDA: ')\n"
+        "else:\n    raise SystemExit('no error without a device')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    module = next(ROOT.glob("selbp/_native_cuda*.so"))
+    needed = subprocess.run(["ldd", str(module)], capture_output=True, text=True).stdout
+    assert "libcudart" not in needed and "libcuda." not in needed
+
+
+@pytest.mark.parametrize("value,said", [("1", "there is no nvcc"), ("maybe", "must be auto, 0 or 1")])
+def test_the_build_switch_explains_itself(value, said):
+    environment = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH")}
+    environment.update(SELBP_CUDA=value, PATH="/nonexistent")
+    run = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, env=environment, capture_output=True,
+                         text=True, timeout=120)  # fmt: skip
+    assert run.returncode != 0 and said in run.stderr
