@@ -3,8 +3,8 @@
 ``selbp._native`` is C++17 without torch: every ``csrc/<family>/cpu.cpp`` is compiled once for each x86-64 level
 (SELBP_LEVEL names its namespace) and picked at run time; other architectures get the baseline alone.
 
-``selbp._native_cuda`` is every ``csrc/<family>/cuda.cu``, compiled by nvcc: no GPU and no CUDA build of torch is needed,
-and the CUDA runtime is linked statically, so it imports on a machine without a driver.
+``selbp._native_cuda`` is every ``csrc/<family>/cuda.cu``, compiled by nvcc: no GPU and no CUDA build of torch is
+needed, and the CUDA runtime is linked statically, so it imports on a machine without a driver.
 
 Environment:
     MAX_JOBS         parallel compilations
@@ -46,8 +46,8 @@ def cuda_wanted() -> bool:
     nvcc = find_nvcc()
     if wish == "1" and nvcc is None:
         raise SystemExit(
-            "SELBP_CUDA=1, but there is no nvcc. Install the CUDA toolkit and put its bin folder on PATH or its root in "
-            "CUDA_HOME; or set SELBP_CUDA=0 to install without the CUDA core."
+            "SELBP_CUDA=1, but there is no nvcc. Install the CUDA toolkit and put its bin folder on PATH or its root "
+            "in CUDA_HOME; or set SELBP_CUDA=0 to install without the CUDA core."
         )
     return wish == "1" or (wish == "auto" and nvcc is not None and ctypes.util.find_library("cuda") is not None)
 
