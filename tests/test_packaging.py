@@ -12,7 +12,17 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-COPIED = ["csrc", "triton_kernels", "selbp", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"]
+COPIED = [
+    "selbp_launch.py",
+    "csrc",
+    "triton_kernels",
+    "selbp",
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+]
 OUTER = sorted({sysconfig.get_path("purelib"), str(Path(torch.__file__).parents[1])})  # where torch is
 SMOKE = """
 import sys, torch, selbp, selbp._native, selbp.triton_kernels

@@ -18,6 +18,7 @@ from . import linear_cross_entropy as head
 from . import residual as residual_kernels
 from .finalize import finalize
 from .gram import gram
+from .sketch import projected_residuals
 from .statistics import logits_statistics, statistics
 from .target_logit import target_logit
 
@@ -101,6 +102,36 @@ def linear_cross_entropy_backward(
             scale, rows(features), rows(weight), None if bias is None else bias.contiguous(), target, lse, others,
             None if class_weight is None else class_weight.contiguous(), **options,
         )  # fmt: skip
+
+
+def sketch(
+    features: Tensor,  # (n, T, d)
+    weight: Tensor,  # (C, d)
+    bias: Tensor | None,  # (C,)
+    target: Tensor,  # (n, T) int64
+    left: Tensor,  # (C, p)
+    right: Tensor,  # (d, q), or (d + 1, q) with a bias
+    class_weight: Tensor | None,  # (C,)
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+) -> Tensor:
+    """(n, p, q) float32 sketches of the sequences' head gradients."""
+    n, length, d = features.shape
+    h, y = rows(features.reshape(n * length, d)), target.reshape(n * length).contiguous()
+    options = class_weight, ignore_index, label_smoothing, softcap
+    _, lse, _, _, _, valid, others = linear_cross_entropy(h, weight, bias, y, *options)
+    h = torch.where(valid[:, None], h, 0.0)
+    with torch.cuda.device_of(features):
+        projected = projected_residuals(
+            valid.float(), h, rows(weight), None if bias is None else bias.contiguous(), y, lse, others, left,
+            None if class_weight is None else class_weight.contiguous(), label_smoothing=label_smoothing,
+            softcap=softcap,
+        )  # fmt: skip
+    mapped = h.float() @ right[:d].float()
+    if bias is not None:
+        mapped = mapped + right[d].float()
+    return torch.bmm(projected.view(n, length, -1).transpose(1, 2), mapped.view(n, length, -1))
 
 
 def residual(

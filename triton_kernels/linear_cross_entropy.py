@@ -31,6 +31,30 @@ CHUNK_BYTES = 32 << 20  # of residuals: inside the L2 of an A100 (40 MB) or H100
 
 
 @triton.jit
+def residual_tile(
+    z, g, w, classes, rows, inside, target, lse, others, scale, mass, rest, share,
+    SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """The scaled residuals of a tile of capped logits z; g is the cap's slope, w the class weights of the tile."""
+    mass_row = tl.load(mass + rows, mask=inside, other=0.0)
+    q = tl.load(others + rows, mask=inside, other=0.0)
+    own = tl.load(rest + rows, mask=inside, other=0.0) - mass_row * q
+    r = mass_row[:, None] * exponential(z - tl.load(lse + rows, mask=inside, other=0.0)[:, None])
+    if SMOOTH:
+        if HAS_WEIGHT:
+            r -= share * w
+        else:
+            r -= share
+    y = tl.load(target + rows, mask=inside, other=-1)
+    r = tl.where(classes[None, :] == y[:, None], own[:, None], r)
+    if SOFTCAP:
+        r = r * g
+    # A row without a gradient may hold NaN: it is replaced, not multiplied.
+    factor = tl.load(scale + rows, mask=inside, other=0.0)
+    return tl.where((factor != 0.0)[:, None], r * factor[:, None], 0.0)
+
+
+@triton.jit
 def residual_chunk_kernel(
     features, weight, bias, class_weight, target, lse, others, scale, mass, rest, out,
     k, n_columns, first_class, d, stride_h, stride_w, stride_out, share, softcap,
@@ -66,22 +90,13 @@ def residual_chunk_kernel(
     g = z
     if SOFTCAP:
         z, g = soft_cap(z, softcap)
-    mass_row = tl.load(mass + rows, mask=inside, other=0.0)
-    q = tl.load(others + rows, mask=inside, other=0.0)
-    own = tl.load(rest + rows, mask=inside, other=0.0) - mass_row * q
-    r = mass_row[:, None] * exponential(z - tl.load(lse + rows, mask=inside, other=0.0)[:, None])
-    if SMOOTH:
-        if HAS_WEIGHT:
-            r -= share * tl.load(class_weight + columns, mask=within, other=0.0).to(tl.float32)[None, :]
-        else:
-            r -= share
-    y = tl.load(target + rows, mask=inside, other=-1)
-    r = tl.where((columns + first_class)[None, :] == y[:, None], own[:, None], r)
-    if SOFTCAP:
-        r = r * g
-    # A row without a gradient may hold NaN: it is replaced, not multiplied.
-    factor = tl.load(scale + rows, mask=inside, other=0.0)
-    r = tl.where((factor != 0.0)[:, None], r * factor[:, None], 0.0)
+    w = z
+    if SMOOTH and HAS_WEIGHT:
+        w = tl.load(class_weight + columns, mask=within, other=0.0).to(tl.float32)[None, :]
+    r = residual_tile(
+        z, g, w, columns + first_class, rows, inside, target, lse, others, scale, mass, rest, share,
+        SOFTCAP, SMOOTH, HAS_WEIGHT,
+    )  # fmt: skip
     place = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
     tl.store(place, r.to(out.dtype.element_ty), mask=inside[:, None] & within[None, :])
 
@@ -119,6 +134,19 @@ def residual_chunk(
     )  # fmt: skip
 
 
+def row_terms(
+    scale: torch.Tensor, target: torch.Tensor, lse: torch.Tensor, others: torch.Tensor,
+    class_weight: torch.Tensor | None, label_smoothing: float, n_classes: int,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """What :func:`residual_tile` reads of each row: target, lse, others, scale, T and A, each (k,) and contiguous."""
+    y = torch.where((target >= 0) & (target < n_classes), target, 0)
+    share = label_smoothing / n_classes
+    w_y = torch.ones_like(scale, dtype=torch.float64) if class_weight is None else class_weight.double()[y]
+    total = n_classes if class_weight is None else class_weight.double().sum()
+    mass, rest = (1.0 - label_smoothing) * w_y + share * total, share * (total - w_y)
+    return y, lse.float().contiguous(), others.float().contiguous(), scale.contiguous(), mass.float(), rest.float()
+
+
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b`` in float32, from operands of any dtype, without widening them where the device can."""
     if a.dtype == torch.float32:
@@ -146,14 +174,8 @@ def backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of features (k, d) in float32, of weight and bias in their dtypes; None where not needed."""
     (k, d), n_classes = features.shape, len(weight)
-    y = torch.where((target >= 0) & (target < n_classes), target, 0)
     share = label_smoothing / n_classes
-    w_y = torch.ones_like(scale, dtype=torch.float64) if class_weight is None else class_weight.double()[y]
-    total = n_classes if class_weight is None else class_weight.double().sum()
-    rows = (
-        y, lse.float().contiguous(), others.float().contiguous(), scale.contiguous(),
-        ((1.0 - label_smoothing) * w_y + share * total).float(), (share * (total - w_y)).float(),
-    )  # fmt: skip
+    rows = row_terms(scale, target, lse, others, class_weight, label_smoothing, n_classes)
     chunk = chunk or max(256, CHUNK_BYTES // (max(k, 1) * features.element_size()) // 256 * 256)
     buffer = torch.empty(k * min(chunk, n_classes), dtype=features.dtype, device=features.device)
     d_features = torch.zeros(k, d, dtype=torch.float32, device=features.device) if need_features else None

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from selbp import _native, reference
-from selbp.ops import _gemm
+from selbp.ops import _gemm, _triton
 from selbp.ops._checks import accumulate_dtype, check_floating, check_integer, check_same_device, check_shape
 from selbp.ops._library import define
 from selbp.ops._loss import (
@@ -196,6 +196,11 @@ def _cuda(
     features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, left: Tensor, right: Tensor,
     class_weight: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
 ) -> Tensor:  # fmt: skip
+    fused = _triton.kernels("cross_entropy", features)
+    if fused is not None:
+        return fused.sketch(
+            features, weight, bias, target, left, right, class_weight, ignore_index, label_smoothing, softcap
+        )
     dtype = accumulate_dtype(features.dtype)
     return reference.sketch(
         features.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), target, left.to(dtype),

@@ -21,6 +21,12 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def listed_candidates(model: nn.Module) -> str:
+    """The linear layers of ``model`` by name, for an error that asks for ``head=``."""
+    names = [name for name, module in unwrap(model).named_modules() if isinstance(module, nn.Linear)]
+    return f"candidates: {', '.join(map(repr, names))}" if names else "the model has no nn.Linear"
+
+
 def find_head(model: nn.Module, head: nn.Module | str | None) -> nn.Module:
     """The head as given, by name, or the last ``nn.Linear`` where no layer with parameters follows it.
 
@@ -29,7 +35,7 @@ def find_head(model: nn.Module, head: nn.Module | str | None) -> nn.Module:
     inner = unwrap(model)
     names = dict(inner.named_modules())
     candidates = [name for name, module in names.items() if isinstance(module, nn.Linear)]
-    listed = f"candidates: {', '.join(map(repr, candidates))}" if candidates else "the model has no nn.Linear"
+    listed = listed_candidates(model)
     if isinstance(head, str):
         try:
             found = names[head] if head in names else model.get_submodule(head)
@@ -84,10 +90,13 @@ class Captured:
     logits: Tensor | None = None
     calls: int = 0
 
-    def check(self) -> tuple[Tensor, Tensor]:
-        """Features and logits. Raises RuntimeError unless the head ran exactly once."""
+    def check(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """Features and logits. Raises RuntimeError that lists ``model``'s candidates unless the head ran once."""
         if self.calls != 1 or self.features is None or self.logits is None:
-            raise RuntimeError(f"the head must run exactly once in a forward, it ran {self.calls} times: pass head=")
+            raise RuntimeError(
+                f"the head must run exactly once in a forward, it ran {self.calls} times: pass head=, the last linear "
+                f"layer; {listed_candidates(model)}"
+            )
         return self.features, self.logits
 
 

@@ -179,10 +179,14 @@ def criterion_of(
 ) -> Criterion:
     """The criterion for a ``loss=`` of the contract. Raises TypeError or ValueError for what cannot give (n,)."""
     if loss in ("cross_entropy", "causal_lm"):
-        if class_weight is not None and (not isinstance(class_weight, Tensor) or class_weight.dim() != 1):
-            raise ValueError("class_weight must be a tensor (C,)")
+        if class_weight is not None:
+            _check_class_weight(class_weight)
+        if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+            raise TypeError(f"label_smoothing must be a number, got {label_smoothing!r}")
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
         return CrossEntropy(class_weight, ignore_index, label_smoothing, shift=loss == "causal_lm")
     if class_weight is not None or ignore_index != -100 or label_smoothing:
         raise ValueError('class_weight, ignore_index and label_smoothing apply to "cross_entropy" and "causal_lm" only')
@@ -196,6 +200,16 @@ def criterion_of(
     if (reduction := _reduction(loss)) not in (None, "none"):
         raise ValueError(f"loss {name} has reduction={reduction!r}, but must return {HINT}")
     return PerSample(loss, name)
+
+
+def _check_class_weight(weight: Tensor) -> None:
+    """Raise ValueError or TypeError unless ``weight`` is (C,), floating, finite and nowhere negative."""
+    if not isinstance(weight, Tensor) or weight.dim() != 1:
+        raise ValueError("class_weight must be a tensor (C,)")
+    if not weight.is_floating_point():
+        raise TypeError(f"class_weight must be floating, got {weight.dtype}")
+    if not bool((torch.isfinite(weight) & (weight >= 0)).all()):
+        raise ValueError("class_weight must be finite and nowhere negative")
 
 
 def _reduction(loss: Callable[..., Any]) -> object:

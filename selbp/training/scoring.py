@@ -19,7 +19,7 @@ from selbp.ops.types import BatchStatistics
 from selbp.training import operators
 from selbp.training.batch import Batch
 from selbp.training.guards import evaluating, without_autocast, without_autocast_cache
-from selbp.training.head import capture
+from selbp.training.head import capture, listed_candidates
 from selbp.training.losses import Criterion, CrossEntropy, logits_of
 from selbp.training.proxies import HeadProxies, sequence_norm_sq
 
@@ -79,7 +79,8 @@ def score(
         with nullcontext() if keep_graph else without_autocast_cache():
             with torch.set_grad_enabled(keep_graph), capture(head, leaf=leaf) as captured:
                 output = batch.feed(model)
-    features, logits = captured.check() if head is not None else (None, None)
+    seen = head is not None and (gradients or captured.calls == 1)  # a rule that reads losses does without
+    features, logits = captured.check(model) if seen else (None, None)
     fused = isinstance(criterion, CrossEntropy) and (logits is None or _is_head_output(output, logits))
     losses = None
     if keep_graph or not fused:
@@ -93,7 +94,13 @@ def score(
         else:
             assert losses is not None
             hits = criterion.hits(output, batch.target, present)
-            rows = _from_losses(losses, present, logits if gradients else None, features, bias, hits, keep_graph)
+            at = (logits, features) if gradients and logits is not None and features is not None else None
+            rows = _from_losses(losses, present, at, bias, hits, keep_graph)
+            if at is not None and rows.residual is None:
+                raise RuntimeError(
+                    "the loss does not depend on the head's output: pass head=, the last linear layer; "
+                    f"{listed_candidates(model)}"
+                )
         return _scaled(rows, mass, bias, gradients, reduce, losses if keep_graph else None)
 
 
@@ -143,18 +150,19 @@ def _from_logits(criterion: CrossEntropy, logits: Tensor, features: Tensor | Non
 def _from_losses(
     losses: Tensor,
     present: Tensor,
-    logits: Tensor | None,
-    features: Tensor | None,
+    at: tuple[Tensor, Tensor] | None,  # the head's output and input
     bias: bool,
     hits: tuple[Tensor, Tensor] | None,
     keep_graph: bool,
 ) -> _Rows:
-    """Any loss: the residual is its gradient with respect to the head's output, where that is given."""
+    """Any loss: the residual is its gradient with respect to the head's output, where that is given and matters."""
     loss, n = losses.detach(), len(losses)
     unknown = torch.full_like(loss, torch.nan)
     valid, never = present & torch.isfinite(loss), torch.zeros_like(present)
-    if logits is None or features is None:
-        return _Rows(loss, unknown, unknown, unknown, never, valid, None, None, hits)
+    without = _Rows(loss, unknown, unknown, unknown, never, valid, None, None, hits)
+    if at is None:
+        return without
+    logits, features = at
     if len(logits) % n:
         raise RuntimeError(f"the head's output must have the samples first, {n} of them: got {tuple(logits.shape)}")
     gradient = None
@@ -162,7 +170,7 @@ def _from_losses(
         ones = torch.ones_like(losses)
         gradient = torch.autograd.grad(losses, logits, ones, retain_graph=keep_graph, allow_unused=True)[0]
     if gradient is None:
-        raise RuntimeError("the loss does not depend on the head's output: pass head=, the last linear layer")
+        return without
     residual = gradient.to(loss.dtype).reshape(n, -1, gradient.shape[-1])
     h = features.reshape(n, -1, features.shape[-1])
     squares = residual.square().sum(2)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from selbp.ops.types import BatchStatistics, Selection
 from selbp.selectors import Full, Selector
 from selbp.training.backward import STRATEGIES, resolve
-from selbp.training.batch import Batch, map_tensors
+from selbp.training.batch import Batch
 from selbp.training.budget import Schedule, check_keep, kept_rows
 from selbp.training.distributed import averaging
 from selbp.training.guards import RunningStatistics, without_autocast
@@ -22,6 +22,7 @@ from selbp.training.losses import criterion_of
 from selbp.training.proxies import HeadProxies
 from selbp.training.report import StepReport, Stopwatch
 from selbp.training.scoring import DIAGNOSTIC_BYTES, Scored, scale_of, score
+from selbp.training.state import CHOICE_ENTRIES, ChoiceState, check_counts
 
 NEEDS = ("nothing", "loss", "statistics", "gradients")
 
@@ -118,7 +119,7 @@ class SelectiveBackprop:
             assert self.head is not None
             check_full_gradient(model, self.head)
         self._reduce = averaging(model) if target == "global" else None
-        self._running = RunningStatistics(model)
+        self._running, self._choice = RunningStatistics(model), ChoiceState(selector, generator)
         self._step, self._auto_advance = 0, auto_advance
         self._report: StepReport | None = None
 
@@ -137,11 +138,12 @@ class SelectiveBackprop:
                 the model, the selector, the generator and the running statistics are left as they were.
         """
         batch = Batch.of(inputs, target, per_sample)
-        undo = self._snapshot()
+        restore = self._choice.snapshot(), self._running.snapshot()
         try:
             loss, report = self._run(batch)
         except BaseException:
-            undo()
+            for undo in restore:
+                undo()
             raise
         self._report = report
         if self._auto_advance:
@@ -257,55 +259,10 @@ class SelectiveBackprop:
 
         Without a ``generator`` of its own, draws come from torch's global one, whose state is the caller's to save.
         """
-        return {
-            "optimizer_step": self._step,
-            "auto_advance": self._auto_advance,
-            "selector_type": type(self.selector).__name__,
-            "selector": _copy(self.selector.state_dict()),
-            "generator": None if self.generator is None else self.generator.get_state(),
-        }
+        return {"optimizer_step": self._step, "auto_advance": self._auto_advance, **self._choice.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict`. Raises ValueError, and changes nothing, where it does not fit."""
-        expected = {"optimizer_step", "auto_advance", "selector_type", "selector", "generator"}
-        if not isinstance(state, Mapping) or set(state) != expected:
-            got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"state must have the entries {sorted(expected)}, got {got}")
-        count, auto, generator = state["optimizer_step"], state["auto_advance"], state["generator"]
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0 or not isinstance(auto, bool):
-            raise ValueError(
-                f"optimizer_step must be an int of at least 0 and auto_advance a bool: {count!r}, {auto!r}"
-            )
-        if state["selector_type"] != type(self.selector).__name__:
-            raise ValueError(
-                f"state is of a {state['selector_type']}, the selector is a {type(self.selector).__name__}"
-            )
-        if (generator is None) != (self.generator is None):
-            raise ValueError("the state's generator must be None exactly where this step has no generator")
-        if self.generator is not None:
-            try:
-                torch.Generator(self.generator.device).set_state(generator)
-            except (RuntimeError, TypeError) as error:
-                raise ValueError(f"the state's generator does not fit {self.generator.device}: {error}") from error
-        self.selector.load_state_dict(_copy(state["selector"]))
-        if self.generator is not None:
-            self.generator.set_state(generator)
+        count, auto = check_counts(state)
+        self._choice.load_state_dict({name: state[name] for name in CHOICE_ENTRIES})
         self._step, self._auto_advance = count, auto
-
-    def _snapshot(self) -> Callable[[], None]:
-        selector, running = _copy(self.selector.state_dict()), self._running.snapshot()
-        generator = None if self.generator is None else self.generator.get_state()
-
-        def undo() -> None:
-            self.selector.load_state_dict(selector)
-            running()
-            if self.generator is not None and generator is not None:
-                self.generator.set_state(generator)
-
-        return undo
-
-
-def _copy(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state with tensors of its own."""
-    copied: dict[str, Any] = map_tensors(state, lambda x: x.clone())
-    return copied

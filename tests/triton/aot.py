@@ -24,7 +24,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from selbp.triton_kernels import configs, finalize, gram, linear_cross_entropy, residual, statistics, target_logit
+from selbp.triton_kernels import (
+    configs,
+    finalize,
+    gram,
+    linear_cross_entropy,
+    residual,
+    sketch,
+    statistics,
+    target_logit,
+)
 
 TARGETS = {
     "sm_80": [GPUTarget("cuda", 80, 32)],
@@ -164,11 +173,11 @@ def row_variants(arch: str) -> list[Variant]:
     return found
 
 
-def chunk_variants(arch: str, target: GPUTarget) -> list[Variant]:
+def chunk_variants(arch: str, target: GPUTarget, table: str = "chunk") -> list[Variant]:
     """Residuals of a chunk of classes, for the backward of linear_cross_entropy."""
     found = []
     for itemsize, element in NAMES.items():
-        shape = configs.TABLE[arch]["chunk"][itemsize]
+        shape = configs.TABLE[arch][table][itemsize]
         for name in ("plain", "everything"):
             options = VARIANTS[name]
             plain = dataclasses.replace(shape, descriptor=False)
@@ -186,9 +195,21 @@ def chunk_variants(arch: str, target: GPUTarget) -> list[Variant]:
                     "share": "fp32", "softcap": "fp32",
                     **_integers("k", "n_columns", "first_class", "d", "stride_h", "stride_w", "stride_out"),
                 }  # fmt: skip
-                label = f"chunk {element} {name} {'exact' if exact else 'ragged pointers'}"
+                label = f"{table} {element} {name} {'exact' if exact else 'ragged pointers'}"
                 kernel = linear_cross_entropy.residual_chunk_kernel
                 found.append(Variant(label, kernel, types, constants, tile.warps, tile.stages, True))
+    return found
+
+
+def sketch_variants(arch: str, target: GPUTarget) -> list[Variant]:
+    """The residuals' projection, for the sketch of sequences."""
+    found = []
+    for variant in chunk_variants(arch, target, "sketch"):
+        element = "bf16" if " bf16 " in variant.name else "fp32"
+        types = {**variant.types, "projection": f"*{element}", "out": "*fp32",
+                 **_integers("n", "n_classes", "p", "stride_p", "tiles_per_split")}  # fmt: skip
+        constants = {**variant.constants, "WIDTH": sketch.WIDTH}
+        found.append(dataclasses.replace(variant, kernel=sketch.sketch_kernel, types=types, constants=constants))
     return found
 
 
@@ -234,6 +255,7 @@ def variants(arch: str, target: GPUTarget) -> list[Variant]:
         *row_variants(arch),
         *gram_variants(arch, target),
         *chunk_variants(arch, target),
+        *sketch_variants(arch, target),
     ]
 
 

@@ -44,7 +44,7 @@ def resolve(backward: str) -> tuple[BackwardStrategy, str]:
     """The strategy for a ``backward=`` of the contract, and why it is that one. Raises ValueError."""
     if backward == "auto":
         return STRATEGIES["recompute"], '"auto" means recompute'
-    if backward not in STRATEGIES:
+    if not isinstance(backward, str) or backward not in STRATEGIES:
         raise ValueError(f"backward must be 'auto', {' or '.join(map(repr, STRATEGIES))}, got {backward!r}")
     return STRATEGIES[backward], "asked for"
 

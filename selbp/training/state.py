@@ -1,0 +1,68 @@
+"""What a step remembers from one minibatch to the next: the selector's memory, its draws, and the steps counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from selbp.selectors import Selector
+from selbp.training.batch import map_tensors
+
+CHOICE_ENTRIES = ("selector_type", "selector", "generator")
+COUNT_ENTRIES = ("optimizer_step", "auto_advance")
+
+
+def check_counts(state: Mapping[str, Any]) -> tuple[int, bool]:
+    """The steps counted and whether calls count, of a state with the right entries. Raises ValueError."""
+    expected = {*COUNT_ENTRIES, *CHOICE_ENTRIES}
+    if not isinstance(state, Mapping) or set(state) != expected:
+        got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"state must have the entries {sorted(expected)}, got {got}")
+    count, auto = state["optimizer_step"], state["auto_advance"]
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0 or not isinstance(auto, bool):
+        raise ValueError(f"optimizer_step must be an int of at least 0 and auto_advance a bool: {count!r}, {auto!r}")
+    return count, auto
+
+
+class ChoiceState:
+    """The selector's memory and the generator that it draws from, saved and restored together."""
+
+    def __init__(self, selector: Selector, generator: torch.Generator | None) -> None:
+        self._selector, self._generator = selector, generator
+
+    def state_dict(self) -> dict[str, Any]:
+        """The entries :data:`CHOICE_ENTRIES`, with tensors of their own."""
+        return {
+            "selector_type": type(self._selector).__name__,
+            "selector": _copy(self._selector.state_dict()),
+            "generator": None if self._generator is None else self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a :meth:`state_dict`. Raises ValueError, and changes nothing, where it does not fit."""
+        mine, generator = type(self._selector).__name__, state["generator"]
+        if state["selector_type"] != mine:
+            raise ValueError(f"state is of a {state['selector_type']}, the selector is a {mine}")
+        if (generator is None) != (self._generator is None):
+            raise ValueError("the state's generator must be None exactly where this step has no generator")
+        if self._generator is not None:
+            try:
+                torch.Generator(self._generator.device).set_state(generator)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(f"the state's generator does not fit {self._generator.device}: {error}") from error
+        self._selector.load_state_dict(_copy(state["selector"]))
+        if self._generator is not None:
+            self._generator.set_state(generator)
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that puts selector and generator back as they are now."""
+        saved = self.state_dict()
+        return lambda: self.load_state_dict(saved)
+
+
+def _copy(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state with tensors of its own."""
+    copied: dict[str, Any] = map_tensors(state, lambda x: x.clone())
+    return copied
