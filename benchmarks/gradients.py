@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-STAGES = {"early": 1, "middle": 25, "late": 250}  # steps of gradient descent
+STAGES = {"early": 1, "middle": 25, "late": 100}  # steps of gradient descent
 
 
 class MatchingProblem(NamedTuple):
@@ -67,7 +67,7 @@ def matching_problem(source: str, stage: str, n: int, external: bool = False) ->
     r, h = residual[:n], inputs[:n]
     gram = (r @ r.T) * (h @ h.T)
     inner = ((r @ mean) * h).sum(1)
-    values, vectors = torch.linalg.eigh(gram)
-    root = values.clamp(min=1e-12 * values.max()).sqrt()
-    factor = root[:, None] * vectors.T
-    return MatchingProblem(gram, inner, mean.square().sum(), factor, (vectors.T @ inner) / root)
+    jitter = 1e-10 * gram.diagonal().max() * torch.eye(n, dtype=torch.float64)  # late gradients are nearly dependent
+    lower = torch.linalg.cholesky(gram + jitter)
+    target_in_factor = torch.linalg.solve_triangular(lower, inner[:, None], upper=False)[:, 0]
+    return MatchingProblem(gram, inner, mean.square().sum(), lower.T.contiguous(), target_in_factor)

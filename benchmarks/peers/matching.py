@@ -9,6 +9,7 @@ CORDS          ``OrthogonalMP_REG_Parallel_V1`` (pip install --no-deps cords): G
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +28,13 @@ def scikit_learn() -> Callable[[Array, Array, int], Array] | Unavailable:
         from sklearn.linear_model import orthogonal_mp_gram
     except ImportError as error:
         return Unavailable(f"scikit-learn: {error}")
-    return lambda gram, inner, k: orthogonal_mp_gram(gram, inner, n_nonzero_coefs=k)
+
+    def solve(gram: Array, inner: Array, k: int) -> Array:
+        with warnings.catch_warnings():  # it warns on every call that ends before k rows
+            warnings.simplefilter("ignore", RuntimeWarning)
+            return orthogonal_mp_gram(gram, inner, n_nonzero_coefs=k)
+
+    return solve
 
 
 def scipy_nnls() -> Callable[[Array, Array], Array] | Unavailable:
