@@ -31,10 +31,12 @@ from selbp.selectors import (  # noqa: E402
 from selbp.training import Schedule, SelectiveBackprop, StepReport  # noqa: E402
 from selbp.training.backward.rows import fence, select  # noqa: E402
 from selbp.training.cut import CutReport, SelectiveBackward, selective_backward  # noqa: E402
+from selbp.training.diagnose import Diagnosis, diagnose  # noqa: E402
 
 __all__ = [
     "BatchStatistics",
     "CutReport",
+    "Diagnosis",
     "DivBS",
     "Full",
     "GradNormImportance",
@@ -53,6 +55,7 @@ __all__ = [
     "TopGradNorm",
     "TopLoss",
     "__version__",
+    "diagnose",
     "fence",
     "select",
     "selective_backward",

@@ -107,8 +107,10 @@ class Cut:
         self.losses, self.proxy, self.batchnorm = losses, proxy, batchnorm
         self.last: CutReport | None = None
 
-    def attach(self, hidden: Tensor, features: Tensor | None) -> Tensor:
-        """Hook the choice to the gradient of ``hidden``, which is returned as it is."""
+    def attach(
+        self, hidden: Tensor, features: Tensor | None, made: Callable[[CutReport], None] | None = None
+    ) -> Tensor:
+        """Hook the choice to the gradient of ``hidden``, which is returned as it is; ``made`` hears of the choice."""
         n = hidden.shape[0] if hidden.dim() else 0
         if not torch.is_grad_enabled() or not hidden.requires_grad:
             return hidden
@@ -124,7 +126,10 @@ class Cut:
 
         def hook(delta: Tensor) -> Tensor | None:
             refuse_backward()
-            return self.choose(delta, activation)
+            chosen = self.choose(delta, activation)
+            if made is not None and self.last is not None and chosen is not None:
+                made(self.last)
+            return chosen
 
         hidden.register_hook(hook)
         return hidden

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from selbp.ops.types import BatchStatistics, Selection
 from selbp.selectors import Full, Selector
-from selbp.training.backward import STRATEGIES, resolve
+from selbp.training.backward import STRATEGIES, Auto, resolve
 from selbp.training.batch import Batch
 from selbp.training.budget import Schedule, check_keep, kept_rows
+from selbp.training.cut_step import CutStepReport, PlacedCut
 from selbp.training.distributed import averaging
 from selbp.training.guards import RunningStatistics, without_autocast
 from selbp.training.head import check_full_gradient, find_clear_head, find_head
@@ -49,7 +50,8 @@ class SelectiveBackprop:
         head: the last linear layer, or its name. Found by itself when no layer with parameters follows it.
         loss: ``"cross_entropy"`` (also of token outputs (n, T, C)), ``"mse"``, ``"bce"`` (of logits), ``"causal_lm"``
             (targets are shifted by one) or a callable (output, target) -> (n,).
-        backward: ``"recompute"`` runs a second forward on the chosen rows; ``"auto"`` picks what is best.
+        backward: ``"rows"`` differentiates the chosen rows of the forward that scored; ``"recompute"`` runs a second
+            forward on them; ``"auto"`` models both on the first minibatch and takes the cheaper, see :func:`diagnose`.
         scoring: ``"same"`` scores with the forward as it trains: dropout is active, and batch norm updates its running
             statistics there and not in the forward of the chosen rows, which draws its own dropout masks. ``"eval"``
             scores in evaluation mode and leaves no trace: batch norm then follows the chosen rows.
@@ -62,6 +64,8 @@ class SelectiveBackprop:
             the rank either way, of k rows of each rank's minibatch.
         auto_advance: every call counts as one optimizer step, until :meth:`advance` is called for the first time. Under
             gradient accumulation with a schedule pass False and call :meth:`advance` after each optimizer step.
+        cut: a module, or its name: choose in the backward, at that module's output, by the gradients there. All rows
+            run forward; layers above the cut get their full-batch gradients. See :class:`selbp.SelectiveBackward`.
 
     Raises:
         TypeError, ValueError: at construction, for anything that could not work later.
@@ -85,6 +89,7 @@ class SelectiveBackprop:
         label_smoothing: float = 0.0,
         target: Literal["local", "global"] = "local",
         auto_advance: bool = True,
+        cut: nn.Module | str | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -113,7 +118,10 @@ class SelectiveBackprop:
             raise ValueError('scoring="eval" is for backward="recompute": the rows of a forward that trains are in use')
         self._scoring: Literal["same", "eval"] = scoring
         self._full_head = head_gradient == "full"
-        self._gradients = selector.needs in ("statistics", "gradients") or self._full_head
+        self._cut = None if cut is None else PlacedCut(model, cut, keep, selector, generator)
+        if self._cut is not None and (self._full_head or scoring == "eval" or target == "global" or head is not None):
+            raise ValueError("cut= goes with none of head, head_gradient, scoring and target: it needs no scoring")
+        self._gradients = (selector.needs in ("statistics", "gradients") or self._full_head) and self._cut is None
         self.head = find_head(model, head) if self._gradients or head is not None else find_clear_head(model)
         if self._full_head:
             assert self.head is not None
@@ -153,7 +161,11 @@ class SelectiveBackprop:
     def _run(self, batch: Batch) -> tuple[Tensor, StepReport]:
         watch, k = Stopwatch(batch.device), kept_rows(self.keep, batch.n)
         selecting = self.schedule.selects(self._step)
+        if self._cut is not None and selecting:
+            return self._run_cut(batch, self._cut, watch, k)
         scoring = selecting and (self.selector.needs != "nothing" or self._full_head)
+        if scoring and isinstance(self._strategy, Auto) and not self._strategy.decided:
+            self._strategy.decide(self.model, batch, k, self._criterion, self._scoring)
         strategy = self._strategy if scoring else STRATEGIES["recompute"]
         full_head = FullHeadGradient(self.head) if scoring and self._full_head and self.head is not None else None
         trained = full_head.replacing if full_head is not None else nullcontext
@@ -190,9 +202,28 @@ class SelectiveBackprop:
         watch.lap("forward")
         watch.follow(loss)
         report = StepReport(
-            batch.n, len(selection.indices), self._step, selecting, scoring, strategy.name, self._reason,
-            selection, stats, proxies, scaled.detach(), hits, watch,
+            batch.n, len(selection.indices), self._step, selecting, scoring, strategy.name,
+            getattr(strategy, "reason", self._reason), selection, stats, proxies, scaled.detach(), hits, watch,
         )  # fmt: skip
+        return loss, report
+
+    def _run_cut(self, batch: Batch, cut: PlacedCut, watch: Stopwatch, k: int) -> tuple[Tensor, StepReport]:
+        """All rows forward, an ordinary mean loss; the choice comes with the backward."""
+        scored, made = self._unscored(batch), list[CutStepReport]()
+        selection = Full().select(scored.stats, batch.n)
+        with cut.placed(made):
+            output = batch.rows(None, scored.stats.valid).feed(self.model)
+        with torch.no_grad():
+            hits = self._criterion.hits(output, batch.target, scored.stats.valid)
+        scaled = self._criterion.losses(output, batch.rows(None, scored.stats.valid).target) * scored.scale
+        loss = torch.where(selection.weights != 0, scaled * selection.weights.to(scaled.dtype), 0).sum()
+        watch.lap("forward")
+        watch.follow(loss)
+        report = CutStepReport(
+            batch.n, k, self._step, True, False, "rows", f"the cut at {cut.name}",
+            selection, scored.stats, None, scaled.detach(), hits, watch,
+        )  # fmt: skip
+        made.append(report)
         return loss, report
 
     def _score(self, batch: Batch, keep_graph: bool) -> Scored:

@@ -81,7 +81,7 @@ def head_gradients(model, x, y):
 def test_figures(selector):
     x, y = samples()
     model = mlp()
-    step = selbp.SelectiveBackprop(model, selector=selector, keep=0.25)
+    step = selbp.SelectiveBackprop(model, selector=selector, keep=0.25, backward="recompute")
     step(x, y)
     report = step.report
     indices, w = report.selection
@@ -130,7 +130,7 @@ def test_unscored_steps_report_on_their_own_rows(selector):
     x, y = samples()
     y[:4] = -100
     model = mlp()
-    step = selbp.SelectiveBackprop(model, selector=selector, keep=0.25)
+    step = selbp.SelectiveBackprop(model, selector=selector, keep=0.25, backward="recompute")
     step(x, y)
     report = step.report
     indices = report.selection.indices[report.selection.weights != 0]
@@ -170,13 +170,13 @@ def test_token_figures():
 
 def test_phases_are_timed():
     x, y = samples()
-    step = selbp.SelectiveBackprop(mlp(), selector=selbp.GradientMatching(), keep=0.25)
+    step = selbp.SelectiveBackprop(mlp(), selector=selbp.GradientMatching(), keep=0.25, backward="recompute")
     loss = step(x, y)
     assert list(step.report.seconds) == ["score", "select", "forward"]
     loss.backward()
     seconds = step.report.seconds
     assert list(seconds) == ["score", "select", "forward", "backward"] and all(s > 0 for s in seconds.values())
-    assert step.report.backward == "recompute" and step.report.backward_reason == '"auto" means recompute'
+    assert step.report.backward == "recompute" and step.report.backward_reason == "asked for"
 
 
 def test_large_factors_do_not_outlive_the_choice(monkeypatch):

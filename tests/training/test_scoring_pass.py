@@ -31,6 +31,7 @@ class Noisy(nn.Module):
 
 
 def build(model, selector=None, **options):
+    options.setdefault("backward", "recompute")
     return selbp.SelectiveBackprop(model, selector=selector or selbp.GradientMatching(), keep=0.5, **options)
 
 

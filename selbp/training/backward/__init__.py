@@ -8,18 +8,26 @@ from typing import Protocol
 from torch import Tensor
 
 from selbp.ops.types import Selection
+from selbp.training.backward.auto import Auto
 from selbp.training.backward.recompute import Recompute
 from selbp.training.backward.rows.strategy import Rows
 from selbp.training.batch import Batch
 
-__all__ = ["STRATEGIES", "BackwardStrategy", "Recompute", "Rows", "register", "resolve"]
+__all__ = ["STRATEGIES", "Auto", "BackwardStrategy", "Recompute", "Rows", "register", "resolve"]
 
 
 class BackwardStrategy(Protocol):
     """What the step asks of a strategy."""
 
-    name: str
-    keeps_graph: bool  # the scoring forward is the one that trains: it records a graph and hands its losses over
+    @property
+    def name(self) -> str:
+        """``backward=`` of the contract."""
+        ...
+
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether the scoring forward is the one that trains: it records a graph and hands its losses over."""
+        ...
 
     def chosen_losses(
         self,
@@ -43,7 +51,7 @@ def register(strategy: BackwardStrategy) -> None:
 def resolve(backward: str) -> tuple[BackwardStrategy, str]:
     """The strategy for a ``backward=`` of the contract, and why it is that one. Raises ValueError."""
     if backward == "auto":
-        return STRATEGIES["recompute"], '"auto" means recompute'
+        return Auto(), "not decided yet"
     if not isinstance(backward, str) or backward not in STRATEGIES:
         raise ValueError(f"backward must be 'auto', {' or '.join(map(repr, STRATEGIES))}, got {backward!r}")
     return STRATEGIES[backward], "asked for"

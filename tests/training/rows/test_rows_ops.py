@@ -129,3 +129,41 @@ def test_row_gradients_are_what_is_under_test() -> None:
     selbp.select(hidden.sum(1), torch.tensor([1, 2])).sum().backward()
     assert seen == [RowGradient]
     assert type(x.grad) is Tensor
+
+
+LSTMS = {
+    "plain": {"batch_first": True},
+    "steps_first": {},
+    "two_layers": {"num_layers": 2, "batch_first": True},
+    "bidirectional": {"bidirectional": True, "batch_first": True},
+    "dropout": {"num_layers": 2, "dropout": 0.3},
+    "no_bias": {"bias": False},
+}
+
+
+@pytest.mark.parametrize("what", ["output", "state", "cell", "everything"])
+@pytest.mark.parametrize("name", LSTMS)
+def test_the_fused_lstm_of_single_precision(name: str, what: str) -> None:
+    """float32 on a CPU takes oneDNN's layer, float64 does not."""
+    torch.manual_seed(0)
+    module = nn.LSTM(8, 7, **LSTMS[name])
+    x = torch.randn(N, 5, 8, requires_grad=True)
+    index = torch.tensor([4, 1, 1])
+
+    def values() -> Tensor:
+        torch.manual_seed(1)
+        first = LSTMS[name].get("batch_first", False)
+        out, (state, cell) = module(x if first else x.transpose(0, 1))
+        out = out if first else out.transpose(0, 1)
+        parts = {"output": [out], "state": [state.transpose(0, 1)], "cell": [cell.transpose(0, 1)]}
+        chosen = parts[what] if what in parts else [part for group in parts.values() for part in group]
+        return sum(part.reshape(N, -1).pow(2).sum(1) for part in chosen)
+
+    inputs = [x, *module.parameters()]
+    want = torch.autograd.grad(values()[index].sum(), inputs)
+    dense: Counter[str] = Counter()
+    got = torch.autograd.grad(selbp.select(values(), index, dense=dense).sum(), inputs)
+    assert not dense
+    for a, b in zip(got, want, strict=True):
+        a = a.to_dense() if isinstance(a, RowGradient) else a
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -6,6 +6,7 @@ from selbp.training.backward.rows import (  # noqa: F401  (each module registers
     elementwise,
     kernels,
     products,
+    recurrent,
     scatter,
     shapes,
     views,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from selbp.ops.types import Selection
@@ -26,8 +27,13 @@ class Rows:
     def chosen_losses(
         self, batch: Batch, selection: Selection, forward: Callable[[Batch], Tensor], losses: Tensor | None
     ) -> Tensor:
-        """(k,) losses of the chosen rows; a slot of weight 0 has a zero gradient of its own."""
+        """(k,) losses of the chosen rows; a slot of weight 0 repeats a row that has a weight, with a gradient of 0.
+
+        The row it names may hold NaN, and 0 * NaN would reach every parameter.
+        """
         if losses is None:
             raise AssertionError("the scoring forward was asked to keep its graph")
-        chosen: Tensor = select(losses, selection.indices, batchnorm=self.batchnorm, dense=self.dense)
+        live = selection.weights != 0
+        indices = torch.where(live, selection.indices, selection.indices[live.to(torch.int8).argmax()])
+        chosen: Tensor = select(losses, indices, batchnorm=self.batchnorm, dense=self.dense)
         return chosen

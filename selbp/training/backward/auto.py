@@ -1,0 +1,77 @@
+"""``backward="auto"``: rows where their modelled cost is below that of a second forward, else recompute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from selbp.ops.types import Selection
+from selbp.training.backward.recompute import Recompute
+from selbp.training.backward.rows.strategy import Rows
+from selbp.training.batch import Batch
+
+if TYPE_CHECKING:
+    from selbp.training.losses import Criterion
+
+
+class Auto:
+    """Decides once, on the first minibatch, by a forward and a backward of at most 8 of its samples."""
+
+    def __init__(self) -> None:
+        self._chosen: Rows | Recompute | None = None
+        self.reason = "not decided yet"
+
+    @property
+    def decided(self) -> bool:
+        """Whether a minibatch has been seen."""
+        return self._chosen is not None
+
+    @property
+    def name(self) -> str:
+        """The strategy in use."""
+        return self._current.name
+
+    @property
+    def keeps_graph(self) -> bool:
+        """As the strategy in use."""
+        return self._current.keeps_graph
+
+    @property
+    def _current(self) -> Rows | Recompute:
+        return Recompute() if self._chosen is None else self._chosen
+
+    def decide(self, model: nn.Module, batch: Batch, k: int, criterion: Criterion, scoring: str) -> None:
+        """Choose the strategy for this model. Gradients, buffers and random state are left as they are."""
+        self._chosen, self.reason = self._decide(model, batch, k, criterion, scoring)
+
+    def _decide(
+        self, model: nn.Module, batch: Batch, k: int, criterion: Criterion, scoring: str
+    ) -> tuple[Rows | Recompute, str]:
+        from selbp.training.diagnose import analyse_batch  # imports the strategies' package
+
+        if scoring == "eval":
+            return Recompute(), 'scoring="eval": the forward that scores is not the one that trains'
+        if batch.device.type != "cpu":
+            return Recompute(), f"rows have not been measured ahead on {batch.device.type}"
+
+        def losses(pair: Any) -> Tensor:
+            few, output = pair
+            return criterion.losses(output, few.target)
+
+        try:
+            found = analyse_batch(model, batch, k, losses)
+        except NotImplementedError as error:
+            return Recompute(), f"rows are refused: {error}"
+        cost = {name: f"{value:.2f}" for name, value in found.cost.items()}
+        reason = f"modelled cost {cost['rows']} on rows, {cost['recompute']} by recomputing, of a full step's"
+        if found.dense:
+            reason += f"; not on rows: {', '.join(found.dense)}"
+        return Rows() if found.recommendation == "rows" else Recompute(), reason
+
+    def chosen_losses(
+        self, batch: Batch, selection: Selection, forward: Callable[[Batch], Tensor], losses: Tensor | None
+    ) -> Tensor:
+        """As the strategy in use."""
+        return self._current.chosen_losses(batch, selection, forward, losses)

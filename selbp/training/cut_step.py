@@ -1,0 +1,103 @@
+"""``SelectiveBackprop(cut=...)``: an ordinary full step on all rows, with a cut placed at one module's output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selbp.selectors import Selector
+from selbp.training.cut import Cut, CutReport
+from selbp.training.report import StepReport
+
+
+class CutStepReport(StepReport):
+    """A step's report whose selection is the one that the cut makes in the backward: before it, figures are None."""
+
+    cut: CutReport | None = None
+
+    @cached_property
+    def weight_sum(self) -> float:
+        """Sum of the cut's weights."""
+        return self._made.weight_sum
+
+    @cached_property
+    def weight_max(self) -> float:
+        """The cut's greatest weight."""
+        return self._made.weight_max
+
+    @cached_property
+    def effective_sample_size(self) -> float:
+        """(sum w)^2 / sum w^2 of the cut's weights."""
+        return self._made.effective_sample_size
+
+    @cached_property
+    def relative_residual(self) -> float | None:
+        """||mean - sum w g|| / ||mean|| of the gradients at the cut."""
+        return self._made.relative_residual
+
+    @cached_property
+    def gain(self) -> float | None:
+        """See :attr:`CutReport.gain`."""
+        return self._made.gain
+
+    @cached_property
+    def gain_at_cost(self) -> float | None:
+        """None: what a cut costs depends on where it is."""
+        return None
+
+    @property
+    def _made(self) -> CutReport:
+        if self.cut is None:
+            raise RuntimeError("the cut chooses in the backward, which has not run yet")
+        return self.cut
+
+
+class PlacedCut:
+    """A cut at the output of one module of a model, for as long as a step's forward runs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        place: nn.Module | str,
+        keep: float | int,
+        selector: Selector,
+        generator: torch.Generator | None,
+    ) -> None:
+        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        names = {name: module for name, module in inner.named_modules() if name}
+        if isinstance(place, str):
+            if place not in names:
+                raise ValueError(f"cut={place!r} names no module of the model; it has {', '.join(names)}")
+            self.name, self.module = place, names[place]
+        else:
+            found = [name for name, module in names.items() if module is place]
+            if not found:
+                raise ValueError("cut must be a module of the model, or its name")
+            self.name, self.module = found[0], place
+        self._cut = Cut(keep, selector, generator=generator, losses=None, proxy="pooled", batchnorm="exact")
+
+    @contextmanager
+    def placed(self, report: list[CutStepReport]) -> Iterator[None]:
+        """The cut is in place inside; what its backward chooses goes to the report that ``report`` holds by then."""
+
+        def made(found: CutReport) -> None:
+            for entry in report:
+                entry.cut = found
+
+        def attach(module: nn.Module, args: Any, output: Any) -> Any:
+            if isinstance(output, Tensor):
+                return self._cut.attach(output, None, made)
+            if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+                return type(output)([self._cut.attach(output[0], None, made), *output[1:]])
+            raise TypeError(f"cut={self.name!r} must return a Tensor or a tuple that starts with one")
+
+        handle = self.module.register_forward_hook(attach)
+        try:
+            yield
+        finally:
+            handle.remove()

@@ -1,0 +1,206 @@
+"""``diagnose``: which operators of a model's backward run on k rows, which do not and why, and what that is worth.
+
+One forward and one backward on a few samples of the batch. FLOPs are torch's own formulas (matrix products,
+convolutions, attention), and linear in the samples, so a few stand for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from selbp.training.backward.rows import BatchNormPolicy, select
+from selbp.training.backward.rows import tensor as row_tensor
+from selbp.training.batch import Batch
+from selbp.training.budget import check_keep, kept_rows
+from selbp.training.losses import criterion_of
+
+SAMPLES = 8  # enough to tell the samples' dim from others, few enough to cost little
+
+
+@dataclass
+class Operator:
+    """One operator of the backward, over all its calls."""
+
+    name: str
+    runs: str  # "rows": at k rows; "dense": scattered back to n; "plain": never saw a row gradient (below a dense one)
+    why: str  # for "dense"
+    calls: int = 0
+    flops: float = 0.0  # on all n rows
+
+
+@dataclass
+class Diagnosis:
+    """What :func:`diagnose` found. ``print`` it for a table."""
+
+    n: int
+    k: int
+    operators: list[Operator]
+    forward_flops: float  # of n rows, as are the others
+    row_flops: float  # of the backward's operators that can run on k rows
+    dense_flops: float  # of those that run on n
+    saved_bytes: int  # activations that a forward with a graph keeps, for n rows
+    recommendation: str = field(init=False)  # "rows" or "recompute"
+
+    def __post_init__(self) -> None:
+        self.recommendation = "rows" if self.cost["rows"] < self.cost["recompute"] else "recompute"
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """FLOPs of a step by strategy, as a share of the full step; ``"bound"`` has every operator on k rows."""
+        f, forward, backward = self.k / self.n, self.forward_flops, self.row_flops + self.dense_flops
+        full = max(forward + backward, 1.0)
+        return {
+            "full": 1.0,
+            "recompute": (forward + f * (forward + backward)) / full,
+            "rows": (forward + f * self.row_flops + self.dense_flops) / full,
+            "bound": (forward + f * backward) / full,
+        }
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of saved activations at the peak, by strategy."""
+        return {"full": self.saved_bytes, "recompute": self.saved_bytes * self.k // self.n, "rows": self.saved_bytes}
+
+    @property
+    def flop_ratio(self) -> float:
+        """FLOPs of a step on rows over those of a full step."""
+        return self.cost["rows"]
+
+    @property
+    def dense(self) -> dict[str, int]:
+        """Operators scattered back to n rows: name -> calls."""
+        return {operator.name: operator.calls for operator in self.operators if operator.runs == "dense"}
+
+    def __str__(self) -> str:
+        lines = [f"{'operator':52s} {'runs':6s} {'calls':>5s} {'GFLOP':>9s}  why"]
+        for op in sorted(self.operators, key=lambda op: (op.runs != "dense", op.runs != "plain", -op.flops)):
+            lines.append(f"{op.name:52s} {op.runs:6s} {op.calls:5d} {op.flops / 1e9:9.3f}  {op.why}".rstrip())
+        lines.append(f"\nk = {self.k} of n = {self.n} rows; modelled cost and saved activations of a step:")
+        for name, cost in self.cost.items():
+            memory = f", {self.memory[name] / 2**20:9.1f} MiB" if name in self.memory else ""
+            lines.append(f"  {name:10s} {cost:6.3f} of the full step's FLOPs ({1 / max(cost, 1e-9):.2f}x){memory}")
+        lines.append(f'recommended: backward="{self.recommendation}"')
+        return "\n".join(lines)
+
+
+class _Flops(TorchDispatchMode):
+    """Adds up operators; a RowGradient counts by its outer shape, which is what all n rows would cost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total, self.found = 0.0, dict[tuple[str, str, str], Operator]()
+        self._reasons: list[str | None] = []
+
+    def heard(self, func: Any, args: Any, out: Any, reason: str | None) -> None:
+        """The row gradient's own account of the operator that is running."""
+        self._reasons.append(reason)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self._reasons.clear()
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        flops = float(formula(*args, **(kwargs or {}), out_val=out)) if formula is not None else 0.0
+        self.total += flops
+        runs, why = "plain", ""
+        if self._reasons:
+            why = next((reason for reason in self._reasons if reason is not None), "")
+            runs = "dense" if why else "rows"
+        key = (str(func), runs, why)
+        operator = self.found.setdefault(key, Operator(*key))
+        operator.calls += 1
+        operator.flops += flops
+        return out
+
+
+def analyse(forward: Callable[[], Tensor], parameters: Iterable[Tensor], n: int, k: int, **options: Any) -> Diagnosis:
+    """Run ``forward`` (to the losses of a few samples) and its backward once, and scale what is found to n samples.
+
+    Gradients are not accumulated into ``parameters``. ``options`` are those of :func:`selbp.select`.
+    """
+    storages: dict[int, int] = {}
+    wanted = [p for p in parameters if p.requires_grad]
+    own = {p.untyped_storage().data_ptr() for p in wanted}
+
+    def saved(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), _Flops() as ahead, torch.autograd.graph.saved_tensors_hooks(saved, lambda x: x):
+        losses = forward()
+    samples = losses.shape[0]
+    chosen = select(losses, torch.arange((samples + 1) // 2, device=losses.device), **options).sum()
+    behind = _Flops()
+    row_tensor.observers.append(behind.heard)
+    try:
+        with behind:
+            torch.autograd.grad(chosen, wanted, allow_unused=True)
+    finally:
+        row_tensor.observers.remove(behind.heard)
+    scale = n / samples
+    operators = list(behind.found.values())
+    for operator in operators:
+        operator.flops *= scale
+    rows = sum(operator.flops for operator in operators if operator.runs == "rows")
+    dense = sum(operator.flops for operator in operators if operator.runs != "rows")
+    return Diagnosis(n, k, operators, ahead.total * scale, rows, dense, int(sum(storages.values()) * scale))
+
+
+def analyse_batch(model: nn.Module, batch: Batch, k: int, losses: Callable[[Any], Tensor], **options: Any) -> Diagnosis:
+    """:func:`analyse` on the first samples of ``batch``, leaving buffers and random state as they were."""
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    some = torch.arange(min(batch.n, SAMPLES), device=batch.device)
+    few = batch.rows(some, torch.ones_like(some, dtype=torch.bool))
+    saved = [(buffer, buffer.clone()) for buffer in inner.buffers()]
+    try:
+        with torch.random.fork_rng([batch.device] if batch.device.type == "cuda" else []):
+            return analyse(lambda: losses((few, few.feed(inner))), inner.parameters(), batch.n, k, **options)
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+def diagnose(
+    model: nn.Module,
+    batch: Any,
+    keep: float | int = 0.25,
+    *,
+    loss: str | Callable[[Any, Any], Tensor] = "cross_entropy",
+    batchnorm: BatchNormPolicy = "exact",
+) -> Diagnosis:
+    """Find out what a backward through chosen rows would save in ``model``.
+
+    Args:
+        model: in the mode (training or evaluation) in which it will be trained. Its parameters' gradients, buffers and
+            the random state are left as they are; it runs forward and backward once, on at most 8 samples.
+        batch: (inputs, target), or a dict with ``"labels"``, as for :class:`selbp.SelectiveBackprop`.
+        keep: share (float) or number (int) of rows.
+        loss: as for :class:`selbp.SelectiveBackprop`.
+        batchnorm: as in :func:`selbp.select`.
+
+    Returns:
+        A :class:`Diagnosis`; ``print(selbp.diagnose(...))`` shows the table.
+
+    Raises:
+        TypeError, ValueError: for a batch or an option that does not fit.
+    """
+    inputs, target = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
+    whole = Batch.of(inputs, target, {})
+    criterion = criterion_of(loss, class_weight=None, ignore_index=-100, label_smoothing=0.0)
+
+    def losses(pair: Any) -> Tensor:
+        few, output = pair
+        return criterion.losses(output, few.target)
+
+    return analyse_batch(model, whole, kept_rows(check_keep(keep), whole.n), losses, batchnorm=batchnorm)

@@ -1,0 +1,71 @@
+"""What diagnose says of the models is what happens in them, and it leaves no trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import selbp
+from benchmarks.row_models import SMALL
+
+
+def diagnosis(name: str, keep: float = 0.25, **options: str) -> tuple[nn.Module, selbp.Diagnosis]:
+    torch.manual_seed(0)
+    task = SMALL[name]
+    model = task.build()
+    x, y = task.batch(16)
+    return model, selbp.diagnose(model, (x, y), keep, loss="causal_lm" if name == "GPT" else "cross_entropy", **options)
+
+
+@pytest.mark.parametrize("name", ["MLP", "CNN", "ResNet-GN", "ViT", "GPT", "LSTM"])
+def test_a_sparse_model_meets_its_bound(name: str) -> None:
+    _, found = diagnosis(name)
+    assert (found.n, found.k) == (16, 4)
+    assert found.recommendation == "rows" and not found.dense
+    assert found.cost["rows"] == pytest.approx(found.cost["bound"], rel=0.02)
+    assert 0.45 < found.flop_ratio < 0.65  # (1 + 2 f) / 3 is a half, a little more without the input's gradient
+    assert found.cost["rows"] < found.cost["recompute"] < 1
+
+
+def test_batchnorm_densifies_and_is_recomputed() -> None:
+    _, found = diagnosis("ResNet-BN")
+    assert set(found.dense) == {"aten.native_batch_norm_backward.default"}
+    assert found.recommendation == "recompute"
+    assert found.cost["rows"] > 0.9
+    text = str(found)
+    assert "batch statistics couple the samples" in text and 'backward="recompute"' in text
+    _, subset = diagnosis("ResNet-BN", batchnorm="subset")
+    assert subset.recommendation == "rows" and not subset.dense
+
+
+def test_memory_is_that_of_the_activations() -> None:
+    _, few = diagnosis("ViT", 0.25)
+    assert few.memory["rows"] == few.memory["full"] == 4 * few.memory["recompute"] > 0
+
+
+def test_flops_are_those_of_the_whole_batch() -> None:
+    model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
+    found = selbp.diagnose(model, (torch.randn(32, 10), torch.randint(5, (32,))), 8)
+    assert found.forward_flops == 2 * 32 * (10 * 20 + 20 * 5)
+    assert found.row_flops == 2 * 32 * (10 * 20 + 2 * 20 * 5)  # no gradient of the input
+
+
+def test_no_trace_is_left() -> None:
+    torch.manual_seed(0)
+    model = SMALL["ResNet-BN"].build()
+    x, y = SMALL["ResNet-BN"].batch(8)
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    state = torch.get_rng_state()
+    selbp.diagnose(nn.Sequential(model, nn.Dropout(0.5)), (x, y), 0.5)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
+
+
+def test_arguments() -> None:
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="target"):
+        selbp.diagnose(model, torch.randn(4, 3))
+    with pytest.raises(TypeError, match="keep"):
+        selbp.diagnose(model, (torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)), True)
