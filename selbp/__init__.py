@@ -29,7 +29,7 @@ from selbp.selectors import (  # noqa: E402
     TopLoss,
 )
 from selbp.training import Schedule, SelectiveBackprop, StepReport  # noqa: E402
-from selbp.training.backward.rows import fence, select  # noqa: E402
+from selbp.training.backward.rows import checkpoint, fence, select  # noqa: E402
 from selbp.training.cut import CutReport, SelectiveBackward, selective_backward  # noqa: E402
 from selbp.training.diagnose import Diagnosis, diagnose  # noqa: E402
 
@@ -55,6 +55,7 @@ __all__ = [
     "TopGradNorm",
     "TopLoss",
     "__version__",
+    "checkpoint",
     "diagnose",
     "fence",
     "select",

@@ -11,6 +11,7 @@ from selbp.training.backward.rows import (  # noqa: F401  (each module registers
     shapes,
     views,
 )
+from selbp.training.backward.rows.checkpoint import checkpoint
 from selbp.training.backward.rows.layout import BatchNormPolicy, Layout, RowSet
 from selbp.training.backward.rows.registry import RULES, TABLE, NoRuleError
 from selbp.training.backward.rows.select import fence, row_set, select
@@ -24,6 +25,7 @@ __all__ = [
     "NoRuleError",
     "RowGradient",
     "RowSet",
+    "checkpoint",
     "fence",
     "row_set",
     "select",

@@ -55,7 +55,6 @@ def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = 
         "native_dropout_backward",
         "_masked_scale",
         "rrelu_with_noise_backward",
-        "infinitely_differentiable_gelu_backward",
     ),
     "_prelu_kernel_backward",
 )
@@ -94,7 +93,7 @@ rule(
 rule("binary_cross_entropy_backward", when='reduction="none".')(_loss_backward(1))
 
 
-@rule("mul.Tensor", "mul.Scalar", "mul")
+@rule("mul.Tensor", "mul.Scalar")
 def multiply(func: Any, first: Any, second: Any) -> Any:
     """Always."""
     return pointwise(func, (first, second))
@@ -168,6 +167,12 @@ def masked_fill(func: Any, gradient: Any, mask: Any, value: Any) -> Any:
 def copy(func: Any, gradient: RowGradient, *args: Any, **kwargs: Any) -> Any:
     """Always."""
     return wrap(func(gradient._data, *args, **kwargs), gradient._layout)
+
+
+@rule("_conj")
+def conjugate(func: Any, gradient: RowGradient) -> Any:
+    """Always; at once, since the wrapper has no conjugate bit."""
+    return wrap(gradient._data.conj().resolve_conj(), gradient._layout)
 
 
 @rule("abs", "sgn", "sign")

@@ -51,7 +51,7 @@ def run_mixed(func: Any, types: tuple[type, ...], args: Any, kwargs: dict[str, A
         if not issubclass(kind, Wrapper):  # a tensor subclass of somebody else's: n rows are what it knows
             return run_dense(func, args, kwargs, f"an operand is a {kind.__name__}")
     if Wrapper._stale:
-        _catch_up(args, kwargs)
+        catch_up(args, kwargs)
     kinds = {type(value) for value in tensors(args, kwargs) if isinstance(value, Wrapper)}
     if kinds == {RowGradient}:
         return run_rule(func, args, kwargs)
@@ -105,7 +105,7 @@ def _become_dense(item: Any) -> None:
     item.__class__ = Dense
 
 
-def _catch_up(args: Any, kwargs: dict[str, Any]) -> None:
+def catch_up(args: Any, kwargs: dict[str, Any]) -> None:
     """Make dense the views whose parent has become so."""
     for item in tensors(args, kwargs):
         if isinstance(item, RowGradient):

@@ -25,7 +25,7 @@ def new_zeros(func: Any, gradient: RowGradient, size: Any, dtype: Any = None, de
     return wrap_zeros(gradient, list(size), dtype or gradient.dtype, device or gradient.device)
 
 
-@rule("new_empty", "new_empty_strided", "empty_like", "new_full", "new_ones", "full_like", "ones_like", "rand_like")
+@rule("new_empty", "new_empty_strided", "empty_like", "new_full", "new_ones", "full_like", "ones_like")
 def unrelated(func: Any, gradient: RowGradient, *args: Any, **kwargs: Any) -> Any:
     """Always: an ordinary tensor of the full size."""
     kwargs = {name: value for name, value in kwargs.items() if value is not None}

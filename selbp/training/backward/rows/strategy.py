@@ -34,6 +34,7 @@ class Rows:
         if losses is None:
             raise AssertionError("the scoring forward was asked to keep its graph")
         live = selection.weights != 0
-        indices = torch.where(live, selection.indices, selection.indices[live.to(torch.int8).argmax()])
+        spare = selection.indices.index_select(0, live.to(torch.int8).argmax(0, keepdim=True))
+        indices = torch.where(live, selection.indices, spare)
         chosen: Tensor = select(losses, indices, batchnorm=self.batchnorm, dense=self.dense)
         return chosen

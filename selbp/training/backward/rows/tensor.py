@@ -82,6 +82,12 @@ class RowGradient(Wrapper):
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
         """Scatter the k rows to n; a row chosen twice gets the sum."""
+        if Wrapper._stale:
+            from selbp.training.backward.rows import fallback
+
+            fallback.catch_up((self,), {})
+            if not isinstance(self, RowGradient):  # a view whose parent has become dense
+                return self._data
         layout, rows, data = self._layout, self._rows, self._data
         full = torch.empty_strided(
             tuple(self.shape), _dense_strides(self), dtype=data.dtype, device=data.device

@@ -39,7 +39,7 @@ def follow(shape: Any, layout: Layout, size: Any) -> tuple[list[int], Layout]:
     raise NoRuleError("the view splits the samples between dims")
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias")
+@rule("view", "_unsafe_view")
 def view(func: Any, gradient: RowGradient, size: Any, *args: Any) -> Any:
     """No dim of the result holds only a part of the samples."""
     data, layout = gradient._data, gradient._layout
@@ -160,7 +160,7 @@ def unbind(func: Any, gradient: RowGradient, dim: int = 0) -> Any:
     return [wrap_view(part, layout, gradient, func, (dim,), i) for i, part in enumerate(parts)]
 
 
-@rule("split.Tensor", "split_with_sizes", "chunk")
+@rule("split.Tensor", "split_with_sizes")
 def split(func: Any, gradient: RowGradient, sizes: Any, dim: int = 0) -> Any:
     """Not along the samples."""
     need(dim % gradient.dim() != gradient._layout.dim, "takes the samples apart")
@@ -178,7 +178,7 @@ def diagonal(func: Any, gradient: RowGradient, offset: int = 0, first: int = 0, 
     return wrap_view(func(gradient._data, offset, first, second), after, gradient, func, (offset, first, second))
 
 
-@rule("alias", "view_as_real", "view_as_complex", "_conj", "_neg_view")
+@rule("alias", "view_as_real", "view_as_complex")
 def same_samples(func: Any, gradient: RowGradient) -> Any:
     """The samples are not the dim of real and imaginary parts."""
     layout = gradient._layout
