@@ -19,6 +19,7 @@ from selbp import commands
 from selbp.cli import build_parser, keep_argument, list_argument, main, seeds_argument
 from selbp.data.idx import write_idx
 from selbp.study.rules import RULES
+from selbp.study.storage import Journal
 
 FAST = ["--model", "mlp", "--steps", "12", "--batch-size", "16", "--threads", "1", "--quiet"]
 
@@ -180,21 +181,26 @@ def test_bench_hands_its_arguments_on(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert seen[0][1:] == ["-m", "benchmarks", "-k", "gram", "--seed", "4"]
 
 
+def steps_done(folder: Path) -> int:
+    found = Journal(folder).read()
+    return found[1] if found else 0
+
+
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_ctrl_c_leaves_a_state_to_resume_and_says_so(command: str, images: Path, tmp_path: Path) -> None:
     extra = (
         ["--selector", "random", "--resume"] if command == "train" else ["--arms", "random,top-loss", "--seeds", "0"]
     )
     line = [
-        sys.executable, "-m", "selbp.cli", command, "--data", str(images), *FAST, "--steps", "3000", *extra,
+        sys.executable, "-m", "selbp.cli", command, "--data", str(images), *FAST, "--steps", "600", *extra,
         "--out", str(tmp_path),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.rglob("state-b.bin")):
+    while not any(steps_done(path.parent) for path in tmp_path.rglob("state-b.bin")):
         assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err

@@ -7,7 +7,8 @@ from selection_cases import Batch
 import selbp
 from selbp.selectors import Selection
 
-DRAWS = 3000
+DRAWS = 10_000
+WARM_UP = 40  # calls after which a history is full and a running mean has settled
 LIMIT = 4.5  # two-sided, 12 to 40 components: a correct rule passes with probability > 0.999 for any seed
 
 UNBIASED = [
@@ -22,14 +23,44 @@ UNBIASED = [
 ]
 
 
+def drawn(stats, selector, k, draws=DRAWS, seed=7):
+    """(draws, k) indices and weights of independent calls of ``select``, all at once, its memory settled beforehand."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(WARM_UP):
+        selector.select(stats, k, generator=generator)
+
+    def one(_):
+        return tuple(selector.select(stats, k, generator=generator))
+
+    indices, weights = torch.vmap(one, randomness="different")(torch.zeros(draws))
+    assert indices.shape == weights.shape == (draws, k)
+    return indices, weights
+
+
 def z_scores(batch, selector, k, draws=DRAWS):
     """Of the mean of ``draws`` selected gradients against the minibatch's, in every component; and their variance."""
-    generator = torch.Generator().manual_seed(7)
-    picks = [selector.select(batch.stats, k, generator=generator) for _ in range(draws)]
-    indices, weights = (torch.stack(list(field)) for field in zip(*picks, strict=True))
+    indices, weights = drawn(batch.stats, selector, k, draws)
     dense = torch.zeros(draws, len(batch.loss), dtype=torch.float64).scatter_add_(1, indices, weights.double())
     steps = dense @ batch.gradients
     return (steps.mean(0) - batch.mean) / (steps.std(0) / draws**0.5), steps.var(0).sum()
+
+
+@pytest.mark.parametrize("selector", [selbp.Random(), selbp.GradNormImportance(threshold=1.1)], ids=repr)
+def test_draws_made_at_once_are_those_made_one_by_one(selector):
+    """Each row comes as often, and with the same mean weight, as in a loop of calls."""
+    stats, k = Batch(n=24).stats, 6
+    at_once = drawn(stats, selector, k)
+    generator = torch.Generator().manual_seed(8)
+    loop = [selector.select(stats, k, generator=generator) for _ in range(2000)]
+    one_by_one = tuple(torch.stack(list(field)) for field in zip(*loop, strict=True))
+    share, weight = [], []
+    for indices, weights in (at_once, one_by_one):
+        count = torch.bincount(indices.flatten(), minlength=24)
+        share.append(count / len(indices))
+        weight.append(torch.bincount(indices.flatten(), weights.flatten().double(), minlength=24) / count)
+    deviation = (share[0] * (1 - share[0]) * (1 / 2000 + 1 / DRAWS)).sqrt()
+    assert ((share[0] - share[1]).abs() <= LIMIT * deviation + 1e-7).all()
+    torch.testing.assert_close(*weight)
 
 
 @pytest.mark.parametrize("selector", UNBIASED, ids=repr)
@@ -79,49 +110,40 @@ def test_equal_weights_on_unequal_odds_are_biased(selector):
 
 def test_norms_lower_the_variance():
     batch = Batch()
-    _, uniform = z_scores(batch, selbp.Random(), 16, 2000)
-    _, by_residual = z_scores(batch, selbp.GradNormImportance(), 16, 2000)
-    _, by_gradient = z_scores(batch, selbp.GradNormImportance(norm="gradient"), 16, 2000)
+    _, uniform = z_scores(batch, selbp.Random(), 16)
+    _, by_residual = z_scores(batch, selbp.GradNormImportance(), 16)
+    _, by_gradient = z_scores(batch, selbp.GradNormImportance(norm="gradient"), 16)
     assert by_gradient < by_residual < 0.7 * uniform
 
 
 @pytest.mark.parametrize("k", [1, 16, 40])
 def test_random_keeps_every_row_equally_often(k):
-    draws = 3000
-    generator = torch.Generator().manual_seed(2)
-    stats = Batch(n=40).stats
-    kept = torch.stack([selbp.Random().select(stats, k, generator=generator).indices for _ in range(draws)])
-    share = torch.bincount(kept.flatten(), minlength=40) / draws
-    deviation = (k / 40 * (1 - k / 40) / draws) ** 0.5
+    kept, _ = drawn(Batch(n=40).stats, selbp.Random(), k, seed=2)
+    share = torch.bincount(kept.flatten(), minlength=40) / DRAWS
+    deviation = (k / 40 * (1 - k / 40) / DRAWS) ** 0.5
     assert ((share - k / 40).abs() <= 4.5 * deviation + 1e-7).all()
 
 
 def test_loss_rank_keeps_at_its_odds():
     """Inclusion probabilities are ((rank + 1/2) / n)^(n/k - 1), scaled to sum to k."""
-    draws, k = 4000, 8
-    batch = Batch(n=32)
-    generator = torch.Generator().manual_seed(3)
-    kept = torch.stack([selbp.LossRank().select(batch.stats, k, generator=generator).indices for _ in range(draws)])
-    share = torch.bincount(kept.flatten(), minlength=32).double() / draws
+    k, batch = 8, Batch(n=32)
+    kept, _ = drawn(batch.stats, selbp.LossRank(), k, seed=3)
+    share = torch.bincount(kept.flatten(), minlength=32).double() / DRAWS
     odds = (torch.arange(32, dtype=torch.float64) + 0.5).div(32).pow(3)
     expected = (k * odds / odds.sum()).clamp(max=1)
     assert expected.max() < 1
-    deviation = (expected * (1 - expected) / draws).sqrt()
+    deviation = (expected * (1 - expected) / DRAWS).sqrt()
     assert ((share[batch.loss.argsort()] - expected).abs() <= 4.5 * deviation).all()
 
 
 def test_loss_percentile_keeps_at_its_odds():
-    draws, k = 4000, 8
-    batch = Batch(n=32)
-    generator = torch.Generator().manual_seed(3)
-    kept = torch.stack(
-        [selbp.LossPercentile(p_min=0.01).select(batch.stats, k, generator=generator).indices for _ in range(draws)]
-    )
-    share = torch.bincount(kept.flatten(), minlength=32).double() / draws
+    k, batch = 8, Batch(n=32)
+    kept, _ = drawn(batch.stats, selbp.LossPercentile(p_min=0.01), k, seed=3)
+    share = torch.bincount(kept.flatten(), minlength=32).double() / DRAWS
     odds = torch.arange(32, dtype=torch.float64).div(32).pow(3).clamp(min=0.01)
     expected = k * odds / odds.sum()
     assert expected.max() < 1
-    deviation = (expected * (1 - expected) / draws).sqrt()
+    deviation = (expected * (1 - expected) / DRAWS).sqrt()
     assert ((share[batch.loss.argsort()] - expected).abs() <= 4.5 * deviation).all()
 
 

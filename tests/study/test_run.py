@@ -175,7 +175,7 @@ def test_sigkill_at_a_random_moment_costs_the_step_in_flight_only(tmp_path: Path
     folder = write_set(tmp_path / "set", dataset)
     command = [
         sys.executable, "-m", "selbp.cli", "train", "--data", str(folder), "--selector", "loss-percentile", "--steps",
-        "400", "--batch-size", "32", "--threads", "1", "--quiet", "--evaluate-every", "50", "--model", "cnn", "--out",
+        "150", "--batch-size", "32", "--threads", "1", "--quiet", "--evaluate-every", "50", "--model", "cnn", "--out",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment, timeout=120)
