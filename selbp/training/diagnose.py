@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from selbp.training.backward.rows import BatchNormPolicy, select
 from selbp.training.backward.rows import tensor as row_tensor
@@ -94,7 +93,10 @@ class _Flops(TorchDispatchMode):
     """Adds up operators; a RowGradient counts by its outer shape, which is what all n rows would cost."""
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # imports triton, which importing selbp must not
+
         super().__init__()
+        self._formulas: dict[Any, Any] = flop_registry
         self.total, self.found = 0.0, dict[tuple[str, str, str], Operator]()
         self._reasons: list[str | None] = []
 
@@ -107,7 +109,7 @@ class _Flops(TorchDispatchMode):
     ) -> Any:
         self._reasons.clear()
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = self._formulas.get(func._overloadpacket)
         flops = float(formula(*args, **(kwargs or {}), out_val=out)) if formula is not None else 0.0
         self.total += flops
         runs, why = "plain", ""
