@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from selbp._version import __version__
 
@@ -77,9 +78,17 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="on an error, show where it came from")
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line: the list of every option would push the reason off the screen."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print ``message`` and where to find help, and exit with 2."""
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help explains\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="selbp", description="Train a PyTorch model on a chosen, weighted part of each minibatch.",
         epilog="selbp COMMAND --help explains a command, with examples.",
     )  # fmt: skip
@@ -175,7 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except commands.EXPECTED as error:
         if arguments.debug:
             traceback.print_exc()
-        print(f"selbp: {error}", file=sys.stderr)
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"selbp: {reason}", file=sys.stderr)
         return commands.status_of(error)
 
 

@@ -129,7 +129,25 @@ USAGE = [
 def test_usage_errors(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(line.split())
-    assert caught.value.code == 2 and "selbp" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and message.startswith("selbp") and message.count("\n") == 1
+    assert "--help" in message
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "info"])
+def test_an_out_that_cannot_be_written_is_one_line_that_names_it(
+    command: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    out = tmp_path / "file" / "run"
+    line = [command, "--out", str(out)]
+    if command != "info":
+        line += ["--data", str(images), *FAST]
+    if command == "compare":
+        line += ["--arms", "random", "--seeds", "0"]
+    assert main(line) != 0
+    message = capsys.readouterr().err
+    assert re.fullmatch(rf"selbp: {re.escape(str(tmp_path / 'file'))}\S*: Not a directory\n", message), message
 
 
 @pytest.mark.parametrize("command", ["train", "compare", "bench", "info"])

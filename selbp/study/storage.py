@@ -43,7 +43,11 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """As :func:`write_text`, for bytes."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with partial.open("wb") as file:
+    try:
+        file = partial.open("wb")
+    except OSError as error:  # name the file that was asked for
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    with file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
