@@ -32,6 +32,7 @@ from selbp.training import Schedule, SelectiveBackprop, StepReport  # noqa: E402
 from selbp.training.backward.rows import checkpoint, fence, select  # noqa: E402
 from selbp.training.cut import CutReport, SelectiveBackward, selective_backward  # noqa: E402
 from selbp.training.diagnose import Diagnosis, diagnose  # noqa: E402
+from selbp.training.memory import keep_freed_memory  # noqa: E402
 
 __all__ = [
     "BatchStatistics",
@@ -58,6 +59,7 @@ __all__ = [
     "checkpoint",
     "diagnose",
     "fence",
+    "keep_freed_memory",
     "select",
     "selective_backward",
 ]

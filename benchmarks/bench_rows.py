@@ -1,0 +1,77 @@
+"""A backward through chosen rows against the full step, a second forward on the rows, and the model's own bound.
+
+The bound is T_full / (T_forward + f T_backward): a backward that costs exactly its share. Process-CPU time is the clock
+to trust on a shared machine (``python -m benchmarks rows --clock process``); the optimizer is not in it. The process
+keeps the memory that it frees, for all contenders alike: see ``selbp.keep_freed_memory``.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import selbp
+from benchmarks.harness import Case, suite
+from benchmarks.row_models import TIMED, Task
+
+SHARES = (0.1, 0.25, 0.5)
+
+
+def _inputs(task: Task, share: float, device: torch.device) -> tuple[Any, ...]:
+    selbp.keep_freed_memory()
+    model = task.build().to(device)
+    x, y = (t.to(device) for t in task.batch(task.n))
+    chosen = torch.randperm(task.n, device=device)[: max(1, round(share * task.n))]
+    return model, x, y, chosen
+
+
+def _finish(model: nn.Module, losses: Tensor) -> None:
+    model.zero_grad(set_to_none=True)
+    losses.mean().backward()
+
+
+def _rows(task: Task, model: nn.Module, x: Tensor, y: Tensor, chosen: Tensor) -> None:
+    _finish(model, selbp.select(task.losses(model(x), y), chosen))
+
+
+def _recompute(task: Task, model: nn.Module, x: Tensor, y: Tensor, chosen: Tensor) -> None:
+    with torch.no_grad():
+        task.losses(model(x), y)
+    _finish(model, task.losses(model(x[chosen]), y[chosen]))
+
+
+def _full(task: Task, model: nn.Module, x: Tensor, y: Tensor, chosen: Tensor) -> None:
+    _finish(model, task.losses(model(x), y))
+
+
+def _indexed(task: Task, model: nn.Module, x: Tensor, y: Tensor, chosen: Tensor) -> None:
+    _finish(model, task.losses(model(x), y)[chosen])
+
+
+def _forward(task: Task, model: nn.Module, x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
+    return task.losses(model(x), y)
+
+
+def _case(name: str, share: float) -> Case:
+    task = TIMED[name]
+    contenders = {
+        "ours": _rows,
+        "second forward on the rows": _recompute,
+        "full step": _full,
+        "losses[indices], plain autograd": _indexed,
+        "forward alone (for the bound)": _forward,
+    }
+    return Case(
+        f"rows {name} n={task.n} keep={share}",
+        functools.partial(_inputs, task, share),
+        {label: functools.partial(run, task) for label, run in contenders.items()},
+        limits={"second forward on the rows": 1.0},
+        quick=name == "MLP" and share == 0.25,
+    )
+
+
+CASES = [_case(name, share) for name in TIMED for share in SHARES]
+test_rows = suite(CASES)
