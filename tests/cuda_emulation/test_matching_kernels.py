@@ -143,7 +143,7 @@ def test_planted_write_past_the_shared_arrays(tmp_path):
 # --------------------------------------------------------------------------------------------------- sanitizers
 
 
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+@pytest.mark.parametrize("sanitizer", ["thread", pytest.param("address", marks=pytest.mark.slow)])
 def test_clean_under_sanitizers(sanitizer):
     defines = ["-DSELBP_LEVEL=device", "-DSELBP_DEVICE_CODE"]
     program = build("matching.cpp", host=True, sanitizer=sanitizer, defines=defines)
