@@ -53,8 +53,8 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
         statistics_ragged={2: Tile(128, 128, 64, 8, 4, True), 4: Tile(128, 128, 32, 8, 3)},
         statistics_softcap={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
         statistics_smoothing={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(128, 32, 32, 8, 3)},
-        chunk={2: Tile(128, 128, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
-        sketch={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(64, 32, 32, 4, 3)},
+        chunk={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
+        sketch={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(64, 32, 32, 8, 3)},
         gram={2: Tile(128, 128, 64, 8, 4, True), 4: Tile(64, 64, 32, 4, 3)},
         gram_small={2: Tile(64, 64, 64, 4, 4, True), 4: Tile(64, 64, 32, 4, 3)},
     ),
@@ -77,13 +77,13 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
         gram_small={2: Tile(64, 64, 32, 4, 2), 4: Tile(64, 64, 16, 4, 2)},
     ),
     "conservative": _rows(
-        statistics={2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
+        statistics={2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
         statistics_softcap={2: Tile(128, 64, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
         statistics_smoothing={2: Tile(128, 32, 64, 8, 3), 4: Tile(64, 32, 32, 4, 3)},
         chunk={2: Tile(128, 64, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
         sketch={2: Tile(64, 64, 32, 4, 3), 4: Tile(64, 32, 32, 4, 3)},
-        gram={2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
-        gram_small={2: Tile(64, 64, 32, 4, 3), 4: Tile(64, 64, 32, 4, 3)},
+        gram={2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
+        gram_small={2: Tile(64, 64, 32, 4, 3), 4: Tile(64, 64, 32, 8, 3)},
     ),
 }
 CONSERVATIVE_SHARED_BYTES = 99 * 1024

@@ -1,0 +1,163 @@
+"""Flops, bytes and modelled times of the Triton kernels on GPUs: ``python -m benchmarks.roofline_gpu``.
+
+Nothing here is measured: each time is a model, printed beside the roofline of the vendor's data sheet, and marked
+*unmeasured*. ``scripts/gpu_check.py`` runs the same shapes on a machine that has a GPU. The model of a kernel with a
+product: the matrix units at 70 % of their peak, then the epilogue, its instructions per logit (read from the machine
+code, tests/triton/aot.py) at four warp instructions a cycle and multiprocessor; never less than the bytes take.
+
+``requested_bytes`` is what the programs of a launch ask the memory system for; the interpreter tests count the same
+number, byte for byte, so the formulas and the kernels cannot drift apart. ``least_bytes`` is what must come from DRAM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+EFFICIENCY = 0.70  # of the matrix peak that a good main loop sustains
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU by its data sheet (dense rates, no sparsity)."""
+
+    name: str
+    processors: int
+    clock: float  # Hz
+    flops: float  # bfloat16 tensor FLOP/s
+    bandwidth: float  # bytes/s
+    epilogue: float  # instructions per logit of statistics, from the machine code
+
+
+DEVICES = {
+    "H100": Device("H100 SXM", 132, 1.755e9, 989e12, 3.35e12, 10.9),
+    "A100": Device("A100 SXM 80 GB", 108, 1.41e9, 312e12, 2.04e12, 16.0),
+    "B200": Device("B200", 148, 1.85e9, 2250e12, 8.0e12, 10.9),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one launch does."""
+
+    kernel: str
+    shape: str
+    flops: float
+    least_bytes: float
+    logits: float = 0.0  # that pass through the epilogue
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def statistics(n: int, n_classes: int, d: int, item: int = 2) -> Work:
+    """H W^T once; H and W read once, the partials negligible."""
+    logits = float(n) * n_classes
+    return Work("statistics", f"{n}x{n_classes}x{d}", 2.0 * logits * d, float(n + n_classes) * d * item, logits)
+
+
+def gram(n: int, n_classes: int, d: int, item: int = 2, rows: int = 128) -> Work:
+    """One triangle of tiles of both products; the factors read once, K written once in float32."""
+    shape = f"n={n} C={n_classes} d={d}"
+    return Work("gram", shape, float(n) * (n + rows) * (n_classes + d), n * (n_classes + d) * item + 4.0 * n * n)
+
+
+def logits_statistics(n: int, n_classes: int, item: int = 2) -> Work:
+    """Every stored logit read once."""
+    return Work("logits_statistics", f"{n}x{n_classes}", 8.0 * n * n_classes, float(n) * n_classes * item)
+
+
+def residual(n: int, n_classes: int, item: int = 2) -> Work:
+    """Every stored logit read once, every residual written once in float32."""
+    return Work("residual", f"{n}x{n_classes}", 8.0 * n * n_classes, float(n) * n_classes * (item + 4))
+
+
+def sketch(n: int, n_classes: int, d: int, p: int = 64, item: int = 2) -> Work:
+    """The logits once more and their projection onto p columns."""
+    logits = float(n) * n_classes
+    nbytes = float(n + n_classes) * d * item + n_classes * p * item + n * p * 4.0
+    return Work("sketch", f"{n}x{n_classes}x{d} p={p}", 2.0 * logits * (d + p), nbytes, logits)
+
+
+SHAPES = (
+    statistics(8192, 128256, 4096),
+    statistics(8192, 32000, 4096),
+    statistics(4096, 1000, 2048),
+    logits_statistics(8192, 32000),
+    residual(8192, 32000),
+    gram(4096, 1000, 2048),
+    gram(1024, 1000, 768),
+    sketch(8192, 32000, 4096),
+)
+
+
+def roofline(work: Work, device: Device) -> float:
+    """Seconds at the data sheet's peaks."""
+    flops = work.flops if work.logits or work.kernel == "gram" else 0.0
+    return max(flops / device.flops, work.least_bytes / device.bandwidth)
+
+
+def modelled(work: Work, device: Device) -> float:
+    """Seconds by the model of this module; unmeasured."""
+    product = work.flops / (EFFICIENCY * device.flops) if work.logits or work.kernel == "gram" else 0.0
+    instructions = work.logits * device.epilogue / 32
+    epilogue = instructions / (4 * device.processors * device.clock)
+    return max(product + epilogue, work.least_bytes / (0.9 * device.bandwidth))
+
+
+def statistics_requests(n: int, n_classes: int, d: int, splits: int, tile: tuple[int, int], item: int) -> int:
+    """Bytes that ``statistics_kernel`` requests by pointer, exact depth, no bias: loads and stores.
+
+    Rows and classes past the end are clamped, so every tile is read whole: (ROWS + COLUMNS) d for each pair of row and
+    class tile, the targets once a program, three partials a row and split.
+    """
+    rows, columns = tile
+    row_tiles, class_tiles = _ceil(n, rows), _ceil(n_classes, columns)
+    return row_tiles * class_tiles * (rows + columns) * d * item + splits * n * (8 + 3 * 4)
+
+
+def logits_statistics_requests(n: int, n_classes: int, splits: int, item: int) -> int:
+    """Bytes that ``logits_statistics_kernel`` requests: masked, so each logit once; targets and partials a split."""
+    return n * n_classes * item + splits * n * (8 + 3 * 4)
+
+
+def target_logit_requests(n: int, d: int, item: int) -> int:
+    """Bytes that ``target_logit_kernel`` requests from features and weight, no bias: h, W[y], y and two outputs."""
+    return n * (2 * d * item + 8 + 4 + 4)
+
+
+def finalize_requests(n: int, splits: int) -> int:
+    """Bytes that ``finalize_kernel`` requests, no options: three partials a split, three inputs, six outputs."""
+    return n * (3 * 4 * splits + 4 + 4 + 8 + 4 * 4 + 2)
+
+
+def residual_requests(n: int, n_classes: int, splits: int, item: int) -> int:
+    """Bytes that both residual kernels request, no options: each logit read and each residual written once."""
+    first = n * n_classes * item + n * (n_classes - 1) * 4 + splits * n * (8 + 4 + 4)
+    return first + n * (splits * 4 + 8 + item + 4 + 4)
+
+
+def gram_requests(n: int, n_classes: int, d: int, rows: int, item: int, clear_rows: int = 64) -> int:
+    """Bytes that the three Gram kernels request by pointer, exact depths, no broken row."""
+    count = _ceil(n, rows)
+    tiles = count * (count + 1) // 2
+    flags = n + n + 2 * n * _ceil(n, clear_rows)  # written, confirmed, read by the clearing tiles
+    return tiles * 2 * rows * (n_classes + d) * item + 4 * n * n + flags
+
+
+def main() -> None:
+    """Print the table."""
+    print("kernel | shape | GFLOP | MB | " + " | ".join(f"{d.name}: roofline, model (ms)" for d in DEVICES.values()))
+    for work in SHAPES:
+        times = " | ".join(
+            f"{1e3 * roofline(work, device):.3f}, {1e3 * modelled(work, device):.3f} unmeasured"
+            for device in DEVICES.values()
+        )
+        print(
+            f"{work.kernel} | {work.shape} | {work.flops / 1e9:.1f} | {work.least_bytes / 1e6:.1f} | {times}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
