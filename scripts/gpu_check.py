@@ -1,0 +1,224 @@
+"""What only a machine with a GPU can show: ``make gpu-check``, or ``python scripts/gpu_check.py [--quick]``.
+
+1. Parity: every operator on CUDA against the specification in float64, for each dtype and option; an error may be
+   twice that of eager torch in the same dtype plus a rounding.
+2. Determinism and CUDA graphs: the same bits twice, and from a captured graph.
+3. Throughput: ours, eager torch, torch's own ``linear_cross_entropy``, Liger and Cut Cross-Entropy where installed.
+
+Exits with 1 where a check fails and with 2 where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import statistics
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selbp import ops, reference
+from selbp.ops import _triton
+
+OPTIONS = (
+    {},
+    {"label_smoothing": 0.1},
+    {"softcap": 5.0},
+    {"class_weight": True, "label_smoothing": 0.2, "softcap": 7.0},
+)
+failures: list[str] = []
+
+
+def report(name: str, good: bool, detail: str) -> None:
+    """Print one line and remember a failure."""
+    print(f"{'ok  ' if good else 'FAIL'} {name}: {detail}", flush=True)
+    if not good:
+        failures.append(name)
+
+
+def error(got: Tensor, spec: Tensor) -> float:
+    """Greatest difference, relative to the greatest entry, over the finite entries of the specification."""
+    keep = spec.isfinite()
+    scale = spec[keep].abs().max().clamp_min(1e-30)
+    return float(((got.double() - spec)[keep].abs() / scale).max())
+
+
+def compare(name: str, got: Tensor, spec: Tensor, eager: Tensor) -> None:
+    """Hold ``got`` to twice the error of ``eager``, plus four roundings of float32."""
+    ours, theirs = error(got, spec), error(eager, spec)
+    report(name, ours <= 2.0 * theirs + 2.0**-21, f"error {ours:.1e}, eager's {theirs:.1e}")
+
+
+def parity(dtype: torch.dtype, option: dict[str, object], shape: tuple[int, int, int]) -> None:
+    """Every operator at one shape (n, d, C)."""
+    n, d, n_classes = shape
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(n, d, generator=generator).to("cuda", dtype)
+    weight = (torch.randn(n_classes, d, generator=generator) / d**0.5).to("cuda", dtype)
+    bias = torch.randn(n_classes, generator=generator).to("cuda", dtype)
+    target = torch.randint(n_classes, (n,), generator=generator).cuda()
+    target[::7] = -100
+    options = dict(option)
+    if options.pop("class_weight", False):
+        options["class_weight"] = torch.rand(n_classes, generator=generator).cuda()
+    wide = {**options, **({"class_weight": options["class_weight"].double()} if "class_weight" in options else {})}
+    label = f"{str(dtype).removeprefix('torch.')} {shape} {sorted(option)}"
+
+    got = ops.linear_cross_entropy_statistics(features, weight, bias, target, **options)
+    spec = reference.linear_cross_entropy_statistics(features.double(), weight.double(), bias.double(), target, **wide)
+    eager = reference.linear_cross_entropy_statistics(features, weight, bias, target, **options)
+    for field in ("loss", "lse", "residual_sq", "feature_sq"):
+        compare(f"linear statistics {field} {label}", getattr(got, field), getattr(spec, field), getattr(eager, field))
+    report(f"linear statistics valid {label}", torch.equal(got.valid, spec.valid), "flags")
+
+    logits = F.linear(features, weight, bias)
+    got = ops.cross_entropy_statistics(logits, target, features, **options)
+    spec = reference.cross_entropy_statistics(logits.double(), target, features.double(), **wide)
+    eager = reference.cross_entropy_statistics(logits.float(), target, features.float(), **options)
+    for field in ("loss", "lse", "residual_sq"):
+        compare(f"statistics {field} {label}", getattr(got, field), getattr(spec, field), getattr(eager, field))
+    r = ops.residual(logits, target, got.lse, **options)
+    compare(
+        f"residual {label}", r, reference.residual(logits.double(), target, got.lse.double(), **wide),
+        reference.residual(logits.float(), target, got.lse, **options),
+    )  # fmt: skip
+    r, h = r.to(dtype), features
+    compare(
+        f"gram {label}", ops.gradient_gram(r, h), reference.gradient_gram(r.double(), h.double()),
+        reference.gradient_gram(r, h),
+    )  # fmt: skip
+    backward(label, features, weight, bias, target, options, wide)
+
+
+def backward(label, features, weight, bias, target, options, wide) -> None:
+    """Gradients of linear_cross_entropy against autograd's through eager torch."""
+
+    def gradients(dtype: torch.dtype, ours: bool) -> list[Tensor]:
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (features, weight, bias)]
+        if ours:
+            loss = ops.linear_cross_entropy(*inputs, target, **options).sum()
+        else:
+            chosen = wide if dtype == torch.float64 else options
+            logits = reference.soft_cap(F.linear(*inputs), chosen.get("softcap", 0.0))
+            weights = chosen.get("class_weight")
+            loss = F.cross_entropy(
+                logits, target, weight=None if weights is None else weights.to(dtype), reduction="sum",
+                label_smoothing=chosen.get("label_smoothing", 0.0),
+            )  # fmt: skip
+        return list(torch.autograd.grad(loss, inputs))
+
+    ours, eager = gradients(features.dtype, True), gradients(features.dtype, False)
+    for name, a, b, c in zip(("features", "weight", "bias"), ours, gradients(torch.float64, False), eager, strict=True):
+        compare(f"gradient of {name} {label}", a, b, c)
+
+
+def reproducible() -> None:
+    """The same bits twice, and from a captured graph."""
+    features, weight = torch.randn(300, 256, device="cuda"), torch.randn(5000, 256, device="cuda")
+    target = torch.randint(5000, (300,), device="cuda")
+
+    def work() -> list[Tensor]:
+        stats = ops.linear_cross_entropy_statistics(features, weight, None, target)
+        r = ops.residual(F.linear(features, weight), target, stats.lse)
+        return [*stats, r, ops.gradient_gram(r, features)]
+
+    first, second = work(), work()
+    same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    report("determinism", same, "two runs, the same bits")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = work()
+    graph.replay()
+    torch.cuda.synchronize()
+    report("CUDA graph", all(torch.equal(a, b) for a, b in zip(first, captured, strict=True)), "captured and replayed")
+
+
+def milliseconds(work: Callable[[], object], repeats: int = 15) -> float:
+    """Median over runs with a cold L2."""
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    samples = []
+    for index in range(repeats + 3):
+        flush.zero_()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        if index >= 3:
+            samples.append(begin.elapsed_time(end))
+    return statistics.median(samples)
+
+
+def peers() -> dict[str, Callable[..., Tensor]]:
+    """Losses of features, weight and target, per token where the peer offers that; those that can be imported."""
+    found: dict[str, Callable[..., Tensor]] = {"eager": lambda h, w, y: F.cross_entropy(F.linear(h, w).float(), y)}
+    if hasattr(F, "linear_cross_entropy"):
+        found["F.linear_cross_entropy"] = F.linear_cross_entropy
+    for name, module, attribute in (
+        ("Liger", "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"),
+        ("Cut Cross-Entropy", "cut_cross_entropy", "linear_cross_entropy"),
+    ):
+        try:
+            found[name] = getattr(importlib.import_module(module), attribute)
+        except ImportError as missing:
+            print(f"     {name} is not measured: {missing}")
+    return found
+
+
+def throughput(shapes: list[tuple[int, int, int]]) -> None:
+    """Forward passes at the roofline's shapes."""
+    from benchmarks import roofline_gpu
+
+    for n, n_classes, d in shapes:
+        h = torch.randn(n, d, device="cuda", dtype=torch.bfloat16)
+        w = torch.randn(n_classes, d, device="cuda", dtype=torch.bfloat16) / d**0.5
+        y = torch.randint(n_classes, (n,), device="cuda")
+        best = 2.0 * n * n_classes * d / 1e9
+        ours = milliseconds(lambda h=h, w=w, y=y: ops.linear_cross_entropy_statistics(h, w, None, y))
+        model = 1e3 * roofline_gpu.modelled(roofline_gpu.statistics(n, n_classes, d), roofline_gpu.DEVICES["H100"])
+        print(
+            f"     statistics {n}x{n_classes}x{d}: {ours:.3f} ms, {best / ours:.0f} TFLOP/s (model, H100: {model:.3f})"
+        )
+        for name, loss in peers().items():
+            try:
+                took = milliseconds(functools.partial(loss, h, w, y))
+                print(f"     {name} {n}x{n_classes}x{d}: {took:.3f} ms, {took / ours:.2f} of ours")
+            except (RuntimeError, TypeError, ValueError) as reason:
+                print(f"     {name} {n}x{n_classes}x{d}: cannot run here: {str(reason)[:120]}")
+    n, n_classes, d = 4096, 1000, 2048
+    r, h = (torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for k in (n_classes, d))
+    ours = milliseconds(lambda: ops.gradient_gram(r, h))
+    eager = milliseconds(lambda: (r @ r.T).float() * ((h @ h.T).float() + 1.0))
+    print(f"     gram {n}, C={n_classes}, d={d}: {ours:.3f} ms, eager {eager:.3f} ms")
+
+
+def main() -> int:
+    """Run everything; see the module's docstring for the exit status."""
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("--quick", action="store_true", help="one shape, no throughput")
+    options = parse.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_check: torch sees no CUDA device, so nothing can be checked here", file=sys.stderr)
+        return 2
+    print(f"device: {torch.cuda.get_device_name()}; kernels: {_triton.unavailable() or 'Triton'}")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for option in OPTIONS:
+            for shape in [(300, 257, 1003)] if options.quick else [(1, 8, 1), (300, 257, 1003), (512, 512, 32000)]:
+                parity(dtype, option, shape)
+    reproducible()
+    if not options.quick:
+        throughput([(4096, 1000, 2048), (8192, 32000, 4096), (8192, 128256, 4096)])
+    print(f"{len(failures)} failed" + "".join(f"\n  {name}" for name in failures))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
