@@ -69,3 +69,15 @@ def test_arguments() -> None:
         selbp.diagnose(model, torch.randn(4, 3))
     with pytest.raises(TypeError, match="keep"):
         selbp.diagnose(model, (torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)), True)
+
+
+def test_auto_decides_once_there_is_something_to_differentiate():
+    x, y = torch.randn(8, 3), torch.randint(0, 2, (8,))
+    model = torch.nn.Linear(3, 2)
+    step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=0.5)
+    with torch.no_grad():
+        assert not step(x, y).requires_grad
+    model.requires_grad_(False)
+    assert not step(x, y).requires_grad and step.report.backward == "recompute"
+    model.requires_grad_(True)
+    assert step(x, y).requires_grad and "modelled cost" in step.report.backward_reason

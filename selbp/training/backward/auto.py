@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from selbp.ops.types import Selection
@@ -44,6 +45,8 @@ class Auto:
 
     def decide(self, model: nn.Module, batch: Batch, k: int, criterion: Criterion, scoring: str) -> None:
         """Choose the strategy for this model. Gradients, buffers and random state are left as they are."""
+        if not torch.is_grad_enabled() or not any(p.requires_grad for p in model.parameters()):
+            return  # nothing to differentiate: recompute until there is
         self._chosen, self.reason = self._decide(model, batch, k, criterion, scoring)
 
     def _decide(
