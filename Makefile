@@ -46,7 +46,7 @@ test test-all: export OMP_NUM_THREADS = 1
 test: $(VENV)/.with-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
 
-test-all: $(VENV)/.with-dev
+test-all: $(VENV)/.with-dev,frameworks
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(ARGS)
 
 lint: $(VENV)/.with-dev
