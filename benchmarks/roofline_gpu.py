@@ -3,7 +3,7 @@
 Nothing here is measured: each time is a model, printed beside the roofline of the vendor's data sheet, and marked
 *unmeasured*. ``scripts/gpu_check.py`` runs the same shapes on a machine that has a GPU. The model of a kernel with a
 product: the matrix units at 70 % of their peak, then the epilogue, its instructions per logit (read from the machine
-code, tests/triton/aot.py) at four warp instructions a cycle and multiprocessor; never less than the bytes take.
+code, tests/triton_kernels/aot.py) at four warp instructions a cycle and multiprocessor; never less than the bytes take.
 
 ``requested_bytes`` is what the programs of a launch ask the memory system for; the interpreter tests count the same
 number, byte for byte, so the formulas and the kernels cannot drift apart. ``least_bytes`` is what must come from DRAM.

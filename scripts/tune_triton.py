@@ -3,7 +3,7 @@
     python scripts/tune_triton.py statistics --shape 8192 32000 4096 --dtype bfloat16
 
 Never run by the library: a table that is fixed gives every job the same first step and the same bits. A new row must
-pass the ahead-of-time gates (tests/triton/aot.py) before it ships. Exits with 2 where there is no GPU.
+pass the ahead-of-time gates (tests/triton_kernels/aot.py) before it ships. Exits with 2 where there is no GPU.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Runs as a script in a process without TRITON_INTERPRET (the two cannot share one):
 
-    python tests/triton/aot.py sm_90 [kernel ...]
+    python tests/triton_kernels/aot.py sm_90 [kernel ...]
 
 prints one JSON object a kernel variant: registers, spills, shared memory, matrix instructions, instructions per logit,
 and ``failures``, the limits that it breaks. No GPU is needed: Triton compiles for a named target.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    # tests/triton/test_interpreter.py starts the process that collects this folder.
+    # tests/triton_kernels/test_interpreter.py starts the process that collects this folder.
     collect_ignore_glob = ["*.py"]
 else:
     import triton_guard
