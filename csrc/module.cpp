@@ -26,13 +26,15 @@ void bind_gram(py::module_& m) {
   using Size = std::int64_t;
   using Released = py::call_guard<py::gil_scoped_release>;
   m.def(
-      "gram_panel",
-      [](Address out, Address rr, Address hh, bool is_double, Size n, Size begin, Size width, bool bias,
-         int n_threads) {
-        const selbp::GramPanel panel{n, begin, width};
+      "gram",
+      [](Address out, Address packed, Address r, Address h, bool is_double, Size n, Size classes, Size features,
+         bool bias, int n_threads) {
+        const selbp::GramShape shape{n, classes, features};
         if (is_double)
-          return SELBP_PICK(gram_panel_f64)(at<double>(out), at<double>(rr), at<double>(hh), panel, bias, n_threads);
-        return SELBP_PICK(gram_panel_f32)(at<float>(out), at<float>(rr), at<float>(hh), panel, bias, n_threads);
+          return SELBP_PICK(gram_f64)(at<double>(out), at<double>(packed), at<double>(r), at<double>(h), shape, bias,
+                                      n_threads);
+        return SELBP_PICK(gram_f32)(at<float>(out), at<float>(packed), at<float>(r), at<float>(h), shape, bias,
+                                    n_threads);
       },
       Released());
   m.def(

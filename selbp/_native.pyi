@@ -1,8 +1,17 @@
 """The CPU core: addresses and shapes in, nothing validated; called through selbp.ops only."""
 
 def level() -> str: ...
-def gram_panel(
-    out: int, rr: int, hh: int, is_double: bool, n: int, begin: int, width: int, bias: bool, n_threads: int
+def gram(
+    out: int,
+    packed: int,
+    r: int,
+    h: int,
+    is_double: bool,
+    n: int,
+    classes: int,
+    features: int,
+    bias: bool,
+    n_threads: int,
 ) -> bool: ...
 def row_dots(sums: int, a: int, b: int, is_double: bool, rows: int, columns: int, n_threads: int) -> None: ...
 def stream_read(source: int, count: int, repeats: int, n_threads: int) -> float: ...

@@ -1,9 +1,13 @@
-// The panel kernel multiplies two GEMM panels and writes the product twice, the second time transposed. A transposed
-// store of one element would touch a cache line of its own, so the panel is walked in square blocks: the product goes
-// to a block in L1 and, row by row, to its place; then 8 x 8 corners of the block are transposed in registers and
-// gathered in a second block, which also goes out row by row. (Storing the corners themselves to rows that lie a
-// multiple of 4 KiB apart was twice as slow.)
+// The Gram matrix in square blocks of one triangle, each computed, multiplied and written twice while it is in L1; the
+// full products never exist. Both factors are packed first, in strips of kBlock rows, term by term, so that a block's
+// two operands are read in order.
+//
+// A transposed store of one element would touch a cache line of its own. So the block goes, row by row, to its place;
+// then 8 x 8 corners of it are transposed in registers and gathered in a second block, which also goes out row by row.
+// (Storing the corners themselves to rows that lie a multiple of 4 KiB apart was twice as slow.)
 #include "gram/cpu.hpp"
+
+#include "cpu/vector.hpp"
 
 namespace selbp {
 namespace SELBP_LEVEL {
@@ -11,6 +15,7 @@ namespace {
 
 constexpr std::int64_t kBlock = 64;
 constexpr std::int64_t kCorner = 8;
+constexpr std::int64_t kTerms = 128;  // of two strips: 64 KiB in float32, read from L1 and L2
 
 inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
@@ -38,10 +43,10 @@ struct Mask<double> {
 // Interleaving row i with row i + 4, three times over, is a transposition: each pass rotates the 3 + 3 bits of
 // (row, column) by one place.
 template <typename T>
-inline void transpose_corner(T* turned, const T* block) {
+inline void transpose_corner(T* turned, const T* block, std::int64_t stride) {
   using V = typename Vector<T>::type;
   V rows[kCorner], mixed[kCorner];
-  for (int i = 0; i < kCorner; ++i) __builtin_memcpy(&rows[i], block + i * kBlock, sizeof(V));
+  for (int i = 0; i < kCorner; ++i) __builtin_memcpy(&rows[i], block + i * stride, sizeof(V));
   for (int pass = 0; pass < 3; ++pass) {
     for (int i = 0; i < kCorner / 2; ++i) {
       mixed[2 * i] = SELBP_INTERLEAVE(rows[i], rows[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
@@ -52,15 +57,15 @@ inline void transpose_corner(T* turned, const T* block) {
   for (int i = 0; i < kCorner; ++i) __builtin_memcpy(turned + i * kBlock, &rows[i], sizeof(V));
 }
 
-// turned[j, i] = block[i, j]
+// turned[j, i] = block[i, j]; the rows of `turned` are kBlock apart, those of `block` are `stride`.
 template <typename T>
-void transpose(T* turned, const T* block, std::int64_t i_count, std::int64_t j_count) {
+void transpose(T* turned, const T* block, std::int64_t stride, std::int64_t i_count, std::int64_t j_count) {
   const std::int64_t i_whole = i_count - i_count % kCorner, j_whole = j_count - j_count % kCorner;
   for (std::int64_t j = 0; j < j_whole; j += kCorner)
     for (std::int64_t i = 0; i < i_whole; i += kCorner)
-      transpose_corner(turned + j * kBlock + i, block + i * kBlock + j);
+      transpose_corner(turned + j * kBlock + i, block + i * stride + j, stride);
   for (std::int64_t j = 0; j < j_count; ++j)
-    for (std::int64_t i = j < j_whole ? i_whole : 0; i < i_count; ++i) turned[j * kBlock + i] = block[i * kBlock + j];
+    for (std::int64_t i = j < j_whole ? i_whole : 0; i < i_count; ++i) turned[j * kBlock + i] = block[i * stride + j];
 }
 
 template <typename T>
@@ -76,19 +81,69 @@ inline void prefetch_row(const T* row) {
   for (std::int64_t j = 0; j < kBlock; j += kLine) __builtin_prefetch(row + j, 1);
 }
 
-// `out` points at the panel's own corner on the diagonal; (i0, j0) is the block's place in the panel, i0 >= j0.
+// packed[s, k, i] = factor[kBlock s + i, k], zero past the last row.
 template <typename T>
-bool write_block(T* out, const T* rr, const T* hh, GramPanel panel, T bias, std::int64_t i0, std::int64_t j0) {
-  const std::int64_t i_count = least(kBlock, panel.n - panel.begin - i0), j_count = least(kBlock, panel.width - j0);
-  T* direct = out + i0 * panel.n + j0;
-  T* mirror = out + j0 * panel.n + i0;
-  alignas(64) T block[kBlock * kBlock];
+void pack(T* packed, const T* factor, std::int64_t n, std::int64_t terms, int n_threads) {
+#pragma omp parallel for num_threads(n_threads) schedule(static)
+  for (std::int64_t first = 0; first < n; first += kBlock) {
+    const std::int64_t count = least(kBlock, n - first);
+    T* strip = packed + first * terms;
+    transpose(strip, factor + first * terms, terms, count, terms);
+    for (std::int64_t k = 0; k < terms; ++k)
+      for (std::int64_t i = count; i < kBlock; ++i) strip[k * kBlock + i] = 0;
+  }
+}
+
+// block[i, j] (+)= sum_k left[k, i] right[k, j] over one stretch of terms, all sums of a tile in registers.
+template <typename T, bool kAdd>
+void multiply_stretch(T* block, const T* left, const T* right, std::int64_t terms) {
+  using V = typename Simd<T>::V;
+  constexpr int kRows = 4, kVectors = kVectorBytes == 64 ? 4 : 2, kLanes = Simd<T>::kLanes;
+  for (std::int64_t j = 0; j < kBlock; j += kVectors * kLanes) {
+    for (std::int64_t i = 0; i < kBlock; i += kRows) {
+      V sums[kRows][kVectors] = {};
+      for (std::int64_t k = 0; k < terms; ++k) {
+        const T* factors = left + k * kBlock + i;
+        const T* values = right + k * kBlock + j;
+        // Without the pragmas GCC keeps `sums` in memory: three times slower.
+#pragma GCC unroll 4
+        for (int a = 0; a < kRows; ++a)
+#pragma GCC unroll 4
+          for (int b = 0; b < kVectors; ++b) sums[a][b] = fma(splat(factors[a]), load(values + b * kLanes), sums[a][b]);
+      }
+#pragma GCC unroll 4
+      for (int a = 0; a < kRows; ++a)
+#pragma GCC unroll 4
+        for (int b = 0; b < kVectors; ++b) {
+          T* place = block + (i + a) * kBlock + j + b * kLanes;
+          store(place, kAdd ? load(place) + sums[a][b] : sums[a][b]);
+        }
+    }
+  }
+}
+
+// The product of two strips; summing stretch by stretch also keeps the rounding error of many terms low.
+template <typename T>
+void multiply(T* block, const T* left, const T* right, std::int64_t terms) {
+  multiply_stretch<T, false>(block, left, right, least(kTerms, terms));
+  for (std::int64_t k = kTerms; k < terms; k += kTerms)
+    multiply_stretch<T, true>(block, left + k * kBlock, right + k * kBlock, least(kTerms, terms - k));
+}
+
+// The block at (i0, j0), i0 >= j0, and its mirror image; r and h are packed. Whether its part of the diagonal is
+// finite.
+template <typename T>
+bool write_block(T* out, const T* r, const T* h, GramShape shape, T bias, std::int64_t i0, std::int64_t j0) {
+  const std::int64_t n = shape.n, i_count = least(kBlock, n - i0), j_count = least(kBlock, n - j0);
+  T* direct = out + i0 * n + j0;
+  T* mirror = out + j0 * n + i0;
+  alignas(64) T block[kBlock * kBlock], other[kBlock * kBlock];
+  multiply(block, r + i0 * shape.classes, r + j0 * shape.classes, shape.classes);
+  multiply(other, h + i0 * shape.features, h + j0 * shape.features, shape.features);
   for (std::int64_t i = 0; i < i_count; ++i) {
-    const T* a = rr + (i0 + i) * panel.width + j0;
-    const T* b = hh + (i0 + i) * panel.width + j0;
-    for (std::int64_t j = 0; j < j_count; ++j) block[i * kBlock + j] = a[j] * (b[j] + bias);
-    prefetch_row(direct + i * panel.n);
-    prefetch_row(mirror + least(i, j_count - 1) * panel.n);
+    for (std::int64_t j = 0; j < kBlock; ++j) block[i * kBlock + j] *= other[i * kBlock + j] + bias;
+    prefetch_row(direct + i * n);
+    prefetch_row(mirror + least(i, j_count - 1) * n);
   }
   bool finite = true;
   if (i0 == j0) {
@@ -97,20 +152,24 @@ bool write_block(T* out, const T* rr, const T* hh, GramPanel panel, T bias, std:
       for (std::int64_t j = i + 1; j < j_count; ++j) block[i * kBlock + j] = block[j * kBlock + i];
     }
   }
-  write_rows(direct, panel.n, block, i_count, j_count);
-  alignas(64) T turned[kBlock * kBlock];
-  transpose(turned, block, i_count, j_count);
-  write_rows(mirror, panel.n, turned, j_count, i_count);
+  write_rows(direct, n, block, i_count, j_count);
+  transpose(other, block, kBlock, i_count, j_count);
+  write_rows(mirror, n, other, j_count, i_count);
   return finite;
 }
 
 template <typename T>
-bool panel_of(T* out, const T* rr, const T* hh, GramPanel panel, T bias, int n_threads) {
+bool gram_of(T* out, T* packed, const T* r, const T* h, GramShape shape, T bias, int n_threads) {
+  const std::int64_t blocks = (shape.n + kBlock - 1) / kBlock;
+  T* packed_h = packed + blocks * kBlock * shape.classes;
+  pack(packed, r, shape.n, shape.classes, n_threads);
+  pack(packed_h, h, shape.n, shape.features, n_threads);
   bool finite = true;
 #pragma omp parallel for num_threads(n_threads) schedule(dynamic, 1) reduction(&& : finite)
-  for (std::int64_t i = 0; i < panel.n - panel.begin; i += kBlock)
-    for (std::int64_t j = 0; j < panel.width && j <= i; j += kBlock)
-      finite = write_block(out + panel.begin * (panel.n + 1), rr, hh, panel, bias, i, j) && finite;
+  for (std::int64_t place = 0; place < blocks * blocks; ++place) {
+    const std::int64_t i = place / blocks, j = place % blocks;
+    if (j <= i) finite = write_block(out, packed, packed_h, shape, bias, i * kBlock, j * kBlock) && finite;
+  }
   return finite;
 }
 
@@ -136,11 +195,12 @@ void dots_of(double* sums, const T* a, const T* b, std::int64_t rows, std::int64
 
 }  // namespace
 
-bool gram_panel_f32(float* out, const float* rr, const float* hh, GramPanel panel, float bias, int n_threads) {
-  return panel_of(out, rr, hh, panel, bias, n_threads);
+bool gram_f32(float* out, float* packed, const float* r, const float* h, GramShape shape, float bias, int n_threads) {
+  return gram_of(out, packed, r, h, shape, bias, n_threads);
 }
-bool gram_panel_f64(double* out, const double* rr, const double* hh, GramPanel panel, double bias, int n_threads) {
-  return panel_of(out, rr, hh, panel, bias, n_threads);
+bool gram_f64(double* out, double* packed, const double* r, const double* h, GramShape shape, double bias,
+              int n_threads) {
+  return gram_of(out, packed, r, h, shape, bias, n_threads);
 }
 void row_dots_f32(double* sums, const float* a, const float* b, std::int64_t rows, std::int64_t columns,
                   int n_threads) {

@@ -1,7 +1,7 @@
 """``gradient_gram``: the inner products of all per-sample last-layer gradients, K = (R R^T) o (H H^T + 1).
 
-One triangle is computed, in panels of columns from the diagonal down: two GEMMs, then one native pass that adds the
-bias's one, multiplies, and writes the panel with its mirror image, so K is symmetric bit for bit.
+On the CPU one native kernel computes one triangle block by block: both products, the bias's one, their product, and the
+write to the block's place and to its mirror image, so K is symmetric bit for bit.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from selbp import _native, reference
-from selbp.ops import _gemm, _triton
+from selbp.ops import _triton
 from selbp.ops._checks import accumulate_dtype, check_floating, check_same_device, check_same_dtype, check_shape
 from selbp.ops._library import define
 from selbp.ops._threads import native_threads
 
-_PANEL = 128  # columns: wide enough for the GEMM's full rate, and 1/2 + 64/n of the full work
+_BLOCK = 64  # rows per block of the native kernel, whose scratch holds whole blocks
 
 
 def gradient_gram(
@@ -62,17 +62,13 @@ def finite_rows(residual: Tensor, features: Tensor) -> Tensor:
 def _cpu(residual: Tensor, features: Tensor, bias: bool) -> Tensor:
     dtype = accumulate_dtype(residual.dtype)
     r, h = residual.to(dtype).contiguous(), features.to(dtype).contiguous()
-    n = len(r)
+    n, classes, d = len(r), r.shape[1], h.shape[1]
     out = torch.empty(n, n, dtype=dtype)
-    finite = True
-    for begin in range(0, n, _PANEL):
-        end = min(begin + _PANEL, n)
-        rr = _gemm.linear(r[begin:], r[begin:end])
-        hh = _gemm.linear(h[begin:], h[begin:end])
-        finite &= _native.gram_panel(
-            out.data_ptr(), rr.data_ptr(), hh.data_ptr(), dtype == torch.float64,
-            n, begin, end - begin, bias, native_threads(rr.numel()),
-        )  # fmt: skip
+    packed = torch.empty(-(-n // _BLOCK) * _BLOCK * (classes + d), dtype=dtype)
+    finite = _native.gram(
+        out.data_ptr(), packed.data_ptr(), r.data_ptr(), h.data_ptr(), dtype == torch.float64,
+        n, classes, d, bias, native_threads(n * n),
+    )  # fmt: skip
     if not finite:
         _zero_spoiled(out, r, h)
     return out
