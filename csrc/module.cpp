@@ -5,6 +5,7 @@
 
 #include <array>
 #include <new>
+#include <vector>
 
 #include "cpu/level.hpp"
 #include "gram/cpu.hpp"
@@ -110,6 +111,21 @@ void bind_statistics(py::module_& m) {
                                           at<bool>(valid)};
         return SELBP_PICK(statistics)(z, first_class, n_classes, h, feature_bias, options, at<selbp::RowState>(state),
                                       out, n_threads);
+      },
+      Released());
+  m.def(
+      "head_statistics",
+      [](Address features, Size feature_stride, Size rows, Size n_features, Address weight, Size weight_stride,
+         Size n_classes, Address bias, Address target, Address class_weight, Size ignore_index, Address loss,
+         Address lse, Address residual_sq, Address feature_sq, Address others, Address correct, Address valid) {
+        const selbp::Matrix h{at<void>(features), selbp::Type::f32, feature_stride, rows, n_features};
+        const selbp::Matrix w{at<void>(weight), selbp::Type::f32, weight_stride, n_classes, n_features};
+        const selbp::LossOptions options{at<Size>(target), at<void>(class_weight), ignore_index, 0.0, 0.0};
+        const selbp::StatisticsOutput out{at<void>(loss),       at<void>(lse),    at<void>(residual_sq),
+                                          at<void>(feature_sq), at<void>(others), at<bool>(correct),
+                                          at<bool>(valid)};
+        std::vector<float> scratch(static_cast<std::size_t>(selbp::head_scratch(n_classes, n_features)));
+        return SELBP_PICK(head_statistics)(h, w, at<float>(bias), options, out, scratch.data());
       },
       Released());
   m.def(

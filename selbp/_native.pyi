@@ -60,6 +60,26 @@ def statistics(
     valid: int,
     n_threads: int,
 ) -> int: ...
+def head_statistics(
+    features: int,
+    feature_stride: int,
+    rows: int,
+    n_features: int,
+    weight: int,
+    weight_stride: int,
+    n_classes: int,
+    bias: int,
+    target: int,
+    class_weight: int,
+    ignore_index: int,
+    loss: int,
+    lse: int,
+    residual_sq: int,
+    feature_sq: int,
+    others: int,
+    correct: int,
+    valid: int,
+) -> int: ...
 def residual(
     out: int,
     logits: int,

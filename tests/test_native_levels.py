@@ -59,6 +59,10 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for options in ({}, {"label_smoothing": 0.1, "softcap": 9.0, "class_weight": torch.rand(C)}):
             stats = ops.cross_entropy_statistics(z, y, z, **options)
             results[f"{dtype} {C} {len(options)}"] = (*stats, ops.residual(z, y, stats.lse, **options))
+for n, C, d in ((128, 10, 128), (21, 19, 5)):
+    y = torch.randint(C, (n,)); y[1] = -100
+    arguments = torch.randn(n, d), torch.randn(C, d) / d, torch.randn(C), y
+    results[f"small head {C}"] = tuple(ops.linear_cross_entropy_statistics(*arguments))
 torch.save(results, sys.argv[1])
 """
 

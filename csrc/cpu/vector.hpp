@@ -153,22 +153,55 @@ SELBP_INLINE void store(A* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-template <class A>
-SELBP_INLINE double sum(typename Simd<A>::V v) {  // pairwise: short dependency chains
-  double lanes[Simd<A>::kLanes];
-  for (int i = 0; i < Simd<A>::kLanes; ++i) lanes[i] = static_cast<double>(v[i]);
-  for (int half = Simd<A>::kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+// A vector of `kCount` lanes of A, and the two halves of one. Lanes are reduced by halving: short dependency chains,
+// and every step stays in registers.
+template <class A, int kCount>
+struct Lanes {
+  typedef A V __attribute__((vector_size(kCount * sizeof(A))));
+};
+template <class Half, class V>
+SELBP_INLINE void halve(const V& v, Half& low, Half& high) {
+  static_assert(2 * sizeof(Half) == sizeof(V), "half a vector");
+  __builtin_memcpy(&low, &v, sizeof low);
+  __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
 }
 
+template <int kCount, class V>
+SELBP_INLINE double sum_doubles(V v) {
+  if constexpr (kCount == 2) {
+    return v[0] + v[1];
+  } else {
+    typename Lanes<double, kCount / 2>::V low, high;
+    halve(v, low, high);
+    return sum_doubles<kCount / 2>(low + high);
+  }
+}
+template <class A>
+SELBP_INLINE double sum(typename Simd<A>::V v) {
+  if constexpr (sizeof(A) == sizeof(double)) {
+    return sum_doubles<Simd<A>::kLanes>(v);
+  } else {
+    constexpr int kHalf = Simd<A>::kLanes / 2;
+    using Wide = typename Lanes<double, kHalf>::V;
+    typename Lanes<float, kHalf>::V low, high;
+    halve(v, low, high);
+    return sum_doubles<kHalf>(__builtin_convertvector(low, Wide) + __builtin_convertvector(high, Wide));
+  }
+}
+
+template <class A, int kCount, class V>
+SELBP_INLINE A greatest_lane(V v) {
+  if constexpr (kCount == 2) {
+    return v[0] > v[1] ? v[0] : v[1];
+  } else {
+    typename Lanes<A, kCount / 2>::V low, high;
+    halve(v, low, high);
+    return greatest_lane<A, kCount / 2>(low > high ? low : high);
+  }
+}
 template <class A>
 SELBP_INLINE A greatest(typename Simd<A>::V v) {  // of its lanes, none of them NaN
-  A lanes[Simd<A>::kLanes];
-  store(lanes, v);
-  for (int half = Simd<A>::kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
-  return lanes[0];
+  return greatest_lane<A, Simd<A>::kLanes>(v);
 }
 
 // 0, 1, 2, ... in the lanes.

@@ -1,6 +1,7 @@
 // The statistics for one x86-64 level; see cpu.hpp for the quantities.
 #include "statistics/cpu.hpp"
 
+#include "statistics/head.hpp"
 #include "statistics/rows.hpp"
 
 namespace selbp {
@@ -224,6 +225,44 @@ int64_t statistics(const Matrix& logits, int64_t first_class, int64_t n_classes,
   if (bad >= 0) return bad;
   dispatch(logits.type, options,
            StatisticsBody{logits, first_class, n_classes, features, feature_bias, options, state, output, n_threads});
+  return -1;
+}
+
+int64_t head_statistics(const Matrix& features, const Matrix& weight, const float* bias, const LossOptions& options,
+                        const StatisticsOutput& output, float* scratch) {
+  const int64_t classes = weight.rows, depth = weight.columns;
+  const int64_t bad = first_bad_target(options, features.rows, classes);
+  if (bad >= 0) return bad;
+  const int64_t stride = (classes + kHeadLanes - 1) / kHeadLanes * kHeadLanes;
+  float* const packed = scratch;
+  float* const logits = packed + stride * depth;           // [row][class]
+  float* const transposed = logits + stride * kHeadLanes;  // [class][row]
+  pack_head(weight, packed);
+  const float* class_weight = static_cast<const float*>(options.class_weight);
+  for (int64_t first = 0; first < features.rows; first += kHeadLanes) {
+    const int count = static_cast<int>(features.rows - first < kHeadLanes ? features.rows - first : kHeadLanes);
+    const float* x = static_cast<const float*>(features.data) + first * features.row_stride;
+    for (int64_t c = 0; c < stride; c += kHeadLanes) {
+      int r = 0;
+      for (; r + 8 <= count; r += 8)
+        head_group<8>(x + r * features.row_stride, features.row_stride, packed + c * depth, depth,
+                      logits + r * stride + c, stride);
+      for (; r < count; ++r)
+        head_group<1>(x + r * features.row_stride, features.row_stride, packed + c * depth, depth,
+                      logits + r * stride + c, stride);
+    }
+    int32_t y[kHeadLanes];
+    for (int r = 0; r < kHeadLanes; ++r)
+      y[r] = r < count && options.target[first + r] != options.ignore_index ? int32_t(options.target[first + r]) : -1;
+    const HeadState sums = head_sums(logits, stride, bias, classes, y, transposed);
+    for (int r = 0; r < count; ++r) {
+      const RowState state{sums.m[r], sums.s[r], sums.s2[r], 0, 0, 0, 0, sums.z_y[r], 1};
+      const double w_y = class_weight && y[r] >= 0 ? static_cast<double>(class_weight[y[r]]) : 1.0;
+      const RowResult result = finish(state, y[r], w_y, 0.0, 0.0);
+      const double feature_sq = square_sum(x + r * features.row_stride, depth) + (bias ? 1.0 : 0.0);
+      write<float>(output, first + r, result, y[r] < 0, feature_sq);
+    }
+  }
   return -1;
 }
 

@@ -37,6 +37,9 @@ struct RowState {
   double z_y, derivative_y;  // the target's logit after the cap, and D there
 };
 
+// For vectors of up to 16 lanes: packed weights, and the logits of one vector's worth of rows, twice.
+constexpr int64_t head_scratch(int64_t classes, int64_t depth) { return (classes + 15) / 16 * 16 * (depth + 32); }
+
 constexpr int kStateDoubles = sizeof(RowState) / sizeof(double);
 
 struct StatisticsOutput {  // floats in the compute type of the logits
@@ -54,17 +57,22 @@ struct ResidualTile {
   const void* scale;   // what each row is multiplied with; null: 1
 };
 
-// Both return the first row whose target lies outside [0, n_classes) and is not ignored (nothing is read through it),
+// All return the first row whose target lies outside [0, n_classes) and is not ignored (nothing is read through it),
 // or -1.
 //
 // statistics: consumes columns [first_class, first_class + logits.columns) of n_classes. The first tile initialises
 // `state` (rows entries; null where one tile is the whole row), the last one writes `output`. `features.data` may be
 // null: feature_sq is then 1.
+// head_statistics: `statistics` of features @ weight.T + bias, all float, without smoothing and cap; serial, and meant
+// for small heads. `scratch` holds head_scratch(classes, depth) zeros.
 // residual: (rows, columns) softmax minus target, times the chain factor of the cap and `scale`; 0 in rows that are
 // not valid. `output` may be the logits' own memory where they have the compute type and no padding.
 SELBP_DECLARE_LEVELS(int64_t statistics(const Matrix& logits, int64_t first_class, int64_t n_classes,
                                         const Matrix& features, bool feature_bias, const LossOptions& options,
                                         RowState* state, const StatisticsOutput& output, int n_threads);
+                     int64_t head_statistics(const Matrix& features, const Matrix& weight, const float* bias,
+                                             const LossOptions& options, const StatisticsOutput& output,
+                                             float* scratch);
                      int64_t residual(const Matrix& logits, const ResidualTile& tile, const LossOptions& options,
                                       void* output, int n_threads);)
 

@@ -29,6 +29,9 @@ from selbp.ops.types import BatchStatistics
 _TILE_BYTES = 4 << 20  # of logits: large enough for the GEMM's full rate, small enough to stay in the last-level cache
 _TILE_ROWS = 1024
 
+_SMALL_HEAD = 1 << 19  # multiply-adds up to which a float32 head's own kernel beats a BLAS call
+_PACKED_ROWS = 16  # rows that repay packing the weights for it
+
 _Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -112,10 +115,9 @@ def linear_cross_entropy_statistics(
 
 
 def _outputs(like: Tensor, n: int, dtype: torch.dtype) -> _Tensors:
-    def empty(dtype: torch.dtype) -> Tensor:
-        return like.new_empty(n, dtype=dtype)
-
-    return empty(dtype), empty(dtype), empty(dtype), empty(dtype), empty(torch.bool), empty(torch.bool)
+    empty = torch.empty_like
+    number, flag = like.new_empty(n, dtype=dtype), like.new_empty(n, dtype=torch.bool)
+    return number, empty(number), empty(number), empty(number), flag, empty(flag)
 
 
 class StatisticsPass:
@@ -145,6 +147,20 @@ class StatisticsPass:
     def carry(self) -> None:
         """Keep each row's state between tiles."""
         self.state = torch.empty(self.target.shape[0], _native.STATISTICS_STATE, dtype=torch.float64)
+
+    def add_small_head(self, weight: Tensor, bias: Tensor | None) -> None:
+        """The whole pass over a small float32 head in one native call, logits and all."""
+        f, y = self.features, self.target
+        assert f is not None
+        weight, bias = contiguous_rows(weight), None if bias is None else bias.contiguous()
+        loss, lse, residual_sq, feature_sq, correct, valid = self.outputs
+        bad = _native.head_statistics(
+            f.data_ptr(), f.stride(0), f.shape[0], f.shape[1], weight.data_ptr(), weight.stride(0), self.n_classes,
+            address(bias), y.data_ptr(), address(self.weight), self.ignore_index, loss.data_ptr(), lse.data_ptr(),
+            residual_sq.data_ptr(), feature_sq.data_ptr(), address(self.others), correct.data_ptr(), valid.data_ptr(),
+        )  # fmt: skip
+        if bad >= 0:
+            raise_bad_target(y, bad, self.n_classes, self.ignore_index)
 
     def add(self, logits: Tensor, row: int = 0, first_class: int = 0) -> None:
         """Fold in the logits of rows [row, row + len) and classes [first_class, ...); the last tile finishes."""
@@ -201,7 +217,11 @@ def _linear_cpu(
 
 def fold_head(one: StatisticsPass, features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Run ``one`` over the logits of a head, a tile at a time."""
-    n, n_classes = features.shape[0], weight.shape[0]
+    (n, d), n_classes = features.shape, weight.shape[0]
+    small = n * d * n_classes <= _SMALL_HEAD and n >= _PACKED_ROWS and features.dtype == torch.float32
+    if small and not one.label_smoothing and not one.softcap:
+        one.add_small_head(weight, bias)
+        return
     rows, columns = tile_shape(n, n_classes, features.dtype)
     if n <= rows and n_classes <= columns:
         one.add(_gemm.linear(features, weight, bias))

@@ -183,6 +183,57 @@ def test_no_rows_and_no_features():
     assert (no_width.feature_sq == 1).all()  # the bias's
 
 
+def small_head(n, n_classes, d, with_bias):
+    target = torch.randint(n_classes, (n,))
+    target[1] = -100
+    bias = torch.randn(n_classes) if with_bias else None
+    return torch.randn(n, d), torch.randn(n_classes, d) / max(1, d) ** 0.5, bias, target
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape", [(16, 1, 3), (128, 10, 128), (17, 16, 7), (39, 17, 65), (64, 70, 1), (20, 3, 0)])
+def test_small_heads(shape, with_bias, weighted, monkeypatch):
+    features, weight, bias, target = small_head(*shape, with_bias)
+    class_weight = torch.rand(shape[1]) if weighted else None
+    monkeypatch.setattr(statistics._gemm, "linear", None)  # the native product alone
+    ours = ops.linear_cross_entropy_statistics(features, weight, bias, target, class_weight=class_weight)
+    strided = ops.linear_cross_entropy_statistics(
+        features.t().contiguous().t(), torch.cat([weight, weight], 1)[:, : shape[2]],
+        None if bias is None else torch.stack([bias, bias], 1)[:, 0], target, class_weight=class_weight,
+    )  # fmt: skip
+    for a, b in zip(strided, ours, strict=True):
+        assert torch.equal(a, b)
+    wide, fine = (
+        reference.linear_cross_entropy_statistics(
+            *(None if x is None else x.to(dtype) for x in (features, weight, bias)), target,
+            class_weight=None if class_weight is None else class_weight.to(dtype),
+        )
+        for dtype in (torch.float32, torch.float64)
+    )  # fmt: skip
+    assert_statistics(ours, wide, fine)
+
+
+def test_small_heads_flag_rows_and_keep_confident_ones():
+    features, weight, bias, target = small_head(40, 10, 12, True)
+    target[target == 9] = 0
+    bias[9] = -torch.inf
+    features[3, 0], features[9, 2] = torch.nan, torch.inf
+    ours = ops.linear_cross_entropy_statistics(features, weight, bias, target)
+    assert (~ours.valid).nonzero()[:, 0].tolist() == [1, 3, 9]
+    assert not ours.correct[~ours.valid].any()
+
+    logits, target, exact = confident(torch.float32, n_classes=50)
+    ours = ops.linear_cross_entropy_statistics(torch.eye(len(logits)), logits.t().contiguous(), None, target)
+    for name in ("loss", "residual_sq"):
+        a, x = getattr(ours, name).double(), getattr(exact, name)
+        assert float(((a - x) / x).abs().max()) < 1e-4, name
+
+    target[7] = 50
+    with pytest.raises(ValueError, match=r"target must lie in \[0, 50\).* got 50 in row 7"):
+        ops.linear_cross_entropy_statistics(torch.eye(len(logits)), logits.t(), None, target)
+
+
 def test_gradient_norm_is_that_of_autograd():
     logits, target, features, class_weight = problem(6, 5, 4, torch.float64, True)
     head = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
