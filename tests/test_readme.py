@@ -21,3 +21,7 @@ def test_its_commands_and_files_exist():
     assert {"demo", "test"} <= set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.M)) <= targets
     for link in re.findall(r"\]\(([^)h][^)]*)\)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_its_table_is_the_one_that_the_demo_wrote():
+    assert (ROOT / "benchmarks" / "results" / "demo.md").read_text().strip() in README
