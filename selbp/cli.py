@@ -123,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
         "  selbp compare --arms random,top-loss,matching --seeds 0-4 --keep 0.1 --epochs 8 --out runs/tenth\n"
         "  selbp compare --arms full,random,matching:ridge=0.01 --budget samples\n"
         "  selbp compare --arms random,matching --keep 0.1 --tune 0.02,0.05,0.1   # rates on held-out training data\n\n"
-        f"arms:\n{_selector_help()}",
+        f"arms:\n{_arm_help()}",
     )  # fmt: skip
     compare.add_argument("--preset", choices=["demo"], help="demo: the six rules of `make demo`, minutes on two cores")
     compare.add_argument("--arms", type=list_argument, metavar="A,B,...", help="rules to compare (default: the demo's)")
@@ -164,6 +164,17 @@ def _selector_help() -> str:
     from selbp.study.rules import RULES  # light: names and words only
 
     return "\n".join(f"  {name:<16} {rule.summary}" for name, rule in RULES.items())
+
+
+def _arm_help() -> str:
+    from selbp.study.rules import ARMS
+
+    named = "\n".join(f"  {name:<16} {title}: {text}" for name, (title, text) in ARMS.items())
+    return (
+        f"{_selector_help()}\n{named}\n\nAn arm is written rule:option=value,...@option=value,..., the rule's options "
+        "after the colon and\nthe arm's own training after the @: keep, cut, head_gradient, backward, scoring, "
+        "batch_size, lr, title;\nin a list, write ; for the comma between options."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

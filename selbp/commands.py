@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from selbp.data import DataError, Dataset, load
-from selbp.study.arms import build_selector, keep_for, parse
-from selbp.study.compare import Arm, Comparison, Outcome, run_all, tune
+from selbp.study.arms import Arm, build_selector, keep_for, parse
+from selbp.study.compare import Comparison, Outcome, run_all, tune
 from selbp.study.config import RunConfig
 from selbp.study.run import Diverged, Run, read_config, read_result
 from selbp.study.storage import StorageError, write_text
@@ -164,13 +164,14 @@ def compare(arguments: argparse.Namespace) -> int:
 
     demo = arguments.preset == "demo"
     names = arguments.arms or list(DEMO_ARMS)
-    arms = [Arm(name, arguments.lr) for name in names]
+    arms = [Arm.parse(name) for name in names]
+    arms = [arm if arguments.lr is None else replace(arm, lr=arguments.lr) for arm in arms]
     rates = [arm.rate() for arm in arms]  # also checks the names
     data = _load(arguments, fallback=demo)
-    base = _base(arguments, data, names[0], rates[0], 0)
+    base = _base(arguments, data, arms[0].selector, rates[0], 0)
     base = replace(base, keep=0.25 if arguments.keep is None else arguments.keep)
-    for name in names:
-        build_selector(name)
+    for arm in arms:
+        build_selector(arm.selector)
     comparison = Comparison(base, arms, arguments.seeds or [0, 1, 2], arguments.budget)
     folder = arguments.out or Path("runs") / ("demo" if demo else "compare")
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,7 +203,7 @@ def compare(arguments: argparse.Namespace) -> int:
             comparison, scores = tune(comparison, arguments.tune, data, folder, progress=progress)
             write_text(folder / "tuning.json", json.dumps(scores, indent=1) + "\n")
             for arm in comparison.arms:
-                tried = ", ".join(f"{rate:g}: {score:.2f} %" for rate, score in scores[arm.selector].items())
+                tried = ", ".join(f"{rate:g}: {score:.2f} %" for rate, score in scores[arm.name].items())
                 say(f"{arm.label}: rate {arm.rate():g} (held-out accuracy by rate: {tried})")
         run_all(comparison, data, folder, progress=progress, finished=finished)
     except KeyboardInterrupt:

@@ -9,31 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from selbp.data import Dataset
-from selbp.study.arms import keep_for, parse
+from selbp.study.arms import Arm
 from selbp.study.config import RunConfig
 from selbp.study.run import Diverged, Run, read_config, read_result
 from selbp.study.storage import StorageError, write_text
 
 BUDGETS = ("steps", "samples")
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One line of the table: a selector and, where it is not the rule's own, its learning rate."""
-
-    selector: str
-    lr: float | None = None
-
-    @property
-    def label(self) -> str:
-        """The rule's label, with the options that were given."""
-        rule, _ = parse(self.selector)
-        options = self.selector.partition(":")[2]
-        return f"{rule.label} ({options})" if options else rule.label
-
-    def rate(self) -> float:
-        """Its learning rate."""
-        return parse(self.selector)[0].lr if self.lr is None else self.lr
 
 
 @dataclass(frozen=True)
@@ -55,7 +36,7 @@ class Comparison:
         if self.budget not in BUDGETS:
             raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, got {self.budget!r}")
         for name, values in (
-            ("arm", [arm.selector for arm in self.arms]),
+            ("arm", [arm.name for arm in self.arms]),
             ("seed", [str(seed) for seed in self.seeds]),
         ):
             repeated = sorted({value for value in values if values.count(value) > 1})
@@ -64,9 +45,7 @@ class Comparison:
 
     def config(self, arm: Arm, seed: int) -> RunConfig:
         """The configuration of one run."""
-        config = replace(
-            self.base, selector=arm.selector, keep=keep_for(arm.selector, self.base.keep), lr=arm.rate(), seed=seed
-        )
+        config = arm.config(self.base, seed)
         if self.budget == "samples":
             steps = max(1, round(self.base.steps * self.base.kept() / config.kept()))
             every = max(1, round(self.base.evaluate_every * steps / self.base.steps))
@@ -101,7 +80,7 @@ def no_progress(_index: int, _total: int, _arm: Arm, _config: RunConfig, _done: 
 
 def run_folder(folder: Path, arm: Arm, config: RunConfig) -> Path:
     """Where a run of a comparison lives; its name ends with the key, so that it is found again by its configuration."""
-    name = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in arm.selector)
+    name = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in arm.name)
     return folder / "runs" / f"{name}-seed{config.seed}-{config.key()}"
 
 
@@ -167,5 +146,5 @@ def tune(
         if not score:
             raise ValueError(f"{arm.label} fails at every one of the rates {list(rates)}")
         arms.append(replace(arm, lr=max(score, key=lambda rate: score[rate])))
-        scores[arm.selector] = score
+        scores[arm.name] = score
     return replace(comparison, arms=arms), scores

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from selbp.study.models import MODELS
 
-FORMAT = 1  # part of every key: raise it when the same configuration would give another result
+FORMAT = 2  # part of every key: raise it when the same configuration would give another result
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RunConfig:
     steps: int
     lr: float  # peak learning rate
     model: str = "cnn"
-    keep: float | int = 0.25
+    keep: float | int | str = 0.25  # a share, a number of samples, or "auto"
     batch_size: int = 128
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -32,12 +32,17 @@ class RunConfig:
     backward: Literal["auto", "rows", "recompute"] = "auto"
     scoring: Literal["same", "eval"] = "same"
     head_gradient: Literal["subset", "full"] = "subset"
+    cut: str = ""  # a module's name, or how many layers below the output; "" for none
+    options: str = ""  # further arguments of SelectiveBackprop: option=value,...
     evaluate_every: int = 200
+    journal_every: int = 1  # steps between saved states: what a kill may lose
     device: str = "cpu"
     threads: int = 0  # 0: as torch decides
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("evaluate_every", 1), ("threads", 0)):
+        for name, least in (
+            ("steps", 1), ("batch_size", 1), ("evaluate_every", 1), ("journal_every", 1), ("threads", 0)
+        ):  # fmt: skip
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
@@ -54,11 +59,14 @@ class RunConfig:
                               ("head_gradient", ("subset", "full"))):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        self.kept()
+        if self.keep != "auto":
+            self.kept()
 
     def kept(self) -> int:
-        """Samples of each minibatch that run backward."""
+        """Samples of each minibatch that run backward. ValueError for ``keep="auto"``, which decides at each step."""
         keep = self.keep
+        if isinstance(keep, str):
+            raise ValueError(f'keep must be a share, a number of samples or "auto", got {keep!r}')
         in_range = (keep >= 1) if isinstance(keep, int) else (0.0 < keep <= 1.0)
         if isinstance(keep, bool) or not in_range:
             raise ValueError(f"keep must be a share in (0, 1] (1.0 is all) or a number of samples, got {keep!r}")

@@ -55,6 +55,18 @@ class MLP(nn.Module):
 
 MODELS: dict[str, Callable[[tuple[int, int], int], nn.Module]] = {"cnn": SmallCNN, "mlp": MLP}
 HEAD = "head"  # the name of each model's last linear layer
+# Modules at whose output a cut leaves 1, 2, ... layers with parameters above it.
+CUTS: dict[str, tuple[str, ...]] = {"cnn": ("body.10", "body.9"), "mlp": ("body.3", "body.2")}
+
+
+def place_of(model: str, cut: str) -> str:
+    """The module that ``cut`` means: its name, or a number of layers below the output."""
+    if not cut.isdigit():
+        return cut
+    places = CUTS[model]
+    if not 1 <= int(cut) <= len(places):
+        raise ValueError(f"cut must be a module's name or 1 to {len(places)} layers below the output, got {cut}")
+    return places[int(cut) - 1]
 
 
 def build_model(name: str, split: Split, n_classes: int, seed: int) -> nn.Module:

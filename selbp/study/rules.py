@@ -17,6 +17,7 @@ class Rule:
     summary: str
     options: dict[str, Any] = field(default_factory=dict)
     lr: float = 0.05
+    training: str = ""  # options of the training that every arm with this rule has: option=value,...
 
 
 RULES: dict[str, Rule] = {
@@ -30,4 +31,12 @@ RULES: dict[str, Rule] = {
     "gradnorm": Rule("GradNormImportance", "gradient-norm importance", "odds by gradient norm, unbiased weights"),
     "matching": Rule("GradientMatching", "gradient matching", "weights and rows that match the mean gradient"),
     "divbs": Rule("DivBS", "diverse (DivBS)", "odds by what the chosen ones do not yet span"),
+}
+
+# Arms that are more than a rule: title, and rule[:option=value,...]@option=value,... as Arm.parse reads it.
+ARMS: dict[str, tuple[str, str]] = {
+    "matching-head": ("matching, exact head", "matching@head_gradient=full"),
+    "matching-cut1": ("matching below the head", "matching@cut=1"),
+    "matching-cut2": ("matching two layers below the head", "matching@cut=2"),
+    "random-cut2": ("random rows two layers below the head", "random@cut=2"),
 }

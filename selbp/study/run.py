@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from selbp.data import Dataset, Split
-from selbp.study.arms import build_selector
+from selbp.study.arms import build_selector, options_of
 from selbp.study.config import RunConfig
-from selbp.study.models import HEAD, build_model
+from selbp.study.models import HEAD, build_model, place_of
 from selbp.study.storage import Journal, JsonLines, StorageError, write_text
 from selbp.training import SelectiveBackprop
 
@@ -68,6 +68,17 @@ class Order:
         return self._order[position * self.batch_size : (position + 1) * self.batch_size]
 
 
+def wrapper_of(config: RunConfig, model: nn.Module, generator: torch.Generator) -> SelectiveBackprop:
+    """The training step that ``config`` describes. ValueError for options that do not exist or do not go together."""
+    options: dict[str, Any] = {"keep": config.keep, "backward": config.backward, "scoring": config.scoring}
+    options |= {"head_gradient": config.head_gradient, **options_of(config.options)}
+    options |= {"cut": place_of(config.model, config.cut)} if config.cut else {"head": HEAD}
+    try:
+        return SelectiveBackprop(model, selector=build_selector(config.selector), generator=generator, **options)
+    except TypeError as error:
+        raise ValueError(f"training options {config.options!r}: {error}") from error
+
+
 class Run:
     """A run in ``folder``: created or resumed by :meth:`open`, carried through by :meth:`execute`.
 
@@ -82,11 +93,7 @@ class Run:
         self.order = Order(len(data.train), config.batch_size, config.seed)
         self.model = build_model(config.model, data.train, data.n_classes, config.seed).to(self.device)
         self.generator = torch.Generator(self.device).manual_seed(config.seed + 1)
-        self.wrapper = SelectiveBackprop(
-            self.model, selector=build_selector(config.selector), keep=config.keep, head=HEAD,
-            backward=config.backward, scoring=config.scoring, head_gradient=config.head_gradient,
-            generator=self.generator,
-        )  # fmt: skip
+        self.wrapper = wrapper_of(config, self.model, self.generator)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
             nesterov=config.momentum > 0, fused=self.device.type in ("cpu", "cuda"),
@@ -147,9 +154,10 @@ class Run:
                     loss = self._close_window()
                 if self.step % self.config.evaluate_every == 0 or self.step == self.config.steps:
                     self._evaluate()
-                started = time.perf_counter()
-                self.journal.write(self.state(), self.step)
-                self.journal_seconds += time.perf_counter() - started
+                if self.step % self.config.journal_every == 0:
+                    started = time.perf_counter()
+                    self.journal.write(self.state(), self.step)
+                    self.journal_seconds += time.perf_counter() - started
                 advance(self.config.batch_size, loss)
         return self._finish()
 
@@ -166,7 +174,7 @@ class Run:
         seconds = {**self.wrapper.report.seconds, "optimizer": now - before, "total": now - started}
         self.window[self.step % WINDOW] = torch.tensor([seconds.get(phase, 0.0) for phase in PHASES])
         self.step += 1
-        self.backward_samples += self.config.kept()
+        self.backward_samples += self.wrapper.report.k
 
     def _open_window(self) -> Tensor:
         """The steps that no log row has summed up yet."""

@@ -28,9 +28,9 @@ def t95(degrees: int) -> float:
 class Line:
     """One arm over its seeds. Accuracies in per cent, times in seconds of one run."""
 
-    selector: str
+    name: str  # of the arm
     label: str
-    keep: float | int
+    keep: float | int | str
     lr: float
     results: list[dict[str, Any]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -61,7 +61,7 @@ def lines_of(outcomes: Sequence[Outcome]) -> list[Line]:
     lines: dict[str, Line] = {}
     for outcome in outcomes:
         arm, config = outcome.arm, outcome.config
-        line = lines.setdefault(arm.selector, Line(arm.selector, arm.label, config.keep, config.lr))
+        line = lines.setdefault(arm.name, Line(arm.name, arm.label, config.keep, config.lr))
         if outcome.result is not None:
             line.results.append(outcome.result)
         else:
@@ -89,10 +89,11 @@ HEADINGS = (
 
 def rows_of(lines: Sequence[Line]) -> list[list[str]]:
     """The table's cells, as text, under :data:`HEADINGS`."""
-    baseline = next((line for line in lines if line.selector == BASELINE and line.results), None)
+    baseline = next((line for line in lines if line.name == BASELINE and line.results), None)
     rows = []
     for line in lines:
-        keep = f"{line.keep} rows" if isinstance(line.keep, int) else "all" if line.keep == 1 else f"{line.keep:g}"
+        keep = line.keep if isinstance(line.keep, str) else f"{line.keep:g}"
+        keep = f"{keep} rows" if isinstance(line.keep, int) else "all" if line.keep == 1 else keep
         head = [line.label, keep, f"{line.lr:g}"]
         if not line.results:
             rows.append([*head, f"failed: {line.errors[0]}", *["-"] * (len(HEADINGS) - 4)])

@@ -91,7 +91,8 @@ class PlacedCut:
 
         def attach(module: nn.Module, args: Any, output: Any) -> Any:
             if isinstance(output, Tensor):
-                return self._cut.attach(output, None, made)
+                linear = isinstance(module, nn.Linear) and len(args) == 1  # then its gradients are known exactly
+                return self._cut.attach(output, args[0] if linear else None, made)
             if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
                 return type(output)([self._cut.attach(output[0], None, made), *output[1:]])
             raise TypeError(f"cut={self.name!r} must return a Tensor or a tuple that starts with one")

@@ -11,7 +11,8 @@ import pytest
 
 from selbp.data import Dataset, Split
 from selbp.study import compare as module
-from selbp.study.compare import Arm, Comparison, run_all, run_folder, tune
+from selbp.study.arms import Arm
+from selbp.study.compare import Comparison, run_all, run_folder, tune
 from selbp.study.config import RunConfig
 from selbp.study.report import write_report
 from selbp.study.run import Run
@@ -118,9 +119,7 @@ def test_tuning_never_sees_the_test_part(tmp_path: Path, dataset: Dataset, compa
     blind = dataclasses.replace(dataset, test=Forbidden(*dataclasses.astuple(dataset.test)))
     assert "test part was read" in (run_all(comparison, blind, tmp_path / "a")[0].error or "")  # the guard bites
     tuned, scores = tune(comparison, [1e-4, 0.1], blind, tmp_path / "b")
-    assert [arm.lr for arm in tuned.arms] == [
-        max(scores[arm.selector], key=scores[arm.selector].get) for arm in tuned.arms
-    ]
+    assert [arm.lr for arm in tuned.arms] == [max(scores[arm.name], key=scores[arm.name].get) for arm in tuned.arms]
     assert tuned.arms[1].lr == 0.1 and set(scores["random"]) == {1e-4, 0.1}
 
 

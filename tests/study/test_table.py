@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selbp.study.compare import Arm, Outcome
+from selbp.study.arms import Arm
+from selbp.study.compare import Outcome
 from selbp.study.config import RunConfig
 from selbp.study.plots import accuracy_plot, mean_curve, spread_labels, time_plot
 from selbp.study.table import HEADINGS, PHASES, lines_of, markdown, paired_difference, rows_of, t95

@@ -37,7 +37,8 @@ def test_the_step_places_a_cut(by_name: bool) -> None:
     got = gradients(model)
     F.cross_entropy(model(x), y).backward()
     full = gradients(model)
-    F.cross_entropy(model[3:](selbp.selective_backward(model[:3](x), 0.25)), y).backward()
+    below = model[:2](x)  # the input of the layer at the cut, which its gradients are products of
+    F.cross_entropy(model[3:](selbp.selective_backward(model[2](below), 0.25, features=below)), y).backward()
     want = gradients(model)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
