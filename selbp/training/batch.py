@@ -85,6 +85,14 @@ class Batch:
 
         return Batch(map_tensors(self.inputs, alive), map_tensors(self.target, alive), {}, len(live), self.device)
 
+    def take(self, indices: Tensor) -> Batch:
+        """The samples ``indices`` (k,), without what the caller knows of each."""
+
+        def rows(x: Tensor) -> Tensor:
+            return take_rows(x, indices)
+
+        return Batch(map_tensors(self.inputs, rows), map_tensors(self.target, rows), {}, len(indices), self.device)
+
     def finite(self) -> Tensor:
         """(n,) bool: every floating entry of the sample's inputs and target is finite."""
         result = torch.ones(self.n, dtype=torch.bool, device=self.device)

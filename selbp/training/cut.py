@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from selbp.ops.types import BatchStatistics, Selection
 from selbp.selectors import GradientMatching, ReducibleLoss, Selector, TopLoss
-from selbp.training.backward.rows.layout import BatchNormPolicy
+from selbp.training.backward.rows.layout import BatchNormPolicy, RowSet
 from selbp.training.backward.rows.refuse import refuse_backward, refuse_forward
-from selbp.training.backward.rows.select import enter, row_set
+from selbp.training.backward.rows.select import enter
 from selbp.training.backward.rows.tensor import RowGradient, densify
 from selbp.training.budget import check_keep, kept_rows, random_error
 from selbp.training.cut_proxies import FlatProxies, Proxy, proxies_at_cut, statistics_at_cut
@@ -146,26 +146,35 @@ class Cut:
         m, k = delta.shape[0], kept_rows(self.keep, n)
         if k >= m:
             return None
+        if delta.device.type == "cpu" and not delta.abs().amax().isfinite():
+            return None  # a scaled loss overflowed: GradScaler must see it
+        ascending, rows, report = self.pick(delta, activation, k)
+        if outer is not None:
+            ascending = outer.on(delta.device)[ascending]
+            indices, weights = report.selection
+            report.n, report.selection = n, Selection(outer.on(delta.device)[indices], weights * (m / n))
+        self.last = report
+        kept = RowSet(ascending, n, batchnorm=self.batchnorm, dense=report.dense)
+        return enter(kept, rows, None)
+
+    def pick(self, delta: Tensor, activation: Tensor, k: int) -> tuple[Tensor, Tensor, CutReport]:
+        """Choose k of the n rows of ``delta``: (k,) ascending indices, the (k, ...) rows that go on, and the report.
+
+        Where ``delta`` is not finite all k rows are NaN: asking would wait for the device, and GradScaler sees it.
+        """
+        n = delta.shape[0]
         greatest = delta.abs().amax() if delta.numel() else delta.new_zeros(())
         finite = greatest.isfinite()
-        if delta.device.type == "cpu" and not finite:
-            return None  # a scaled loss overflowed: GradScaler must see it
         with without_autocast(delta.device):
-            selection, stats, proxies = self._select(torch.where(finite, delta, 0), activation, k)
-        scale = m * selection.weights.to(delta.dtype)
-        rows = delta.index_select(0, selection.indices)
-        live = (selection.weights != 0).view(-1, *[1] * (delta.dim() - 1))
-        rows = torch.where(live, rows * scale.view_as(live), 0)
-        if delta.device.type != "cpu":  # there, asking would wait for the device: let every row carry the overflow on
-            rows = torch.where(finite, rows, torch.nan)
-        indices = selection.indices if outer is None else outer.on(delta.device)[selection.indices]
-        chosen = Selection(indices, selection.weights * (m / n))
-        self.last = CutReport(n, k, chosen, Counter(), selection, stats, proxies)
-        kept, order = row_set(indices, n, batchnorm=self.batchnorm, dense=self.last.dense)
-        return enter(kept, rows, order)
+            selection, stats, proxies = self._select(torch.where(finite, delta, 0), activation, k, greatest)
+        ascending, order = selection.indices.sort()  # the order that the backward needs, and that reads memory forwards
+        weights = selection.weights.to(delta.dtype).index_select(0, order).view(-1, *[1] * (delta.dim() - 1))
+        rows = torch.where(weights != 0, delta.index_select(0, ascending) * (n * weights), 0)
+        rows = torch.where(finite, rows, torch.nan)
+        return ascending, rows, CutReport(n, k, selection, Counter(), selection, stats, proxies)
 
     def _select(
-        self, delta: Tensor, activation: Tensor, k: int
+        self, delta: Tensor, activation: Tensor, k: int, greatest: Tensor
     ) -> tuple[Selection, BatchStatistics, FlatProxies | HeadProxies | None]:
         m = delta.shape[0]
         needs = self.selector.needs
@@ -174,11 +183,11 @@ class Cut:
             if delta.dtype == torch.float64:  # weights have the losses' dtype
                 stats = stats._replace(loss=stats.loss.double())
             return self.selector.select(stats, k, generator=self.generator), stats, None
-        proxies = proxies_at_cut(delta, activation, self.proxy)
+        proxies = proxies_at_cut(delta, activation, self.proxy, greatest)
         loss = None if self.losses is None else self.losses()
         if loss is not None and loss.shape != (m,):
             raise ValueError(f"losses() must return ({m},) losses, got {tuple(loss.shape)}")
-        stats = statistics_at_cut(proxies, loss)
+        stats = statistics_at_cut(proxies, loss, needs == "gradients")
         selection = self.selector.select(stats, k, proxies=proxies, generator=self.generator)
         if proxies.complete:
             proxies.release()

@@ -24,7 +24,7 @@ Proxy = Literal["pooled", "flat", "positions"]
 
 
 class FlatProxies(GradientProxies):
-    """Proxies whose mean gradient is far too large to form, so that its products come from the Gram matrix."""
+    """One position per sample, and a mean gradient too large to form: its products come from the Gram matrix."""
 
     def mean_gradient(self) -> MeanGradient:
         """Inner products and norm of the mean; in place of the mean itself a tensor without elements."""
@@ -67,30 +67,44 @@ def proxies_at_cut(
     delta: Tensor,  # (n, ...) finite, floating
     features: Tensor,  # (n, ...) of the same number of samples
     kind: Proxy,
+    greatest: Tensor,  # () of delta's entries, in magnitude
 ) -> FlatProxies | HeadProxies:
-    """The per-sample gradients at a cut, in at least float32, scaled to a greatest entry of 1: rules are scale-free."""
+    """The per-sample gradients at a cut, in at least float32, scaled to a greatest entry of 1: rules are scale-free.
+
+    With one position per sample, (n, C) and (n, d), the mean gradient's products are taken from whichever is smaller:
+    the Gram matrix or, at 2 n C d multiplications beside it, the mean gradient itself.
+    """
     wide = torch.float64 if delta.dtype == torch.float64 else torch.float32
-    delta, features = delta.to(wide), features.to(wide)
-    delta = delta / delta.abs().amax().clamp(min=torch.finfo(wide).tiny)
+    features = features.to(wide)
+    delta = delta.to(wide) / greatest.to(wide).clamp(min=torch.finfo(wide).tiny)
     if kind == "flat":
         return FlatProxies(delta.flatten(1), features.flatten(1))
     tokens = _positions_last(delta, delta.dim() >= 4)
     inputs = _positions_last(features, features.dim() >= 4)
     if kind == "pooled" or tokens.shape[1] != inputs.shape[1]:
         tokens, inputs = tokens.sum(1, keepdim=True), inputs.mean(1, keepdim=True)
-    return HeadProxies(lambda: tokens, lambda: inputs, positions=tokens.shape[1])
+    n, positions, width = tokens.shape
+    if positions == 1 and n * n < 2 * width * inputs.shape[2]:
+        return FlatProxies(tokens[:, 0], inputs[:, 0])
+    return HeadProxies(lambda: tokens, lambda: inputs, positions=positions)
 
 
-def statistics_at_cut(proxies: FlatProxies | HeadProxies, loss: Tensor | None) -> BatchStatistics:
-    """(n,) norms of the gradients at the cut, in a selector's terms; the loss where there is one."""
-    n = len(proxies.residual)
-    unknown = BatchStatistics.unscored(torch.ones(n, dtype=torch.bool, device=proxies.residual.device))
-    dtype = proxies.residual.dtype
-    if isinstance(proxies, HeadProxies) and proxies.positions > 1:
-        delta_sq = sequence_norm_sq(proxies.token_residual, proxies.token_features)
-        activation_sq = torch.ones_like(delta_sq)  # the norm of the sum over positions does not factor
+def statistics_at_cut(proxies: FlatProxies | HeadProxies, loss: Tensor | None, gram: bool) -> BatchStatistics:
+    """(n,) norms of the gradients at the cut, in a selector's terms; the loss where there is one.
+
+    ``gram``: the rule reads the Gram matrix anyway, whose diagonal holds the squared norms.
+    """
+    exact: Tensor | None = None  # where the norm is not a product of two, or known
+    if gram:
+        exact = proxies.gram().diagonal()
+    elif isinstance(proxies, HeadProxies) and proxies.positions > 1:
+        exact = sequence_norm_sq(proxies.token_residual, proxies.token_features)
+    if exact is None:
+        delta_sq, activation_sq = proxies.residual.square().sum(1), proxies.features.square().sum(1) + 1
     else:
-        delta_sq = proxies.residual.square().sum(1)
-        activation_sq = proxies.features.square().sum(1) + 1
-    known = unknown.loss.to(dtype) if loss is None else loss.detach().to(dtype)
-    return unknown._replace(loss=known, lse=unknown.lse.to(dtype), residual_sq=delta_sq, feature_sq=activation_sq)
+        delta_sq, activation_sq = exact, torch.ones_like(exact)
+    unknown = BatchStatistics.unscored(torch.ones_like(delta_sq, dtype=torch.bool))
+    known = unknown.loss.to(delta_sq.dtype) if loss is None else loss.detach().to(delta_sq.dtype)
+    return unknown._replace(
+        loss=known, lse=unknown.lse.to(delta_sq.dtype), residual_sq=delta_sq, feature_sq=activation_sq
+    )

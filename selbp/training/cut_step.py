@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from selbp.selectors import Selector
+from selbp.training.batch import Batch
 from selbp.training.cut import Cut, CutReport
+from selbp.training.cut_recompute import CutHook, RecomputedCut
 from selbp.training.report import StepReport
 
 
@@ -67,6 +67,9 @@ class PlacedCut:
         keep: float | int,
         selector: Selector,
         generator: torch.Generator | None,
+        *,
+        recompute: bool,
+        precision: str,
     ) -> None:
         inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         names = {name: module for name, module in inner.named_modules() if name}
@@ -79,26 +82,25 @@ class PlacedCut:
             if not found:
                 raise ValueError("cut must be a module of the model, or its name")
             self.name, self.module = found[0], place
+        self._model = model
         self._cut = Cut(keep, selector, generator=generator, losses=None, proxy="pooled", batchnorm="exact")
+        self._recomputed = None
+        if recompute:
+            self._recomputed = RecomputedCut(model, self.module, self.name, self._cut, precision)
 
-    @contextmanager
-    def placed(self, report: list[CutStepReport]) -> Iterator[None]:
-        """The cut is in place inside; what its backward chooses goes to the report that ``report`` holds by then."""
+    @property
+    def strategy(self) -> str:
+        """How the layers below run backward."""
+        return "rows" if self._recomputed is None else "recompute"
+
+    def feed(self, batch: Batch, report: list[CutStepReport]) -> Any:
+        """The model's output; what its backward chooses goes to the report that ``report`` holds by then."""
 
         def made(found: CutReport) -> None:
             for entry in report:
                 entry.cut = found
 
-        def attach(module: nn.Module, args: Any, output: Any) -> Any:
-            if isinstance(output, Tensor):
-                linear = isinstance(module, nn.Linear) and len(args) == 1  # then its gradients are known exactly
-                return self._cut.attach(output, args[0] if linear else None, made)
-            if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-                return type(output)([self._cut.attach(output[0], None, made), *output[1:]])
-            raise TypeError(f"cut={self.name!r} must return a Tensor or a tuple that starts with one")
-
-        handle = self.module.register_forward_hook(attach)
-        try:
-            yield
-        finally:
-            handle.remove()
+        if self._recomputed is not None:
+            return self._recomputed.feed(batch, made)
+        with CutHook(self.module, self.name, lambda hidden, features: self._cut.attach(hidden, features, made)):
+            return batch.feed(self._model)

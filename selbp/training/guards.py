@@ -70,3 +70,30 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+PRECISIONS = ("same", "bfloat16", "float16")  # of the forward that scores
+
+
+class AutocastMode:
+    """Autocast on ``device`` as it is now, to be put back elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._type = device.type
+        self.enabled, self._dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+    def apply(self) -> None:
+        """Put it back, until the enclosing context ends."""
+        torch.set_autocast_enabled(self._type, self.enabled)
+        torch.set_autocast_dtype(self._type, self._dtype)
+
+    def within(self) -> AbstractContextManager[None]:
+        """It is in force inside."""
+        return torch.autocast(self._type, dtype=self._dtype, enabled=self.enabled)
+
+
+def scoring_autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """The scoring forward's precision: the caller's own for ``"same"``, else autocast to that dtype."""
+    if precision == "same":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, precision))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from selbp.ops.types import BatchStatistics
 from selbp.training import operators
 from selbp.training.batch import Batch
-from selbp.training.guards import evaluating, without_autocast, without_autocast_cache
+from selbp.training.guards import evaluating, scoring_autocast, without_autocast, without_autocast_cache
 from selbp.training.head import capture, listed_candidates
 from selbp.training.losses import Criterion, CrossEntropy, logits_of
 from selbp.training.proxies import HeadProxies, sequence_norm_sq
@@ -65,18 +65,20 @@ def score(
     *,
     gradients: bool,
     mode: Literal["same", "eval"],
+    precision: str = "same",
     keep_graph: bool,
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Scored:
     """Run the forward on all rows; with ``gradients``, read gradient norms and proxies as well as losses.
 
-    ``keep_graph`` records the forward for a backward through chosen rows of it; else nothing is recorded below the
-    head. ``reduce`` averages the mean gradient over ranks.
+    ``precision`` is the forward's, see :func:`scoring_autocast`. ``keep_graph`` records the forward for a backward
+    through chosen rows of it; else nothing is recorded below the head. ``reduce`` averages the mean gradient over
+    ranks.
     """
     mass, present = criterion.mass(batch.target, batch.n, batch.device)
     leaf = gradients and not keep_graph
     with evaluating(model, batch.device) if mode == "eval" else nullcontext():
-        with nullcontext() if keep_graph else without_autocast_cache():
+        with nullcontext() if keep_graph else without_autocast_cache(), scoring_autocast(batch.device, precision):
             with torch.set_grad_enabled(keep_graph), capture(head, leaf=leaf) as captured:
                 output = batch.feed(model)
     seen = head is not None and (gradients or captured.calls == 1)  # a rule that reads losses does without

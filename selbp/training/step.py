@@ -16,7 +16,7 @@ from selbp.training.batch import Batch
 from selbp.training.budget import Schedule, check_keep, kept_rows
 from selbp.training.cut_step import CutStepReport, PlacedCut
 from selbp.training.distributed import averaging
-from selbp.training.guards import RunningStatistics, without_autocast
+from selbp.training.guards import PRECISIONS, RunningStatistics, without_autocast
 from selbp.training.head import check_full_gradient, find_clear_head, find_head
 from selbp.training.head_gradient import FullHeadGradient
 from selbp.training.losses import criterion_of
@@ -55,6 +55,8 @@ class SelectiveBackprop:
         scoring: ``"same"`` scores with the forward as it trains: dropout is active, and batch norm updates its running
             statistics there and not in the forward of the chosen rows, which draws its own dropout masks. ``"eval"``
             scores in evaluation mode and leaves no trace: batch norm then follows the chosen rows.
+        scoring_precision: ``"bfloat16"`` or ``"float16"`` scores under autocast to that type; the forward of the chosen
+            rows keeps the caller's precision, so it goes with ``backward="recompute"``.
         head_gradient: ``"full"`` gives the head its exact full-batch gradient and uses the chosen rows for the layers
             below only.
         schedule: on which optimizer steps to choose; the others are full.
@@ -66,6 +68,8 @@ class SelectiveBackprop:
             gradient accumulation with a schedule pass False and call :meth:`advance` after each optimizer step.
         cut: a module, or its name: choose in the backward, at that module's output, by the gradients there. All rows
             run forward; layers above the cut get their full-batch gradients. See :class:`selbp.SelectiveBackward`.
+            With ``backward="recompute"`` the layers below keep no graph of that forward, and run again, in the
+            backward, on the chosen rows.
 
     Raises:
         TypeError, ValueError: at construction, for anything that could not work later.
@@ -81,6 +85,7 @@ class SelectiveBackprop:
         loss: str | Callable[[Any, Any], Tensor] = "cross_entropy",
         backward: Literal["auto", "rows", "recompute"] = "auto",
         scoring: Literal["same", "eval"] = "same",
+        scoring_precision: Literal["same", "bfloat16", "float16"] = "same",
         head_gradient: Literal["subset", "full"] = "subset",
         schedule: Schedule | None = None,
         generator: torch.Generator | None = None,
@@ -99,9 +104,10 @@ class SelectiveBackprop:
             ("scoring", scoring, ("same", "eval")),
             ("head_gradient", head_gradient, ("subset", "full")),
             ("target", target, ("local", "global")),
+            ("scoring_precision", scoring_precision, PRECISIONS),
         ):
             if value not in choices:
-                raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {value!r}")
+                raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
         if schedule is not None and not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be a selbp.Schedule or None, got {type(schedule).__name__}")
         if generator is not None and not isinstance(generator, torch.Generator):
@@ -116,9 +122,19 @@ class SelectiveBackprop:
         self._strategy, self._reason = resolve(backward)
         if scoring == "eval" and self._strategy.keeps_graph:
             raise ValueError('scoring="eval" is for backward="recompute": the rows of a forward that trains are in use')
+        if scoring_precision != "same":
+            if self._strategy.keeps_graph or backward == "rows":
+                raise ValueError(f'scoring_precision={scoring_precision!r} is for backward="recompute"')
+            self._strategy, self._reason = STRATEGIES["recompute"], "the scoring forward has another precision"
         self._scoring: Literal["same", "eval"] = scoring
+        self._precision = scoring_precision
         self._full_head = head_gradient == "full"
-        self._cut = None if cut is None else PlacedCut(model, cut, keep, selector, generator)
+        self._cut = None
+        if cut is not None:
+            recompute = self._strategy is STRATEGIES["recompute"]
+            self._cut = PlacedCut(
+                model, cut, keep, selector, generator, recompute=recompute, precision=scoring_precision
+            )
         if self._cut is not None and (self._full_head or scoring == "eval" or target == "global" or head is not None):
             raise ValueError("cut= goes with none of head, head_gradient, scoring and target: it needs no scoring")
         self._gradients = (selector.needs in ("statistics", "gradients") or self._full_head) and self._cut is None
@@ -211,16 +227,16 @@ class SelectiveBackprop:
         """All rows forward, an ordinary mean loss; the choice comes with the backward."""
         scored, made = self._unscored(batch), list[CutStepReport]()
         selection = Full().select(scored.stats, batch.n)
-        with cut.placed(made):
-            output = batch.rows(None, scored.stats.valid).feed(self.model)
+        clean = batch.rows(None, scored.stats.valid)
+        output = cut.feed(clean, made)
         with torch.no_grad():
             hits = self._criterion.hits(output, batch.target, scored.stats.valid)
-        scaled = self._criterion.losses(output, batch.rows(None, scored.stats.valid).target) * scored.scale
+        scaled = self._criterion.losses(output, clean.target) * scored.scale
         loss = torch.where(selection.weights != 0, scaled * selection.weights.to(scaled.dtype), 0).sum()
         watch.lap("forward")
         watch.follow(loss)
         report = CutStepReport(
-            batch.n, k, self._step, True, False, "rows", f"the cut at {cut.name}",
+            batch.n, k, self._step, True, False, cut.strategy, f"the cut at {cut.name}",
             selection, scored.stats, None, scaled.detach(), hits, watch,
         )  # fmt: skip
         made.append(report)
@@ -232,7 +248,8 @@ class SelectiveBackprop:
             model = model.module  # its reducer must not see a forward that no backward follows
         return score(
             batch, model, self.head, self._criterion,
-            gradients=self._gradients, mode=self._scoring, keep_graph=keep_graph, reduce=self._reduce,
+            gradients=self._gradients, mode=self._scoring, precision=self._precision, keep_graph=keep_graph,
+            reduce=self._reduce,
         )  # fmt: skip
 
     def _unscored(self, batch: Batch) -> Scored:

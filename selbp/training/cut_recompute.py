@@ -1,0 +1,176 @@
+"""A cut whose lower part keeps no graph: it runs on n rows to choose, and in the backward again on the k chosen ones.
+
+It is to the cut what checkpointing is to an ordinary forward: nothing below the cut is stored for n rows, and the first
+run may be in lower precision, since only the choice and the layers above depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from selbp.training.backward.rows.refuse import refuse_backward
+from selbp.training.batch import Batch
+from selbp.training.budget import kept_rows
+from selbp.training.cut import Cut, CutReport
+from selbp.training.guards import (
+    AutocastMode,
+    RunningStatistics,
+    evaluating,
+    scoring_autocast,
+    without_autocast_cache,
+)
+
+
+class _Reached(Exception):
+    """Ends a forward at the cut, and carries its output."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__("the cut was reached")
+        self.hidden = hidden
+
+
+class RecomputedCut:
+    """Feeds batches to a model with a cut at ``module``'s output, whose lower part is recomputed."""
+
+    def __init__(self, model: nn.Module, module: nn.Module, name: str, cut: Cut, precision: str) -> None:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ValueError('cut= with backward="recompute" runs a backward inside the backward, which '
+                             'DistributedDataParallel does not follow: use backward="rows"')  # fmt: skip
+        self._model, self._module, self._name, self._cut, self._precision = model, module, name, cut, precision
+        self._running = RunningStatistics(model)
+        self._checked = False
+
+    def feed(self, batch: Batch, made: Callable[[CutReport], None]) -> Any:
+        """The model's output, whose backward trains what is below the cut on k rows; ``made`` hears of the choice."""
+        k = kept_rows(self._cut.keep, batch.n)
+        if not torch.is_grad_enabled() or k >= batch.n:
+            return batch.feed(self._model)
+        if not self._checked:
+            self._check_bypass(batch)
+            self._checked = True
+        mode = AutocastMode(batch.device)
+
+        def leave(hidden: Tensor, features: Tensor | None) -> Tensor:
+            if hidden.shape[:1] != (batch.n,):
+                raise ValueError(f"the cut's output must have {batch.n} rows in dim 0, got {tuple(hidden.shape)}")
+            torch.set_grad_enabled(True)  # from here on the forward records; `no_grad` below puts it back
+            mode.apply()
+            leaf = hidden.float() if hidden.dtype in (torch.bfloat16, torch.float16) and not mode.enabled else hidden
+            leaf = leaf.detach().requires_grad_()
+            activation = (hidden if features is None else features).detach()
+
+            def hook(delta: Tensor) -> None:
+                refuse_backward()
+                with torch.no_grad():
+                    ascending, rows, report = self._cut.pick(delta, activation, k)
+                self._cut.last = report
+                made(report)
+                with torch.enable_grad(), mode.within(), self._running.paused():
+                    below = self._rerun(batch.take(ascending))
+                if below.requires_grad:
+                    torch.autograd.backward(below, rows.to(below.dtype))
+
+            leaf.register_hook(hook)
+            return leaf
+
+        lowered = scoring_autocast(batch.device, self._precision)
+        with torch.no_grad(), without_autocast_cache(), lowered, CutHook(self._module, self._name, leave, once=True):
+            return batch.feed(self._model)
+
+    def _rerun(self, batch: Batch) -> Tensor:
+        """The cut's output on ``batch``, and nothing above it."""
+
+        def stop(hidden: Tensor, features: Tensor | None) -> Tensor:
+            raise _Reached(hidden)
+
+        try:
+            with CutHook(self._module, self._name, stop, once=True):
+                batch.feed(self._model)
+        except _Reached as reached:
+            return reached.hidden
+        raise RuntimeError(f"the forward did not reach the cut at {self._name!r}")
+
+    def _check_bypass(self, batch: Batch) -> None:
+        """Raise ValueError where a parameter reaches the output both through the cut and around it.
+
+        Around it there would be no graph: its gradient would silently lack a part. Looks at one forward of two samples
+        in evaluation mode.
+        """
+        kept: list[Tensor] = []
+
+        def part(hidden: Tensor, features: Tensor | None) -> Tensor:
+            kept.append(hidden)
+            return hidden.detach().requires_grad_()
+
+        few = batch.take(torch.arange(min(2, batch.n), device=batch.device))
+        with (
+            evaluating(self._model, batch.device),
+            torch.enable_grad(),
+            CutHook(self._module, self._name, part, once=True),
+        ):
+            output = few.feed(self._model)
+        above = _parameters([x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
+        both = above & _parameters(kept)
+        names = [name for name, parameter in self._model.named_parameters() if id(parameter) in both]
+        if names:
+            raise ValueError(
+                f'cut={self._name!r} with backward="recompute": {", ".join(names)} also reach the output on a path '
+                'around the cut, which would get no gradient: use backward="rows", or cut elsewhere'
+            )
+
+
+class CutHook:
+    """Within, the first tensor of ``module``'s output is what ``function(it, features)`` returns.
+
+    ``features`` is the input of a linear layer, which gives its per-sample gradients exactly; else None. With ``once``,
+    a forward that runs the module twice is refused.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        function: Callable[[Tensor, Tensor | None], Tensor],
+        *,
+        once: bool = False,
+    ) -> None:
+        self._module, self._name, self._function, self._once, self._calls = module, name, function, once, 0
+
+    def __enter__(self) -> None:
+        self._handle = self._module.register_forward_hook(self._replace)
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def _replace(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self._calls += 1
+        if self._once and self._calls > 1:
+            raise ValueError(f'cut={self._name!r} runs more than once in a forward: use backward="rows"')
+        linear = isinstance(module, nn.Linear) and len(args) == 1
+        if isinstance(output, Tensor):
+            return self._function(output, args[0] if linear else None)
+        if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+            return type(output)([self._function(output[0], None), *output[1:]])
+        raise TypeError(f"cut={self._name!r} must return a Tensor or a tuple that starts with one")
+
+
+def _parameters(tensors: list[Tensor]) -> set[int]:
+    """The ids of the leaves that ``tensors`` depend on."""
+    found: set[int] = set()
+    seen: set[Any] = set()
+    todo: list[Any] = [x.grad_fn for x in tensors]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
+        todo.extend(following for following, _ in node.next_functions)
+    return found
