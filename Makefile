@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 export PYTHON VENV TORCH PIP_ARGS
 
-.PHONY: help demo test test-all lint format bench gpu-check clean
+.PHONY: help demo test test-all lint format bench study study-quick study-full study-confirm study-document gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,9 @@ help:
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make format     let ruff and clang-format rewrite the sources"
 	@echo "make bench      ours against peers and against this machine's roofline, in one run"
+	@echo "make study      the comparison with random: equal steps, samples and time; under 2 hours on two cores"
+	@echo "make study-quick   the same in little, under 10 minutes; study-full: more models, for longer, resumable;"
+	@echo "                   study-confirm: named arms on fresh seeds; study-document: docs/study.md from the results"
 	@echo "make gpu-check  parity, sanitizer and throughput on a machine with a GPU"
 	@echo "make clean      remove the environment and everything built"
 
@@ -62,6 +65,19 @@ format: $(VENV)/.with-dev
 
 bench: $(VENV)/.with-bench
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# One folder for all of them: what they share is run once, and an interrupted one goes on.
+study: $(VENV)/.with-demo
+	$(BIN)/selbp study --protocol main --results benchmarks/results $(ARGS)
+
+study-full study-confirm: study-%: $(VENV)/.with-demo
+	$(BIN)/selbp study --protocol $* --results benchmarks/results $(ARGS)
+
+study-quick: $(VENV)/.with-demo
+	$(BIN)/selbp study --protocol quick --out runs/study-quick $(ARGS)
+
+study-document: $(VENV)/.with-demo
+	$(BIN)/selbp study --render benchmarks/results --out docs/study.md
 
 gpu-check: $(VENV)/.with-dev
 	$(BIN)/python scripts/gpu_check.py $(ARGS)

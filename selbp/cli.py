@@ -1,4 +1,4 @@
-"""The command line: ``selbp train | compare | bench | info``. Bad input ends in one line and a non-zero exit."""
+"""The command line, ``selbp train | compare | study | bench | info``. Bad input ends in one line and non-zero exit."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
                       help="fashion-mnist is fetched when it is not there (default: %(default)s)")  # fmt: skip
     data.add_argument("--data", type=Path, metavar="DIR", help="folder with Fashion-MNIST's four IDX files")
     run = parser.add_argument_group("training")
-    run.add_argument("--model", choices=["cnn", "mlp"], help="network (default: cnn)")
+    run.add_argument("--model", choices=["cnn", "wide-cnn", "mlp"], help="network (default: cnn)")
     run.add_argument("--keep", type=keep_argument, metavar="K",
                      help="share of each minibatch that runs backward (0.25), or a number of samples (32); 1 is one "
                      "sample, 1.0 all (default: 0.25)")  # fmt: skip
@@ -139,6 +139,32 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _training_options(compare)
 
+    study = commands.add_parser(
+        "study", help="whole protocols: tuned arms, equal steps, samples and time, verdicts", formatter_class=raw,
+        description="Run a protocol: measure what a step of each arm costs, tune each arm on held-out training data,\n"
+        "train at each budget with each seed. Everything is kept in --out: the same command goes on where it was\n"
+        "stopped, and protocols that share a folder share what is equal.",
+        epilog="examples:\n"
+        "  selbp study --protocol quick\n"
+        "  selbp study --protocol main --workers 2 --results benchmarks/results\n"
+        "  selbp study --protocol main --name explore --arms random,matching,matching@cut=2 --seeds 0-2\n"
+        "  selbp study --render benchmarks/results --out docs/study.md",
+    )  # fmt: skip
+    study.add_argument("--protocol", choices=["quick", "main", "full", "confirm"], default="main",
+                       help="which (default: %(default)s)")  # fmt: skip
+    study.add_argument("--arms", type=list_argument, metavar="A,B,...", help="other arms than the protocol's")
+    study.add_argument("--seeds", "--seed", type=seeds_argument, metavar="S", help="other seeds")
+    study.add_argument("--steps", type=int, metavar="N", help="another length, for every cell")
+    study.add_argument("--name", help="another name of the result, for a protocol that was changed")
+    study.add_argument("--workers", type=int, metavar="W", help="processes of one thread (default: all cores)")
+    study.add_argument("--data", type=Path, metavar="DIR", help="folder with Fashion-MNIST's four IDX files")
+    study.add_argument("--out", type=Path, metavar="DIR", help="folder of all runs (default: runs/study)")
+    study.add_argument("--results", type=Path, metavar="DIR", help="where the result file goes (default: --out)")
+    study.add_argument("--render", type=Path, metavar="DIR", help="run nothing: write the document of DIR's results "
+                       "to --out (default: docs/study.md)")  # fmt: skip
+    study.add_argument("--quiet", action="store_true", help="no progress bar")
+    study.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+
     bench = commands.add_parser(
         "bench", help="operator throughput against peers and the roofline", formatter_class=raw,
         description="Run the benchmark suite of a source checkout. Further arguments go to it.",
@@ -184,7 +210,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
     from selbp import commands
 
-    handlers = {"train": commands.train, "compare": commands.compare, "info": commands.info}
+    if arguments.command == "study" and arguments.workers is not None and arguments.workers < 0:
+        build_parser().error(f"--workers must be at least 0, got {arguments.workers}")
+    handlers = {"train": commands.train, "compare": commands.compare, "info": commands.info, "study": commands.study}
     try:
         if arguments.command == "bench":
             return commands.bench(arguments, rest)

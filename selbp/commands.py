@@ -217,7 +217,16 @@ def compare(arguments: argparse.Namespace) -> int:
     return FAILED if any(outcome.result is None for outcome in outcomes) else OK
 
 
-# -------------------------------------------------------------------------------------------------- bench, info
+# ------------------------------------------------------------------------------------------- study, bench, info
+
+
+def study(arguments: argparse.Namespace) -> int:
+    """``selbp study``."""
+    if importlib.util.find_spec("matplotlib") is None and arguments.render is None:
+        raise UsageError('the plots need matplotlib: pip install "selbp[demo]"')
+    from selbp.study.command import study as command
+
+    return command(arguments)
 
 
 def bench(arguments: argparse.Namespace, rest: list[str]) -> int:

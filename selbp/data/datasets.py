@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ DIGITS = "digits"
 NAMES = (FASHION_MNIST, DIGITS)
 SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 N_CLASSES = 10
+HELD_OUT = "-held-out"  # ends the name of a data set whose test part is cut from the training part
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,20 @@ class Dataset:
             digest.update(split.labels.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    def with_label_noise(self, share: float, seed: int = 0) -> Dataset:
+        """The data set with ``share`` of its *training* labels turned into another class, each as likely."""
+        if not 0.0 < share < 1.0:
+            raise ValueError(f"share must lie in (0, 1), got {share}")
+        generator = torch.Generator().manual_seed(seed)
+        wrong = torch.randperm(len(self.train), generator=generator)[: round(share * len(self.train))]
+        labels = self.train.labels.clone()
+        labels[wrong] += torch.randint(1, self.n_classes, wrong.shape, generator=generator)
+        labels.remainder_(self.n_classes)
+        source = f"{self.source}, {share:.0%} of the training labels turned into another class (seed {seed})"
+        return replace(
+            self, name=f"{self.name}+noise={share:g}", train=replace(self.train, labels=labels), source=source
+        )
+
     def held_out(self, fraction: float = 0.1, seed: int = 0) -> Dataset:
         """A data set for tuning: its test part is cut from *this training part*; the real test part is not in it."""
         if not 0.0 < fraction < 1.0:
@@ -74,7 +89,7 @@ class Dataset:
         cut = max(1, round(fraction * len(order)))
         source = f"{self.source}, {cut} of its training samples held out (seed {seed})"
         return Dataset(
-            f"{self.name}-held-out", self.train.take(order[cut:]), self.train.take(order[:cut]), self.n_classes, source
+            self.name + HELD_OUT, self.train.take(order[cut:]), self.train.take(order[:cut]), self.n_classes, source
         )
 
 
@@ -122,6 +137,16 @@ def load_fashion_mnist(
     if not cached.is_dir():
         fetch("dataset-fashion-mnist", "usr/share/datasets/fashion-mnist", cached, say=say)
     return read_fashion_mnist(cached)
+
+
+def resolve(text: str, folder: Path | None = None) -> Dataset:
+    """The data set ``NAME[+noise=SHARE][-held-out]``: what :attr:`Dataset.name` says, made again from its files."""
+    name, held_out = text.removesuffix(HELD_OUT), text.endswith(HELD_OUT)
+    name, plus, noise = name.partition("+noise=")
+    data = load(name, folder, say=lambda _text: None)
+    if plus:
+        data = data.with_label_noise(float(noise))
+    return data.held_out() if held_out else data
 
 
 def load_digits() -> Dataset:

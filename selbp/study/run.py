@@ -30,7 +30,7 @@ class Diverged(Exception):
     """The loss is no longer finite: the run cannot go on."""
 
 
-def evaluate(model: nn.Module, split: Split, device: torch.device, rows: int = 1000) -> tuple[float, float]:
+def evaluate(model: nn.Module, split: Split, device: torch.device, rows: int = 250) -> tuple[float, float]:
     """Accuracy in per cent and mean loss of ``model`` on all of ``split``; the model's mode is put back."""
     training = model.training
     model.eval()
@@ -86,8 +86,10 @@ class Run:
     result.json.
     """
 
-    def __init__(self, config: RunConfig, data: Dataset, folder: Path) -> None:
-        self.config, self.folder = config, folder
+    def __init__(
+        self, config: RunConfig, data: Dataset, folder: Path, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.config, self.folder, self.clock = config, folder, clock
         self.device = torch.device(config.device)
         self.train, self.evaluation = data.train.to(self.device), data.test.to(self.device)
         self.order = Order(len(data.train), config.batch_size, config.seed)
@@ -145,11 +147,11 @@ class Run:
     def execute(self, advance: Callable[[int, float], None] = lambda samples, loss: None) -> dict[str, Any]:
         """Run to the end and return the result, which is also written. ``advance(samples, loss)`` shows progress."""
         with thread_limit(self.config.threads):
-            if self.step == 0 and not self.log.read():
+            if self.step == 0 and self.config.evaluate_every < self.config.steps and not self.log.read():
                 self._evaluate()
             loss = float("nan")
             while self.step < self.config.steps:
-                self._train_step()
+                self.train_step()
                 if self.step % WINDOW == 0 or self.step == self.config.steps:
                     loss = self._close_window()
                 if self.step % self.config.evaluate_every == 0 or self.step == self.config.steps:
@@ -161,20 +163,30 @@ class Run:
                 advance(self.config.batch_size, loss)
         return self._finish()
 
-    def _train_step(self) -> None:
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.clock()
+
+    def train_step(self) -> None:
+        """One optimizer step; its times are the newest row of the window, by the run's clock or the wrapper's."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(self.step)
         inputs, target = self.train.batch(self.order.indices(self.step).to(self.device))
-        started = _now(self.device)
+        started = self._now()
         self.wrapper(inputs, target).backward()
-        before = _now(self.device)
+        before = self._now()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        now = _now(self.device)
+        now = self._now()
         seconds = {**self.wrapper.report.seconds, "optimizer": now - before, "total": now - started}
         self.window[self.step % WINDOW] = torch.tensor([seconds.get(phase, 0.0) for phase in PHASES])
         self.step += 1
         self.backward_samples += self.wrapper.report.k
+
+    def newest(self) -> Tensor:
+        """(len(PHASES),) seconds of the last step."""
+        return self.window[(self.step - 1) % WINDOW]
 
     def _open_window(self) -> Tensor:
         """The steps that no log row has summed up yet."""
@@ -255,12 +267,6 @@ def thread_limit(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _json(value: Any) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from selbp.data import DataError, load
+from selbp.data import DataError, load, resolve
 from selbp.data import datasets as module
 from selbp.data.debian import apt_options, download_command, fetch_package, update_command
 from selbp.data.idx import write_idx
@@ -170,3 +170,22 @@ def test_no_suite_component_or_mirror_is_named() -> None:
     command = " ".join([*update_command(Path("/p")), *download_command(PACKAGE, Path("/p"))])
     assert not any(word in command for word in ("bookworm", "trixie", "main", "http", "-t "))
     assert "--allow-unauthenticated" not in command and apt_options(None)[:1] == ["-q"]
+
+
+def test_label_noise_is_in_the_training_labels_alone() -> None:
+    clean = load("digits")
+    noisy = clean.with_label_noise(0.2)
+    changed = clean.train.labels != noisy.train.labels
+    assert int(changed.sum()) == round(0.2 * len(clean.train))  # each of them is another class
+    assert torch.equal(clean.test.labels, noisy.test.labels) and torch.equal(clean.train.images, noisy.train.images)
+    assert noisy.name == "digits+noise=0.2" and noisy.fingerprint != clean.fingerprint
+    assert noisy.train.labels.min() >= 0 and noisy.train.labels.max() < 10
+    again = resolve("digits+noise=0.2")
+    assert again.fingerprint == noisy.fingerprint and again.name == noisy.name
+    held_out = resolve("digits+noise=0.2-held-out")
+    assert held_out.fingerprint == noisy.held_out().fingerprint and held_out.name == noisy.held_out().name
+    steps = torch.bincount((noisy.train.labels - clean.train.labels)[changed].remainder(10), minlength=10)
+    assert steps[0] == 0 and (steps[1:] > 0).all()
+    for share in (0.0, 1.0, -0.1):
+        with pytest.raises(ValueError, match="share"):
+            clean.with_label_noise(share)

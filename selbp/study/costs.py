@@ -1,0 +1,122 @@
+"""What a step costs: measured once, alone, all arms in turn, so that a budget of time is arithmetic and not a clock.
+
+The time of an arm is the median processor time of its step, times its steps. The median is taken over steps that
+change hands between the arms every few steps, in one process with one thread: whatever else the machine does slows
+all arms alike. It holds the whole step: forward, scoring, choosing, backward, optimizer; not the reading of the data.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from selbp.data import Dataset
+from selbp.info import machine
+from selbp.study.config import RunConfig
+from selbp.study.run import PHASES, Run, thread_limit
+from selbp.study.storage import write_text
+from selbp.training.memory import keep_freed_memory
+
+WARM = 30  # steps of each arm before the first that counts
+BLOCK = 6  # steps of one arm before the next arm's turn; the first of them is not counted: its caches are another's
+ROUNDS = 20
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Milliseconds of a step: median and quartiles of processor time, and the phases' medians by the clock."""
+
+    median: float
+    low: float
+    high: float
+    phases: dict[str, float]
+
+
+def cost_name(config: RunConfig) -> str:
+    """What a step's cost depends on: neither seed, rate, length nor the labels' noise."""
+    name, _, rest = config.dataset.removesuffix("-held-out").partition("+noise")
+    del rest
+    own = {field: getattr(config, field) for field in ("head_gradient", "backward", "scoring", "cut", "options")}
+    default = {"head_gradient": "subset", "backward": "auto", "scoring": "same", "cut": "", "options": ""}
+    given = ",".join(f"{field}={value}" for field, value in own.items() if value != default[field])
+    arm = "@".join(filter(None, (config.selector, given)))
+    return f"{name} {config.model} n={config.batch_size} keep={config.keep} {arm}"
+
+
+def measure(
+    configs: Mapping[str, RunConfig],
+    data: Dataset,
+    *,
+    rounds: int = ROUNDS,
+    clock: Callable[[], float] = time.process_time,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, Cost]:
+    """The cost of a step of each of ``configs``, which train as they are measured; ``advance`` hears of each round."""
+    keep_freed_memory()
+    with thread_limit(1):
+        runs = {name: Run(replace(config, steps=10_000, warmup=0.002), data, Path(), clock)
+                for name, config in configs.items()}  # fmt: skip
+        rows: dict[str, list[list[float]]] = {name: [] for name in runs}
+        for turn in range(-1, rounds):
+            for name, run in runs.items():
+                for step in range(WARM if turn < 0 else BLOCK):
+                    run.train_step()
+                    if turn >= 0 and step > 0:
+                        rows[name].append(run.newest().tolist())
+            advance()
+    costs = {}
+    for name, measured in rows.items():
+        columns = {phase: [1e3 * row[index] for row in measured] for index, phase in enumerate(PHASES)}
+        total = columns.pop("total")
+        low, median, high = statistics.quantiles(total, n=4, method="inclusive")
+        costs[name] = Cost(median, low, high, {phase: statistics.median(times) for phase, times in columns.items()})
+    return costs
+
+
+class Costs:
+    """The measured costs of a study, kept in ``path``: what is there is not measured again.
+
+    What is measured later is brought to the scale of what was there by the steps that both sessions measured.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.costs: dict[str, Cost] = {}
+        self.machine: dict[str, str] = {}
+        if path.exists():
+            content = json.loads(path.read_text())
+            self.machine = content["machine"]
+            self.costs = {name: Cost(**cost) for name, cost in content["costs"].items()}
+
+    def __getitem__(self, config: RunConfig) -> Cost:
+        return self.costs[cost_name(config)]
+
+    def add(self, configs: list[RunConfig], measured: Callable[[Mapping[str, RunConfig]], dict[str, Cost]]) -> None:
+        """Have the costs of ``configs`` (of one data set and model) by calling ``measured`` for what is missing."""
+        wanted = {cost_name(config): config for config in configs}
+        missing = {name: config for name, config in wanted.items() if name not in self.costs}
+        if not missing:
+            return
+        anchors = {name: config for name, config in wanted.items() if name in self.costs}
+        found = measured({**missing, **anchors})
+        scale = statistics.median(self.costs[name].median / found[name].median for name in anchors) if anchors else 1.0
+        for name in missing:
+            cost = found[name]
+            self.costs[name] = Cost(cost.median * scale, cost.low * scale, cost.high * scale,
+                                    {phase: value * scale for phase, value in cost.phases.items()})  # fmt: skip
+        self.machine = self.machine or machine()
+        write_text(self.path, json.dumps(self.as_dict(), indent=1) + "\n")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"machine": self.machine, "costs": {name: asdict(cost) for name, cost in self.costs.items()}}
+
+
+def steps_within(milliseconds: float, cost: Cost) -> int:
+    """Whole steps of ``cost`` that fit in a budget of time; at least one."""
+    return max(1, int(milliseconds / cost.median + 1e-9))

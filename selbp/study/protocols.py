@@ -1,0 +1,79 @@
+"""The studies as plain data, fixed before they are run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BUDGETS = ("steps", "samples", "time")
+OWN_KEEP = "random-own-keep"  # random with a keep of its own: an arm of the budget of time, and its baseline there
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One data set, model and minibatch; ``keeps`` of it are chosen at each step. One budget of time for all keeps."""
+
+    dataset: str  # NAME[+noise=SHARE]
+    model: str
+    steps: int  # S: the budget of steps; the budget of time is what S steps of the protocol's clock take
+    keeps: tuple[float | int, ...] = (0.25,)
+    batch_size: int = 128
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Cells by arms by budgets by seeds."""
+
+    name: str
+    title: str
+    cells: tuple[Cell, ...]
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+    budgets: tuple[str, ...] = BUDGETS
+    own_keeps: tuple[int, ...] = (13, 16, 24, 32, 64)  # among which random chooses its own
+    clock: str = "matching"  # the selector whose steps, at the largest keep, set the budget of time
+    claim: bool = False  # Holm-corrected over all of its differences, cells by arms, in each budget
+
+    def __post_init__(self) -> None:
+        for budget in self.budgets:
+            if budget not in BUDGETS:
+                raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
+        if "random" not in self.arms:
+            raise ValueError("every difference is to random: a study has it among its arms")
+        for name, values in (("arm", self.arms), ("seed", self.seeds), ("cell", self.cells)):
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"a study needs at least one {name} and none twice")
+        if set(self.seeds) & {1000, 1001}:
+            raise ValueError("the seeds 1000 and 1001 tune: a study reports others")
+
+
+PAPER = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching")
+ARMS = ("full", "random", "top-loss", "top-loss-refit", "loss-percentile", "loss-rank", "gradnorm", "matching",
+        "matching-head", "divbs", "matching-cut1", "matching-cut2")  # fmt: skip
+CLEAN, NOISY = "fashion-mnist", "fashion-mnist+noise=0.2"
+
+PROTOCOLS: dict[str, Protocol] = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            "quick", "the rules of the first table, a short training, two seeds",
+            (Cell(CLEAN, "cnn", 250), ), PAPER, (0, 1), own_keeps=(16, 32, 64),
+        ),
+        Protocol(
+            "main", "Fashion-MNIST, the small CNN, clean and with 20 % wrong labels",
+            tuple(Cell(name, "cnn", 800, (0.1, 0.25)) for name in (CLEAN, NOISY)), ARMS, (0, 1, 2, 3, 4),
+        ),
+        Protocol(
+            "full", "the small CNN for longer, a wider one, and scikit-learn's digits",
+            (
+                Cell(CLEAN, "cnn", 3200, (0.25,)), Cell(CLEAN, "wide-cnn", 1600, (0.25,)),
+                Cell(CLEAN, "wide-cnn", 3200, (0.25,), batch_size=64), Cell("digits", "mlp", 400, (0.1, 0.25)),
+            ),
+            ARMS, (0, 1, 2, 3, 4),
+        ),
+        Protocol(
+            "confirm", "the cut, matching and top loss on fresh seeds",
+            (Cell(CLEAN, "cnn", 800, (0.25,)), Cell(CLEAN, "wide-cnn", 1600, (0.25,), batch_size=64)),
+            ("random", "top-loss", "matching", "matching-cut2"), tuple(range(100, 110)), budgets=("time",), claim=True,
+        ),
+    )
+}  # fmt: skip

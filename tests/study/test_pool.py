@@ -1,0 +1,109 @@
+"""Worker processes: a killed one costs its run nothing but time, a failed run costs the others nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from selbp.data import Dataset, load
+from selbp.study import pool as module
+from selbp.study.config import RunConfig
+from selbp.study.pool import Pool, cached, carry_out, pool
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load("digits")
+
+
+@pytest.fixture
+def run(digits: Dataset) -> RunConfig:
+    return RunConfig(
+        dataset=digits.name, fingerprint=digits.fingerprint, selector="random", steps=20, lr=0.1, model="mlp",
+        evaluate_every=20, threads=1,
+    )  # fmt: skip
+
+
+def test_runs_in_processes_end_as_runs_in_this_one(tmp_path: Path, run: RunConfig) -> None:
+    configs = [dataclasses.replace(run, seed=seed) for seed in range(3)]
+    configs.append(dataclasses.replace(run, lr=1e30))
+    results = []
+    for workers in (0, 2):
+        with pool(workers, tmp_path / str(workers)) as made:
+            for config in configs:
+                made.submit(config)
+            found = {}
+            while len(made):
+                finished = made.next()
+                found[finished.config.key()] = finished
+        results.append([found[config.key()] for config in configs])
+    for here, there in zip(*results, strict=True):
+        assert (here.result or {}).get("accuracy") == (there.result or {}).get("accuracy")
+    assert results[1][3].result is None and "no longer finite" in (results[1][3].error or "")
+    home = tmp_path / "2" / "runs" / configs[0].key()
+    assert {path.name for path in home.iterdir()} == {"config.json", "result.json"}
+    assert cached(configs[0], tmp_path / "2").result == results[1][0].result
+    assert cached(configs[3], tmp_path / "2") is None and cached(dataclasses.replace(run, seed=9), tmp_path) is None
+
+
+def test_a_killed_worker_is_replaced_and_its_run_goes_on(tmp_path: Path, run: RunConfig) -> None:
+    run = dataclasses.replace(run, steps=4000, evaluate_every=4000, journal_every=50)
+    journal = tmp_path / "runs" / run.key() / "state-a.bin"
+    with pool(1, tmp_path) as made:
+        made.submit(run)
+        pids = []
+
+        def kill(wanted):
+            while not journal.exists():  # it has come some way
+                os.sched_yield()
+            (process,) = made.processes.values()
+            pids.append(process.pid)
+            os.kill(process.pid, signal.SIGKILL)
+            module.wait = waiting
+            return waiting(wanted)
+
+        waiting = module.wait
+        module.wait = kill
+        try:
+            finished = made.next()
+        finally:
+            module.wait = waiting
+        assert finished.error is None and finished.result["steps"] == 4000
+        assert [process.pid for process in made.processes.values()] != pids
+    with pool(0, tmp_path / "whole") as made:
+        made.submit(run)
+        assert made.next().result["accuracy"] == finished.result["accuracy"]
+
+
+def _die(_pipe, _folder, _data) -> None:
+    os._exit(7)
+
+
+def test_a_run_that_kills_every_worker_is_a_failure(
+    tmp_path: Path, run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_work", _die)
+    with pool(1, tmp_path) as made:
+        made.submit(run)
+        finished = made.next()
+    assert finished.result is None and "died 3 times, last with status 7" in (finished.error or "")
+    assert len(made) == 0
+
+
+def test_other_data_than_planned_is_refused(tmp_path: Path, run: RunConfig, digits: Dataset) -> None:
+    finished = carry_out(dataclasses.replace(run, fingerprint="0" * 16), digits, tmp_path)
+    assert "not the data" in (finished.error or "")
+    assert (tmp_path / "runs" / finished.config.key() / "error.txt").exists()
+
+
+def test_data_that_cannot_be_had_is_a_failure(tmp_path: Path, run: RunConfig) -> None:
+    made = Pool(1, tmp_path, tmp_path / "nowhere")
+    made.submit(dataclasses.replace(run, dataset="fashion-mnist"))
+    try:
+        assert "no such folder" in (made.next().error or "")
+    finally:
+        made.close()
