@@ -47,8 +47,8 @@ class Protocol:
 
 
 PAPER = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching")
-ARMS = ("full", "random", "top-loss", "top-loss-refit", "loss-percentile", "loss-rank", "gradnorm", "matching",
-        "matching-head", "divbs", "matching-cut1", "matching-cut2")  # fmt: skip
+ARMS = ("full", "random", "top-loss", "top-loss-refit", "loss-percentile", "gradnorm", "matching", "divbs",
+        "matching-cut2")  # fmt: skip
 CLEAN, NOISY = "fashion-mnist", "fashion-mnist+noise=0.2"
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -56,23 +56,23 @@ PROTOCOLS: dict[str, Protocol] = {
     for protocol in (
         Protocol(
             "quick", "the rules of the first table, a short training, two seeds",
-            (Cell(CLEAN, "cnn", 250), ), PAPER, (0, 1), own_keeps=(16, 32, 64),
+            (Cell(CLEAN, "cnn", 150),), PAPER, (0, 1), own_keeps=(16, 32, 64),
         ),
         Protocol(
             "main", "Fashion-MNIST, the small CNN, clean and with 20 % wrong labels",
-            tuple(Cell(name, "cnn", 800, (0.1, 0.25)) for name in (CLEAN, NOISY)), ARMS, (0, 1, 2, 3, 4),
+            tuple(Cell(name, "cnn", 500, (0.1, 0.25)) for name in (CLEAN, NOISY)), ARMS, (0, 1, 2, 3, 4),
         ),
         Protocol(
             "full", "the small CNN for longer, a wider one, and scikit-learn's digits",
             (
-                Cell(CLEAN, "cnn", 3200, (0.25,)), Cell(CLEAN, "wide-cnn", 1600, (0.25,)),
-                Cell(CLEAN, "wide-cnn", 3200, (0.25,), batch_size=64), Cell("digits", "mlp", 400, (0.1, 0.25)),
+                Cell("digits", "mlp", 400, (0.1, 0.25)), Cell(CLEAN, "wide-cnn", 500, (0.25,), batch_size=64),
+                Cell(CLEAN, "wide-cnn", 1000, (0.25,)), Cell(CLEAN, "cnn", 2000, (0.25,)),
             ),
-            ARMS, (0, 1, 2, 3, 4),
+            (*ARMS, "loss-rank", "matching-head", "matching-cut1"), (0, 1, 2, 3, 4),
         ),
         Protocol(
-            "confirm", "the cut, matching and top loss on fresh seeds",
-            (Cell(CLEAN, "cnn", 800, (0.25,)), Cell(CLEAN, "wide-cnn", 1600, (0.25,), batch_size=64)),
+            "confirm", "the cut, matching and top loss at equal time, on fresh seeds",
+            (Cell(CLEAN, "cnn", 500, (0.25,)), Cell(CLEAN, "wide-cnn", 500, (0.25,), batch_size=64)),
             ("random", "top-loss", "matching", "matching-cut2"), tuple(range(100, 110)), budgets=("time",), claim=True,
         ),
     )
