@@ -128,8 +128,9 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--preset", choices=["demo"], help="demo: the six rules of `make demo`, minutes on two cores")
     compare.add_argument("--arms", type=list_argument, metavar="A,B,...", help="rules to compare (default: the demo's)")
     compare.add_argument("--seeds", "--seed", type=seeds_argument, metavar="S", help="0-4 or 0,1,7 (default: 0-2)")
-    compare.add_argument("--budget", choices=["steps", "samples"], default="steps",
-                         help="what arms share: steps, or samples run backward (default: %(default)s)")  # fmt: skip
+    compare.add_argument("--budget", choices=["steps", "samples", "time"], default="steps",
+                         help="what arms share: steps, samples run backward, or time, by the measured cost of each "
+                         "arm's step (default: %(default)s)")  # fmt: skip
     rates = compare.add_mutually_exclusive_group()
     rates.add_argument("--lr", type=float, help="one peak learning rate for every arm (default: each rule's own)")
     rates.add_argument("--tune", type=rates_argument, metavar="R,R,...",

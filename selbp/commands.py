@@ -9,6 +9,7 @@ import math
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from selbp.data import DataError, Dataset, load
 from selbp.study.arms import Arm, build_selector, keep_for, parse
 from selbp.study.compare import Comparison, Outcome, run_all, tune
 from selbp.study.config import RunConfig
+from selbp.study.costs import Costs, measure
 from selbp.study.run import Diverged, Run, read_config, read_result
 from selbp.study.storage import StorageError, write_text
 
@@ -156,6 +158,19 @@ def train(arguments: argparse.Namespace) -> int:
 # ----------------------------------------------------------------------------------------------------- compare
 
 
+def _timed(comparison: Comparison, data: Dataset, folder: Path) -> Comparison:
+    """The comparison at equal time: each arm's step is measured first, alone, in turn with the others'."""
+    configs = {arm.name: arm.config(comparison.base, 0) for arm in comparison.arms}
+    base, alone = comparison.base, comparison.base.device == "cpu" and comparison.base.threads == 1
+    clock = time.process_time if alone else time.perf_counter  # of several threads, or a GPU, the clock is the measure
+    costs = Costs(folder / f"costs-{base.device}-{base.threads}.json")
+    say("measuring a step of each arm ...")
+    costs.add(list(configs.values()), lambda wanted: measure(wanted, data, clock=clock, threads=base.threads))
+    for arm in comparison.arms:
+        say(f"  {arm.label}: {costs[configs[arm.name]].median:.2f} ms a step")
+    return comparison.timed({name: costs[config].median for name, config in configs.items()})
+
+
 def compare(arguments: argparse.Namespace) -> int:
     """``selbp compare``."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -172,9 +187,12 @@ def compare(arguments: argparse.Namespace) -> int:
     base = replace(base, keep=0.25 if arguments.keep is None else arguments.keep)
     for arm in arms:
         build_selector(arm.selector)
-    comparison = Comparison(base, arms, arguments.seeds or [0, 1, 2], arguments.budget)
+    timed = arguments.budget == "time"
+    comparison = Comparison(base, arms, arguments.seeds or [0, 1, 2], "steps" if timed else arguments.budget)
     folder = arguments.out or Path("runs") / ("demo" if demo else "compare")
     folder.mkdir(parents=True, exist_ok=True)
+    if timed:
+        comparison = _timed(comparison, data, folder)
     command = "selbp " + shlex.join(sys.argv[1:])
     outcomes: list[Outcome] = []
     bars: list[Bar] = []

@@ -233,3 +233,35 @@ def test_importing_the_command_line_is_light() -> None:
     code = "import sys, selbp.cli; print([m for m in ('triton', 'matplotlib', 'sklearn', 'scipy') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_comparison_at_equal_time_measures_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["compare", "--dataset", "digits", "--model", "mlp", "--arms", "random,matching", "--steps", "6",
+                 "--seeds", "0", "--threads", "1", "--budget", "time", "--quiet", "--out", str(tmp_path)]  # fmt: skip
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert out.count("ms a step") == 2 and "same time" in (tmp_path / "table.md").read_text()
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert rows[1]["config"]["steps"] == 6 < rows[0]["config"]["steps"]  # random, which scores nothing, gets more
+    assert main(arguments) == 0 and capsys.readouterr().out.count("(from before)") == 2
+
+
+def test_a_study_from_the_command_line_is_cached_and_rendered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from selbp.study import protocols
+
+    cell = protocols.Cell("digits", "mlp", 4, (0.25,))
+    small = protocols.Protocol("quick", "small", (cell,), ("random", "matching"), (0, 1), own_keeps=(8, 16))
+    monkeypatch.setitem(protocols.PROTOCOLS, "quick", small)
+    arguments = ["study", "--protocol", "quick", "--workers", "0", "--out", str(tmp_path), "--quiet"]
+    assert main(arguments) == 0
+    first = (tmp_path / "study-quick.json").read_text()
+    assert main(arguments) == 0 and (tmp_path / "study-quick.json").read_text() == first
+    assert (tmp_path / "study-quick.html").stat().st_size > 50_000
+    assert main(["study", "--render", str(tmp_path), "--out", str(tmp_path / "study.md")]) == 0
+    assert "digits, MLP, 32 of 128 samples" in (tmp_path / "study.md").read_text()
+    for bad, word in ((["--render", str(tmp_path / "runs")], "no study-"), (["--arms", "random,best"], "best"),
+                      (["--seeds", "1000"], "1000"), (["--arms", "matching"], "random")):  # fmt: skip
+        capsys.readouterr()
+        assert main([*arguments, *bad]) == 2 and word in capsys.readouterr().err

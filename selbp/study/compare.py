@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from selbp.study.config import RunConfig
 from selbp.study.run import Diverged, Run, read_config, read_result
 from selbp.study.storage import StorageError, write_text
 
-BUDGETS = ("steps", "samples")
+BUDGETS = ("steps", "samples", "time")
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,16 @@ class Comparison:
     """Arms by seeds under one budget; ``base`` gives what they share.
 
     ``budget="steps"`` gives every arm ``base.steps`` steps; ``"samples"`` gives every arm the backward samples that
-    ``base.steps`` steps at ``base.keep`` take, so that the full batch gets fewer steps. Each run decays its own rate.
+    ``base.steps`` steps at ``base.keep`` take, so that the full batch gets fewer steps; ``"time"`` gives every arm the
+    steps that fit in ``milliseconds`` at its cost of a step. Each run decays its own rate.
     """
 
     base: RunConfig
     arms: Sequence[Arm]
     seeds: Sequence[int] = (0,)
     budget: str = "steps"
+    costs: Mapping[str, float] = field(default_factory=dict)  # milliseconds of a step, by the arm's name
+    milliseconds: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.arms or not self.seeds:
@@ -46,11 +49,20 @@ class Comparison:
     def config(self, arm: Arm, seed: int) -> RunConfig:
         """The configuration of one run."""
         config = arm.config(self.base, seed)
-        if self.budget == "samples":
-            steps = max(1, round(self.base.steps * self.base.kept() / config.kept()))
+        if self.budget != "steps":
+            if self.budget == "samples":
+                steps = max(1, round(self.base.steps * self.base.kept() / config.kept()))
+            else:
+                steps = max(1, int(self.milliseconds / self.costs[arm.name] + 1e-9))
             every = max(1, round(self.base.evaluate_every * steps / self.base.steps))
             config = replace(config, steps=steps, evaluate_every=every)
         return config
+
+    def timed(self, costs: Mapping[str, float]) -> Comparison:
+        """The comparison with a budget of time: what the dearest arm but the full batch takes for its steps."""
+        selecting = [costs[arm.name] for arm in self.arms if arm.config(self.base, 0).kept() < self.base.batch_size]
+        longest = max(selecting or costs.values())
+        return replace(self, budget="time", costs=costs, milliseconds=self.base.steps * longest)
 
     def runs(self) -> Iterator[tuple[Arm, RunConfig]]:
         """Every run, seed by seed: a comparison that is stopped has whole seeds to compare."""
@@ -139,7 +151,7 @@ def tune(
     for arm in comparison.arms:
         score: dict[float, float] = {}
         for rate in rates:
-            trial = Comparison(base, [replace(arm, lr=rate)], (1000, 1001), comparison.budget)
+            trial = replace(comparison, base=base, arms=[replace(arm, lr=rate)], seeds=(1000, 1001))
             outcomes = run_all(trial, held_out, folder / "tuning", progress=progress)
             if all(outcome.result is not None for outcome in outcomes):
                 score[rate] = sum(outcome.result["accuracy"] for outcome in outcomes if outcome.result) / len(outcomes)

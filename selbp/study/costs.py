@@ -54,11 +54,12 @@ def measure(
     *,
     rounds: int = ROUNDS,
     clock: Callable[[], float] = time.process_time,
+    threads: int = 1,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Cost]:
     """The cost of a step of each of ``configs``, which train as they are measured; ``advance`` hears of each round."""
     keep_freed_memory()
-    with thread_limit(1):
+    with thread_limit(threads):
         runs = {name: Run(replace(config, steps=10_000, warmup=0.002), data, Path(), clock)
                 for name, config in configs.items()}  # fmt: skip
         rows: dict[str, list[list[float]]] = {name: [] for name in runs}

@@ -53,6 +53,7 @@ def settings_of(comparison: Comparison, data: Dataset) -> dict[str, str]:
     budget = {
         "steps": f"{base.steps} steps for every arm ({epochs:.1f} epochs)",
         "samples": f"the backward samples of {base.steps} steps at keep {keep}, for every arm",
+        "time": f"{comparison.milliseconds / 1e3:.1f} s for every arm, by the measured cost of its step",
     }
     return {
         "data": f"{data.name}: {len(data.train)} training and {len(data.test)} test images ({data.source})",
@@ -73,6 +74,11 @@ def caveats(comparison: Comparison, lines: Sequence[Line]) -> list[str]:
             "Every arm takes the same number of steps. Random does so in less time, because it scores nothing: read "
             "the plot against seconds before calling another rule faster, and remember that a curve's early part "
             "runs at a rate that has not decayed yet, so that only end points are finished trainings."
+        )
+    elif comparison.budget == "time":
+        notes.append(
+            "Every arm takes the steps that fit in the same time, by the median cost of its step, measured alone "
+            "before training: the seconds below are the runs' own, and those of a busy machine are longer."
         )
     else:
         notes.append("Every arm runs the same number of samples backward; the scoring forward comes on top of that.")

@@ -34,8 +34,10 @@ def test_arms_and_budgets(comparison: Comparison) -> None:
     assert {run.steps for _, run in runs} == {8}
     samples = dataclasses.replace(comparison, budget="samples")
     assert [run.steps for _, run in samples.runs()][:3] == [2, 8, 8]  # 64 samples backward each
+    timed = comparison.timed({"full": 6.0, "random": 1.5, "matching": 3.0})  # 8 steps of matching: 24 ms
+    assert [run.steps for _, run in timed.runs()][:3] == [4, 16, 8] and timed.budget == "time"
     assert Arm("matching:ridge=0.1").label == "gradient matching (ridge=0.1)"
-    for change in ({"arms": []}, {"seeds": ()}, {"budget": "time"}, {"arms": [ARMS[0]] * 2}, {"seeds": (1, 1)}):
+    for change in ({"arms": []}, {"seeds": ()}, {"budget": "money"}, {"arms": [ARMS[0]] * 2}, {"seeds": (1, 1)}):
         with pytest.raises(ValueError, match="arm|seed|budget"):
             dataclasses.replace(comparison, **change)
 
@@ -167,4 +169,4 @@ def test_the_page_stands_alone(tmp_path: Path, dataset: Dataset, comparison: Com
 def test_the_phases_are_those_of_a_run() -> None:
     from selbp.study import run, table
 
-    assert (*table.PHASES, "total") == run.PHASES and module.BUDGETS == ("steps", "samples")
+    assert (*table.PHASES, "total") == run.PHASES and module.BUDGETS == ("steps", "samples", "time")
