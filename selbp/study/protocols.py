@@ -30,7 +30,7 @@ class Protocol:
     seeds: tuple[int, ...]
     budgets: tuple[str, ...] = BUDGETS
     own_keeps: tuple[int, ...] = (13, 16, 24, 32, 64)  # among which random chooses its own
-    clock: str = "matching"  # the selector whose steps, at the largest keep, set the budget of time
+    clock: str = "matching"  # the arm whose steps, at the dearest keep, set the budget of time
     claim: bool = False  # Holm-corrected over all of its differences, cells by arms, in each budget
 
     def __post_init__(self) -> None:

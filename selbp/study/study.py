@@ -67,7 +67,8 @@ def plan_cell(cell: Cell, protocol: Protocol, sets: Sets, costs: Costs, advance:
     own = [plan.config(own_keep_arm(), keep) for keep in protocol.own_keeps]
     clean = sets(cell.dataset.partition("+noise")[0])
     costs.add([*configs, *own], lambda wanted: measure(wanted, clean, advance=advance))
-    clock = [config for config in configs if config.selector == protocol.clock and not config.cut]
+    arms = [Arm.parse(protocol.clock)] if protocol.clock in protocol.arms else []
+    clock = [plan.config(arm, keep) for arm in arms for keep in cell.keeps]
     plan.milliseconds = cell.steps * max(costs[config].median for config in clock or configs)
     return plan
 
