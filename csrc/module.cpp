@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/level.hpp"
+#include "cube/cpu.hpp"
 #include "gram/cpu.hpp"
 #include "matching/matching.hpp"
 #include "statistics/cpu.hpp"
@@ -20,6 +21,18 @@ namespace {
 template <typename T>
 T* at(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+void bind_cube(py::module_& m) {
+  using Address = std::uintptr_t;
+  m.def(
+      "cube",
+      [](std::int64_t n, std::int64_t dimensions, Address x, Address probability, Address order, Address draws,
+         Address scratch, Address group) {
+        SELBP_PICK(cube)({n, dimensions, at<double>(x), at<double>(probability), at<std::int64_t>(order),
+                          at<double>(draws), at<double>(scratch), at<std::int64_t>(group)});
+      },
+      py::call_guard<py::gil_scoped_release>());
 }
 
 void bind_gram(py::module_& m) {
@@ -148,6 +161,7 @@ void bind_statistics(py::module_& m) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU kernels of selbp; called through selbp.ops, which validates.";
   m.def("level", [] { return selbp::level_name(); }, "The x86-64 level whose kernels are in use.");
+  bind_cube(m);
   bind_gram(m);
   bind_matching(m);
   bind_statistics(m);

@@ -14,6 +14,7 @@ except ImportError as error:
 
 from selbp.selectors import (  # noqa: E402
     BatchStatistics,
+    CubeSampling,
     DivBS,
     Full,
     GradientMatching,
@@ -36,6 +37,7 @@ from selbp.training.memory import keep_freed_memory  # noqa: E402
 
 __all__ = [
     "BatchStatistics",
+    "CubeSampling",
     "CutReport",
     "Diagnosis",
     "DivBS",

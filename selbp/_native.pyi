@@ -1,6 +1,9 @@
 """The CPU core: addresses and shapes in, nothing validated; called through selbp.ops only."""
 
 def level() -> str: ...
+def cube(
+    n: int, dimensions: int, x: int, probability: int, order: int, draws: int, scratch: int, group: int
+) -> None: ...
 def gram(
     out: int,
     packed: int,

@@ -1,5 +1,6 @@
 """The operators: functional front over ``torch.ops.selbp.*``."""
 
+from selbp.ops.cube import cube_sample
 from selbp.ops.gram import gradient_gram
 from selbp.ops.linear_cross_entropy import linear_cross_entropy
 from selbp.ops.matching import match, nnls, nnls_gram
@@ -17,6 +18,7 @@ __all__ = [
     "MeanGradient",
     "Selection",
     "cross_entropy_statistics",
+    "cube_sample",
     "gradient_gram",
     "linear_cross_entropy",
     "linear_cross_entropy_statistics",

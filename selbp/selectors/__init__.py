@@ -6,6 +6,7 @@ of models or training. One file per family; :mod:`selbp.selectors.base` says wha
 
 from selbp.ops.types import BatchStatistics, Selection
 from selbp.selectors.base import Needs, Selector
+from selbp.selectors.cube import CubeSampling
 from selbp.selectors.diverse import DivBS
 from selbp.selectors.importance import GradNormImportance
 from selbp.selectors.loss_sampling import LossPercentile, LossRank
@@ -16,6 +17,7 @@ from selbp.selectors.uniform import Full, Random
 
 __all__ = [
     "BatchStatistics",
+    "CubeSampling",
     "DivBS",
     "Full",
     "GradNormImportance",

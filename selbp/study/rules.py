@@ -30,6 +30,7 @@ RULES: dict[str, Rule] = {
     "loss-rank": Rule("LossRank", "loss rank", "odds by the loss's rank in its minibatch"),
     "gradnorm": Rule("GradNormImportance", "gradient-norm importance", "odds by gradient norm, unbiased weights"),
     "matching": Rule("GradientMatching", "gradient matching", "weights and rows that match the mean gradient"),
+    "cube": Rule("CubeSampling", "unbiased matching (cube)", "balanced on sketched gradients, unbiased weights"),
     "divbs": Rule("DivBS", "diverse (DivBS)", "odds by what the chosen ones do not yet span"),
 }
 

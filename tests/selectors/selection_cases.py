@@ -25,6 +25,8 @@ EVERY_RULE = [
     selbp.GradientMatching(rule="raw", nonnegative=False),
     selbp.GradientMatching(rule="normalized", weights="mean"),
     selbp.GradientMatching(unit_sum=1.0),
+    selbp.CubeSampling(),
+    selbp.CubeSampling(dimensions=3, probabilities="uniform"),
     selbp.DivBS(),
     selbp.ReducibleLoss(),
     selbp.ReducibleLoss(weights="refit"),

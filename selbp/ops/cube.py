@@ -1,0 +1,109 @@
+"""Balanced sampling by the cube method: a random sample whose Horvitz-Thompson totals are nearly the true ones.
+
+A sample of n units is a vertex of [0, 1]^n, their inclusion probabilities pi a point inside. The *flight* walks from pi
+along directions u with A u = 0, where column i of A is x_i / pi_i: on the way the estimate sum_S x_i / pi_i stays where
+it is, at sum x_i. Each walk ends on a face of the cube, where one more unit is in or out, and which of the two ends is
+drawn so that the point does not move in expectation: unit i is in with probability pi_i, whatever x is. When fewer
+units are left than A has rows, the *landing* drops the rows one by one, and that of the sample's size last.
+
+Deville & Tille (2004), Biometrika 91, 893-912; flight through groups of p + 1 units: Chauvet & Tille (2006).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from selbp import _native
+from selbp.ops._checks import check_floating, check_same_device, check_shape
+from selbp.ops._library import define
+
+DECIDED = 1e-9  # distance from 0 or 1 that is rounding
+
+
+def cube_sample(
+    balance: Tensor,  # (n, p)
+    probability: Tensor,  # (n,)
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw a sample that is balanced on the columns of ``balance``, of a size that is always the same.
+
+    Args:
+        balance: (n, p) finite; columns in order of importance, the last are given up first.
+        probability: (n,) inclusion probabilities in [0, 1], whose sum is an integer to rounding: the sample's size.
+        generator: where the draws come from, on the tensors' device; torch's global one for None.
+
+    Returns:
+        (n,) bool. Each unit is in with its probability, and ``sum_S balance_i / probability_i`` has a variance that
+        comes from the landing's last p units alone. Computed in float64.
+
+    Raises:
+        TypeError: an input is not a floating tensor.
+        ValueError: shapes or devices do not fit.
+    """
+    check_floating("balance", balance)
+    check_floating("probability", probability)
+    check_shape("balance", balance, "(n, p)", (None, None))
+    check_shape("probability", probability, f"({len(balance)},)", (len(balance),))
+    check_same_device("probability", probability, "balance", balance)
+    draws = torch.rand(2, len(balance), dtype=torch.float64, device=balance.device, generator=generator)
+    chosen: Tensor = _cube(balance.double(), probability.double(), draws[0].argsort(), draws[1])
+    return chosen
+
+
+def _cpu(balance: Tensor, probability: Tensor, order: Tensor, draws: Tensor) -> Tensor:
+    n, p = balance.shape
+    x, point = balance.t().contiguous(), probability.clone(memory_format=torch.contiguous_format)
+    order, draws = order.contiguous(), draws.contiguous()
+    scratch, group = x.new_empty((p + 2) * (p + 3)), order.new_empty(2 * p + 4)
+    _native.cube(
+        n, p, x.data_ptr(), point.data_ptr(), order.data_ptr(), draws.data_ptr(), scratch.data_ptr(), group.data_ptr()
+    )
+    return point > 0.5
+
+
+def walk(balance: Tensor, probability: Tensor, order: Tensor, draws: Tensor) -> Tensor:
+    """The method in plain torch, n steps of fixed shapes without asking the device: the spec, and CUDA's kernel.
+
+    ``order`` (n,) is the order in which units are looked at, ``draws`` (n,) the uniform draw of each step.
+    """
+    n, p = balance.shape
+    point = probability.clone()
+    columns = torch.cat([torch.ones_like(probability)[:, None], balance / probability.clamp(min=1e-300)[:, None]], 1)
+    slots = torch.arange(p + 2, device=balance.device)
+    for step in range(n):
+        undecided = (point > DECIDED) & (point < 1 - DECIDED)
+        point = torch.where(undecided, point, (point >= 0.5).to(point))
+        # The first p + 2 undecided units; beyond their number, slots repeat units that stay where they are.
+        group = order[(~undecided[order]).to(torch.int8).argsort(stable=True)[: p + 2]]
+        live = undecided[group]
+        used = slots[: len(group)]
+        count = live.sum()
+        constraints = torch.minimum(count - 1, torch.full_like(count, p + 1)).clamp(min=0)  # q, of q + 1 units
+        rows = columns[group].t()[: len(group) - 1]  # (p + 1, p + 2), of which q x (q + 1) are in use
+        inside = (used[:-1, None] < constraints) & (used <= constraints)
+        fixed = (used[:-1, None] >= constraints) & (used == used[:-1, None] + 1)  # every other unit stays
+        matrix = torch.where(inside, rows, fixed.to(rows))
+        direction = torch.linalg.qr(matrix.t(), mode="complete").Q[:, -1]
+        direction = torch.where(live & (used <= constraints), direction, 0.0)
+        size = direction.abs()
+        lead = direction.gather(0, (size > 1e-9 * size.max()).to(torch.int8).argmax(0, keepdim=True))
+        direction = torch.where(lead < 0, -direction, direction) / size.max().clamp(min=1e-300)
+        moves = direction.abs() > 1e-14
+        here = point[group]
+        ahead = torch.where(direction > 0, 1 - here, here) / direction.abs()
+        behind = torch.where(direction > 0, here, 1 - here) / direction.abs()
+        up, down = (torch.where(moves, way, torch.inf).min() for way in (ahead, behind))
+        move = torch.where(draws[step] * (up + down) < down, up, -down)
+        point = point.scatter(0, group, torch.where(moves & (count >= 2), here + move * direction, here))
+    return point >= 0.5
+
+
+def _fake(balance: Tensor, probability: Tensor, order: Tensor, draws: Tensor) -> Tensor:
+    return torch.empty_like(probability, dtype=torch.bool)
+
+
+_cube = define(
+    "cube_sample(Tensor balance, Tensor probability, Tensor order, Tensor draws) -> Tensor",
+    fake=_fake, cpu=_cpu, cuda=walk,
+)  # fmt: skip

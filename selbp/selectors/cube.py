@@ -1,0 +1,75 @@
+"""Unbiased matching: balanced random samples, whose mean gradient is nearly the minibatch's every time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from selbp.ops.cube import cube_sample
+from selbp.ops.types import BatchStatistics, Selection
+from selbp.selectors.base import Needs, Stateless, check_call, check_choice, require_proxies
+from selbp.selectors.proxies import GradientProxies
+from selbp.selectors.sampling import inclusion_probabilities, top_rows
+from selbp.selectors.weighting import unbiased_weights
+
+
+@dataclass(frozen=True)
+class CubeSampling(Stateless):
+    """Exactly k rows by the cube method (Deville & Tille 2004), weights 1 / (n pi): unbiased, of low variance.
+
+    The draw is balanced on a sketch of the gradients: their inner products with the mean gradient and with random
+    combinations of the minibatch's gradients, which lie mostly along its leading directions. In those directions the
+    sample's estimate hardly varies; outside of them it does as that of independent draws.
+
+    Args:
+        dimensions: of the sketch, at least 1; None for half of k. More balance leaves less to chance, but the last
+            ``dimensions`` rows to be decided are not balanced: beyond k / 2 nothing is gained.
+        probabilities: inclusion probabilities: ``"gradnorm"``, proportional to the gradient's norm up to 1, or
+            ``"uniform"``.
+    """
+
+    dimensions: int | None = None
+    probabilities: Literal["gradnorm", "uniform"] = "gradnorm"
+
+    needs: ClassVar[Needs] = "gradients"
+
+    def __post_init__(self) -> None:
+        if self.dimensions is not None:
+            if isinstance(self.dimensions, bool) or not isinstance(self.dimensions, int):
+                raise TypeError(f"dimensions must be an int or None, got {self.dimensions!r}")
+            if self.dimensions < 1:
+                raise ValueError(f"dimensions must be at least 1, got {self.dimensions}")
+        check_choice("probabilities", self.probabilities, ("gradnorm", "uniform"))
+
+    @torch.no_grad()
+    def select(
+        self,
+        stats: BatchStatistics,
+        k: int,
+        *,
+        proxies: GradientProxies | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Selection:
+        """See :meth:`Selector.select`. Without any gradient the draw is uniform."""
+        n = check_call(stats, k, generator)
+        gram = require_proxies(self, proxies).gram().double()
+        eligible = stats.valid & gram.diagonal().isfinite()
+        odds = torch.where(eligible, gram.diagonal().clamp(min=0.0).sqrt(), 0.0)
+        # Rows without a gradient are out: their share of the mean is 0. Where no row has one, all are drawn alike.
+        by_norm = odds.sum() > 0
+        uniform = eligible.double()
+        probability = inclusion_probabilities(
+            torch.where(by_norm, odds, uniform) if self.probabilities == "gradnorm" else uniform, k
+        )
+        directions = min(self.dimensions or max(1, k // 2), n) - 1
+        mixture = torch.randn(n, directions, dtype=torch.float64, device=gram.device, generator=generator)
+        weights = torch.cat([uniform[:, None] / n, mixture], 1) * uniform[:, None]
+        sketch = torch.where(uniform[:, None] > 0, gram.nan_to_num(0.0, 0.0, 0.0) @ weights, 0.0)
+        chosen = cube_sample(sketch, probability, generator)
+        indices, real = top_rows(torch.zeros_like(odds), chosen, k)
+        return Selection(indices, unbiased_weights(stats, real, probability[indices]))
