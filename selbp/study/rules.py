@@ -34,10 +34,16 @@ RULES: dict[str, Rule] = {
     "divbs": Rule("DivBS", "diverse (DivBS)", "odds by what the chosen ones do not yet span"),
 }
 
+# A cut below the head whose lower part scores in bfloat16 and runs again, in full precision, on the chosen rows.
+RECUT = "cut=1,backward=recompute,scoring_precision=bfloat16"
+
 # Arms that are more than a rule: title, and rule[:option=value,...]@option=value,... as Arm.parse reads it.
 ARMS: dict[str, tuple[str, str]] = {
     "matching-head": ("matching, exact head", "matching@head_gradient=full"),
     "matching-cut1": ("matching below the head", "matching@cut=1"),
     "matching-cut2": ("matching two layers below the head", "matching@cut=2"),
+    "matching-recut": ("matching below the head, recomputed", f"matching@{RECUT}"),
+    "cube-recut": ("unbiased matching below the head, recomputed", f"cube@{RECUT}"),
+    "gradnorm-recut": ("gradient norms below the head, recomputed", f"gradnorm:norm=gradient@{RECUT}"),
     "random-cut2": ("random rows two layers below the head", "random@cut=2"),
 }
