@@ -63,7 +63,13 @@ format: $(VENV)/.with-dev
 	$(BIN)/ruff format .
 	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format -i
 
-bench: $(VENV)/.with-bench
+# Peers that no extra names, for two are wanted without their dependencies; one that does not install is left out.
+$(VENV)/.with-peers: $(VENV)/.with-bench
+	-$(BIN)/python -m pip install -q $(PIP_ARGS) --only-binary :all: spams-bin
+	-$(BIN)/python -m pip install -q $(PIP_ARGS) --no-deps cords mosaicml
+	@touch $@
+
+bench: $(VENV)/.with-peers
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # One folder for all of them: what they share is run once, and an interrupted one goes on.

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,18 @@ def _with(
 def _single(source: str, stage: str, n: int, device: torch.device) -> tuple[MatchingProblem, dict[str, object]]:
     problem = MatchingProblem(*(x.float().to(device) for x in matching_problem(source, stage, n)))
     return problem, {name: x.cpu().numpy() for name, x in problem._asdict().items()}
+
+
+def residual(call: Callable[[], Any], results: list[Any], inputs: tuple[Any, ...]) -> Mapping[str, float]:
+    """|target - sum w g| / |target| in float64, of our Matching or of dense weights."""
+    p, found = inputs[0], results[-1]
+    gram, inner, target_sq = p.gram.double(), p.inner.double(), p.target_sq.double()
+    if isinstance(found, ops.Matching):
+        weights = torch.zeros_like(inner).index_add_(0, found.indices.clamp(min=0), found.weights.double())
+    else:
+        weights = torch.as_tensor(found, dtype=torch.float64, device=inner.device)
+    square = (target_sq - 2.0 * weights @ inner + weights @ gram @ weights).clamp(min=0.0)
+    return {"residual": float((square / target_sq).sqrt())}
 
 
 def _pursuit(n: int, k: int, source: str, stage: str, quick: bool = False) -> Case:
@@ -59,6 +72,7 @@ def _pursuit(n: int, k: int, source: str, stage: str, quick: bool = False) -> Ca
         limits=limits if n > 128 else {},  # there the call itself, not the solve, is most of ours
         quick=quick,
         rounds=5,
+        quality=residual,
     )
 
 

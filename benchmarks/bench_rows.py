@@ -21,7 +21,6 @@ SHARES = (0.1, 0.25, 0.5)
 
 
 def _inputs(task: Task, share: float, device: torch.device) -> tuple[Any, ...]:
-    selbp.keep_freed_memory()
     model = task.build().to(device)
     x, y = (t.to(device) for t in task.batch(task.n))
     chosen = torch.randperm(task.n, device=device)[: max(1, round(share * task.n))]

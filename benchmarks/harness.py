@@ -4,27 +4,33 @@ A suite is a module ``bench_<name>.py`` with ``CASES``, a list of :class:`Case`,
 pytest-benchmark. ``python -m benchmarks`` runs the contenders of a case interleaved, in an order shuffled anew each
 round, so that a drift of the machine meets all of them alike; it reports medians, 20th and 80th percentiles, each
 contender's ratio to ours and the fraction of the roofline, whose byte and flop formula stands beside the case.
+
+A contender's name says what it is: ``"ours"`` is the one that others are compared with, ``"ours: ..."`` a variant of
+it; one with the word ``alone`` does only a part of the task, and so is a mark to measure by, not a peer.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
-import os
 import random
 import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from benchmarks.costs import SLOW, host_reads, peak_extra_bytes
 from benchmarks.roofline import Roofline
 
+__all__ = ["Case", "Clock", "Row", "Unavailable", "peak_extra_bytes", "run_case", "suite"]
+
 MIN_SAMPLE_SECONDS = 1e-3  # a shorter call is repeated within a sample until the sample takes this long
+NAN = float("nan")
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,20 @@ class Case:
     working_set: int | None = None  # bytes that decide the level of the memory hierarchy; None: `nbytes`
     limits: Mapping[str, float] = field(default_factory=dict)  # contender -> greatest allowed ours / contender
     quick: bool = False  # also runs with --quick
-    rounds: int = 7  # at least
+    rounds: int = 7  # at least, but for a contender that would take four times its share of the seconds
+    # (call, what it returned so far, inputs) -> "residual", "bias", "bias_error"
+    quality: Callable[[Callable[[], Any], list[Any], tuple[Any, ...]], Mapping[str, float]] | None = None
+    ideal: Callable[[Mapping[str, float]], float] | None = None  # seconds by contender -> the least possible
+    samples: int = 0  # that one call trains on
 
-    def bind(self, device: torch.device, seed: int = 0) -> dict[str, Callable[[], object]]:
-        """The contenders that can run here, ready to call, on inputs drawn from ``seed``."""
+    def draw(self, device: torch.device, seed: int = 0) -> tuple[Any, ...]:
+        """The inputs; torch's and numpy's global generators start from ``seed``."""
         torch.manual_seed(seed)
-        inputs = self.inputs(device)
+        np.random.seed(seed)
+        return self.inputs(device)
+
+    def bind(self, inputs: tuple[Any, ...]) -> dict[str, Callable[[], object]]:
+        """The contenders that can run here, ready to call."""
         return {
             name: functools.partial(contender, *inputs)
             for name, contender in self.contenders.items()
@@ -70,26 +84,48 @@ class Case:
 
 @dataclass
 class Row:
-    """A contender's result; the times are seconds per call."""
+    """A contender's result; the times are seconds per call, and what was not measured is NaN."""
 
     case: str
     contender: str
-    median: float
-    p20: float
-    p80: float
-    samples: int
-    ratio: float  # this contender's median / ours
-    roofline: float  # the bound / this contender's median
-    gflops: float
-    gbytes: float
-    formula: str
-    limit: float | None  # greatest allowed ours / this contender
-    note: str = ""
+    median: float = NAN
+    p20: float = NAN
+    p80: float = NAN
+    samples: int = 0
+    ratio: float = NAN  # this contender's median / ours
+    roofline: float = NAN  # the bound / this contender's median
+    gflops: float = NAN
+    gbytes: float = NAN
+    formula: str = ""
+    limit: float | None = None  # greatest allowed ours / this contender
+    note: str = ""  # why it was not measured
+    residual: float = NAN  # |mean gradient - weighted sum of the chosen ones| / |mean gradient|, mean over draws
+    bias: float = NAN  # the same of the expected sum
+    bias_error: float = NAN  # what chance leaves in `bias`
+    host_reads: float = NAN  # a call
+    peak_bytes: float = NAN  # above the inputs
+    per_second: float = NAN  # samples of the minibatch
+    ideal: float = NAN  # the least possible time / this contender's median
 
     @property
     def passed(self) -> bool | None:
         """Whether ours met the limit against this contender; None where there is no limit."""
         return None if self.limit is None or not self.ratio > 0 else 1.0 / self.ratio <= self.limit
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is ours, or a variant of ours."""
+        return self.contender == "ours" or self.contender.startswith("ours: ")
+
+    @property
+    def peer(self) -> bool:
+        """Whether it does the whole task, is not ours, and was measured."""
+        return not self.ours and not self.mark and self.ratio > 0
+
+    @property
+    def mark(self) -> bool:
+        """Whether it does a part of the task only, as something to measure by."""
+        return "alone" in self.contender.replace(",", " ").split()
 
 
 class Clock:
@@ -100,6 +136,7 @@ class Clock:
             raise ValueError(f"clock must be wall or process, got {kind!r}")
         self.kind, self.device = ("cuda events" if device.type == "cuda" else kind), device
         self._now = time.process_time if kind == "process" else time.perf_counter
+        # Unmeasured: no GPU has run this yet.
         self._flush = torch.empty(1 << 26, device=device) if device.type == "cuda" else None
 
     def sample(self, contender: Callable[[], object], calls: int) -> float:
@@ -125,43 +162,96 @@ class Clock:
         return total / calls
 
 
+@dataclass
+class _Prepared:
+    call: Callable[[], object]
+    calls: int  # a sample
+    seconds: float  # a sample
+    reads: int
+    results: list[Any]  # of its first calls, for the case's quality
+
+
+def _prepare(call: Callable[[], object], clock: Clock, keep: bool) -> _Prepared:
+    """Warm up, count what is read back, and find out how long a sample must be."""
+    start = time.perf_counter()
+    reads, result = host_reads(call)
+    results = [result] if keep else []
+    if time.perf_counter() - start < SLOW:  # the first call builds and caches what it needs
+        reads, result = host_reads(call)
+        results += [result] if keep else []
+    del result
+    once = max(clock.sample(call, 1), 1e-7)
+    calls = max(1, round(MIN_SAMPLE_SECONDS / once))
+    return _Prepared(call, calls, once * calls, reads, results)
+
+
 def run_case(case: Case, roofline: Roofline, clock: Clock, seconds: float, seed: int = 0) -> list[Row]:
-    """Time every contender of ``case``, interleaved, for about ``seconds`` in all."""
-    present = case.bind(roofline.device, seed)
-    ours = next(iter(case.contenders))
-    calls, budget = {}, 0.0
-    for name, call in present.items():  # twice: the first call builds and caches what it needs
-        call()
-        once = max(clock.sample(call, 1), 1e-7)
-        calls[name] = max(1, round(MIN_SAMPLE_SECONDS / once))
-        budget += once * calls[name]
-    rounds = max(case.rounds, min(200, int(seconds / max(budget, 1e-9))))
-    order, shuffle = list(present), random.Random(seed)
-    samples: dict[str, list[float]] = {name: [] for name in present}
+    """Time every contender of ``case``, interleaved, for about ``seconds`` in all. One that fails is a note."""
+    notes = {name: call.reason for name, call in case.contenders.items() if isinstance(call, Unavailable)}
+    bound, present, inputs = NAN, dict[str, Callable[[], object]](), tuple[Any, ...]()
+    try:
+        bound = case.bound(roofline)
+        inputs = case.draw(roofline.device, seed)
+        present = case.bind(inputs)
+    except Exception as error:
+        notes |= {name: _failure(error) for name in case.contenders if name not in notes}
+    ready: dict[str, _Prepared] = {}
+    for name, call in present.items():
+        try:
+            ready[name] = _prepare(call, clock, keep=case.quality is not None)
+        except Exception as error:
+            notes[name] = _failure(error)
+    samples = _interleaved(ready, case.rounds, clock, seconds, seed)
+    middle = {name: statistics.median(times) for name, times in samples.items()}
+    ours = middle.get(next(iter(case.contenders)), NAN)
+    rows = []
+    for name in case.contenders:
+        row = Row(case.name, name, formula=case.formula, limit=case.limits.get(name), note=notes.get(name, ""))
+        rows.append(row)
+        if name not in ready:
+            continue
+        row.median, row.samples = middle[name], len(samples[name])
+        row.p20, *_, row.p80 = statistics.quantiles(samples[name], n=5, method="inclusive")
+        row.ratio, row.roofline = row.median / ours, bound / row.median
+        row.gflops, row.gbytes = case.flops / row.median / 1e9, case.nbytes / row.median / 1e9
+        if row.mark:
+            continue
+        row.host_reads, row.per_second = ready[name].reads, case.samples / row.median if case.samples else NAN
+        if case.ideal is not None:
+            row.ideal = case.ideal(middle) / row.median
+        if case.quality is not None:
+            for key, value in case.quality(ready[name].call, ready[name].results, inputs).items():
+                setattr(row, key, value)
+    return rows
+
+
+FAILED = "failed: "
+
+
+def _failure(error: Exception) -> str:
+    """A note of one line."""
+    return f"{FAILED}{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _interleaved(
+    ready: Mapping[str, _Prepared], least: int, clock: Clock, seconds: float, seed: int
+) -> dict[str, list[float]]:
+    """Seconds per call, in rounds whose order is shuffled; each contender has at least two."""
+    rounds = max(least, min(200, int(seconds / max(sum(entry.seconds for entry in ready.values()), 1e-9))))
+    share = {name: max(2, min(rounds, int(4 * seconds / entry.seconds))) for name, entry in ready.items()}
+    shuffle = random.Random(seed)
+    samples: dict[str, list[float]] = {name: [] for name in ready}
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
+        for done in range(rounds):
+            order = [name for name in ready if done < share[name]]
             shuffle.shuffle(order)
             for name in order:
-                samples[name].append(clock.sample(present[name], calls[name]))
+                samples[name].append(clock.sample(ready[name].call, ready[name].calls))
     finally:
         gc.enable()
-    bound = case.bound(roofline)
-    middle = {name: statistics.median(times) for name, times in samples.items()}
-    rows = []
-    for name, call in case.contenders.items():
-        if isinstance(call, Unavailable):
-            nan = float("nan")
-            rows.append(Row(case.name, name, nan, nan, nan, 0, nan, nan, nan, nan, case.formula, None, call.reason))
-            continue
-        low, *_, high = statistics.quantiles(samples[name], n=5)
-        time_ = middle[name]
-        rows.append(
-            Row(case.name, name, time_, low, high, len(samples[name]), time_ / middle[ours], bound / time_,
-                case.flops / time_ / 1e9, case.nbytes / time_ / 1e9, case.formula, case.limits.get(name))
-        )  # fmt: skip
-    return rows
+    return samples
 
 
 def suite(cases: Sequence[Case]) -> Callable[..., None]:
@@ -180,22 +270,6 @@ def suite(cases: Sequence[Case]) -> Callable[..., None]:
             pytest.skip(contender.reason)
         benchmark.group = case.name
         benchmark.extra_info.update(flops=case.flops, bytes=case.nbytes, formula=case.formula)
-        benchmark(case.bind(torch.device("cpu"))[name])
+        benchmark(case.bind(case.draw(torch.device("cpu")))[name])
 
     return test
-
-
-def peak_extra_bytes(call: Callable[[], object]) -> int:
-    """Bytes by which the resident set rises at most above its level before ``call``; Linux, CPU."""
-    call()  # what the first call caches is not the call's own
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _status_bytes("VmRSS")
-    call()
-    return max(0, _status_bytes("VmHWM") - before)
-
-
-def _status_bytes(key: str) -> int:
-    found = re.search(rf"^{key}:\s+(\d+) kB", Path(f"/proc/{os.getpid()}/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return 1024 * int(found[1])

@@ -167,9 +167,13 @@ def build_parser() -> argparse.ArgumentParser:
     study.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
 
     bench = commands.add_parser(
-        "bench", help="operator throughput against peers and the roofline", formatter_class=raw,
-        description="Run the benchmark suite of a source checkout. Further arguments go to it.",
-        epilog="example:\n  selbp bench --out runs/bench",
+        "bench", help="operators, rules and whole steps against peers and the roofline", formatter_class=raw,
+        description="Run the benchmark suites of a source checkout, ten minutes in all: ours against every peer that\n"
+        "is installed and against this machine's roofline, in one run. Further arguments go to them:\n"
+        "names of suites, --quick, --list, --peers, --filter TEXT, --seconds S, --threads N, --device cuda,\n"
+        "--clock wall|process, --check, --no-memory (python -m benchmarks --help).",
+        epilog="examples:\n  selbp bench --out runs/bench\n  selbp bench selection throughput --quick\n"
+        "  selbp bench --peers          # what is installed, and how to get the rest",
     )  # fmt: skip
     bench.add_argument("--seed", type=int, help="seed of the inputs")
     bench.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")

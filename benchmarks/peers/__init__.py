@@ -1,1 +1,49 @@
-"""Solvers of others, under one signature; each module says where its solver comes from."""
+"""Solvers, selection rules and heads of others, under one signature per task; each module says where they come from.
+
+A peer is a function that takes nothing and returns a callable of its module's signature, or ``Unavailable`` with the
+reason and the command that installs it. None of their code is here.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+
+import torch
+
+from benchmarks.harness import Unavailable
+
+# distribution -> how to install it: some need dependencies only for what is not used here
+INSTALL = {
+    "scikit-learn": "pip install scikit-learn",
+    "scipy": "pip install scipy",
+    "spams-bin": "pip install spams-bin",
+    "cords": "pip install --no-deps cords",
+    "mosaicml": "pip install --no-deps mosaicml",
+    "liger-kernel": "pip install liger-kernel",
+    "cut-cross-entropy": "pip install cut-cross-entropy",
+}
+_MODULES = {"liger-kernel": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
+
+
+def missing(distribution: str, error: object = "not installed") -> Unavailable:
+    """Says that ``distribution`` is not there, and how it gets there."""
+    return Unavailable(f"{distribution}: {error} ({INSTALL[distribution]})")
+
+
+def on_a_gpu(distribution: str) -> Unavailable | None:
+    """Why a peer that runs on a GPU only does not run; None where it does."""
+    if not torch.cuda.is_available():
+        return Unavailable(f"{distribution} runs on a GPU only")
+    return None if importlib.util.find_spec(_MODULES[distribution]) else missing(distribution)
+
+
+def versions() -> dict[str, str]:
+    """Version of each installed peer."""
+    found = {}
+    for distribution in INSTALL:
+        try:
+            found[distribution] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

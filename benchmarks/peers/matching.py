@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import Unavailable
+from benchmarks.peers import missing
 
 Array = np.ndarray
 
@@ -27,7 +28,7 @@ def scikit_learn() -> Callable[[Array, Array, int], Array] | Unavailable:
     try:
         from sklearn.linear_model import orthogonal_mp_gram
     except ImportError as error:
-        return Unavailable(f"scikit-learn: {error}")
+        return missing("scikit-learn", error)
 
     def solve(gram: Array, inner: Array, k: int) -> Array:
         with warnings.catch_warnings():  # it warns on every call that ends before k rows
@@ -42,24 +43,27 @@ def scipy_nnls() -> Callable[[Array, Array], Array] | Unavailable:
     try:
         from scipy.optimize import nnls
     except ImportError as error:
-        return Unavailable(f"SciPy: {error}")
+        return missing("scipy", error)
     return lambda factor, target: nnls(factor, target)[0]
 
 
-def spams() -> Callable[[Array, Array, int], object] | Unavailable:
-    """(factor, target, k) -> sparse weights; one thread."""
+def spams() -> Callable[[Array, Array, int], Array] | Unavailable:
+    """(factor, target, k) -> dense weights; one thread. It takes columns of norm 1 for granted, so they are scaled."""
     try:
         import spams as module
     except ImportError as error:
-        return Unavailable(f"spams-bin: {error}")
+        return missing("spams-bin", error)
 
-    def solve(factor: Array, target: Array, k: int) -> object:
-        return module.omp(np.asfortranarray(target[:, None]), np.asfortranarray(factor), L=k, numThreads=1)
+    def solve(factor: Array, target: Array, k: int) -> Array:
+        norms = np.linalg.norm(factor, axis=0)
+        norms[norms == 0.0] = 1.0
+        found = module.omp(np.asfortranarray(target[:, None]), np.asfortranarray(factor / norms), L=k, numThreads=1)
+        return found.toarray()[:, 0] / norms
 
     return solve
 
 
-def _cords_solvers() -> ModuleType:
+def cords_solvers() -> ModuleType:
     """CORDS' file of solvers alone: the package's own import pulls in packages that its solver does not need."""
     package = importlib.util.find_spec("cords")
     if package is None or not package.submodule_search_locations:
@@ -77,7 +81,7 @@ def _cords_solvers() -> ModuleType:
 def cords() -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor] | Unavailable:
     """(factor, target, k) -> dense weights, with GradMatch's own settings (lam = 0.5, positive)."""
     try:
-        solver = _cords_solvers().OrthogonalMP_REG_Parallel_V1
+        solver = cords_solvers().OrthogonalMP_REG_Parallel_V1
     except (ImportError, FileNotFoundError) as error:
-        return Unavailable(f"cords: {error}")
+        return missing("cords", error)
     return lambda factor, target, k: solver(factor, target, tol=0.0, nnz=k, positive=True, lam=0.5)

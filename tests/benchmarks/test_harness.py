@@ -1,18 +1,19 @@
 """The benchmark harness measures what it says, and its verdict can fail."""
 
-import csv
-import json
+import math
 import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import report
+from benchmarks.costs import host_reads, measure_peaks
 from benchmarks.harness import Case, Clock, Unavailable, peak_extra_bytes, run_case
 from benchmarks.roofline import Roofline
 
@@ -47,7 +48,7 @@ def test_medians_ratios_and_limits(roofline):
 
 
 def test_process_clock_does_not_count_waiting(roofline):
-    ours, *_ = run_case(sleepers(), roofline, Clock("process", CPU), seconds=0.1)
+    ours, *_ = run_case(replace(sleepers(), rounds=1), roofline, Clock("process", CPU), seconds=0.001)
     assert ours.median < 0.001
 
 
@@ -73,41 +74,143 @@ def test_peak_extra_bytes():
     assert peak_extra_bytes(lambda: None) < 1 << 20
 
 
-def test_files(tmp_path, roofline):
-    rows = run_case(sleepers(limit=0.1), roofline, Clock("wall", CPU), seconds=0.1)
-    files = report.write(tmp_path / "new", {"nap": rows}, report.machine(CPU, 1, "wall"), roofline.table())
-    assert {"results.json", "results.csv", "results.md"} <= {file.name for file in files}
-    whole = json.loads((tmp_path / "new" / "results.json").read_text())
-    assert [row["contender"] for row in whole["rows"]] == ["ours", "twice", "peer"]
-    assert whole["rows"][2]["median"] is None and whole["machine"]["torch"] == torch.__version__
-    with (tmp_path / "new" / "results.csv").open() as stream:
-        assert len(list(csv.DictReader(stream))) == 3
-    text = (tmp_path / "new" / "results.md").read_text()
-    assert "MISSED" in text and "peer is not installed" in text
+def fails():
+    raise RuntimeError("no such thing\nand more")
+
+
+def test_a_contender_that_fails_is_a_note_and_the_others_run(roofline):
+    case = Case("x", lambda device: (), {"ours": lambda: 0, "peer": fails}, quick=True)
+    ours, peer = run_case(case, roofline, Clock("wall", CPU), seconds=0.01)
+    assert ours.median > 0 and math.isnan(peer.median) and peer.note == "failed: RuntimeError: no such thing"
+    broken = Case("y", lambda device: fails(), {"ours": lambda: 0})
+    (ours,) = run_case(broken, roofline, Clock("wall", CPU), seconds=0.01)
+    assert ours.note.startswith("failed: ") and command._verdict({"s": [ours]}, check=False) == 1
+    assert command._verdict({"s": [peer]}, check=True) == 0  # a peer's failure is its own
+
+
+def test_marks_and_variants_are_no_peers(roofline):
+    names = (
+        "ours",
+        "ours: other",
+        "its GEMM alone",
+        "forward alone (for the bound)",
+        "its GEMMs alone, whole",
+        "eager",
+    )
+    case = Case("x", lambda device: (), dict.fromkeys(names, lambda: 0), samples=10, ideal=lambda t: 2 * t["eager"])
+    rows = {row.contender: row for row in run_case(case, roofline, Clock("wall", CPU), seconds=0.01)}
+    assert [name for name, row in rows.items() if row.peer] == ["eager"]
+    assert [name for name, row in rows.items() if row.ours] == ["ours", "ours: other"]
+    assert rows["eager"].ideal == 2.0 and rows["eager"].per_second == 10 / rows["eager"].median
+    assert rows["eager"].host_reads == 0 and math.isnan(rows["its GEMM alone"].ideal)
+
+
+def test_a_slow_contender_gets_fewer_rounds(roofline):
+    case = Case("x", lambda device: (), {"ours": lambda: 0, "slow": lambda: time.sleep(0.03)})
+    ours, slow = run_case(case, roofline, Clock("wall", CPU), seconds=0.02)
+    assert (ours.samples, slow.samples) == (7, 2)
+
+
+X = torch.arange(5.0)
+
+
+@pytest.mark.parametrize("reads,call", [
+    (0, lambda: torch.where(X > 2, X, 0.0).sort().values.cumsum(0)),
+    (0, lambda: X[torch.tensor([1, 2])].to(X.device)),
+    (1, lambda: X[0].item()),
+    (1, lambda: bool(X[0] > 1)),
+    (1, lambda: X[X > 2]),
+    (1, lambda: X.clone().__setitem__(X > 2, 0.0)),
+    (1, lambda: torch.where(X > 2)),
+    (1, lambda: X.tolist()),
+    (1, lambda: X.cpu().numpy()),
+    (1, lambda: np.asarray(X)),
+    (1, lambda: torch.repeat_interleave(X, X.long())),
+    (3, lambda: [float(x) for x in X[:3]]),
+])  # fmt: skip
+def test_host_reads(reads, call):
+    assert host_reads(call)[0] == reads
+
+
+def test_peaks_are_measured_in_a_process_of_their_own():
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("needs Linux's /proc/self/clear_refs")
+    name = "gram n=1024 C=100 d=512 float32"
+    found = measure_peaks(["gram"], ["--quick", "--filter", name])["gram"][name]
+    assert found["ours"] >= 4 << 20 and found["eager torch"] > 1.5 * found["ours"]
+
+
+def test_cuda_clock_times_each_call_alone_on_a_cold_cache(monkeypatch):
+    happened = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            happened.append("event")
+
+        def synchronize(self):
+            happened.append("wait")
+
+        def elapsed_time(self, end):
+            return 3.0  # milliseconds
+
+    class Flush:
+        def zero_(self):
+            happened.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = Clock("wall", CPU)
+    clock._flush = Flush()
+    assert clock.sample(lambda: happened.append("call"), 2) == pytest.approx(0.003)
+    assert happened == ["flush", "event", "call", "event", "wait"] * 2
 
 
 def test_command_line(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(command, "_cases", lambda name, quick, text: [sleepers(limit=0.1)])
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    arguments = ["gram", "--quick", "--seconds", "0.1", "--out", str(tmp_path)]
+    monkeypatch.setattr(command, "cases_of", lambda name, quick, text: [sleepers(limit=0.1)])
+    monkeypatch.setattr(command, "limit_threads", lambda threads: None)
+    monkeypatch.setattr(command.selbp, "keep_freed_memory", lambda: False)
+    arguments = ["gram", "--quick", "--seconds", "0.1", "--out", str(tmp_path), "--no-memory", "--clock", "wall"]
     assert command.main(arguments) == 0 and command.main([*arguments, "--check"]) == 1
-    assert "Limits missed: sleep against twice" in capsys.readouterr().out
-    assert command.main(["nosuch"]) == 2 and "no suite nosuch" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "Limits missed: sleep against twice" in shown.out and "gram: sleep" in shown.err
     assert command.main(["gram", "--list"]) == 0 and "gram: sleep" in capsys.readouterr().out
+    assert command.main(["--peers"]) == 0 and "liger-kernel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["nosuch"], "no suite nosuch"),
+    (["--seconds", "0"], "--seconds must be positive"),
+    (["--publish", "--quick"], "--publish is for a whole run"),
+])  # fmt: skip
+def test_bad_input_is_one_line(arguments, message, capsys):
+    assert command.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_a_missing_extra_is_one_line(monkeypatch, capsys):
+    def absent(*_):
+        raise ModuleNotFoundError("No module named 'pytest'")
+
+    monkeypatch.setattr(command, "cases_of", absent)
+    assert command.main(["gram"]) == 2
+    assert "No module named 'pytest': pip install -e '.[bench]'" in capsys.readouterr().err
 
 
 def test_every_suite_lists_its_cases_and_names_them_once():
     for name in command.SUITES:
-        names = [case.name for case in command._cases(name, quick=False, text="")]
+        names = [case.name for case in command.cases_of(name, quick=False, text="")]
         assert names and len(set(names)) == len(names)
-        assert command._cases(name, quick=True, text=""), f"{name} has no quick case"
+        assert command.cases_of(name, quick=True, text=""), f"{name} has no quick case"
 
 
 def test_suites_run_under_pytest_benchmark():
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_gram.py", "--benchmark-only",
-         "--benchmark-min-rounds=1", "--benchmark-max-time=0.001", "--benchmark-warmup=off", "-k", "128"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", "--benchmark-only",
+         "--benchmark-min-rounds=1", "--benchmark-max-time=0.001", "--benchmark-warmup=off", "-k", "gram and 128"],
         cwd=ROOT, text=True, capture_output=True, timeout=120, env=env,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr

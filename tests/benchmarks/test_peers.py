@@ -1,0 +1,53 @@
+"""The peers do what they say, or say why they are not there; residual and bias are those of the definition."""
+
+import sys
+
+import pytest
+import torch
+
+from benchmarks.bench_selection import CASES, quality
+from benchmarks.harness import Unavailable
+from benchmarks.peers import selection
+
+CPU = torch.device("cpu")
+
+
+def test_bias_and_residual_of_known_weights():
+    torch.manual_seed(0)
+    gradients = torch.randn(8, 3, dtype=torch.float64) + 1.0
+    gram, mean = gradients @ gradients.T, gradients.mean(0)
+    one = torch.zeros(8, dtype=torch.float64).index_fill_(0, torch.tensor(2), 1.0)
+    found = quality(lambda: one, [one, one], (0, 0, 0, gram))
+    assert found["residual"] == pytest.approx(float((gradients[2] - mean).norm() / mean.norm()))
+    assert found["bias"] == pytest.approx(found["residual"]) and found["bias_error"] < 1e-7
+
+    def draw(scale=1.0):  # one row, uniformly: unbiased
+        return torch.nn.functional.one_hot(torch.randint(8, ()), 8).double() * scale
+
+    found = quality(draw, [], (0, 0, 0, gram))
+    assert found["bias"] < 3 * found["bias_error"] < 0.3 < found["residual"]
+    found = quality(lambda: draw(2.0), [], (0, 0, 0, gram))
+    assert found["bias"] == pytest.approx(1.0, abs=4 * found["bias_error"])
+
+
+@pytest.mark.parametrize("name", ["scikit_learn", "composer", "spams"])
+def test_a_missing_peer_says_how_to_get_it(monkeypatch, name):
+    for module in ("sklearn", "sklearn.linear_model", "spams"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    peer = getattr(selection, name)()
+    assert isinstance(peer, Unavailable) and "pip install" in peer.reason
+
+
+def test_peers_match_as_they_say():
+    """Orthogonal matching pursuit of scikit-learn and SPAMS, signed, on one minibatch: nearly the same residual."""
+    case = next(case for case in CASES if case.name.startswith("gradient matching n=128"))
+    inputs = case.draw(CPU)
+    found = {}
+    for name, call in case.bind(inputs).items():
+        if name.startswith("CORDS"):  # slow
+            continue
+        result = call()
+        found[name] = quality(call, [result, result], inputs)["residual"]
+    assert 0.0 < found["ours"] < 0.5
+    assert all(found["ours"] - 1e-3 <= value < 1.5 * found["ours"] for value in found.values()), found
