@@ -237,7 +237,7 @@ def _interleaved(
     ready: Mapping[str, _Prepared], least: int, clock: Clock, seconds: float, seed: int
 ) -> dict[str, list[float]]:
     """Seconds per call, in rounds whose order is shuffled; each contender has at least two."""
-    rounds = max(least, min(200, int(seconds / max(sum(entry.seconds for entry in ready.values()), 1e-9))))
+    rounds = max(2, least, min(200, int(seconds / max(sum(entry.seconds for entry in ready.values()), 1e-9))))
     share = {name: max(2, min(rounds, int(4 * seconds / entry.seconds))) for name, entry in ready.items()}
     shuffle = random.Random(seed)
     samples: dict[str, list[float]] = {name: [] for name in ready}

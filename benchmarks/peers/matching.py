@@ -48,7 +48,11 @@ def scipy_nnls() -> Callable[[Array, Array], Array] | Unavailable:
 
 
 def spams() -> Callable[[Array, Array, int], Array] | Unavailable:
-    """(factor, target, k) -> dense weights; one thread. It takes columns of norm 1 for granted, so they are scaled."""
+    """(factor, target, k) -> dense weights; one thread.
+
+    It takes columns of norm 1 for granted, so they are scaled; without ``eps`` it reads one that nobody set and may
+    stop before the first row.
+    """
     try:
         import spams as module
     except ImportError as error:
@@ -57,7 +61,8 @@ def spams() -> Callable[[Array, Array, int], Array] | Unavailable:
     def solve(factor: Array, target: Array, k: int) -> Array:
         norms = np.linalg.norm(factor, axis=0)
         norms[norms == 0.0] = 1.0
-        found = module.omp(np.asfortranarray(target[:, None]), np.asfortranarray(factor / norms), L=k, numThreads=1)
+        columns, goal = np.asfortranarray(factor / norms), np.asfortranarray(target[:, None])
+        found = module.omp(goal, columns, L=k, eps=0.0, numThreads=1)
         return found.toarray()[:, 0] / norms
 
     return solve
