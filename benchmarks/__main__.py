@@ -113,7 +113,6 @@ def _run(chosen: dict[str, list[Case]], options: argparse.Namespace) -> int:
     results: dict[str, list[Row]] = {}
     status = _time(chosen, options, roofline, clock, results)
     if not options.no_memory and not status:
-        print("peak memory, in a process of its own", file=sys.stderr, flush=True)
         _add_peaks(results, options)
     for name, rows in results.items():
         print(report.markdown(name, rows), flush=True)

@@ -30,6 +30,7 @@ from benchmarks.roofline import Roofline
 __all__ = ["Case", "Clock", "Row", "Unavailable", "peak_extra_bytes", "run_case", "suite"]
 
 MIN_SAMPLE_SECONDS = 1e-3  # a shorter call is repeated within a sample until the sample takes this long
+SHORT = 0.02  # seconds: a sample shorter than this follows a call that is not timed, so that each meets its own caches
 NAN = float("nan")
 
 
@@ -236,9 +237,16 @@ def _failure(error: Exception) -> str:
 def _interleaved(
     ready: Mapping[str, _Prepared], least: int, clock: Clock, seconds: float, seed: int
 ) -> dict[str, list[float]]:
-    """Seconds per call, in rounds whose order is shuffled; each contender has at least two."""
-    rounds = max(2, least, min(200, int(seconds / max(sum(entry.seconds for entry in ready.values()), 1e-9))))
-    share = {name: max(2, min(rounds, int(4 * seconds / entry.seconds))) for name, entry in ready.items()}
+    """Seconds per call, in rounds whose order is shuffled; each contender has at least two.
+
+    One that takes a tenth of ``seconds`` or more is in the first rounds only, so that the others get enough of them.
+    """
+    quick = sum(entry.seconds for entry in ready.values() if entry.seconds < seconds / 10)
+    rounds = max(2, least, min(200, int(seconds / quick) if quick else 0))
+    share = {
+        name: rounds if entry.seconds < seconds / 10 else max(2, min(least, int(4 * seconds / entry.seconds)))
+        for name, entry in ready.items()
+    }
     shuffle = random.Random(seed)
     samples: dict[str, list[float]] = {name: [] for name in ready}
     gc.collect()
@@ -248,6 +256,8 @@ def _interleaved(
             order = [name for name in ready if done < share[name]]
             shuffle.shuffle(order)
             for name in order:
+                if ready[name].seconds < SHORT:
+                    ready[name].call()
                 samples[name].append(clock.sample(ready[name].call, ready[name].calls))
     finally:
         gc.enable()

@@ -108,7 +108,7 @@ def test_marks_and_variants_are_no_peers(roofline):
 def test_a_slow_contender_gets_fewer_rounds(roofline):
     case = Case("x", lambda device: (), {"ours": lambda: 0, "slow": lambda: time.sleep(0.03)})
     ours, slow = run_case(case, roofline, Clock("wall", CPU), seconds=0.02)
-    assert (ours.samples, slow.samples) == (7, 2)
+    assert ours.samples > 7 and slow.samples == 2
 
 
 X = torch.arange(5.0)
