@@ -2,7 +2,8 @@
 
 A suite is a module ``bench_<name>.py`` with ``CASES``, a list of :class:`Case`, and ``test_<name> = suite(CASES)`` for
 pytest-benchmark. ``python -m benchmarks`` runs the contenders of a case interleaved, in an order shuffled anew each
-round, so that a drift of the machine meets all of them alike; it reports medians, 20th and 80th percentiles, each
+round, so that a drift of the machine meets all of them alike; before each sample the contender runs once untimed, so
+that the caches hold what it left there, not what its predecessor did. It reports medians, 20th and 80th percentiles, each
 contender's ratio to ours and the fraction of the roofline, whose byte and flop formula stands beside the case.
 
 A contender's name says what it is: ``"ours"`` is the one that others are compared with, ``"ours: ..."`` a variant of
@@ -141,9 +142,10 @@ class Clock:
         self._flush = torch.empty(1 << 26, device=device) if device.type == "cuda" else None
 
     def sample(self, contender: Callable[[], object], calls: int) -> float:
-        """Seconds per call over ``calls`` calls; on CUDA each call starts with a cold L2."""
+        """Seconds per call over ``calls`` calls after one that is not timed; on CUDA each starts with a cold L2."""
         if self._flush is not None:
             return self._cuda(contender, calls)
+        contender()  # untimed, for every contender: who runs after whom decides nothing, each meets its own caches
         start = self._now()
         for _ in range(calls):
             contender()

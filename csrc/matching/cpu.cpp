@@ -37,6 +37,8 @@ class Arena {
 
 thread_local Arena arena;
 
+constexpr std::size_t kFetch = std::size_t(256) << 10;  // bytes of the next problem that are worth fetching ahead
+
 std::size_t whole_pages(std::size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
 
 template <class T>
@@ -49,8 +51,10 @@ bool solve_all(const Options& options, const Problem<T>& problems, const Answer<
   const std::size_t arrays = whole_pages(shape.array_bytes()), tableau = whole_pages(shape.tableau_bytes());
   const std::size_t bytes = arrays + tableau + whole_pages(shape.shelf_bytes(lookahead, Team::kShelf));
   const std::size_t n = std::size_t(options.n), k = std::size_t(options.k);
+  const std::size_t gram = n * n * sizeof(T), fetched = gram <= kFetch ? gram : 0;
+  const std::int64_t spread = batch / (16 * std::int64_t(threads)), chunk = spread < 1 ? 1 : spread > 16 ? 16 : spread;
   bool enough = true;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) reduction(&& : enough) if (threads > 1)
+#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads) reduction(&& : enough) if (threads > 1)
   for (std::int64_t at = 0; at < batch; ++at) {
     char* memory = arena.reserve(bytes);
     if (!memory) {
@@ -64,7 +68,7 @@ bool solve_all(const Options& options, const Problem<T>& problems, const Answer<
                              problems.valid ? problems.valid + i * n : nullptr};
     const Answer<T> answer{answers.indices + i * k, answers.weights + i * k, answers.count + i, answers.residual + i,
                            answers.status + i};
-    Team team;
+    Team team(problem.gram + n * n, at + 1 < batch ? fetched : 0, shape.rows + 1);
     Engine<Team, T>(team, options, problem, work).solve(answer);
     arena.trim();
   }

@@ -70,7 +70,9 @@ class Engine {
   using Work = Workspace<T, Team::kPanel>;
 
   SELBP_HD Engine(Team& team, const Options& options, const Problem<T>& problem, const Work& work)
-      : team_(team), options_(options), problem_(problem), work_(work), shape_(options.n, options.k) {}
+      : team_(team), options_(options), problem_(problem), work_(work), shape_(options.n, options.k) {
+    forget_lookahead();
+  }
 
   SELBP_METHOD void solve(const Answer<T>& answer) {
     Status status = Status::invalid;
@@ -88,13 +90,14 @@ class Engine {
     const int n = options_.n, main = shape_.main;
     target_sq_ = *problem_.target_sq;
     if (!(target_sq_ >= T(0) && target_sq_ <= Limits<T>::kMax)) return false;
-    if (!team_.all_finite(problem_.gram, n, problem_.valid)) return false;
     team_.each(main, [&](int j) {
       const bool there = j < n && valid(j);
+      work_.unit[j] = there ? T(1) : T(0);
       work_.distance[j] = there ? gram_row(j)[j] : T(0);
       work_.correlation[j] = there ? problem_.inner[j] : T(0);
     });
     team_.sync();
+    if (!team_.all_finite(problem_.gram, n, problem_.valid ? work_.unit : nullptr)) return false;
     const Best<T> top = team_.argmax(main, main, [&](auto j, auto& vote) SELBP_INLINE_LAMBDA {
       vote.score = j.load(work_.distance);
       vote.spoiled = !(magnitude(j.load(work_.correlation)) <= Limits<T>::kMax);
@@ -122,7 +125,6 @@ class Engine {
       work_.correlation[main + s] = T(0);
     });
     team_.each(shape_.rows, [&](int u) { work_.slot[u] = main + u; });
-    forget_lookahead();
     team_.sync();
     return true;
   }
@@ -161,6 +163,7 @@ class Engine {
       if (best.index < 0) return Status::optimal;
       if (appends == 3 * options_.k + 16) return Status::iterations;
       const int pivot = best.index;
+      team_.turn();
       best = append(pivot);
       if (best.spoiled) return Status::invalid;  // what came was not positive semidefinite, and overflowed
       if (best.flag) {
@@ -437,12 +440,12 @@ class Engine {
       typename decltype(j)::Value sum[kLookahead];
       SELBP_UNROLL
       for (int r = 0; r < kLookahead; ++r) sum[r] = pivot_row(j, formed[r]);
-      const T* columns = work_.shelf_column;
       const int end = rows_;
-      for (int s = first_row(j, 0); s < end; ++s) {
+      int s = first_row(j, 0);
+      for (const T* columns = work_.shelf_column + s * kLookahead; s < end; ++s, columns += kLookahead) {
         const auto row = j.load(work_.tableau, s);
         SELBP_UNROLL
-        for (int r = 0; r < kLookahead; ++r) sum[r] = fused(columns[s * kLookahead + r], row, sum[r]);
+        for (int r = 0; r < kLookahead; ++r) sum[r] = fused(columns[r], row, sum[r]);
       }
       SELBP_UNROLL
       for (int r = 0; r < kLookahead; ++r) j.store(work_.shelf, place + r, sum[r]);

@@ -19,8 +19,8 @@ struct Options {
   bool nonnegative;  // weights >= 0
   double ridge;      // of the mean squared norm
   double tolerance;  // relative residual at which to stop; 0: never
-  // Bytes of the tableau beyond which rows are formed ahead (CPU). What fits in L2 gains nothing; results are the same.
-  std::size_t near_bytes = std::size_t(512) << 10;
+  // Bytes of the tableau beyond which rows are formed ahead (CPU): what fits in L1 gains nothing. Results are the same.
+  std::size_t near_bytes = std::size_t(64) << 10;
 };
 
 // One problem, or the first of a batch of problems that lie one behind the other.

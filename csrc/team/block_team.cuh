@@ -103,6 +103,7 @@ class BlockTeam {
     if (threadIdx.x == 0) f();
   }
   SELBP_HD void sync() const { __syncthreads(); }
+  SELBP_HD void turn() const {}
 
   template <class F>
   SELBP_HD void columns(int, int count, F f) const {
@@ -121,13 +122,13 @@ class BlockTeam {
     return reduce(best);
   }
 
-  SELBP_HD bool all_finite(const T* matrix, int n, const unsigned char* valid) {
+  SELBP_HD bool all_finite(const T* matrix, int n, const T* there) {
     Best<T> found{T(-1), -1, false, false};
     for (int i = 0; i < n; ++i) {
-      if (valid && !valid[i]) continue;
+      if (there && !(there[i] > T(0))) continue;
       const T* row = matrix + std::size_t(i) * std::size_t(n);
       each(n, [&](int j) {
-        if (!(magnitude(row[j]) <= Limits<T>::kMax) && (!valid || valid[j])) found.spoiled = true;
+        if (!(magnitude(row[j]) <= Limits<T>::kMax) && (!there || there[j] > T(0))) found.spoiled = true;
       });
     }
     return !reduce(found).spoiled;
@@ -174,6 +175,7 @@ class GridTeam {
     if (blockIdx.x == 0 && threadIdx.x == 0) f();
   }
   SELBP_HD void sync() const { SELBP_GRID_SYNC(); }
+  SELBP_HD void turn() const {}
 
   template <class F>
   SELBP_HD void columns(int, int count, F f) const {
@@ -192,13 +194,13 @@ class GridTeam {
     return reduce(best);
   }
 
-  SELBP_HD bool all_finite(const T* matrix, int n, const unsigned char* valid) {
+  SELBP_HD bool all_finite(const T* matrix, int n, const T* there) {
     Best<T> found{T(-1), -1, false, false};
     for (int i = int(blockIdx.x); i < n; i += int(gridDim.x)) {
-      if (valid && !valid[i]) continue;
+      if (there && !(there[i] > T(0))) continue;
       const T* row = matrix + std::size_t(i) * std::size_t(n);
       block_.each(n, [&](int j) {
-        if (!(magnitude(row[j]) <= Limits<T>::kMax) && (!valid || valid[j])) found.spoiled = true;
+        if (!(magnitude(row[j]) <= Limits<T>::kMax) && (!there || there[j] > T(0))) found.spoiled = true;
       });
     }
     return !reduce(found).spoiled;

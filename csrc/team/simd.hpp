@@ -68,6 +68,21 @@ SELBP_HD Register<double>::Value fused_register(Register<double>::Value a, Regis
 }
 #endif
 
+// Lane i holds lane i + by, around the end.
+template <int by, class V>
+SELBP_HD V rotated(V v) {
+  constexpr int kLanes = int(sizeof(V) / sizeof(v[0]));
+#if defined(__clang__)
+  V out;
+  for (int i = 0; i < kLanes; ++i) out[i] = v[(i + by) % kLanes];
+  return out;
+#else
+  decltype(v > v) from;
+  for (int i = 0; i < kLanes; ++i) from[i] = (i + by) % kLanes;
+  return __builtin_shuffle(v, from);
+#endif
+}
+
 template <class T, int lines>
 struct PackMask {
   static constexpr int kRegisters = lines * kLineBytes / kVectorBytes;
@@ -83,7 +98,7 @@ struct Pack {
   SELBP_HD static Pack fill(T value) {
     Pack out;
 #pragma GCC unroll 32
-    for (int r = 0; r < kRegisters; ++r) out.v[r] = typename Register<T>::Value{} + value;
+    for (int r = 0; r < kRegisters; ++r) out.v[r] = value - typename Register<T>::Value{};  // a mere broadcast
     return out;
   }
 };

@@ -6,6 +6,13 @@
 namespace selbp {
 namespace SELBP_LEVEL {
 
+template <class T>
+SELBP_HD typename Register<T>::Mask lanes() {  // 0, 1, 2 ..
+  typename Register<T>::Mask lane;
+  for (int i = 0; i < kVectorBytes / int(sizeof(T)); ++i) lane[i] = i;
+  return lane;
+}
+
 // Columns [first, first + lines * 64 bytes). Arrays of columns are 64-byte aligned and padded to whole lines.
 template <class T, int lines>
 struct SimdColumns {
@@ -61,9 +68,10 @@ struct SimdColumns {
   // value + amount, in one column alone
   SELBP_HD Value add_at(Value value, int column, T amount) const {
     if (contains(column)) {
-      alignas(kLineBytes) T copy[kCount] = {};
-      copy[column - first] = amount;
-      value = value + SimdColumns{0}.load(copy);
+      const typename Register<T>::Mask lane = lanes<T>();
+#pragma GCC unroll 32
+      for (int r = 0; r < Value::kRegisters; ++r)
+        value.v[r] = lane == column - first - r * Value::kLanes ? value.v[r] + amount : value.v[r];
     }
     return value;
   }
@@ -86,6 +94,16 @@ class SimdTeam {
   static constexpr int kLookahead = 4, kLookaheadLines = 1;
 #endif
   static constexpr int kShelf = 32;  // rows that are kept for later, a multiple of kLookahead
+
+  SimdTeam() = default;
+  // next: what this thread reads when it is done here, brought into the cache in `turns` parts.
+  SimdTeam(const T* next, std::size_t bytes, int turns)
+      : next_(reinterpret_cast<const char*>(next)), end_(next_ + bytes), part_(bytes / std::size_t(turns) + kLineBytes) {}
+
+  SELBP_HD void turn() {
+    const char* stop = std::size_t(end_ - next_) < part_ ? end_ : next_ + part_;
+    for (; next_ < stop; next_ += kLineBytes) __builtin_prefetch(next_, 0, 2);
+  }
 
   template <class F>
   SELBP_HD void each(int count, F f) const {
@@ -115,8 +133,8 @@ class SimdTeam {
     using Mask = typename Register<T>::Mask;
     constexpr int kLanes = kVectorBytes / int(sizeof(T));
     Value score = Value{} - T(1);
-    Mask index = Mask{} - 1, lane, flag = {}, spoiled = {};
-    for (int i = 0; i < kLanes; ++i) lane[i] = i;
+    Mask index = Mask{} - 1, flags = {};
+    const Mask lane = lanes<T>();
     columns(main, count, [&](auto j) SELBP_INLINE_LAMBDA {
       auto vote = vote_of(j);
       f(j, vote);
@@ -126,33 +144,16 @@ class SimdTeam {
         const Mask greater = vote.score.v[r] > score;
         score = greater ? vote.score.v[r] : score;
         index = greater ? lane + (j.first + r * kLanes) : index;
-        flag |= vote.flag.v[r];
-        spoiled |= vote.spoiled.v[r];
+        flags |= (vote.flag.v[r] & 1) | (vote.spoiled.v[r] & 2);
       }
     });
-    Best<T> best{T(-1), -1, false, false};
-    for (int i = 0; i < kLanes; ++i)
-      if (index[i] >= 0) best = better(best, Best<T>{score[i], int(index[i]), false, false});
-    for (int i = 0; i < kLanes; ++i) {
-      best.flag = best.flag || flag[i];
-      best.spoiled = best.spoiled || spoiled[i];
-    }
-    return best;
+    fold<kLanes / 2>(score, index, flags);
+    return {score[0], int(index[0]), (flags[0] & 1) != 0, (flags[0] & 2) != 0};
   }
 
-  // Whether all entries (i, j) with valid[i] and valid[j] of an (n, n) matrix are finite; x * 0 is NaN where x is not.
-  SELBP_HD bool all_finite(const T* matrix, int n, const unsigned char* valid) const {
-    T spoiled = 0;
-    for (int i = 0; i < n; ++i) {
-      const T* row = matrix + std::size_t(i) * std::size_t(n);
-      if (valid && !valid[i]) continue;
-      if (!valid) {
-        spoiled += zero_if_finite(row, n);
-      } else {
-        for (int j = 0; j < n; ++j) spoiled += valid[j] ? row[j] * T(0) : T(0);
-      }
-    }
-    return spoiled == T(0);
+  // Whether all entries (i, j) of an (n, n) matrix are finite where there[i] and there[j] are positive; null: all.
+  SELBP_HD bool all_finite(const T* matrix, int n, const T* there) const {
+    return there ? zero_if_finite<true>(matrix, n, there) == T(0) : zero_if_finite<false>(matrix, n, there) == T(0);
   }
 
  private:
@@ -170,17 +171,52 @@ class SimdTeam {
     }
   }
 
-  SELBP_HD static T zero_if_finite(const T* row, int n) {
-    Pack<T, 4> sum = Pack<T, 4>::fill(0);
-    int j = 0;
-    for (; j + SimdColumns<T, 4>::kCount <= n; j += SimdColumns<T, 4>::kCount)
-      sum = fused(SimdColumns<T, 4>{j}.load(row), Pack<T, 4>::fill(0), sum);
+  // The sum of x * 0, which is NaN where x is not finite.
+  template <bool masked>
+  SELBP_HD static T zero_if_finite(const T* matrix, int n, const T* there) {
+    constexpr int kLines = 4;
+    Pack<T, kLines> sum = Pack<T, kLines>::fill(T(0));
+    Pack<T, 1> rest = Pack<T, 1>::fill(T(0));
+    for (int i = 0; i < n; ++i) {
+      if (masked && !(there[i] > T(0))) continue;
+      const T* row = matrix + std::size_t(i) * std::size_t(n);
+      auto zero = [&](auto j, auto value) SELBP_INLINE_LAMBDA {
+        if (masked) value = choose(j.load(there) > T(0), value, T(0));
+        return value * T(0);
+      };
+      int begin = 0;
+      for (; begin + kLines * kPanel <= n; begin += kLines * kPanel) {
+        const SimdColumns<T, kLines> j{begin};
+        sum = sum + zero(j, j.load(row));
+      }
+      for (; begin < n; begin += kPanel) {  // the last ones once more where a line of them would pass the end
+        const SimdColumns<T, 1> j{begin + kPanel > n && n >= kPanel ? n - kPanel : begin};
+        rest = rest + zero(j, j.load_row(row, n));
+      }
+    }
     T total = 0;
-    for (; j < n; ++j) total += row[j] * T(0);
     for (auto part : sum.v)
-      for (int i = 0; i < Pack<T, 4>::kLanes; ++i) total += part[i];
+      for (int i = 0; i < Pack<T, kLines>::kLanes; ++i) total += part[i];
+    for (auto part : rest.v)
+      for (int i = 0; i < Pack<T, 1>::kLanes; ++i) total += part[i];
     return total;
   }
+
+  // The best of all lanes into the first, and whether any lane raised a flag; the lowest index wins ties.
+  template <int half, class Value, class Mask>
+  SELBP_HD static void fold(Value& score, Mask& index, Mask& flags) {
+    if constexpr (half > 0) {
+      const Value other = rotated<half>(score);
+      const Mask place = rotated<half>(index), second = (other > score) | ((other == score) & (place < index));
+      score = second ? other : score;
+      index = second ? place : index;
+      flags |= rotated<half>(flags);
+      fold<half / 2>(score, index, flags);
+    }
+  }
+
+  const char *next_ = nullptr, *end_ = nullptr;
+  std::size_t part_ = 0;
 };
 
 }  // namespace SELBP_LEVEL
