@@ -3,8 +3,8 @@
 A suite is a module ``bench_<name>.py`` with ``CASES``, a list of :class:`Case`, and ``test_<name> = suite(CASES)`` for
 pytest-benchmark. ``python -m benchmarks`` runs the contenders of a case interleaved, in an order shuffled anew each
 round, so that a drift of the machine meets all of them alike; before each sample the contender runs once untimed, so
-that the caches hold what it left there, not what its predecessor did. It reports medians, 20th and 80th percentiles, each
-contender's ratio to ours and the fraction of the roofline, whose byte and flop formula stands beside the case.
+that the caches hold what it left there, not what its predecessor did. It reports medians, 20th and 80th percentiles,
+each contender's ratio to ours and the fraction of the roofline, whose byte and flop formula stands beside the case.
 
 A contender's name says what it is: ``"ours"`` is the one that others are compared with, ``"ours: ..."`` a variant of
 it; one with the word ``alone`` does only a part of the task, and so is a mark to measure by, not a peer.

@@ -28,7 +28,7 @@
 //
 // It stops at k rows, at the tolerance, when no column is eligible (the KKT conditions), or after 3 k + 16 appends.
 //
-// Cost: n k^2 multiply-adds and 2 n k^2 bytes of f32, which is what bounds it. Where those come from beyond L2, a pass
+// Cost: n k^2 multiply-adds and 2 n k^2 bytes of f32, which is what bounds it. Where those come from beyond L1, a pass
 // forms the rows of the best few candidates at once (*lookahead*) and shelves them: a later pivot found there resumes
 // at the row where the pass ended. Each column subtracts the same products in the same order, so the result is the same
 // to the bit.

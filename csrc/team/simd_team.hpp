@@ -98,7 +98,9 @@ class SimdTeam {
   SimdTeam() = default;
   // next: what this thread reads when it is done here, brought into the cache in `turns` parts.
   SimdTeam(const T* next, std::size_t bytes, int turns)
-      : next_(reinterpret_cast<const char*>(next)), end_(next_ + bytes), part_(bytes / std::size_t(turns) + kLineBytes) {}
+      : next_(reinterpret_cast<const char*>(next)),
+        end_(next_ + bytes),
+        part_(bytes / std::size_t(turns) + kLineBytes) {}
 
   SELBP_HD void turn() {
     const char* stop = std::size_t(end_ - next_) < part_ ? end_ : next_ + part_;
