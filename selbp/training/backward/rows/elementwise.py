@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selbp.training.backward.rows.registry import RULES, need, overloads, rule
+from selbp.training.backward.rows.layout import Layout
+from selbp.training.backward.rows.registry import RULES, NoRuleError, need, overloads, rule
 from selbp.training.backward.rows.tensor import RowGradient, wrap
 
 aten = torch.ops.aten
@@ -19,28 +20,24 @@ aten = torch.ops.aten
 
 def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
     """Run ``func`` on the k rows of every tensor; they broadcast, so a dim is known by its distance from the end."""
-    first: RowGradient | None = None
-    for value in args:
-        if isinstance(value, RowGradient):
-            first = value
-            break
-    assert first is not None
-    layout = first._layout
-    end = layout.dim - first.dim()
-    operands = []
-    for value in args:
-        if isinstance(value, RowGradient):
-            other = value._layout
-            same = other is layout and value.dim() == first.dim()
-            if not same:
-                aligned = other.dim - value.dim() == end and (other.pre, other.post) == (layout.pre, layout.post)
-                need(other.rows is layout.rows and aligned, "two gradients with their samples in different places")
-            value = value._data
-        elif isinstance(value, Tensor):
+    layout: Layout | None = None
+    end = 0
+    operands = list(args)
+    for position, value in enumerate(args):
+        if type(value) is RowGradient:
+            data, own = value._data, value._layout
+            operands[position] = data
+            if layout is None:
+                layout, end = own, own.dim - data.dim()
+            elif own is not layout or own.dim - data.dim() != end:
+                aligned = own.dim - data.dim() == end and (own.pre, own.post) == (layout.pre, layout.post)
+                need(own.rows is layout.rows and aligned, "two gradients with their samples in different places")
+    assert layout is not None
+    for position, value in enumerate(args):
+        if isinstance(value, Tensor) and type(value) is not RowGradient:
             dim = value.dim() + end
             if dim >= 0 and value.shape[dim] != 1:
-                value = layout.take(value, dim)
-        operands.append(value)
+                operands[position] = layout.take(value, dim)
     out = func(*operands, **kwargs) if kwargs else func(*operands)
     if isinstance(out, Tensor):
         return wrap(out, layout.at(out.dim() + end))
@@ -60,8 +57,11 @@ def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = 
 )
 def activation(func: Any, gradient: Any, *args: Any, **kwargs: Any) -> Any:
     """Linear in the gradient, which is the first argument."""
-    need(isinstance(gradient, RowGradient), "the gradient is dense, a saved tensor is not")
-    need(not any(isinstance(value, RowGradient) for value in args), "not linear in a second gradient")
+    if type(gradient) is not RowGradient:
+        raise NoRuleError("the gradient is dense, a saved tensor is not")
+    for value in args:
+        if type(value) is RowGradient:
+            raise NoRuleError("not linear in a second gradient")
     return pointwise(func, (gradient, *args), kwargs)
 
 

@@ -34,29 +34,35 @@ def kernel(
     adjust: Adjust | None = None,
 ) -> None:
     """Declare the rule of operator ``name``, see the module's text."""
-    gradient_at, single = rows_in[0], len(rows_out) == 1
+    gradient_at, cut = rows_in[0], rows_in[1:]
+    results = [position for position, kind in enumerate(rows_out) if kind == "r"]
 
     def run(func: Any, *args: Any, **kwargs: Any) -> Any:
         gradient = args[gradient_at]
-        if not isinstance(gradient, RowGradient):
+        if type(gradient) is not RowGradient:
             raise NoRuleError("the gradient is dense, a saved tensor is not")
         layout, operands = gradient._layout, list(args)
-        need(when(gradient, operands), f"not so here: {text}")
-        for position, value in enumerate(args):
-            if isinstance(value, RowGradient):
-                need(position in rows_in and value._layout is layout, "another argument is a gradient too")
-                operands[position] = value._data
-            elif isinstance(value, Tensor) and position in rows_in:
+        if not when(gradient, operands):
+            raise NoRuleError(f"not so here: {text}")
+        operands[gradient_at] = gradient._data
+        for position in cut:
+            value = args[position]
+            if isinstance(value, Tensor) and type(value) is not RowGradient:
                 operands[position] = layout.take(value)
+        for position, value in enumerate(operands):
+            if type(value) is RowGradient:
+                need(position in cut and value._layout is layout, "another argument is a gradient too")
+                operands[position] = value._data
         if adjust is not None:
             adjust(gradient, operands)
         out = func(*operands, **kwargs)
-        if single:
-            return wrap(out, layout) if rows_out == "r" else out
-        return tuple(
-            wrap(item, layout) if kind == "r" and item is not None else item
-            for kind, item in zip(rows_out, out, strict=False)
-        )
+        if isinstance(out, Tensor):
+            return wrap(out, layout) if results else out
+        out = list(out)
+        for position in results:
+            if out[position] is not None:
+                out[position] = wrap(out[position], layout)
+        return tuple(out)
 
     rule(name, when=text)(run)
 

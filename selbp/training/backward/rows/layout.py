@@ -8,25 +8,40 @@ every view moves that description exactly: nothing is guessed from a size that h
 from __future__ import annotations
 
 from collections import Counter
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from selbp.training.backward.rows.slices import Slices
+from selbp.training.backward.rows.slices import Plan, Slices
 
 BatchNormPolicy = Literal["exact", "subset"]
+
+# What follows from sizes and strides alone, kept from step to step: by (n, k, dim, pre, post), the plans of tensors that
+# were cut to rows and the outer sizes and strides of gradients that were wrapped.
+_KNOWN: dict[tuple[int, ...], tuple[dict[Any, Plan], dict[Any, Any]]] = {}
+_ENTRIES = 4096  # of one layout, and layouts; a model whose shapes never repeat starts afresh then
+
+
+def _known(key: tuple[int, ...]) -> tuple[dict[Any, Plan], dict[Any, Any]]:
+    found = _KNOWN.get(key)
+    if found is None or max(len(found[0]), len(found[1])) > _ENTRIES:
+        if len(_KNOWN) > _ENTRIES:
+            _KNOWN.clear()
+        found = _KNOWN[key] = ({}, {})
+    return found
 
 
 class Layout:
     """Dim ``dim`` of a tensor holds the samples as (pre, n, post) flattened; the row gradient stores (pre, k, post)."""
 
-    __slots__ = ("rows", "dim", "pre", "post", "full", "kept")
+    __slots__ = ("rows", "dim", "pre", "post", "full", "kept", "plans", "outer")
 
     def __init__(self, rows: RowSet, dim: int, pre: int, post: int) -> None:
         self.rows, self.dim, self.pre, self.post = rows, dim, pre, post
         self.full = pre * rows.n * post  # size of the dim as autograd sees it
         self.kept = pre * rows.k * post  # size of the dim as it is stored
+        self.plans, self.outer = _known((rows.n, rows.k, dim, pre, post))
 
     def at(self, dim: int) -> Layout:
         """The same (pre, n, post), standing in another dim."""

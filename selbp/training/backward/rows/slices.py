@@ -4,12 +4,14 @@ One activation is saved in many guises: as ReLU's result and the next layer's in
 transposes, as the q, k and v of one projection. All are views of one storage in which a sample is a *block* of
 ``step`` consecutive elements, so the storage's blocks are what is copied and remembered; each guise is then a strided
 view of the copy. A tensor whose rows are not such blocks is copied by itself.
+
+How a tensor's rows lie follows from its sizes and strides alone, so it is worked out once (:func:`plan_of`) and kept
+from step to step: what a step's Python does for a tensor is to look the plan up.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,12 +24,58 @@ REMEMBERED = 4  # copies kept: one activation's readers follow each other closel
 WORTHWHILE = 4  # copy whole blocks when the tensor covers at least 1 / WORTHWHILE of them
 
 
+class Plan(NamedTuple):
+    """Where the rows of a tensor of given sizes and strides lie. Elements, not bytes."""
+
+    size: tuple[int, ...]  # of the k rows
+    expanded: bool  # every row is the same memory
+    blocks: bool  # the rows are blocks of the storage
+    whole: bool  # and the tensor is just these blocks, in order: (n, step) reshaped
+    stride: tuple[int, ...]  # of the k rows within the copied blocks
+    within: int  # where the tensor begins in its block
+    start: int  # where the blocks begin in the storage
+    end: int  # and where they end
+    outer: int  # the storage holds (outer, n, step)
+    step: int  # elements from one sample to the next
+
+
+def plan_of(tensor: Tensor, layout: Layout, dim: int) -> Plan:
+    """The plan for ``tensor``, whose dim ``dim`` is (pre, n, post) flattened. Raises NoRuleError where it is not."""
+    shape, stride = tuple(tensor.shape), tensor.stride()
+    if shape[dim] != layout.full:
+        raise NoRuleError(f"an operand has {shape[dim]} entries where the gradient's samples make {layout.full}")
+    size = (*shape[:dim], layout.kept, *shape[dim + 1 :])
+    n, k = layout.rows.n, layout.rows.k
+    step = stride[dim] * layout.post
+    if step == 0:
+        return Plan(size, True, False, False, (), 0, 0, 0, 0, 0)
+    outer, inner, blocks = layout.pre, 1 + (layout.post - 1) * stride[dim], True
+    strides = list(stride)
+    for axis, (length, apart) in enumerate(zip(shape, stride, strict=True)):
+        if axis == dim or length == 1 or apart == 0:
+            continue
+        if apart < step:
+            inner += (length - 1) * apart
+        elif apart % (n * step) == 0:
+            outer += (length - 1) * (apart // (n * step))
+            strides[axis] = apart // n * k
+        else:
+            blocks = False
+    offset = tensor.storage_offset()
+    within = offset % step
+    start = offset - within
+    span = outer * n * step
+    blocks = blocks and within + inner <= step and span <= WORTHWHILE * tensor.numel()
+    whole = blocks and dim == 0 and layout.post == outer == 1 and span == tensor.numel() and tensor.is_contiguous()
+    return Plan(size, False, blocks, whole, tuple(strides), within, start, start + span, outer, step)
+
+
 class Slices:
     """The copies of one backward. A source is kept alive while remembered, so its address cannot be reused."""
 
     def __init__(self, rows: RowSet) -> None:
         self._rows = rows
-        self._copies: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor]] = OrderedDict()
+        self._copies: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     def clear(self) -> None:
         """Forget every copy (the backward is over)."""
@@ -35,49 +83,34 @@ class Slices:
 
     def take(self, tensor: Tensor, layout: Layout, dim: int) -> Tensor:
         """Rows of ``tensor``, whose dim ``dim`` is (pre, n, post) flattened; same strides order as ``tensor``."""
-        size, stride = list(tensor.shape), tensor.stride()
-        if size[dim] != layout.full:
-            raise NoRuleError(f"an operand has {size[dim]} entries where the gradient's samples make {layout.full}")
-        size[dim] = layout.kept
-        n, k = self._rows.n, self._rows.k
-        step = stride[dim] * layout.post  # elements from one sample to the next
-        if step == 0:  # an expanded dim: every row is the same
+        plans, key = layout.plans, (dim, tensor.shape, tensor.stride(), tensor.storage_offset())
+        plan = plans.get(key)
+        if plan is None:
+            plan = plans[key] = plan_of(tensor, layout, dim)
+        size, expanded, blocks, whole, strides, within, start, end, outer, step = plan
+        if expanded:
             return tensor.narrow(dim, 0, 1).expand(size)
-        outer, inner, blocks = layout.pre, 1 + (layout.post - 1) * stride[dim], True
-        strides = list(stride)
-        for axis, (length, apart) in enumerate(zip(tensor.shape, stride, strict=True)):
-            if axis == dim or length == 1 or apart == 0:
-                continue
-            if apart < step:
-                inner += (length - 1) * apart
-            elif apart % (n * step) == 0:
-                outer += (length - 1) * (apart // (n * step))
-                strides[axis] = apart // n * k
-            else:
-                blocks = False
-        offset = tensor.storage_offset()
-        within = offset % step
-        start = offset - within
-        span = outer * n * step
         storage = tensor.untyped_storage()
-        if (
-            not blocks
-            or within + inner > step
-            or (start + span) * tensor.itemsize > storage.nbytes()
-            or span > WORTHWHILE * tensor.numel()
-        ):
+        if not blocks or end * tensor.itemsize > storage.nbytes():
             return self._alone(tensor, layout, dim)
-        key = (storage.data_ptr(), start, outer, step, tensor.dtype, tensor._version)
-        found = self._copies.get(key)
+        place = (storage.data_ptr(), start, outer, step, tensor.dtype, tensor._version)
+        found = self._copies.get(place)
         if found is None:
             index = self._rows.on(tensor.device)
+            if whole:
+                copy = tensor.index_select(0, index)
+                self._remember(place, tensor, copy)
+                return copy
             if outer == 1:
-                copy = tensor.as_strided((n, step), (step, 1), start).index_select(0, index)
+                copy = tensor.as_strided((layout.rows.n, step), (step, 1), start).index_select(0, index)
             else:
+                n = layout.rows.n
                 copy = tensor.as_strided((outer, n, step), (n * step, step, 1), start).index_select(1, index)
-            self._remember(key, tensor, copy)
+            self._remember(place, tensor, copy)
         else:
             copy = found[1]
+            if whole and copy.shape == size:
+                return copy
         return copy.as_strided(size, strides, within)
 
     def _alone(self, tensor: Tensor, layout: Layout, dim: int) -> Tensor:
@@ -103,6 +136,7 @@ class Slices:
         return copy
 
     def _remember(self, key: tuple[Any, ...], source: Tensor, copy: Tensor) -> None:
-        self._copies[key] = (source, copy)
-        if len(self._copies) > REMEMBERED:
-            self._copies.popitem(last=False)
+        copies = self._copies
+        copies[key] = (source, copy)
+        if len(copies) > REMEMBERED:
+            del copies[next(iter(copies))]  # the oldest

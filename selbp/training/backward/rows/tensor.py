@@ -69,8 +69,9 @@ def run_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         except NoRuleError as error:
             reason = str(error)
         else:
-            for observer in observers:
-                observer(func, args, out, None)
+            if observers:
+                for observer in observers:
+                    observer(func, args, out, None)
             return out
     from selbp.training.backward.rows import fallback
 
@@ -127,6 +128,17 @@ class Zeros(Wrapper):
 
 def wrap(data: Tensor, layout: Layout) -> RowGradient:
     """``data``, whose dim ``layout.dim`` holds (pre, k, post), as the gradient of all n samples."""
+    key = (data.shape, data.stride())
+    outer = layout.outer.get(key)
+    if outer is None:
+        outer = layout.outer[key] = _outer(data, layout)
+    out: RowGradient = _make_wrapper(RowGradient, outer[0], outer[1], dtype=data.dtype, device=data.device)
+    out._data, out._layout, out._rows = data, layout, layout.rows
+    return out
+
+
+def _outer(data: Tensor, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Size and strides of the tensor of n samples that ``data`` stands for."""
     size, stride, dim = list(data.shape), data.stride(), layout.dim
     if size[dim] != layout.kept:
         raise AssertionError(f"a rule returned {tuple(size)} for {layout}")
@@ -134,9 +146,7 @@ def wrap(data: Tensor, layout: Layout) -> RowGradient:
     if max(stride) != stride[dim] and stride[dim]:  # dims outside the samples' lie further apart in the full tensor
         n, k, own = layout.rows.n, layout.rows.k, stride[dim]
         stride = tuple(-(-apart // k) * n if apart > own else apart for apart in stride)
-    out: RowGradient = _make_wrapper(RowGradient, size, strides=stride, dtype=data.dtype, device=data.device)
-    out._data, out._layout, out._rows = data, layout, layout.rows
-    return out
+    return tuple(size), stride
 
 
 def wrap_view(
