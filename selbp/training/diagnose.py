@@ -1,11 +1,13 @@
 """``diagnose``: which operators of a model's backward run on k rows, which do not and why, and what that is worth.
 
 One forward and one backward on a few samples of the batch. FLOPs are torch's own formulas (matrix products,
-convolutions, attention), and linear in the samples, so a few stand for all.
+convolutions, attention), and linear in the samples, so a few stand for all. What is recommended follows from the
+modelled time (``cost.py``), which knows of bytes and calls as well.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +20,7 @@ from selbp.training.backward.rows import BatchNormPolicy, select
 from selbp.training.backward.rows import tensor as row_tensor
 from selbp.training.batch import Batch
 from selbp.training.budget import check_keep, kept_rows
+from selbp.training.cost import Rates, Work, modelled
 from selbp.training.losses import criterion_of
 
 SAMPLES = 8  # enough to tell the samples' dim from others, few enough to cost little
@@ -32,6 +35,7 @@ class Operator:
     why: str  # for "dense"
     calls: int = 0
     flops: float = 0.0  # on all n rows
+    seconds: float = 0.0  # modelled, on all n rows, its calls apart
 
 
 @dataclass
@@ -45,10 +49,11 @@ class Diagnosis:
     row_flops: float  # of the backward's operators that can run on k rows
     dense_flops: float  # of those that run on n
     saved_bytes: int  # activations that a forward with a graph keeps, for n rows
+    seconds: dict[str, float]  # modelled time of a step by strategy, on a CPU such as this
     recommendation: str = field(init=False)  # "rows" or "recompute"
 
     def __post_init__(self) -> None:
-        self.recommendation = "rows" if self.cost["rows"] < self.cost["recompute"] else "recompute"
+        self.recommendation = "rows" if self.seconds["rows"] < self.seconds["recompute"] else "recompute"
 
     @property
     def cost(self) -> dict[str, float]:
@@ -83,26 +88,46 @@ class Diagnosis:
             lines.append(f"{op.name:52s} {op.runs:6s} {op.calls:5d} {op.flops / 1e9:9.3f}  {op.why}".rstrip())
         lines.append(f"\nk = {self.k} of n = {self.n} rows; modelled cost and saved activations of a step:")
         for name, cost in self.cost.items():
-            memory = f", {self.memory[name] / 2**20:9.1f} MiB" if name in self.memory else ""
-            lines.append(f"  {name:10s} {cost:6.3f} of the full step's FLOPs ({1 / max(cost, 1e-9):.2f}x){memory}")
+            rest = ""
+            if name in self.seconds:
+                rest = f", {1e3 * self.seconds[name]:8.2f} ms, {self.memory[name] / 2**20:9.1f} MiB"
+            lines.append(f"  {name:10s} {cost:6.3f} of the full step's FLOPs ({1 / max(cost, 1e-9):.2f}x){rest}")
         lines.append(f'recommended: backward="{self.recommendation}"')
         return "\n".join(lines)
 
 
 class _Flops(TorchDispatchMode):
-    """Adds up operators; a RowGradient counts by its outer shape, which is what all n rows would cost."""
+    """Adds up operators; a RowGradient counts by its outer shape, which is what all n rows would cost.
 
-    def __init__(self) -> None:
+    ``scale`` is n over the samples that run. Bytes are those of activations: what is as large for one sample as for n
+    (parameters, and gradients of their shapes) is left out, and so are views.
+    """
+
+    def __init__(self, scale: float, parameters: list[Tensor]) -> None:
         from torch.utils.flop_counter import flop_registry  # imports triton, which importing selbp must not
 
         super().__init__()
         self._formulas: dict[Any, Any] = flop_registry
-        self.total, self.found = 0.0, dict[tuple[str, str, str], Operator]()
+        self._scale, self._threads = scale, torch.get_num_threads()
+        self._own = {p.untyped_storage().data_ptr() for p in parameters}
+        self._shapes = {tuple(p.shape) for p in parameters}
+        self.total, self.work, self.found = 0.0, Work(), dict[tuple[str, str, str], Operator]()
         self._reasons: list[str | None] = []
 
     def heard(self, func: Any, args: Any, out: Any, reason: str | None) -> None:
         """The row gradient's own account of the operator that is running."""
         self._reasons.append(reason)
+
+    def _bytes(self, values: Iterable[Any]) -> int:
+        total = 0
+        for value in values:
+            if isinstance(value, (list, tuple)):
+                total += self._bytes(value)
+            elif isinstance(value, row_tensor.Wrapper):
+                total += value.numel() * value.itemsize
+            elif isinstance(value, Tensor) and tuple(value.shape) not in self._shapes:
+                total += 0 if value.untyped_storage().data_ptr() in self._own else value.numel() * value.itemsize
+        return total
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -111,6 +136,7 @@ class _Flops(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         formula = self._formulas.get(func._overloadpacket)
         flops = float(formula(*args, **(kwargs or {}), out_val=out)) if formula is not None else 0.0
+        flops *= self._scale
         self.total += flops
         runs, why = "plain", ""
         if self._reasons:
@@ -120,11 +146,20 @@ class _Flops(TorchDispatchMode):
         operator = self.found.setdefault(key, Operator(*key))
         operator.calls += 1
         operator.flops += flops
+        moved = 0.0 if func.is_view else self._scale * self._bytes((*args, out))
+        operator.seconds += self.work.add(flops, moved, "convolution" in operator.name, self._threads)
         return out
 
 
-def analyse(forward: Callable[[], Tensor], parameters: Iterable[Tensor], n: int, k: int, **options: Any) -> Diagnosis:
-    """Run ``forward`` (to the losses of a few samples) and its backward once, and scale what is found to n samples.
+def _together(operators: Iterable[Operator]) -> Work:
+    chosen = list(operators)
+    return Work(sum(operator.seconds for operator in chosen), sum(operator.calls for operator in chosen))
+
+
+def analyse(
+    forward: Callable[[], Tensor], parameters: Iterable[Tensor], samples: int, n: int, k: int, **options: Any
+) -> Diagnosis:
+    """Run ``forward`` (to the losses of ``samples`` samples) and its backward once, and scale what is found to n samples.
 
     Gradients are not accumulated into ``parameters``. ``options`` are those of :func:`selbp.select`.
     """
@@ -138,24 +173,30 @@ def analyse(forward: Callable[[], Tensor], parameters: Iterable[Tensor], n: int,
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.enable_grad(), _Flops() as ahead, torch.autograd.graph.saved_tensors_hooks(saved, lambda x: x):
+    scale = n / samples
+    with torch.enable_grad(), _Flops(scale, wanted) as ahead, torch.autograd.graph.saved_tensors_hooks(saved, _same):
         losses = forward()
-    samples = losses.shape[0]
     chosen = select(losses, torch.arange((samples + 1) // 2, device=losses.device), **options).sum()
-    behind = _Flops()
+    behind = _Flops(scale, wanted)
     row_tensor.observers.append(behind.heard)
     try:
         with behind:
             torch.autograd.grad(chosen, wanted, allow_unused=True)
     finally:
         row_tensor.observers.remove(behind.heard)
-    scale = n / samples
     operators = list(behind.found.values())
-    for operator in operators:
-        operator.flops *= scale
-    rows = sum(operator.flops for operator in operators if operator.runs == "rows")
-    dense = sum(operator.flops for operator in operators if operator.runs != "rows")
-    return Diagnosis(n, k, operators, ahead.total * scale, rows, dense, int(sum(storages.values()) * scale))
+    rows = [operator for operator in operators if operator.runs == "rows"]
+    dense = [operator for operator in operators if operator.runs != "rows"]
+    saved_bytes = int(sum(storages.values()) * scale)
+    return Diagnosis(
+        n, k, operators, ahead.total, sum(operator.flops for operator in rows),
+        sum(operator.flops for operator in dense), saved_bytes,
+        modelled(ahead.work, _together(rows), _together(dense), saved_bytes, k / n, Rates.here()),
+    )  # fmt: skip
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def analyse_batch(model: nn.Module, batch: Batch, k: int, losses: Callable[[Any], Tensor], **options: Any) -> Diagnosis:
@@ -166,11 +207,16 @@ def analyse_batch(model: nn.Module, batch: Batch, k: int, losses: Callable[[Any]
     saved = [(buffer, buffer.clone()) for buffer in inner.buffers()]
     try:
         with torch.random.fork_rng([batch.device] if batch.device.type == "cuda" else []):
-            return analyse(lambda: losses((few, few.feed(inner))), inner.parameters(), batch.n, k, **options)
+            run = functools.partial(_run, losses, few, inner)
+            return analyse(run, inner.parameters(), few.n, batch.n, k, **options)
     finally:
         with torch.no_grad():
             for buffer, value in saved:
                 buffer.copy_(value)
+
+
+def _run(losses: Callable[[Any], Tensor], few: Batch, model: nn.Module) -> Tensor:
+    return losses((few, few.feed(model)))
 
 
 def diagnose(

@@ -11,6 +11,12 @@ import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 _KEEP = 2**31 - 1  # bytes, the greatest value of an int
+_kept = False
+
+
+def kept() -> bool:
+    """Whether :func:`keep_freed_memory` took effect in this process."""
+    return _kept
 
 
 def keep_freed_memory() -> bool:
@@ -30,4 +36,6 @@ def keep_freed_memory() -> bool:
         return False
     # Some versions refuse a threshold above 32 MiB; blocks above it still go back then.
     mapped = mallopt(_MMAP_THRESHOLD, _KEEP) or mallopt(_MMAP_THRESHOLD, 32 << 20)
-    return bool(mapped and mallopt(_TRIM_THRESHOLD, _KEEP))
+    global _kept
+    _kept = bool(mapped and mallopt(_TRIM_THRESHOLD, _KEEP))
+    return _kept

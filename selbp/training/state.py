@@ -11,11 +11,11 @@ from selbp.selectors import Selector
 from selbp.training.batch import map_tensors
 
 CHOICE_ENTRIES = ("selector_type", "selector", "generator")
-COUNT_ENTRIES = ("optimizer_step", "auto_advance")
+COUNT_ENTRIES = ("optimizer_step", "auto_advance", "backward")
 
 
-def check_counts(state: Mapping[str, Any]) -> tuple[int, bool]:
-    """The steps counted and whether calls count, of a state with the right entries. Raises ValueError."""
+def check_counts(state: Mapping[str, Any]) -> tuple[int, bool, str | None]:
+    """Steps counted, whether calls count, and what "auto" decided, of a state with these entries. Raises ValueError."""
     expected = {*COUNT_ENTRIES, *CHOICE_ENTRIES}
     if not isinstance(state, Mapping) or set(state) != expected:
         got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
@@ -23,7 +23,9 @@ def check_counts(state: Mapping[str, Any]) -> tuple[int, bool]:
     count, auto = state["optimizer_step"], state["auto_advance"]
     if isinstance(count, bool) or not isinstance(count, int) or count < 0 or not isinstance(auto, bool):
         raise ValueError(f"optimizer_step must be an int of at least 0 and auto_advance a bool: {count!r}, {auto!r}")
-    return count, auto
+    if state["backward"] not in (None, "rows", "recompute"):
+        raise ValueError(f'the state\'s backward must be "rows", "recompute" or None, got {state["backward"]!r}')
+    return count, auto, state["backward"]
 
 
 class ChoiceState:

@@ -307,10 +307,15 @@ class SelectiveBackprop:
 
         Without a ``generator`` of its own, draws come from torch's global one, whose state is the caller's to save.
         """
-        return {"optimizer_step": self._step, "auto_advance": self._auto_advance, **self._choice.state_dict()}
+        undecided = isinstance(self._strategy, Auto) and not self._strategy.decided
+        backward = None if undecided else self._strategy.name
+        own = {"optimizer_step": self._step, "auto_advance": self._auto_advance, "backward": backward}
+        return {**own, **self._choice.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict`. Raises ValueError, and changes nothing, where it does not fit."""
-        count, auto = check_counts(state)
+        count, auto, backward = check_counts(state)
         self._choice.load_state_dict({name: state[name] for name in CHOICE_ENTRIES})
         self._step, self._auto_advance = count, auto
+        if isinstance(self._strategy, Auto):
+            self._strategy.restore(backward)

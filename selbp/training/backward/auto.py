@@ -1,4 +1,4 @@
-"""``backward="auto"``: rows where their modelled cost is below that of a second forward, else recompute."""
+"""``backward="auto"``: rows where their modelled time is below that of a second forward, else recompute."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 class Auto:
-    """Decides once, on the first minibatch, by a forward and a backward of at most 8 of its samples."""
+    """Decides once, on the first minibatch, by a forward and a backward of at most 8 of its samples.
+
+    The decision is a function of model, batch size, threads and allocator, not of a clock; it is part of the step's
+    state, so that a resumed run goes on as it began.
+    """
 
     def __init__(self) -> None:
         self._chosen: Rows | Recompute | None = None
@@ -28,6 +32,11 @@ class Auto:
     def decided(self) -> bool:
         """Whether a minibatch has been seen."""
         return self._chosen is not None
+
+    def restore(self, chosen: str | None) -> None:
+        """Take over what another process decided; None where it had not."""
+        self._chosen = None if chosen is None else Rows() if chosen == "rows" else Recompute()
+        self.reason = "not decided yet" if chosen is None else "decided before the run was resumed"
 
     @property
     def name(self) -> str:
@@ -67,8 +76,8 @@ class Auto:
             found = analyse_batch(model, batch, k, losses)
         except NotImplementedError as error:
             return Recompute(), f"rows are refused: {error}"
-        cost = {name: f"{value:.2f}" for name, value in found.cost.items()}
-        reason = f"modelled cost {cost['rows']} on rows, {cost['recompute']} by recomputing, of a full step's"
+        share = {name: seconds / max(found.seconds["full"], 1e-12) for name, seconds in found.seconds.items()}
+        reason = f"modelled time {share['rows']:.2f} on rows, {share['recompute']:.2f} by recomputing, of a full step's"
         if found.dense:
             reason += f"; not on rows: {', '.join(found.dense)}"
         return Rows() if found.recommendation == "rows" else Recompute(), reason

@@ -21,10 +21,11 @@ aten = torch.ops.aten
 @rule("sum.dim_IntList", "sum", "mean.dim", "mean")
 def total(func: Any, gradient: RowGradient, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     """Always; over the samples it gives an ordinary tensor."""
-    ndim, layout = gradient.dim(), gradient._layout
+    data, layout = gradient._data, gradient._layout
+    ndim = data.dim()
     over = [dims] if isinstance(dims, int) else dims if dims else range(ndim)
-    over = sorted(dim % ndim for dim in over)
-    out = gradient._data.sum(over, keepdim, dtype=dtype)
+    over = sorted([dim % ndim for dim in over])
+    out = data.sum(over, keepdim, dtype=dtype)
     if func is aten.mean.dim or func is aten.mean.default:
         out = out / prod(gradient.shape[dim] for dim in over)  # by all n, the zero rows too
     if layout.dim in over:
@@ -35,9 +36,9 @@ def total(func: Any, gradient: RowGradient, dims: Any = None, keepdim: bool = Fa
 @rule("mm")
 def matrix_product(func: Any, first: Any, second: Any) -> Any:
     """The samples are an outer dim, or contracted with a dense factor or a gradient laid out alike."""
-    if isinstance(first, RowGradient):
+    if type(first) is RowGradient:
         layout = first._layout
-        if isinstance(second, RowGradient):
+        if type(second) is RowGradient:
             other = second._layout
             need(layout.dim == 1 and other is layout.at(0), "two gradients that are not contracted over the samples")
             return func(first._data, second._data)

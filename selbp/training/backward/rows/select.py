@@ -93,7 +93,7 @@ def select(
         raise ValueError(f"indices must be (k,), got {tuple(indices.shape)}")
     if batchnorm not in ("exact", "subset"):
         raise ValueError(f'batchnorm must be "exact" or "subset", got {batchnorm!r}')
-    leaves, spec = pytree.tree_flatten(losses)
+    leaves, spec = ([losses], None) if isinstance(losses, Tensor) else pytree.tree_flatten(losses)
     found = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not found or any(leaf.dim() == 0 for leaf in found):
         raise ValueError('losses must hold one entry per sample, got a scalar: compute them with reduction="none"')
@@ -102,7 +102,7 @@ def select(
         raise ValueError(f"losses must agree about the number of samples, got {sorted(sizes)}")
     refuse_forward(found)
     rows, order = row_set(indices, sizes.pop(), batchnorm=batchnorm, dense=dense)
-    out = []
+    out: list[Any] = []
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             out.append(leaf)
@@ -110,7 +110,7 @@ def select(
             out.append(_Select.apply(leaf, indices.to(leaf.device), rows, order.to(leaf.device)))
         else:
             out.append(leaf.index_select(0, indices.to(leaf.device)))
-    return pytree.tree_unflatten(out, spec)
+    return out[0] if spec is None else pytree.tree_unflatten(out, spec)
 
 
 def fence(tensor: Tensor) -> Tensor:
