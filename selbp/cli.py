@@ -90,7 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = OneLineParser(
         prog="selbp", description="Train a PyTorch model on a chosen, weighted part of each minibatch.",
-        epilog="selbp COMMAND --help explains a command, with examples.",
+        epilog="selbp COMMAND --help explains a command, with examples. The command's processes keep the memory that "
+        "they free (selbp.keep_freed_memory), which your own program does only if it says so.",
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"selbp {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -48,7 +48,7 @@ class Rates:
 
     @classmethod
     def here(cls) -> Rates:
-        """This process as it is now."""
+        """The process as it is now."""
         return cls(torch.get_num_threads(), memory.kept())
 
 

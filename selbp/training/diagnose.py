@@ -159,7 +159,7 @@ def _together(operators: Iterable[Operator]) -> Work:
 def analyse(
     forward: Callable[[], Tensor], parameters: Iterable[Tensor], samples: int, n: int, k: int, **options: Any
 ) -> Diagnosis:
-    """Run ``forward`` (to the losses of ``samples`` samples) and its backward once, and scale what is found to n samples.
+    """Run ``forward`` (to the losses of ``samples`` samples) and its backward once; scale what is found to n samples.
 
     Gradients are not accumulated into ``parameters``. ``options`` are those of :func:`selbp.select`.
     """

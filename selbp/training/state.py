@@ -15,7 +15,7 @@ COUNT_ENTRIES = ("optimizer_step", "auto_advance", "backward")
 
 
 def check_counts(state: Mapping[str, Any]) -> tuple[int, bool, str | None]:
-    """Steps counted, whether calls count, and what "auto" decided, of a state with these entries. Raises ValueError."""
+    """Steps counted, whether calls count, and what ``"auto"`` decided, of a whole state. Raises ValueError."""
     expected = {*COUNT_ENTRIES, *CHOICE_ENTRIES}
     if not isinstance(state, Mapping) or set(state) != expected:
         got = sorted(state) if isinstance(state, Mapping) else type(state).__name__

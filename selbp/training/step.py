@@ -307,10 +307,9 @@ class SelectiveBackprop:
 
         Without a ``generator`` of its own, draws come from torch's global one, whose state is the caller's to save.
         """
-        undecided = isinstance(self._strategy, Auto) and not self._strategy.decided
-        backward = None if undecided else self._strategy.name
-        own = {"optimizer_step": self._step, "auto_advance": self._auto_advance, "backward": backward}
-        return {**own, **self._choice.state_dict()}
+        decided = self._strategy.decision if isinstance(self._strategy, Auto) else None
+        counts = {"optimizer_step": self._step, "auto_advance": self._auto_advance, "backward": decided}
+        return {**counts, **self._choice.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict`. Raises ValueError, and changes nothing, where it does not fit."""

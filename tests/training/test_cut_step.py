@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import selbp
-from benchmarks.row_models import SMALL
+from benchmarks.row_models import SMALL, mlp, vectors
 
 
 def model_and_batch() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -75,16 +75,31 @@ def test_losses_are_not_seen_at_a_cut() -> None:
         selbp.SelectiveBackprop(model_and_batch()[0], selector=selbp.TopLoss(), keep=0.5, cut="2")
 
 
-@pytest.mark.parametrize(("name", "backward"), [("MLP", "rows"), ("ResNet-GN", "rows"), ("ResNet-BN", "recompute")])
+@pytest.mark.parametrize(("name", "backward"), [("large", "rows"), ("MLP", "recompute"), ("ResNet-BN", "recompute")])
 def test_auto_follows_the_diagnosis(name: str, backward: str) -> None:
     torch.manual_seed(0)
-    model = SMALL[name].build()
-    x, y = SMALL[name].batch(16)
+    model = mlp() if name == "large" else SMALL[name].build()
+    x, y = vectors(256) if name == "large" else SMALL[name].batch(16)
     step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=0.25)
     for _ in range(2):
         step(x, y).backward()
         assert step.report.backward == backward
-        assert "modelled cost" in step.report.backward_reason
+        assert "modelled time" in step.report.backward_reason
+
+
+def test_a_resumed_run_goes_on_with_what_auto_decided() -> None:
+    model, x, y = model_and_batch()
+    step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=0.5)
+    assert step.state_dict()["backward"] is None
+    step(x, y).backward()
+    assert step.report.backward == step.state_dict()["backward"] == "recompute"
+    other = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=0.5)
+    other.load_state_dict({**step.state_dict(), "backward": "rows"})  # as if another machine had decided
+    other(x, y).backward()
+    assert other.report.backward == "rows" and "resumed" in other.report.backward_reason
+    assert other.state_dict()["backward"] == "rows"
+    with pytest.raises(ValueError, match="backward"):
+        other.load_state_dict({**step.state_dict(), "backward": "faster"})
 
 
 def test_auto_recomputes_where_the_forward_that_scores_does_not_train() -> None:

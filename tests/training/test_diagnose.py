@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import selbp
-from benchmarks.row_models import SMALL
+from benchmarks.row_models import SMALL, TIMED
+from selbp.training.cost import Rates, Work, modelled
 
 
 def diagnosis(name: str, keep: float = 0.25, **options: str) -> tuple[nn.Module, selbp.Diagnosis]:
@@ -22,7 +23,7 @@ def diagnosis(name: str, keep: float = 0.25, **options: str) -> tuple[nn.Module,
 def test_a_sparse_model_meets_its_bound(name: str) -> None:
     _, found = diagnosis(name)
     assert (found.n, found.k) == (16, 4)
-    assert found.recommendation == "rows" and not found.dense
+    assert not found.dense
     assert found.cost["rows"] == pytest.approx(found.cost["bound"], rel=0.02)
     assert 0.45 < found.flop_ratio < 0.65  # (1 + 2 f) / 3 is a half, a little more without the input's gradient
     assert found.cost["rows"] < found.cost["recompute"] < 1
@@ -36,7 +37,32 @@ def test_batchnorm_densifies_and_is_recomputed() -> None:
     text = str(found)
     assert "batch statistics couple the samples" in text and 'backward="recompute"' in text
     _, subset = diagnosis("ResNet-BN", batchnorm="subset")
-    assert subset.recommendation == "rows" and not subset.dense
+    assert not subset.dense and subset.cost["rows"] == pytest.approx(subset.cost["bound"], rel=0.02)
+
+
+@pytest.mark.parametrize("name", TIMED)
+@pytest.mark.parametrize("keep", [0.25, 0.5])
+def test_rows_are_recommended_where_they_are_measured_ahead(name: str, keep: float) -> None:
+    task = TIMED[name]
+    found = selbp.diagnose(task.build(), task.batch(task.n), keep, loss=task.losses)
+    assert found.recommendation == "rows"
+    assert found.seconds["rows"] < found.seconds["recompute"] < found.seconds["full"]
+
+
+def test_python_outweighs_the_flops_of_a_tiny_network() -> None:
+    _, found = diagnosis("MLP")
+    assert found.cost["rows"] < found.cost["recompute"]
+    assert found.recommendation == "recompute" and "ms" in str(found)
+
+
+def test_time_is_modelled_per_thread_and_with_the_allocators_faults() -> None:
+    forward, rows, dense = Work(3.0, 10), Work(6.0, 20), Work()
+    few = modelled(forward, rows, dense, 10**9, 0.25, Rates(threads=1, kept=False))
+    kept = modelled(forward, rows, dense, 10**9, 0.25, Rates(threads=1, kept=True))
+    assert kept["rows"] < few["rows"] and kept["recompute"] == few["recompute"]
+    assert kept["full"] == pytest.approx(9.0, rel=1e-3) and kept["recompute"] == pytest.approx(5.25, rel=1e-3)
+    one, two = Work(), Work()
+    assert one.add(1e9, 0.0, False, 1) == 2 * two.add(1e9, 0.0, False, 2)
 
 
 def test_memory_is_that_of_the_activations() -> None:
@@ -80,4 +106,4 @@ def test_auto_decides_once_there_is_something_to_differentiate():
     model.requires_grad_(False)
     assert not step(x, y).requires_grad and step.report.backward == "recompute"
     model.requires_grad_(True)
-    assert step(x, y).requires_grad and "modelled cost" in step.report.backward_reason
+    assert step(x, y).requires_grad and "modelled time" in step.report.backward_reason

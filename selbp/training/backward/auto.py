@@ -33,6 +33,11 @@ class Auto:
         """Whether a minibatch has been seen."""
         return self._chosen is not None
 
+    @property
+    def decision(self) -> str | None:
+        """``"rows"`` or ``"recompute"``; None before it is made."""
+        return None if self._chosen is None else self._chosen.name
+
     def restore(self, chosen: str | None) -> None:
         """Take over what another process decided; None where it had not."""
         self._chosen = None if chosen is None else Rows() if chosen == "rows" else Recompute()

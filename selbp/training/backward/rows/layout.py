@@ -17,8 +17,8 @@ from selbp.training.backward.rows.slices import Plan, Slices
 
 BatchNormPolicy = Literal["exact", "subset"]
 
-# What follows from sizes and strides alone, kept from step to step: by (n, k, dim, pre, post), the plans of tensors that
-# were cut to rows and the outer sizes and strides of gradients that were wrapped.
+# What follows from sizes and strides alone, kept from step to step: by (n, k, dim, pre, post), the plans of tensors
+# that were cut to rows, and the outer sizes and strides of gradients that were wrapped.
 _KNOWN: dict[tuple[int, ...], tuple[dict[Any, Plan], dict[Any, Any]]] = {}
 _ENTRIES = 4096  # of one layout, and layouts; a model whose shapes never repeat starts afresh then
 

@@ -61,7 +61,7 @@ def plan_of(tensor: Tensor, layout: Layout, dim: int) -> Plan:
             strides[axis] = apart // n * k
         else:
             blocks = False
-    offset = tensor.storage_offset()
+    offset = int(tensor.storage_offset())
     within = offset % step
     start = offset - within
     span = outer * n * step
