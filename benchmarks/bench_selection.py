@@ -122,7 +122,9 @@ def _against(kind: str, ours: selbp.Selector, others: Mapping[str, Any], source:
 
 def _matching(source: str, n: int, k: int) -> Case:
     others = {
-        "CORDS OrthogonalMP_REG (its CPU path)": peers.cords("OrthogonalMP_REG"),
+        "CORDS OrthogonalMP_REG (its CPU path)": peers.cords("OrthogonalMP_REG")
+        if n <= 128
+        else Unavailable("left out: 3 to 12 s a call"),
         "CORDS OrthogonalMP_REG_Parallel_V1 (its GPU path)": peers.cords("OrthogonalMP_REG_Parallel_V1"),
         "scikit-learn orthogonal_mp_gram": peers.scikit_learn(),
         "SPAMS omp": peers.spams(),

@@ -176,10 +176,10 @@ class _Prepared:
 
 def _prepare(call: Callable[[], object], clock: Clock, keep: bool) -> _Prepared:
     """Warm up, count what is read back, and find out how long a sample must be."""
-    start = time.perf_counter()
+    start = time.process_time()
     reads, result = host_reads(call)
     results = [result] if keep else []
-    if time.perf_counter() - start < SLOW:  # the first call builds and caches what it needs
+    if time.process_time() - start < SLOW:  # the first call builds and caches what it needs
         reads, result = host_reads(call)
         results += [result] if keep else []
     del result
@@ -250,12 +250,13 @@ def _interleaved(
         for name, entry in ready.items()
     }
     shuffle = random.Random(seed)
-    samples: dict[str, list[float]] = {name: [] for name in ready}
+    # The first sample of what fills one by a single call is the one that told so.
+    samples = {name: [entry.seconds] if entry.calls == 1 else list[float]() for name, entry in ready.items()}
     gc.collect()
     gc.disable()
     try:
-        for done in range(rounds):
-            order = [name for name in ready if done < share[name]]
+        for _ in range(rounds):
+            order = [name for name in ready if len(samples[name]) < share[name]]
             shuffle.shuffle(order)
             for name in order:
                 if ready[name].seconds < SHORT:
