@@ -52,11 +52,16 @@ def seeds_argument(text: str) -> list[int]:
 
 def _training_options(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices=["fashion-mnist", "digits"], default="fashion-mnist",
-                      help="fashion-mnist is fetched when it is not there (default: %(default)s)")  # fmt: skip
-    data.add_argument("--data", type=Path, metavar="DIR", help="folder with Fashion-MNIST's four IDX files")
+    data.add_argument("--dataset", choices=["fashion-mnist", "bible-kjv", "digits"], default="fashion-mnist",
+                      help="bible-kjv: the next character of a text; what is not there is fetched as a Debian package "
+                      "(default: %(default)s)")  # fmt: skip
+    data.add_argument("--data", type=Path, metavar="DIR", help="folder with the data set's files")
     run = parser.add_argument_group("training")
-    run.add_argument("--model", choices=["cnn", "wide-cnn", "mlp"], help="network (default: cnn)")
+    run.add_argument(
+        "--model",
+        choices=["cnn", "wide-cnn", "resnet", "mlp", "transformer"],
+        help="network (default: cnn, or transformer for a text)",
+    )
     run.add_argument("--keep", type=keep_argument, metavar="K",
                      help="share of each minibatch that runs backward (0.25), or a number of samples (32); 1 is one "
                      "sample, 1.0 all (default: 0.25)")  # fmt: skip

@@ -21,6 +21,7 @@ from selbp.study.arms import Arm, build_selector, keep_for, parse
 from selbp.study.compare import Comparison, Outcome, run_all, tune
 from selbp.study.config import RunConfig
 from selbp.study.costs import Costs, measure
+from selbp.study.models import model_for
 from selbp.study.run import Diverged, Run, read_config, read_result
 from selbp.study.storage import StorageError, write_text
 
@@ -84,7 +85,7 @@ def _base(arguments: argparse.Namespace, data: Dataset, selector: str, lr: float
     config = RunConfig(
         dataset=data.name, fingerprint=data.fingerprint, selector=selector, steps=steps, lr=lr, keep=keep, seed=seed,
         batch_size=batch_size, device=arguments.device, threads=arguments.threads,
-        **{"evaluate_every": max(1, math.ceil(steps / 10)), **given},
+        **{"model": model_for(data.train), "evaluate_every": max(1, math.ceil(steps / 10)), **given},
     )  # fmt: skip
     build_selector(selector)
     return config

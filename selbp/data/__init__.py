@@ -1,12 +1,14 @@
 """Real data sets, read with checks, fetched without root where they are not there."""
 
 from selbp.data.datasets import (
+    BIBLE,
     DIGITS,
     FASHION_MNIST,
     HELD_OUT,
     NAMES,
     Dataset,
     Split,
+    Text,
     cache_folder,
     load,
     make_dataset,
@@ -15,6 +17,6 @@ from selbp.data.datasets import (
 from selbp.data.idx import DataError
 
 __all__ = [
-    "DIGITS", "FASHION_MNIST", "HELD_OUT", "NAMES", "DataError", "Dataset", "Split", "cache_folder", "load",
-    "make_dataset", "resolve",
+    "BIBLE", "DIGITS", "FASHION_MNIST", "HELD_OUT", "NAMES", "DataError", "Dataset", "Split", "Text", "cache_folder",
+    "load", "make_dataset", "resolve",
 ]  # fmt: skip

@@ -7,26 +7,34 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from selbp.data.debian import fetch_package
 from selbp.data.idx import DataError, read_pair
+from selbp.data.kjv import NAME as BIBLE_FILE
+from selbp.data.kjv import read_chapters
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FASHION_MNIST = "fashion-mnist"
+BIBLE = "bible-kjv"
 DIGITS = "digits"
-NAMES = (FASHION_MNIST, DIGITS)
-SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+SYSTEM_ROOT = Path("/")
 N_CLASSES = 10
 HELD_OUT = "-held-out"  # ends the name of a data set whose test part is cut from the training part
+WINDOW = 32  # characters of a text's sample
+TEST_CHAPTERS = slice(10, None, 20)  # of the Bible's 1189: every twentieth, so that every kind of book is in both parts
 
 
 @dataclass(frozen=True)
 class Split:
     """Labelled images, kept as bytes; :meth:`batch` hands out normalised floats."""
 
-    images: Tensor  # (n, rows, columns) uint8
+    inputs: Tensor  # (n, rows, columns) uint8
     labels: Tensor  # (n,) int64
     mean: float  # of the training pixels
     std: float
@@ -36,16 +44,28 @@ class Split:
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """(k, 1, rows, columns) float32 of mean 0 and variance 1 (over the training part), and (k,) labels."""
-        pixels = self.images.index_select(0, indices).unsqueeze(1).float()
+        pixels = self.inputs.index_select(0, indices).unsqueeze(1).float()
         return pixels.sub_(self.mean).div_(self.std), self.labels.index_select(0, indices)
 
-    def take(self, indices: Tensor) -> Split:
+    def take(self, indices: Tensor) -> Self:
         """The split of these samples alone."""
-        return Split(self.images[indices], self.labels[indices], self.mean, self.std)
+        return replace(self, inputs=self.inputs[indices], labels=self.labels[indices])
 
-    def to(self, device: torch.device) -> Split:
+    def to(self, device: torch.device) -> Self:
         """The split on ``device``."""
-        return Split(self.images.to(device), self.labels.to(device), self.mean, self.std)
+        return replace(self, inputs=self.inputs.to(device), labels=self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Text(Split):
+    """Windows of a text as codes of its alphabet, inputs (n, T) uint8; labels (n, T) are the codes one place on."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """(k, T) int64 codes, and the (k, T) codes that follow each of them."""
+        return self.inputs.index_select(0, indices).long(), self.labels.index_select(0, indices)
 
 
 @dataclass(frozen=True)
@@ -60,10 +80,10 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """A short digest of every pixel and label of both parts: results are cached under it."""
+        """A short digest of every input and label of both parts: results are cached under it."""
         digest = hashlib.sha256()
         for split in (self.train, self.test):
-            digest.update(split.images.contiguous().numpy().tobytes())
+            digest.update(split.inputs.contiguous().numpy().tobytes())
             digest.update(split.labels.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -74,7 +94,7 @@ class Dataset:
         generator = torch.Generator().manual_seed(seed)
         wrong = torch.randperm(len(self.train), generator=generator)[: round(share * len(self.train))]
         labels = self.train.labels.clone()
-        labels[wrong] += torch.randint(1, self.n_classes, wrong.shape, generator=generator)
+        labels[wrong] += torch.randint(1, self.n_classes, labels[wrong].shape, generator=generator)
         labels.remainder_(self.n_classes)
         source = f"{self.source}, {share:.0%} of the training labels turned into another class (seed {seed})"
         return replace(
@@ -121,22 +141,43 @@ def read_fashion_mnist(folder: Path) -> Dataset:
     return make_dataset(FASHION_MNIST, train, test, N_CLASSES, str(folder))
 
 
-def load_fashion_mnist(
-    folder: Path | None = None,
-    *,
-    say: Callable[[str], None] = print,
-    fetch: Callable[..., Path] = fetch_package,
-    system_folder: Path = SYSTEM_FOLDER,
-) -> Dataset:
-    """Fashion-MNIST from ``folder``; else the system's copy, else the cache's, else fetched into the cache."""
-    if folder is not None:
-        return read_fashion_mnist(folder)
-    if system_folder.is_dir():
-        return read_fashion_mnist(system_folder)
-    cached = cache_folder() / FASHION_MNIST
-    if not cached.is_dir():
-        fetch("dataset-fashion-mnist", "usr/share/datasets/fashion-mnist", cached, say=say)
-    return read_fashion_mnist(cached)
+def read_bible(folder: Path) -> Dataset:
+    """Read ``bible.data`` as next-character prediction: a sample is a window of the text, its labels one place on."""
+    chapters = read_chapters(folder)
+    alphabet = sorted(set().union(*chapters, "\n"))
+    code = {ord(character): number for number, character in enumerate(alphabet)}
+    test = chapters[TEST_CHAPTERS]
+    del chapters[TEST_CHAPTERS]
+    parts = []
+    for part in (chapters, test):
+        text = bytearray("\n".join(part).translate(code).encode("latin-1"))
+        n = (len(text) - 1) // WINDOW
+        if n < 1:
+            raise DataError(f"{folder}: its text is too short for a training and a test part")
+        codes = torch.frombuffer(text, dtype=torch.uint8)
+        inputs, labels = codes[: n * WINDOW], codes[1 : n * WINDOW + 1]
+        parts.append(Text(inputs.view(n, WINDOW), labels.long().view(n, WINDOW)))
+    return Dataset(BIBLE, parts[0], parts[1], len(alphabet), f"{folder}, every twentieth chapter to test")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that Debian packages."""
+
+    title: str
+    package: str
+    megabytes: int
+    folder: str  # inside the package, and below the root where it is installed
+    file: str  # one of its files
+    read: Callable[[Path], Dataset]
+
+
+SOURCES = {
+    FASHION_MNIST: Source("Fashion-MNIST", "dataset-fashion-mnist", 31, "usr/share/datasets/fashion-mnist",
+                          "train-images-idx3-ubyte.gz", read_fashion_mnist),
+    BIBLE: Source("the King James Bible", "bible-kjv-text", 2, "usr/lib", BIBLE_FILE, read_bible),
+}  # fmt: skip
+NAMES = (*SOURCES, DIGITS)
 
 
 def resolve(text: str, folder: Path | None = None) -> Dataset:
@@ -168,25 +209,34 @@ def load_digits() -> Dataset:
 
 
 def load(
-    name: str, folder: Path | None = None, *, fallback: bool = False, say: Callable[[str], None] = print
+    name: str,
+    folder: Path | None = None,
+    *,
+    fallback: bool = False,
+    say: Callable[[str], None] = print,
+    fetch: Callable[..., Path] = fetch_package,
 ) -> Dataset:
-    """Load a data set by name.
+    """Load a data set by name: from ``folder``, else the system's copy, else the cache's, else fetched into the cache.
 
-    With ``fallback``, the digits stand in, and it is said, when Fashion-MNIST cannot be had at all; a folder that was
-    named, or files that are there and corrupt, are an error in any case.
+    With ``fallback``, the digits stand in, and it is said, when a set cannot be had at all; a folder that was named, or
+    files that are there and corrupt, are an error in any case.
     """
     if name == DIGITS:
         if folder is not None:
             raise DataError("the digits come with scikit-learn and are read from no folder")
         return load_digits()
-    if name != FASHION_MNIST:
+    if name not in SOURCES:
         raise DataError(f"there is no data set {name!r}; there are {', '.join(NAMES)}")
-    have = folder is not None or SYSTEM_FOLDER.is_dir() or (cache_folder() / FASHION_MNIST).is_dir()
+    source, cached = SOURCES[name], cache_folder() / name
+    system = SYSTEM_ROOT / source.folder
+    places = [folder] if folder is not None else [p for p in (system, cached) if (p / source.file).exists()]
     try:
-        return load_fashion_mnist(folder, say=say)
+        if not places and not cached.is_dir():
+            fetch(source.package, source.folder, cached, megabytes=source.megabytes, say=say)
+        return source.read(places[0] if places else cached)
     except DataError as error:
-        if have or not fallback:
-            raise DataError(f"{error}. Name a folder with its four files (--data), or use --dataset digits") from error
-        say(f"Fashion-MNIST cannot be had here ({error}).")
+        if places or cached.is_dir() or not fallback:
+            raise DataError(f"{error}. Name a folder with its files (--data), or use --dataset digits") from error
+        say(f"{source.title} cannot be had here ({error}).")
         say("Going on with scikit-learn's 1797 digits instead: a far smaller and easier set; its table says so.")
         return load_digits()

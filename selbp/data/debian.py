@@ -62,6 +62,7 @@ def fetch_package(
     wanted: str,
     destination: Path,
     *,
+    megabytes: int = 0,
     say: Say = print,
     run: Runner = run_command,
     which: Callable[[str], str | None] = shutil.which,
@@ -77,7 +78,8 @@ def fetch_package(
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{package}-", dir=destination.parent) as name:
         work = Path(name)
-        say(f"fetching Debian's package {package} (about 31 MB) into {destination.parent} ...")
+        size = f" (about {megabytes} MB)" if megabytes else ""
+        say(f"fetching Debian's package {package}{size} into {destination.parent} ...")
         result = _run(run, download_command(package, None), work)
         if result.returncode != 0:
             private = work / "apt"

@@ -117,9 +117,9 @@ class Findings:
 def title_of(place: Place) -> str:
     """A cell in words."""
     dataset, plus, noise = place[0].partition("+noise=")
-    data = {"fashion-mnist": "Fashion-MNIST", "digits": "digits"}.get(dataset, dataset)
+    data = {"fashion-mnist": "Fashion-MNIST", "bible-kjv": "King James Bible, next character"}.get(dataset, dataset)
     data += f" with {float(noise):.0%} wrong training labels" if plus else ""
-    models = {"cnn": "small CNN", "wide-cnn": "wider CNN", "mlp": "MLP"}
+    models = {"cnn": "small CNN", "wide-cnn": "wider CNN", "mlp": "MLP", "resnet": "small ResNet"}
     keep = place[3]
     kept = keep if isinstance(keep, int) else round(keep * place[2])
     return f"{data}, {models.get(place[1], place[1])}, {kept} of {place[2]} samples"

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from selbp.data import DataError, Dataset, resolve
+from selbp.data import FASHION_MNIST, DataError, Dataset, resolve
 from selbp.study.config import RunConfig
 from selbp.study.run import Diverged, Run, read_config, read_result
 from selbp.study.storage import StorageError, write_text
@@ -63,7 +63,7 @@ def carry_out(config: RunConfig, data: Dataset, folder: Path) -> Finished:
 
 
 class Sets:
-    """The data sets by name, each read once."""
+    """The data sets by name, each read once; ``folder`` is Fashion-MNIST's."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder, self.sets = folder, dict[str, Dataset]()
@@ -71,7 +71,7 @@ class Sets:
     def __call__(self, name: str) -> Dataset:
         """The data set of this name, see :func:`selbp.data.resolve`."""
         if name not in self.sets:
-            self.sets[name] = resolve(name, None if name.startswith("digits") else self.folder)
+            self.sets[name] = resolve(name, self.folder if name.startswith(FASHION_MNIST) else None)
         return self.sets[name]
 
 

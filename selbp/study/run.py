@@ -31,18 +31,21 @@ class Diverged(Exception):
 
 
 def evaluate(model: nn.Module, split: Split, device: torch.device, rows: int = 250) -> tuple[float, float]:
-    """Accuracy in per cent and mean loss of ``model`` on all of ``split``; the model's mode is put back."""
+    """Accuracy in per cent and mean loss over all labels of ``split``; the model's mode is put back.
+
+    Logits are (n, C) for labels (n,), or (n, T, C) for a text's (n, T): then it is the next character's accuracy.
+    """
     training = model.training
     model.eval()
-    correct, loss = 0, 0.0
+    correct, loss, labels = 0, 0.0, split.labels.numel()
     with torch.no_grad():
         for part in torch.arange(len(split), device=device).split(rows):
             inputs, target = split.batch(part)
-            logits = model(inputs)
+            logits, target = model(inputs).flatten(0, -2), target.flatten()
             correct += int((logits.argmax(1) == target).sum())
             loss += float(nn.functional.cross_entropy(logits, target, reduction="sum"))
     model.train(training)
-    return 100.0 * correct / len(split), loss / len(split)
+    return 100.0 * correct / labels, loss / labels
 
 
 class Order:

@@ -30,7 +30,7 @@ def small_set(folder: Path) -> Path:
 @pytest.fixture(autouse=True)
 def no_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SELBP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "SYSTEM_FOLDER", tmp_path / "no-system-folder")
+    monkeypatch.setattr(module, "SYSTEM_ROOT", tmp_path / "nothing-is-installed")
 
 
 def test_a_folder_is_read_and_normalised_by_its_training_part(tmp_path: Path) -> None:
@@ -53,10 +53,10 @@ def test_held_out_cuts_the_training_part_only(tmp_path: Path) -> None:
     data = load("fashion-mnist", small_set(tmp_path / "set"))
     tuning = data.held_out(0.25, seed=3)
     assert (len(tuning.train), len(tuning.test)) == (30, 10)
-    rows = {tuple(row.flatten().tolist()) for row in data.train.images}
-    parts = [{tuple(row.flatten().tolist()) for row in split.images} for split in (tuning.train, tuning.test)]
+    rows = {tuple(row.flatten().tolist()) for row in data.train.inputs}
+    parts = [{tuple(row.flatten().tolist()) for row in split.inputs} for split in (tuning.train, tuning.test)]
     assert parts[0] | parts[1] == rows and not parts[0] & parts[1]
-    assert not rows & {tuple(row.flatten().tolist()) for row in data.test.images}
+    assert not rows & {tuple(row.flatten().tolist()) for row in data.test.inputs}
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
@@ -71,7 +71,7 @@ def test_a_broken_folder_is_an_error_that_names_it(tmp_path: Path, damage: str) 
 
 
 def test_unknown_names_and_folders(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="fashion-mnist, digits"):
+    with pytest.raises(DataError, match="fashion-mnist, bible-kjv, digits"):
         load("cifar")
     with pytest.raises(DataError, match="no such folder"):
         load("fashion-mnist", tmp_path / "nowhere")
@@ -81,23 +81,38 @@ def test_unknown_names_and_folders(tmp_path: Path) -> None:
 
 def test_digits() -> None:
     data = load("digits")
-    assert len(data.train) + len(data.test) == 1797 and data.train.images.shape[1:] == (8, 8)
-    assert int(data.train.images.max()) == 255
+    assert len(data.train) + len(data.test) == 1797 and data.train.inputs.shape[1:] == (8, 8)
+    assert int(data.train.inputs.max()) == 255
 
 
-def test_the_fallback_is_said_and_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["fashion-mnist", "bible-kjv"])
+def test_the_fallback_is_said_and_off_by_default(name: str) -> None:
     def refuse(*_args: object, **_options: object) -> Path:
         raise DataError("there is no apt-get on this machine")
 
-    monkeypatch.setattr(module.load_fashion_mnist, "__kwdefaults__", {
-        **(module.load_fashion_mnist.__kwdefaults__ or {}), "fetch": refuse, "system_folder": Path("/nonexistent"),
-    })  # fmt: skip
     said: list[str] = []
     with pytest.raises(DataError, match="no apt-get"):
-        load("fashion-mnist", say=said.append)
+        load(name, say=said.append, fetch=refuse)
     assert not said
-    assert load("fashion-mnist", fallback=True, say=said.append).name == "digits"
+    assert load(name, fallback=True, say=said.append, fetch=refuse).name == "digits"
     assert "no apt-get" in said[0] and "digits" in said[1]
+
+
+def test_places_in_their_order(tmp_path: Path) -> None:
+    """The system's copy, else the cache's, else fetched; a folder that lacks the file is not the system's copy."""
+
+    def fetch(package: str, inside: str, destination: Path, **_options: object) -> Path:
+        fetched.append((package, inside))
+        return small_set(destination)
+
+    fetched: list[tuple[str, str]] = []
+    system = tmp_path / "nothing-is-installed" / INSIDE
+    system.mkdir(parents=True)
+    for _ in range(2):
+        assert load("fashion-mnist", fetch=fetch).source == str(tmp_path / "cache" / "fashion-mnist")
+    assert fetched == [(PACKAGE, INSIDE)]
+    small_set(system)
+    assert load("fashion-mnist", fetch=fetch).source == str(system) and len(fetched) == 1
 
 
 class FakeApt:
@@ -177,7 +192,7 @@ def test_label_noise_is_in_the_training_labels_alone() -> None:
     noisy = clean.with_label_noise(0.2)
     changed = clean.train.labels != noisy.train.labels
     assert int(changed.sum()) == round(0.2 * len(clean.train))  # each of them is another class
-    assert torch.equal(clean.test.labels, noisy.test.labels) and torch.equal(clean.train.images, noisy.train.images)
+    assert torch.equal(clean.test.labels, noisy.test.labels) and torch.equal(clean.train.inputs, noisy.train.inputs)
     assert noisy.name == "digits+noise=0.2" and noisy.fingerprint != clean.fingerprint
     assert noisy.train.labels.min() >= 0 and noisy.train.labels.max() < 10
     again = resolve("digits+noise=0.2")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from selbp.data import Dataset, make_dataset
+from selbp.data import Dataset, Text, make_dataset
 from selbp.study.config import RunConfig
 
 
@@ -21,6 +21,15 @@ def images_and_labels(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture(scope="session")
 def dataset() -> Dataset:
     return make_dataset("small", images_and_labels(300, 0), images_and_labels(100, 1), 10, "made on the fly")
+
+
+@pytest.fixture(scope="session")
+def text() -> Dataset:
+    """Sequences over seven characters, each the one before plus 1 or, by chance, 2."""
+    steps = torch.randint(0, 6, (400, 9), generator=torch.Generator().manual_seed(0)).eq(0).long() + 1
+    codes = steps.cumsum(1).remainder(7)
+    parts = [Text(part[:, :-1].to(torch.uint8), part[:, 1:].contiguous()) for part in (codes[:300], codes[300:])]
+    return Dataset("small-text", parts[0], parts[1], 7, "made on the fly")
 
 
 @pytest.fixture

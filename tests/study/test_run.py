@@ -82,6 +82,44 @@ def test_a_run_stopped_at_any_step_ends_bit_for_bit_the_same(
     assert whole["backward_samples"] == 30 * (32 if rule == "full" else 8)
 
 
+@pytest.mark.parametrize("rule", ["full", "random", "top-loss", "gradnorm", "matching", "divbs"])
+def test_a_run_on_text_learns_and_resumes_bit_for_bit(
+    tmp_path: Path, text: Dataset, config: RunConfig, rule: str
+) -> None:
+    config = dataclasses.replace(config, dataset=text.name, fingerprint=text.fingerprint, model="transformer",
+                                 selector=rule, keep=1.0 if rule == "full" else 0.25)  # fmt: skip
+    whole = finish(config, text, tmp_path / "whole")
+    run = Run(config, text, tmp_path / "parts")
+    run.open()
+    with pytest.raises(Stop):
+        run.execute(stop_after(13))
+    run = Run(config, text, tmp_path / "parts")
+    assert run.open() == 13
+    run.execute()
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+    assert log_without_times(tmp_path / "whole") == log_without_times(tmp_path / "parts")
+    assert whole["accuracy"] > 60  # chance is 14, and what is to be had 83
+    assert whole["backward_samples"] == 30 * (32 if rule == "full" else 8)
+
+
+@pytest.mark.parametrize("cut", ["1", "2"])
+def test_a_cut_in_the_transformer(tmp_path: Path, text: Dataset, config: RunConfig, cut: str) -> None:
+    config = dataclasses.replace(config, dataset=text.name, fingerprint=text.fingerprint, model="transformer", cut=cut)
+    assert finish(config, text, tmp_path)["accuracy"] > 60
+
+
+def test_a_texts_accuracy_counts_characters(text: Dataset) -> None:
+    class Guess(torch.nn.Module):
+        def forward(self, codes: torch.Tensor) -> torch.Tensor:
+            return 3.0 * torch.nn.functional.one_hot((codes + 1) % 7, 7).float()
+
+    inputs, target = text.test.batch(torch.arange(len(text.test)))
+    accuracy, loss = evaluate(Guess(), text.test, torch.device("cpu"), rows=7)
+    assert accuracy == pytest.approx(100 * float((target == (inputs + 1) % 7).float().mean()), abs=1e-4)
+    exact = torch.nn.functional.cross_entropy(Guess()(inputs).flatten(0, 1), target.flatten())
+    assert loss == pytest.approx(float(exact), rel=1e-5)
+
+
 def test_a_state_of_another_step_would_be_noticed(tmp_path: Path, dataset: Dataset, config: RunConfig) -> None:
     """The comparison above can fail: resuming one step off gives other weights."""
     finish(config, dataset, tmp_path / "whole")
@@ -125,7 +163,7 @@ def test_epochs_see_every_sample_once() -> None:
 
 
 def other_test_part(data: Dataset) -> Dataset:
-    test = Split(255 - data.test.images, (data.test.labels + 3) % 10, data.test.mean, data.test.std)
+    test = Split(255 - data.test.inputs, (data.test.labels + 3) % 10, data.test.mean, data.test.std)
     return dataclasses.replace(data, test=test)
 
 
@@ -167,7 +205,7 @@ def test_a_diverging_run_says_so(tmp_path: Path, dataset: Dataset, config: RunCo
 def write_set(folder: Path, data: Dataset) -> Path:
     folder.mkdir()
     for prefix, split in (("train", data.train), ("t10k", data.test)):
-        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", split.images)
+        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", split.inputs)
         write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", split.labels.to(torch.uint8))
     return folder
 

@@ -120,10 +120,10 @@ def test_the_tuner_cannot_see_test_data(runs: Pool, monkeypatch: pytest.MonkeyPa
 
 def test_what_tunes_is_none_of_the_test_data(runs: Pool) -> None:
     plan = plan_cell(PROTOCOL.cells[0], PROTOCOL, Sets(), module.Costs(runs.folder.parent / "none.json"), lambda: None)
-    test = {image.numpy().tobytes() for image in Sets()("digits").test.images}
-    train = {image.numpy().tobytes() for image in Sets()("digits").train.images}
-    held = {image.numpy().tobytes() for image in plan.held_out.test.images}
-    learned = {image.numpy().tobytes() for image in plan.held_out.train.images}
+    test = {image.numpy().tobytes() for image in Sets()("digits").test.inputs}
+    train = {image.numpy().tobytes() for image in Sets()("digits").train.inputs}
+    held = {image.numpy().tobytes() for image in plan.held_out.test.inputs}
+    learned = {image.numpy().tobytes() for image in plan.held_out.train.inputs}
     assert held <= train and learned <= train and not held & learned and not (held | learned) & (test - train)
 
 
