@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 
 def check_keep(keep: float | int) -> float | int:
-    """Return ``keep`` if it is a share in (0, 1] (float) or a number of samples of at least 1 (int).
+    """``keep`` as Python's own float, a share in (0, 1], or int, a number of samples of at least 1; numpy's are taken.
 
     Raises TypeError for a bool or anything that is no number, ValueError for a number outside that range.
     """
     meaning = "a float in (0, 1] (a share: 1.0 keeps all) or an int of at least 1 (a number of samples: 1 keeps one)"
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+    if isinstance(keep, bool) or not isinstance(keep, Real):
         raise TypeError(f"keep must be {meaning}, got {keep!r}")
+    keep = int(keep) if isinstance(keep, Integral) else float(keep)
     if not (keep >= 1 if isinstance(keep, int) else 0.0 < keep <= 1.0):  # also false for nan
         raise ValueError(f"keep must be {meaning}, got {keep!r}")
     return keep
@@ -21,7 +23,7 @@ def check_keep(keep: float | int) -> float | int:
 
 def kept_rows(keep: float | int, n: int) -> int:
     """How many of ``n`` samples to keep: ``max(1, round(keep * n))`` for a share, ``min(keep, n)`` for a number."""
-    return min(keep, n) if isinstance(keep, int) else max(1, round(keep * n))
+    return min(int(keep), n) if isinstance(keep, Integral) else max(1, round(keep * n))
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,25 @@ def find_head(model: nn.Module, head: nn.Module | str | None) -> nn.Module:
         last = [name for name, module in names.items() if next(module.parameters(recurse=False), None) is not None]
         if not candidates or last[-1] != candidates[-1]:
             raise ValueError(f"head is ambiguous: pass head=, the last linear layer; {listed}")
+        if (rival := _beside(names, candidates)) is not None:
+            raise ValueError(f"head is ambiguous, {rival!r} and {candidates[-1]!r} look like two heads side by side: "
+                             f"pass head=, the one whose output the loss reads; {listed}")  # fmt: skip
         found = names[candidates[-1]]
     weight = getattr(found, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError(f"head must be a linear layer with a weight (C, d), got {type(found).__name__}; {listed}")
     return found
+
+
+def _beside(names: dict[str, nn.Module], candidates: list[str]) -> str | None:
+    """A linear layer before the last one that reads what the last one reads, and cannot be what it reads."""
+    if len(candidates) < 2:
+        return None
+    before, last = (names[name] for name in candidates[-2:])
+    parents = [name.rpartition(".")[0] for name in candidates[-2:]]
+    same_place = parents[0] == parents[1] and not isinstance(names[parents[0]], nn.Sequential)
+    reads_alike = before.in_features == last.in_features and before.out_features != last.in_features
+    return candidates[-2] if same_place and reads_alike else None
 
 
 def find_clear_head(model: nn.Module) -> nn.Module | None:

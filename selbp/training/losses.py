@@ -70,6 +70,14 @@ class CrossEntropy:
             self._moved[device] = self.class_weight.detach().to(device)
         return self._moved[device]
 
+    def check_classes(self, classes: int, source: str) -> None:
+        """Raise ValueError unless each of the ``classes`` that ``source`` gives has a class weight, or none has."""
+        if self.class_weight is not None and len(self.class_weight) != classes:
+            raise ValueError(
+                f"class_weight must have one entry for each of the {classes} classes that {source} gives, got "
+                f"{len(self.class_weight)}"
+            )
+
     def labels(self, target: Any) -> Tensor:
         """(n, T) class indices, after the shift; T is 1 for one class per sample."""
         if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.dim() < 1:
@@ -102,6 +110,7 @@ class CrossEntropy:
         logits = logits_of(output)
         if logits.dim() < 2 or logits.shape[0] != len(target):
             raise ValueError(f"logits must have n = {len(target)} rows of classes, got {tuple(logits.shape)}")
+        self.check_classes(logits.shape[-1], "the model")
         logits = self.tokens(logits, target)
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         weight = self.weight_on(logits.device)

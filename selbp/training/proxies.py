@@ -11,9 +11,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from selbp import ops
 from selbp.ops.types import MeanGradient, Selection
 from selbp.selectors import GradientProxies
-from selbp.training import operators
 
 BLOCK_BYTES = 64 << 20  # of intermediate results that hold one block of classes or of token pairs
 
@@ -110,7 +110,7 @@ class HeadProxies(GradientProxies):
         """See :meth:`GradientProxies.gram`."""
         if self._gram is None:
             if self.positions == 1:
-                self._gram = operators.gradient_gram(*self.flat, bias=self.bias)
+                self._gram = ops.gradient_gram(*self.flat, bias=self.bias)
             else:
                 self._gram = sequence_gram(self.token_residual, self.token_features, bias=self.bias)
         return self._gram
@@ -120,7 +120,7 @@ class HeadProxies(GradientProxies):
         if self._mean is None:
             residual, features = self.flat
             length = self.positions
-            inner, target_sq, weight, bias = operators.mean_gradient(residual, features, bias=self.bias)
+            inner, target_sq, weight, bias = ops.mean_gradient(residual, features, bias=self.bias)
             inner, target_sq = inner.view(-1, length).sum(1) * length, target_sq * length**2
             weight, bias = weight * length, None if bias is None else bias * length
             if self._reduce is not None:
@@ -147,7 +147,7 @@ class HeadProxies(GradientProxies):
         length = self.positions
         tokens = (rows[:, None] * length + torch.arange(length, device=rows.device)).flatten()
         spread = Selection(tokens, (w / length).repeat_interleave(length, output_size=len(w) * length))
-        return operators.matching_residual(*self.flat, spread, bias=self.bias)
+        return ops.matching_residual(*self.flat, spread, bias=self.bias)
 
     def release(self) -> None:
         """Let go of the factors."""

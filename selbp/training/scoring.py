@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from selbp import ops
 from selbp.ops.types import BatchStatistics
-from selbp.training import operators
 from selbp.training.batch import Batch
 from selbp.training.guards import evaluating, scoring_autocast, without_autocast, without_autocast_cache
 from selbp.training.head import capture, listed_candidates
@@ -121,6 +121,7 @@ def _is_head_output(output: Any, logits: Tensor) -> bool:
 def _from_logits(criterion: CrossEntropy, logits: Tensor, features: Tensor | None, target: Tensor, bias: bool) -> _Rows:
     """Cross-entropy of the head's output, by the fused operator over all tokens."""
     labels = criterion.labels(target)
+    criterion.check_classes(logits.shape[-1], "the model")
     z = criterion.tokens(logits, target)
     h = None if features is None else criterion.tokens(features.reshape(*logits.shape[:-1], -1), target)
     n, length, _ = z.shape
@@ -130,11 +131,11 @@ def _from_logits(criterion: CrossEntropy, logits: Tensor, features: Tensor | Non
         ignore_index=criterion.ignore_index,
         label_smoothing=criterion.label_smoothing,
     )
-    tokens = operators.cross_entropy_statistics(flat, y, None if h is None else h.flatten(0, 1), bias=bias, **options)
+    tokens = ops.cross_entropy_statistics(flat, y, None if h is None else h.flatten(0, 1), bias=bias, **options)
     ignored = y == criterion.ignore_index
 
     def residual() -> Tensor:
-        return operators.residual(flat, y, tokens.lse, **options).view(z.shape)
+        return ops.residual(flat, y, tokens.lse, **options).view(z.shape)
 
     if length == 1:
         loss, lse, residual_sq, feature_sq, correct, valid = tokens

@@ -19,7 +19,7 @@ from selbp.training.distributed import averaging
 from selbp.training.guards import PRECISIONS, RunningStatistics, without_autocast
 from selbp.training.head import check_full_gradient, find_clear_head, find_head
 from selbp.training.head_gradient import FullHeadGradient
-from selbp.training.losses import criterion_of
+from selbp.training.losses import CrossEntropy, criterion_of
 from selbp.training.proxies import HeadProxies
 from selbp.training.report import StepReport, Stopwatch
 from selbp.training.scoring import DIAGNOSTIC_BYTES, Scored, scale_of, score
@@ -139,6 +139,9 @@ class SelectiveBackprop:
             raise ValueError("cut= goes with none of head, head_gradient, scoring and target: it needs no scoring")
         self._gradients = (selector.needs in ("statistics", "gradients") or self._full_head) and self._cut is None
         self.head = find_head(model, head) if self._gradients or head is not None else find_clear_head(model)
+        width = getattr(self.head, "weight", None)
+        if isinstance(self._criterion, CrossEntropy) and isinstance(width, Tensor):
+            self._criterion.check_classes(len(width), "the head")
         if self._full_head:
             assert self.head is not None
             check_full_gradient(model, self.head)

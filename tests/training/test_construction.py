@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -32,7 +33,18 @@ def test_keep_of_another_type(keep):
 
 @pytest.mark.parametrize(
     ("keep", "n", "k"),
-    [(0.25, 128, 32), (0.001, 10, 1), (1.0, 7, 7), (1, 7, 1), (5, 3, 3), (0.5, 1, 1), (0.3, 10, 3), (10**9, 4, 4)],
+    [
+        (0.25, 128, 32),
+        (0.001, 10, 1),
+        (1.0, 7, 7),
+        (1, 7, 1),
+        (5, 3, 3),
+        (0.5, 1, 1),
+        (0.3, 10, 3),
+        (10**9, 4, 4),
+        (np.int64(3), 8, 3),
+        (np.float32(0.25), 8, 2),
+    ],
 )
 def test_kept_rows(keep, n, k):
     assert kept_rows(keep, n) == k
@@ -69,6 +81,7 @@ def test_kept_rows(keep, n, k):
         (TypeError, {"class_weight": torch.ones(5, dtype=torch.int64)}, "class_weight must be floating"),
         (ValueError, {"class_weight": torch.tensor([1.0, float("nan")])}, "class_weight must be finite"),
         (ValueError, {"class_weight": torch.tensor([1.0, -1.0])}, "nowhere negative"),
+        (ValueError, {"class_weight": torch.ones(4)}, "class_weight must have one entry for each of the 5 classes"),
         (ValueError, {"head": "fc"}, "candidates: '0', '2'"),
         (TypeError, {"head": 2}, "module, its name or None"),
         (ValueError, {"head": nn.Linear(2, 2)}, "a module of the model"),
@@ -79,6 +92,32 @@ def test_kept_rows(keep, n, k):
 def test_refused(error, options, message):
     with pytest.raises(error, match=message):
         build(**options)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.coarse, self.fine = nn.Linear(12, 8), nn.Linear(8, 3), nn.Linear(8, 5)
+
+    def forward(self, x):
+        hidden = self.trunk(x).relu()
+        return self.fine(hidden) + self.coarse(hidden).sum(1, keepdim=True)
+
+
+def test_two_heads_side_by_side_are_refused_until_one_is_named():
+    with pytest.raises(ValueError, match="'coarse' and 'fine' look like two heads"):
+        build(TwoHeads(), selector=selbp.GradientMatching())
+    model = TwoHeads()
+    step = build(model, selector=selbp.GradientMatching(), head="fine")
+    assert step.head is model.fine and torch.isfinite(step(*samples()))
+
+
+def test_class_weights_of_another_number_are_refused_where_only_the_model_knows_the_classes():
+    x, y = samples()
+    step = build(TwoHeads(), class_weight=torch.ones(4))  # a rule that reads losses: no head is looked for
+    with pytest.raises(ValueError, match="class_weight must have one entry for each of the 5 classes"):
+        step(x, y)
+    assert step.optimizer_step == 0
 
 
 def test_a_partial_with_reduction_none_is_taken():

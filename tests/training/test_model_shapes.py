@@ -104,7 +104,7 @@ def test_a_head_that_does_not_run_once_or_does_not_matter():
         (Twice(0), "ran 0 times.*candidates: 'trunk', 'head'"),
         (Aside(1), "does not depend on the head.*candidates: 'trunk', 'head'"),
     ):
-        step = selbp.SelectiveBackprop(model, selector=selbp.GradientMatching(), keep=0.25)
+        step = selbp.SelectiveBackprop(model, selector=selbp.GradientMatching(), keep=0.25, head="head")
         with pytest.raises(RuntimeError, match=message):
             step(*samples())
         for backward in ("recompute", "rows"):  # a rule that reads losses needs no head

@@ -29,11 +29,14 @@ class Rows:
     ) -> Tensor:
         """(k,) losses of the chosen rows; a slot of weight 0 repeats a row that has a weight, with a gradient of 0.
 
-        The row it names may hold NaN, and 0 * NaN would reach every parameter.
+        The row it names may hold NaN, and 0 * NaN would reach every parameter. Where no row has a weight, all may: a
+        forward on zeros then gives the gradients of 0. (Asked on a CPU only; a GPU would have to wait for the answer.)
         """
         if losses is None:
             raise AssertionError("the scoring forward was asked to keep its graph")
         live = selection.weights != 0
+        if live.device.type == "cpu" and not live.any():
+            return forward(batch.rows(selection.indices, live))
         spare = selection.indices.index_select(0, live.to(torch.int8).argmax(0, keepdim=True))
         indices = torch.where(live, selection.indices, spare)
         chosen: Tensor = select(losses, indices, batchnorm=self.batchnorm, dense=self.dense)
