@@ -85,6 +85,42 @@ def _residual_case(n: int, classes: int, features: int, k: int, quick: bool = Fa
     )
 
 
+def _scoring_inputs(n: int, classes: int, features: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    logits, target = torch.randn(n, classes, device=device), torch.randint(classes, (n,), device=device)
+    return logits, torch.randn(n, features, device=device), target
+
+
+def _scoring(logits: Tensor, features: Tensor, target: Tensor) -> tuple[object, ...]:
+    """Everything that gradient matching needs of a minibatch."""
+    statistics = ops.cross_entropy_statistics(logits, target, features)
+    r = ops.residual(logits, target, statistics.lse)
+    return statistics, ops.gradient_gram(r, features), ops.mean_gradient(r, features)
+
+
+def _eager_scoring(logits: Tensor, features: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """The fewest torch calls for loss, norms, correctness, K and b = K 1 / n, which loses digits where M cancels."""
+    log_probs = torch.log_softmax(logits, 1)
+    loss = torch.nn.functional.nll_loss(log_probs, target, reduction="none")
+    r = log_probs.exp_().scatter_add_(1, target[:, None], torch.full_like(loss[:, None], -1.0))
+    products = r @ r.t()
+    gram = (features @ features.t()).add_(1.0).mul_(products)
+    inner = gram.mean(1)
+    return loss, products.diagonal(), logits.argmax(1) == target, gram, inner, inner.mean()
+
+
+def _scoring_case(n: int, classes: int, features: int) -> Case:
+    return Case(
+        f"statistics, residual, gram and mean gradient n={n} C={classes} d={features} float32",
+        partial(_scoring_inputs, n, classes, features),
+        {"ours": _scoring, "eager torch, inner products from the Gram matrix": _eager_scoring},
+        flops=n * (n + 1) * (classes + features) + 4 * n * classes * features,
+        nbytes=4 * (n * (classes + features) + n * n),
+        formula="one triangle of both products and the mean's two; logits and features read and K written once",
+        limits={"eager torch, inner products from the Gram matrix": 0.6},
+        quick=True,
+    )
+
+
 CASES = [
     _case(128, 10, 128, quick=True),
     _case(512, 100, 512, quick=True),
@@ -98,6 +134,7 @@ CASES = [
     _mean_case(128, 10, 128, quick=True),
     _mean_case(1024, 100, 512, quick=True),
     _mean_case(1024, 1000, 2048),
+    _scoring_case(512, 100, 512),
     _residual_case(128, 10, 128, 32, quick=True),
     _residual_case(1024, 1000, 512, 256),
 ]

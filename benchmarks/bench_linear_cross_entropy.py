@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.bench_statistics import RETURN_FREED
-from benchmarks.harness import Case, peak_extra_bytes, suite
+from benchmarks.harness import Case, Unavailable, peak_extra_bytes, suite
 from selbp import ops
 from selbp.ops import _gemm
+
+_TILE = 512  # classes
 
 
 def _head(
@@ -41,21 +44,28 @@ def _eager(features: Tensor, weight: Tensor, target: Tensor, upstream: Tensor) -
     return torch.autograd.grad(loss, (features, weight), upstream.to(loss.dtype))
 
 
+def _torch_chunked(features: Tensor, weight: Tensor, target: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+    """Torch's own fused head, rows in chunks; it has a mean only, so every row counts."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    loss = torch.nn.functional.linear_cross_entropy(features, weight, target, options=options)
+    return torch.autograd.grad(loss, (features, weight))
+
+
 def _bare(features: Tensor, weight: Tensor, target: Tensor, upstream: Tensor) -> None:
     """Nothing but the fastest GEMMs: logits of n rows; logits and both gradients of the k rows; the gradient stored.
 
-    A tile of 1024 classes at a time: for torch's oneDNN this is faster than whole matrices, and it needs no memory.
+    A tile of 512 classes at a time: for torch's oneDNN this is faster than whole matrices and than larger tiles.
     """
     h, w = features.detach(), weight.detach()
     product = _gemm.linear if h.device.type == "cpu" else torch.nn.functional.linear
     rows = upstream.nonzero()[:, 0]
     chosen, gradient = h[rows], torch.empty_like(w)
-    for c in range(0, len(w), 1024):
-        product(h, w[c : c + 1024])
-    for c in range(0, len(w), 1024):
-        part = w[c : c + 1024]
+    for c in range(0, len(w), _TILE):
+        product(h, w[c : c + _TILE])
+    for c in range(0, len(w), _TILE):
+        part = w[c : c + _TILE]
         tile = product(chosen, part)
-        gradient[c : c + 1024] = product(tile.t(), chosen.t())
+        gradient[c : c + _TILE] = product(tile.t(), chosen.t())
         product(tile, part.t())
 
 
@@ -70,16 +80,28 @@ def _bare_whole(features: Tensor, weight: Tensor, target: Tensor, upstream: Tens
     product(logits, w.t())
 
 
+def _torch_own(n: int, keep: int) -> Callable[..., object] | Unavailable:
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return Unavailable(f"torch {torch.__version__} has no linear_cross_entropy in chunks")
+    return _torch_chunked if keep == n else Unavailable("it has no gradient of chosen rows")
+
+
 def _case(n: int, d: int, classes: int, keep: int, dtype: torch.dtype = torch.float32, quick: bool = False) -> Case:
     return Case(
         f"linear cross-entropy n={n} d={d} C={classes} k={keep} {str(dtype).removeprefix('torch.')}",
         partial(_head, n, d, classes, keep, dtype),
-        {"ours": _ours, "its GEMMs alone, in tiles": _bare, "its GEMMs alone, whole": _bare_whole, "eager": _eager},
+        {
+            "ours": _ours,
+            "its GEMMs alone, in tiles": _bare,
+            "its GEMMs alone, whole": _bare_whole,
+            "eager": _eager,
+            "F.linear_cross_entropy, chunked": _torch_own(n, keep),
+        },
         flops=2 * (n + 3 * keep) * d * classes,
         nbytes=dtype.itemsize * 4 * classes * d,
         formula="2 (n + 3 k) d C flops; the weight read three times and its gradient written",
         dtype=dtype,
-        limits={} if quick else {"its GEMMs alone, whole": 1.15},
+        limits={} if quick else {"its GEMMs alone, in tiles": 1.15},
         quick=quick,
         rounds=7 if quick else 3,
     )

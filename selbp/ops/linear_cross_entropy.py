@@ -32,7 +32,7 @@ from selbp.ops._threads import native_threads
 from selbp.ops.statistics import StatisticsPass, fold_head
 from selbp.ops.types import BatchStatistics
 
-_TILE_BYTES = 4 << 20  # of logits
+_TILE_BYTES = 2 << 20  # of residuals: the two products that read them are slower on larger tiles
 
 _Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _Gradients = tuple[Tensor, Tensor, Tensor]
