@@ -70,7 +70,9 @@ def cross_entropy_statistics(
     t = soft_target(y[:, 0], n_classes, class_weight, label_smoothing, z.dtype)
     t_y = t.gather(1, y)[:, 0]
     spread = torch.where(t == 0, 0.0, t * (lse[:, None] - z)).scatter(1, y, 0.0).sum(1)  # 0 * inf is 0 here
-    loss = t_y * loss_y + spread
+    loss = torch.where(
+        lse == torch.inf, torch.nan, t_y * loss_y + spread
+    )  # a logit of +inf leaves no loss, as in torch
 
     residual_sq = residual(
         logits, target, lse, class_weight=class_weight, ignore_index=ignore_index,

@@ -63,6 +63,10 @@ for n, C, d in ((128, 10, 128), (21, 19, 5)):
     y = torch.randint(C, (n,)); y[1] = -100
     arguments = torch.randn(n, d), torch.randn(C, d) / d, torch.randn(C), y
     results[f"small head {C}"] = tuple(ops.linear_cross_entropy_statistics(*arguments))
+for dtype in (torch.float32, torch.float64):
+    for n, C, d in ((5, 3, 2), (70, 200, 131)):  # ragged blocks, and more terms than one stretch
+        factors = torch.randn(n, C, dtype=dtype) / C**0.5, torch.randn(n, d, dtype=dtype) / d**0.5
+        results[f"gram {dtype} {n}"] = (ops.gradient_gram(*factors), ops.mean_gradient(*factors).inner)
 torch.save(results, sys.argv[1])
 """
 

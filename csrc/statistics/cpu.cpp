@@ -8,6 +8,21 @@ namespace selbp {
 namespace SELBP_LEVEL {
 namespace {
 
+// Joins to the row's fit that of other classes, given by its residual and sums relative to the slope `shift`:
+// residual = ||E - shift V||^2, product = (E - shift V).V, v2 = V.V.
+void join_fit(RowState& state, double shift, double residual, double product, double v2) {
+  const double slope = v2 > 0 ? product / v2 : 0.0;
+  const double left = residual - slope * product;  // at its own best slope; cancels little where `shift` is near it
+  state.s2 += left > 0 || left != left ? left : 0.0;
+  const double total = state.v2 + v2;
+  if (total > 0) {
+    const double delta = shift + slope - state.rho;
+    state.s2 += delta * delta * (state.v2 * (v2 / total));
+    state.rho += delta * (v2 / total);
+    state.v2 = total;
+  }
+}
+
 // Adds `columns` <= kBlock logits, the target at column y (outside them: none), to the row's state.
 template <class T, bool kSmooth, bool kCap>
 void add_block(const T* z, int64_t columns, int64_t y, const Compute<T>* weight, double softcap, RowState& state) {
@@ -30,7 +45,7 @@ void add_block(const T* z, int64_t columns, int64_t y, const Compute<T>* weight,
     if (state.s != 0) {
       const double factor = __builtin_exp(state.m - static_cast<double>(block_m));
       state.s *= factor;
-      state.sx *= factor;
+      state.rho *= factor;
       state.s2 *= factor * factor;
     }
     if (state.sw != 0) state.u += state.sw * (static_cast<double>(block_m) - state.m);
@@ -39,21 +54,35 @@ void add_block(const T* z, int64_t columns, int64_t y, const Compute<T>* weight,
 
   const V m = splat(state.m > -kInfinity ? A(state.m) : A(0));  // -inf - -inf would be NaN
   const V cap = splat(A(softcap));
-  V s{}, s2{}, sx{}, sw2{}, u{}, sw{};
+  V s{}, s2{}, product{}, v2{}, u{}, sw{}, shift{};
   const auto add = [&](V v, V w, V derivative) SELBP_LAMBDA {
-    const V e = exp<A>(v - m);
-    const V d2 = derivative * derivative;
+    V e = exp<A>(v - m);
     s += e;
-    s2 = fma(kCap ? d2 * e : e, e, s2);
+    if (kCap) e *= derivative;
     if (kSmooth) {
       const V gap = w == zero ? zero : w * (m - v);  // 0 * inf counts as 0: a masked class of weight 0
-      const V scaled = kCap ? d2 * w : w;
-      sx = fma(scaled, e, sx);
-      sw2 = fma(scaled, w, sw2);
       u += gap;
       sw += w;
+      if (kCap) w *= derivative;
+      e = fma(-shift, w, e);
+      product = fma(e, w, product);
+      v2 = fma(w, w, v2);
     }
+    s2 = fma(e, e, s2);
   };
+  const auto add_edge = [&](int64_t c, int64_t count, int64_t skip) SELBP_LAMBDA {
+    const Edge<T> edge(z, columns, c, count, skip);
+    V v = edge.v, w = splat(A(1)), derivative{};
+    if (kCap) v = soft_cap<A>(v, cap, derivative);
+    if (kSmooth && weight) w = Edge<A>(weight, columns, c, count, skip).v;
+    add(edge.present ? v : lowest, edge.present ? w : zero, derivative);
+  };
+  if (kSmooth) {  // the slope of the first chunk, so that the block's fit is summed near its own slope
+    add_edge(0, columns < S::kLanes ? columns : int64_t(S::kLanes), y >= 0 && y < S::kLanes ? y : -1);
+    const A squares = A(sum<A>(v2));
+    if (squares > 0) shift = splat(A(sum<A>(product)) / squares);
+    s = s2 = product = v2 = u = sw = zero;
+  }
   for_each_chunk<S::kLanes>(
       columns, y,
       [&](int64_t c) SELBP_LAMBDA {
@@ -61,20 +90,14 @@ void add_block(const T* z, int64_t columns, int64_t y, const Compute<T>* weight,
         if (kCap) v = soft_cap<A>(v, cap, derivative);
         add(v, kSmooth && weight ? load(weight + c) : splat(A(1)), derivative);
       },
-      [&](int64_t c, int64_t count, int64_t skip) SELBP_LAMBDA {
-        const Edge<T> edge(z, columns, c, count, skip);
-        V v = edge.v, w = splat(A(1)), derivative{};
-        if (kCap) v = soft_cap<A>(v, cap, derivative);
-        if (kSmooth && weight) w = Edge<A>(weight, columns, c, count, skip).v;
-        add(edge.present ? v : lowest, edge.present ? w : zero, derivative);
-      });
+      add_edge);
   state.s += sum<A>(s);
-  state.s2 += sum<A>(s2);
   if (kSmooth) {
-    state.sx += sum<A>(sx);
-    state.sw2 += sum<A>(sw2);
+    join_fit(state, static_cast<double>(shift[0]), sum<A>(s2), sum<A>(product), sum<A>(v2));
     state.u += sum<A>(u);
     state.sw += sum<A>(sw);
+  } else {
+    state.s2 += sum<A>(s2);
   }
 }
 
@@ -119,7 +142,8 @@ struct RowResult {
 // The row's statistics from its complete state. y is the target, or -1 where it is ignored.
 RowResult finish(const RowState& state, int64_t y, double w_y, double smooth_each, double label_smoothing) {
   const bool alone = state.s == 0;  // no other class, or every other one is masked
-  const double a = y < 0 ? -kInfinity : state.z_y - state.m;
+  const double z_y = state.z_y < kInfinity ? state.z_y : __builtin_nan("");  // a logit of +inf leaves no loss
+  const double a = y < 0 ? -kInfinity : z_y - state.m;
   // lse - m and lse - z_y, each without cancellation.
   double above_m, loss_y, p_m;  // p_m = e^(m - lse), the probability of the greatest other logit
   if (a > 0) {
@@ -133,7 +157,7 @@ RowResult finish(const RowState& state, int64_t y, double w_y, double smooth_eac
     loss_y = above_m - a;
     p_m = 1 / sum;
   }
-  RowResult result{0, a > 0 ? state.z_y + loss_y : state.m + above_m, 0, 0, false};
+  RowResult result{0, a > 0 ? z_y + loss_y : state.m + above_m, 0, 0, false};
   if (y < 0) return result;
 
   const double q = state.s * p_m;
@@ -144,11 +168,10 @@ RowResult finish(const RowState& state, int64_t y, double w_y, double smooth_eac
   if (rest != 0) result.loss += smooth_each * (state.sw * above_m + state.u);
   const double r_y = (rest - total * q) * state.derivative_y;
   const double scale = total * p_m;
-  double others = scale * scale * state.s2;
-  if (rest != 0) others += smooth_each * (smooth_each * state.sw2 - 2 * scale * state.sx);
-  result.residual_sq = r_y * r_y + (others > 0 || others != others ? others : 0.0);
+  const double miss = scale * state.rho - smooth_each;
+  result.residual_sq = r_y * r_y + scale * scale * state.s2 + miss * miss * state.v2;
   result.others = q;
-  result.correct = state.z_y >= state.m;
+  result.correct = z_y >= state.m;
   return result;
 }
 

@@ -2,10 +2,13 @@
 //
 // The logits come either whole or in column tiles (the linear form: a GEMM writes a tile, this consumes it). With the
 // target's logit z_y held apart, each row accumulates over the other classes only, relative to their running maximum m:
-//   s = sum e^(z-m),  s2 = sum D^2 e^(2(z-m)),  and with label smoothing  sx = sum D^2 w e^(z-m),  sw2 = sum D^2 w^2,
-//   u = sum w (m - z),  sw = sum w           (w class weights, D derivative of the soft cap, else 1)
+//   s = sum e^(z-m),  s2 = sum D^2 e^(2(z-m)),  and with label smoothing  u = sum w (m - z),  sw = sum w
+//                                                          (w class weights, D derivative of the soft cap, else 1)
 // from which loss, log-sum-exp and ||r||^2 follow without cancellation for confident rows:
 //   loss_y = log1p(e^(m-z_y) s),  q = 1 - p_y = e^(m-lse) s,  ||r||^2 = q^2 + e^(2(m-lse)) s2.
+// With label smoothing the sum over c != y is that of (x E - k V)^2, E = D e^(z-m), V = D w, which vanishes at the
+// optimum and must not be expanded. It is kept as the least-squares fit of E by V (Welford's and Chan's update):
+//   rho = E.V / V.V,  v2 = V.V,  s2 = ||E - rho V||^2,        ||x E - k V||^2 = x^2 s2 + (x rho - k)^2 v2.
 // Inside a tile lanes accumulate in the compute type (float, or double for double); across tiles everything is double.
 #pragma once
 
@@ -33,8 +36,8 @@ struct Matrix {  // rows with a contiguous last dimension
 
 // What a row has accumulated so far; an array of these carries the rows from one tile to the next.
 struct RowState {
-  double m, s, s2, sx, sw2, u, sw;
-  double z_y, derivative_y;  // the target's logit after the cap, and D there
+  double m, s, s2, rho, v2, u, sw;  // rho, v2: see s2 above
+  double z_y, derivative_y;         // the target's logit after the cap, and D there
 };
 
 // For vectors of up to 16 lanes: packed weights, and the logits of one vector's worth of rows, twice.

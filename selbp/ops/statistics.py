@@ -98,8 +98,7 @@ def linear_cross_entropy_statistics(
 
     Holds one tile of logits of a few MiB, whatever C. Under bfloat16 or float16 the tile has that dtype, as an eager
     linear layer's output would. ``features``, ``weight`` and ``bias`` share a dtype; ``feature_sq`` includes the
-    bias's 1 where there is a bias. With label smoothing ||r||^2 comes from an expanded square: near the optimum,
-    where r vanishes in every class, its absolute error stays about 1e-7 of ||target||^2.
+    bias's 1 where there is a bias.
 
     Raises:
         TypeError: an argument has the wrong type, or the dtypes differ.

@@ -13,7 +13,9 @@ class BatchStatistics(NamedTuple):
     """Per-sample statistics of a minibatch of ``n`` samples: the by-product of its forward pass.
 
     The floating fields are float64 for float64 inputs, else float32. A row that is not ``valid`` (ignored target,
-    or a loss or norm that is not finite) may never be selected.
+    or a loss or norm that is not finite) may never be selected. The training step hands selectors the loss
+    unscaled, comparable between minibatches, and ``residual_sq`` times s^2, where s makes the mean of s times the loss
+    torch's ``reduction="mean"`` under class weights and ignored rows.
     """
 
     loss: Tensor  # (n,) cross-entropy of each row, as reduction="none" defines it; 0 where the target is ignored

@@ -374,3 +374,36 @@ def test_linear_form_errors(error, match, change):
 def test_memory_does_not_grow_with_the_classes():
     peaks = [peak_mebibytes("ours", 1024, 64, classes) for classes in (20_000, 80_000)]
     assert max(peaks) < 16 and peaks[1] < peaks[0] + 4  # the logits alone are 78 and 312 MiB
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("noise", [0.0, 1e-5, 1e-3])
+def test_norms_near_the_optimum_of_label_smoothing(noise, weighted, tiled, monkeypatch):
+    """There r vanishes in every class; its norm must be off by a rounding of the target, not of the target's square."""
+    n, n_classes, smoothing = 6, 5000, 0.1
+    target, class_weight = torch.arange(n) * 7, torch.rand(n_classes) + 0.5 if weighted else None
+    soft = reference.soft_target(target, n_classes, class_weight, smoothing, torch.float64)
+    logits = (soft.log() + 3.0 + noise * torch.randn(n, n_classes)).float()
+    options = {"class_weight": class_weight, "label_smoothing": smoothing}
+    if tiled:
+        monkeypatch.setattr(statistics, "_TILE_BYTES", 4096)
+        ours = ops.linear_cross_entropy_statistics(torch.eye(n), logits.t().contiguous(), None, target, **options)
+    else:
+        ours = ops.cross_entropy_statistics(logits, target, **options)
+    exact = reference.cross_entropy_statistics(logits.double(), target, **options).residual_sq
+    rounding = 8 * 2.0**-23 * soft.norm(dim=1)
+    allowed = (exact.sqrt() + rounding) ** 2 - exact
+    assert ((ours.residual_sq.double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_logit_of_infinity_leaves_no_loss(smoothing):
+    """As in torch, and the same in the specification and here, wherever it stands."""
+    logits = torch.zeros(3, 4)
+    logits[0, 1] = logits[1, 2] = logits[2, 1] = logits[2, 3] = torch.inf
+    target = torch.ones(3, dtype=torch.int64)
+    assert torch.nn.functional.cross_entropy(logits, target, reduction="none").isnan().all()
+    for compute in (ops.cross_entropy_statistics, reference.cross_entropy_statistics):
+        got = compute(logits, target, label_smoothing=smoothing)
+        assert got.loss.isnan().all() and got.residual_sq.isnan().all() and not got.valid.any()

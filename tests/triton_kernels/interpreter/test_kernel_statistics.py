@@ -139,6 +139,22 @@ def test_shifted_and_masked_logits():
     assert spec.valid[[2, 3, 4]].all()
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_logit_of_infinity_leaves_no_loss(smoothing):
+    """Wherever it stands, and the same as in the specification."""
+    case = cases.make(3, 4, 40)
+    case.target[:] = 1
+    logits = torch.zeros(3, 40)
+    logits[0, 1] = logits[1, 22] = logits[2, 1] = logits[2, 30] = torch.inf
+    case = cases.Case(case.features, case.weight, None, case.target, {"label_smoothing": smoothing})
+    spec = reference.cross_entropy_statistics(logits.double(), case.target, label_smoothing=smoothing)
+    for splits in (1, 3):
+        got = cases.run_logits(logits, case, Tile(4, 16, 0), splits)
+        for a, b in zip((got[0], got[2]), (spec.loss, spec.residual_sq), strict=True):
+            assert a.isnan().all() and b.isnan().all()
+        assert not got[5].any() and not spec.valid.any()
+
+
 @pytest.mark.parametrize("option", cases.OPTIONS)
 def test_broken_rows_are_flagged_alone(option):
     clean = cases.make(16, 8, 70, option=option, bias=True)
