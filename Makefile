@@ -21,7 +21,7 @@ export PYTHON VENV TORCH PIP_ARGS
 help:
 	@echo "make demo       install, then train Fashion-MNIST with six selection rules; prints a table and a page"
 	@echo "make test       install for development and run the fast tests"
-	@echo "make test-all   every test, the slow ones included"
+	@echo "make test-all   every test, the slow ones included, and the kernels on every supported Triton"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make format     let ruff and clang-format rewrite the sources"
 	@echo "make bench      ours against peers and against this machine's roofline, in one run"
@@ -51,6 +51,7 @@ test: $(VENV)/.with-dev
 
 test-all: $(VENV)/.with-dev,frameworks
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(ARGS)
+	bash scripts/triton_versions.sh 3.8.0 3.9.0
 
 lint: $(VENV)/.with-dev
 	$(BIN)/ruff check .

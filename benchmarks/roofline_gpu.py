@@ -137,6 +137,24 @@ def residual_requests(n: int, n_classes: int, splits: int, item: int) -> int:
     return first + n * (splits * 4 + 8 + item + 4 + 4)
 
 
+ROW_TERMS = 8 + 5 * 4  # target, and lse, 1 - p_y, scale and two sums of the soft target
+
+
+def chunk_requests(k: int, n_columns: int, d: int, tile: tuple[int, int], item: int) -> int:
+    """Bytes that ``residual_chunk_kernel`` requests by pointer, exact depth, no options: tiles whole, stores masked."""
+    rows, columns = tile
+    row_tiles, class_tiles = _ceil(k, rows), _ceil(n_columns, columns)
+    return row_tiles * class_tiles * (rows + columns) * d * item + class_tiles * k * ROW_TERMS + k * n_columns * item
+
+
+def sketch_requests(n: int, n_classes: int, d: int, p: int, splits: int, tile: tuple[int, int], item: int) -> int:
+    """Bytes that ``sketch_kernel`` requests the same way: the projection once a row tile, a sum a row and split."""
+    rows, columns = tile
+    row_tiles, class_tiles = _ceil(n, rows), _ceil(n_classes, columns)
+    product = row_tiles * class_tiles * (rows + columns) * d * item
+    return product + class_tiles * n * ROW_TERMS + row_tiles * n_classes * p * item + splits * n * p * 4
+
+
 def gram_requests(n: int, n_classes: int, d: int, rows: int, item: int, clear_rows: int = 64) -> int:
     """Bytes that the three Gram kernels request by pointer, exact depths, no broken row."""
     count = _ceil(n, rows)

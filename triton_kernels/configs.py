@@ -11,7 +11,7 @@ instruction and the instructions per logit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -28,6 +28,10 @@ class Tile:
     stages: int = 3
     descriptor: bool = False  # tensor descriptors (TMA) instead of pointers; needs 16-byte strides
     group: int = 8  # row tiles that walk the classes together
+
+    def with_pointers(self) -> Tile:
+        """What serves rows that no descriptor can address: masks and addresses need registers, so 128 columns."""
+        return replace(self, columns=min(self.columns, 128), descriptor=False)
 
 
 def _rows(**kernels: dict[int, Tile]) -> dict[str, dict[int, Tile]]:

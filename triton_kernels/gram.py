@@ -23,37 +23,10 @@ launch that would leave processors idle takes the ``gram_small`` row of the tabl
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from .arithmetic import triangle_tile
-from .statistics import describable, dot_precision
-
-
-@triton.jit
-def product(
-    x, acc, i, j, n, length, stride,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr, DESCRIPTOR: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add X_i X_j^T to acc, for row tiles i and j of x (n, length)."""
-    depth = tl.arange(0, DEPTH)
-    if not DESCRIPTOR:
-        rows_i = i * ROWS + tl.arange(0, ROWS)
-        rows_j = j * ROWS + tl.arange(0, ROWS)
-        left = x + (tl.where(rows_i < n, rows_i, 0).to(tl.int64) * stride)[:, None] + depth[None, :]
-        right = x + (tl.where(rows_j < n, rows_j, 0).to(tl.int64) * stride)[None, :] + depth[:, None]
-    for k in range(0, length, DEPTH):
-        if DESCRIPTOR:
-            a = x.load([i * ROWS, k])
-            b = x.load([j * ROWS, k]).T
-        elif EVEN:
-            a = tl.load(left + k)
-            b = tl.load(right + k)
-        else:
-            a = tl.load(left + k, mask=(k + depth < length)[None, :], other=0.0)
-            b = tl.load(right + k, mask=(k + depth < length)[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc
+from .product import dot_precision, operands, product
 
 
 @triton.jit
@@ -65,9 +38,15 @@ def gram_kernel(
     """One tile of the lower triangle and its mirror; broken[row] = 1 where the row's own product is not finite."""
     i, j = triangle_tile(tl.program_id(0))
     acc = tl.zeros((ROWS, ROWS), tl.float32)
-    acc = product(residual, acc, i, j, n, n_classes, stride_r, ROWS, DEPTH_R, DESCRIPTOR, EVEN_R, PRECISION_R)
+    acc = product(
+        residual, residual, acc, i, j, n, n, n_classes, stride_r, stride_r,
+        ROWS, ROWS, DEPTH_R, DESCRIPTOR, False, EVEN_R, PRECISION_R,
+    )  # fmt: skip
     other = tl.zeros((ROWS, ROWS), tl.float32)
-    other = product(features, other, i, j, n, d, stride_h, ROWS, DEPTH_H, DESCRIPTOR, EVEN_H, PRECISION_H)
+    other = product(
+        features, features, other, i, j, n, n, d, stride_h, stride_h,
+        ROWS, ROWS, DEPTH_H, DESCRIPTOR, False, EVEN_H, PRECISION_H,
+    )  # fmt: skip
     acc = acc * (other + plus)
     rows = i * ROWS + tl.arange(0, ROWS)
     columns = j * ROWS + tl.arange(0, ROWS)
@@ -141,18 +120,12 @@ def gram(
     if n == 0:
         return out
     broken = torch.empty(n, dtype=torch.uint8, device=residual.device)
-    descriptor = tile.descriptor and describable(residual, features) and min(n_classes, d) > 0
     # A step spans the same bytes of either matrix, so that one shared-memory budget holds for mixed dtypes.
     depth_r, depth_h = (tile.depth * dtype.itemsize // x.element_size() for x in (residual, features))
-    operands = (residual, features)
-    if descriptor:
-        operands = (
-            TensorDescriptor.from_tensor(residual, [tile.rows, depth_r]),
-            TensorDescriptor.from_tensor(features, [tile.rows, depth_h]),
-        )
+    descriptor, pair = operands(tile.descriptor, (residual, tile.rows, depth_r), (features, tile.rows, depth_h))
     count = triton.cdiv(n, tile.rows)
     gram_kernel[(count * (count + 1) // 2,)](
-        *operands, out, broken, n, n_classes, d, residual.stride(0), features.stride(0), out.stride(0), float(bias),
+        *pair, out, broken, n, n_classes, d, residual.stride(0), features.stride(0), out.stride(0), float(bias),
         ROWS=tile.rows, DEPTH_R=depth_r, DEPTH_H=depth_h, DESCRIPTOR=descriptor,
         EVEN_R=n_classes % depth_r == 0, EVEN_H=d % depth_h == 0,
         PRECISION_R=dot_precision(residual.dtype), PRECISION_H=dot_precision(features.dtype),

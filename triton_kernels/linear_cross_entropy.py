@@ -21,11 +21,10 @@ Flops 2 k C d here and 4 k C d in the BLAS; bytes (k + C) d item + k C item writ
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
-from .arithmetic import exponential, grouped_tile, soft_cap
-from .statistics import describable, dot_precision
+from .arithmetic import exponential, grouped_tile
+from .product import dot_precision, logits_tile, operands
 
 CHUNK_BYTES = 32 << 20  # of residuals: inside the L2 of an A100 (40 MB) or H100 (50 MB)
 
@@ -67,29 +66,12 @@ def residual_chunk_kernel(
     row_tile, tile = grouped_tile(tl.program_id(0), n_row_tiles, tl.num_programs(0) // n_row_tiles, GROUP)
     rows = row_tile * ROWS + tl.arange(0, ROWS)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-    depth = tl.arange(0, DEPTH)
     inside = rows < k
     within = columns < n_columns
-    if not DESCRIPTOR:
-        h_rows = features + (tl.where(inside, rows, 0).to(tl.int64) * stride_h)[:, None] + depth[None, :]
-        w_rows = weight + (tl.where(within, columns, 0).to(tl.int64) * stride_w)[None, :] + depth[:, None]
-    z = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for step in range(0, d, DEPTH):
-        if DESCRIPTOR:
-            a = features.load([row_tile * ROWS, step])
-            b = weight.load([tile * COLUMNS, step]).T
-        elif EVEN_DEPTH:
-            a = tl.load(h_rows + step)
-            b = tl.load(w_rows + step)
-        else:
-            a = tl.load(h_rows + step, mask=(step + depth < d)[None, :], other=0.0)
-            b = tl.load(w_rows + step, mask=(step + depth < d)[:, None], other=0.0)
-        z = tl.dot(a, b, z, input_precision=PRECISION)
-    if HAS_BIAS:
-        z += tl.load(bias + columns, mask=within, other=0.0).to(tl.float32)[None, :]
-    g = z
-    if SOFTCAP:
-        z, g = soft_cap(z, softcap)
+    z, g = logits_tile(
+        features, weight, bias, row_tile, tile, k, n_columns, d, stride_h, stride_w, softcap,
+        ROWS, COLUMNS, DEPTH, DESCRIPTOR, False, EVEN_DEPTH, HAS_BIAS, SOFTCAP, PRECISION,
+    )  # fmt: skip
     w = z
     if SMOOTH and HAS_WEIGHT:
         w = tl.load(class_weight + columns, mask=within, other=0.0).to(tl.float32)[None, :]
@@ -117,15 +99,9 @@ def residual_chunk(
     """Fill ``out`` with the scaled residuals of the classes [first_class, first_class + columns)."""
     (k, columns), d = out.shape, features.shape[1]
     tile = tile or configs.tile("chunk", features.device, features.dtype)
-    descriptor = tile.descriptor and d > 0 and describable(features, weight)
-    operands = (features, weight)
-    if descriptor:
-        operands = (
-            TensorDescriptor.from_tensor(features, [tile.rows, tile.depth]),
-            TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
-        )
+    descriptor, pair = operands(tile.descriptor, (features, tile.rows, tile.depth), (weight, tile.columns, tile.depth))
     residual_chunk_kernel[(triton.cdiv(k, tile.rows) * triton.cdiv(columns, tile.columns),)](
-        *operands, bias, class_weight, *rows, out, k, columns, first_class, d, features.stride(0), weight.stride(0),
+        *pair, bias, class_weight, *rows, out, k, columns, first_class, d, features.stride(0), weight.stride(0),
         out.stride(0), share, softcap or 1.0,
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=tile.group, DESCRIPTOR=descriptor,
         EVEN_DEPTH=d % tile.depth == 0, HAS_BIAS=bias is not None, SOFTCAP=bool(softcap), SMOOTH=share != 0.0,

@@ -20,12 +20,12 @@ least (n + C) d item + C p 4 + splits n p 4. The residual is rounded to the inpu
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
-from .arithmetic import grouped_tile, soft_cap
+from .arithmetic import grouped_tile
 from .linear_cross_entropy import residual_tile, row_terms
-from .statistics import class_splits, describable, dot_precision
+from .product import dot_precision, logits_tile, operands
+from .statistics import class_splits
 
 WIDTH = 64  # columns of P that one launch projects onto
 
@@ -44,35 +44,17 @@ def sketch_kernel(
     row_tile, split = grouped_tile(tl.program_id(0), n_row_tiles, n_splits, GROUP)
     rows = row_tile * ROWS + tl.arange(0, ROWS)
     inside = rows < n
-    depth = tl.arange(0, DEPTH)
     width = tl.arange(0, WIDTH)
-    if not DESCRIPTOR:
-        h_rows = features + (tl.where(inside, rows, 0).to(tl.int64) * stride_h)[:, None] + depth[None, :]
     sums = tl.zeros((ROWS, WIDTH), tl.float32)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(n_classes, COLUMNS))
     for tile in range(first, last):
         columns = tile * COLUMNS + tl.arange(0, COLUMNS)
         within = columns < n_classes
-        if not DESCRIPTOR:
-            w_rows = weight + (tl.where(within, columns, 0).to(tl.int64) * stride_w)[None, :] + depth[:, None]
-        z = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for k in range(0, d, DEPTH):
-            if DESCRIPTOR:
-                a = features.load([row_tile * ROWS, k])
-                b = weight.load([tile * COLUMNS, k]).T
-            elif EVEN_DEPTH:
-                a = tl.load(h_rows + k)
-                b = tl.load(w_rows + k)
-            else:
-                a = tl.load(h_rows + k, mask=(k + depth < d)[None, :], other=0.0)
-                b = tl.load(w_rows + k, mask=(k + depth < d)[:, None], other=0.0)
-            z = tl.dot(a, b, z, input_precision=PRECISION)
-        if HAS_BIAS:
-            z += tl.load(bias + columns, mask=within, other=0.0).to(tl.float32)[None, :]
-        g = z
-        if SOFTCAP:
-            z, g = soft_cap(z, softcap)
+        z, g = logits_tile(
+            features, weight, bias, row_tile, tile, n, n_classes, d, stride_h, stride_w, softcap,
+            ROWS, COLUMNS, DEPTH, DESCRIPTOR, False, EVEN_DEPTH, HAS_BIAS, SOFTCAP, PRECISION,
+        )  # fmt: skip
         w = z
         if SMOOTH and HAS_WEIGHT:
             w = tl.load(class_weight + columns, mask=within, other=0.0).to(tl.float32)[None, :]
@@ -109,13 +91,7 @@ def projected_residuals(
     tile = tile or configs.tile("sketch", features.device, features.dtype)
     if n == 0:
         return features.new_empty((0, projection.shape[1]), dtype=torch.float32)
-    descriptor = tile.descriptor and d > 0 and describable(features, weight)
-    operands = (features, weight)
-    if descriptor:
-        operands = (
-            TensorDescriptor.from_tensor(features, [tile.rows, tile.depth]),
-            TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
-        )
+    descriptor, pair = operands(tile.descriptor, (features, tile.rows, tile.depth), (weight, tile.columns, tile.depth))
     projection = projection.to(features.dtype).contiguous()
     rows = row_terms(scale, target, lse, others, class_weight, label_smoothing, n_classes)
     row_tiles, class_tiles = triton.cdiv(n, tile.rows), triton.cdiv(n_classes, tile.columns)
@@ -128,7 +104,7 @@ def projected_residuals(
         p = values.shape[1]
         out = torch.empty(count, n, p, dtype=torch.float32, device=features.device)
         sketch_kernel[(row_tiles * count,)](
-            *operands, bias, class_weight, *rows, values, out, n, n_classes, d, p, features.stride(0),
+            *pair, bias, class_weight, *rows, values, out, n, n_classes, d, p, features.stride(0),
             weight.stride(0), projection.stride(0), per_split, label_smoothing / n_classes, softcap or 1.0,
             ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WIDTH=WIDTH, GROUP=tile.group,
             DESCRIPTOR=descriptor, EVEN_DEPTH=d % tile.depth == 0, HAS_BIAS=bias is not None, SOFTCAP=bool(softcap),

@@ -38,10 +38,10 @@ logit against 4096 flops a cycle, so at d >= 4096 the product dominates.
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from .arithmetic import FLOOR, LOG2E, MINUS_INFINITY, grouped_tile, reference_exponent, soft_cap
+from .product import dot_precision, logits_tile, operands
 
 FIELDS = {False: 3, True: 7}  # of the partials, by label smoothing: m, s, s2 | m, s, A, D, rho, Q, V2
 
@@ -110,7 +110,6 @@ def statistics_kernel(
     y = tl.load(target + rows, mask=inside, other=0)
     y = tl.where((y >= 0) & (y < n_classes), y, 0).to(tl.int32)
     offset = tl.arange(0, COLUMNS)
-    depth = tl.arange(0, DEPTH)
     m = tl.full((ROWS,), MINUS_INFINITY, tl.float32)
     ref = tl.full((ROWS,), FLOOR, tl.float32) * LOG2E
     s = tl.zeros((ROWS,), tl.float32)
@@ -120,41 +119,21 @@ def statistics_kernel(
         spread = tl.zeros((ROWS,), tl.float32)
         rho = tl.zeros((ROWS,), tl.float32)
         square = tl.zeros((ROWS,), tl.float32)
-    if not DESCRIPTOR:
-        # Rows past the end repeat row 0: a clamp outside the loop is cheaper than a mask inside it.
-        h_rows = features + (tl.where(inside, rows, 0).to(tl.int64) * stride_h)[:, None] + depth[None, :]
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(n_classes, COLUMNS))
     for tile in range(first, last):
-        columns = tile * COLUMNS + offset
-        if not EVEN_COLUMNS:
-            columns = tl.where(columns < n_classes, columns, 0)
-        if not DESCRIPTOR:
-            w_rows = weight + (columns.to(tl.int64) * stride_w)[None, :] + depth[:, None]
-        z = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for k in range(0, d, DEPTH):
-            if DESCRIPTOR:
-                a = features.load([row_tile * ROWS, k])
-                b = weight.load([tile * COLUMNS, k]).T
-            elif EVEN_DEPTH:
-                a = tl.load(h_rows + k)
-                b = tl.load(w_rows + k)
-            else:
-                a = tl.load(h_rows + k, mask=(k + depth < d)[None, :], other=0.0)
-                b = tl.load(w_rows + k, mask=(k + depth < d)[:, None], other=0.0)
-            z = tl.dot(a, b, z, input_precision=PRECISION)
-        if HAS_BIAS:
-            z += tl.load(bias + columns).to(tl.float32)[None, :]
-        g = z
-        if SOFTCAP:
-            z, g = soft_cap(z, softcap)
+        z, g = logits_tile(
+            features, weight, bias, row_tile, tile, n, n_classes, d, stride_h, stride_w, softcap,
+            ROWS, COLUMNS, DEPTH, DESCRIPTOR, EVEN_COLUMNS, EVEN_DEPTH, HAS_BIAS, SOFTCAP, PRECISION,
+        )  # fmt: skip
         excluded = offset[None, :] == (y - tile * COLUMNS)[:, None]
         if not EVEN_COLUMNS:
             excluded = excluded | (offset >= n_classes - tile * COLUMNS)[None, :]
         z = tl.where(excluded, MINUS_INFINITY, z)
         if SMOOTH:
             if HAS_WEIGHT:
-                w = tl.load(class_weight + columns).to(tl.float32)
+                columns = tile * COLUMNS + offset
+                w = tl.load(class_weight + columns, mask=columns < n_classes, other=0.0).to(tl.float32)
                 w = tl.where(excluded, 0.0, w[None, :])
             else:
                 w = tl.where(excluded, 0.0, 1.0)
@@ -244,20 +223,6 @@ def class_splits(n_row_tiles: int, n_class_tiles: int, programs: int) -> tuple[i
     return triton.cdiv(n_class_tiles, per_split), per_split
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: as torch.set_float32_matmul_precision says for torch.mm."""
-    if dtype != torch.float32:
-        return "tf32"
-    if torch.version.hip:
-        return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def describable(*tensors: torch.Tensor) -> bool:
-    """Whether tensor descriptors can address these matrices: 16-byte base and row stride."""
-    return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
-
-
 def statistics(
     features: torch.Tensor,  # (n, d), last dimension contiguous
     weight: torch.Tensor,  # (C, d), last dimension contiguous
@@ -275,7 +240,9 @@ def statistics(
     tile = tile or configs.statistics_tile(
         features.device, features.dtype, n_classes, bias=bias is not None, softcap=bool(softcap), smooth=smooth
     )
-    descriptor = tile.descriptor and d > 0 and describable(features, weight)
+    descriptor, pair = operands(tile.descriptor, (features, tile.rows, tile.depth), (weight, tile.columns, tile.depth))
+    if tile.descriptor and not descriptor:
+        tile = tile.with_pointers()
     row_tiles, class_tiles = triton.cdiv(n, tile.rows), triton.cdiv(n_classes, tile.columns)
     count, per_split = class_splits(
         row_tiles, class_tiles, splits * row_tiles if splits else configs.processors(features.device)
@@ -283,14 +250,8 @@ def statistics(
     partials = torch.empty(FIELDS[smooth], count, n, dtype=torch.float32, device=features.device)
     if n == 0:
         return partials
-    operands = (features, weight)
-    if descriptor:
-        operands = (
-            TensorDescriptor.from_tensor(features, [tile.rows, tile.depth]),
-            TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
-        )
     statistics_kernel[(row_tiles * count,)](
-        *operands, bias, class_weight, target, partials,
+        *pair, bias, class_weight, target, partials,
         n, n_classes, d, features.stride(0), weight.stride(0), per_split, softcap or 1.0,
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=tile.group, DESCRIPTOR=descriptor,
         EVEN_COLUMNS=n_classes % tile.columns == 0, EVEN_DEPTH=d % tile.depth == 0, HAS_BIAS=bias is not None,

@@ -42,11 +42,11 @@ def confident():
     check.test_confident_rows_keep_their_accuracy("plain")
 
 
-DOT = "z = tl.dot(a, b, z, input_precision=PRECISION)"
-CLAMP = "columns = tl.where(columns < n_classes, columns, 0)"
+DOT = "acc = tl.dot(x, y, acc, input_precision=PRECISION)"
+CLAMP = "columns = tl.where(columns < n_b, columns, 0)"
 MUTANTS = {
     "off by one: ragged classes counted": ("statistics", "offset >= n_classes -", "offset > n_classes -", linear),
-    "off by one: ragged classes read": ("statistics", CLAMP, CLAMP.replace("<", "<="), linear),
+    "off by one: ragged classes read": ("product", CLAMP, CLAMP.replace("<", "<="), linear),
     "off by one: stored logits": (
         "statistics",
         "mask = inside[:, None] & (columns < n",
@@ -54,9 +54,9 @@ MUTANTS = {
         stored,
     ),
     "off by one: ragged depth": (
-        "statistics",
-        "mask=(k + depth < d)[:, None]",
-        "mask=(k + depth <= d)[:, None]",
+        "product",
+        "mask=(k + depth < length)[:, None]",
+        "mask=(k + depth <= length)[:, None]",
         linear,
     ),
     "off by one: rows": ("statistics", "inside = rows < n", "inside = rows <= n", linear),
@@ -66,7 +66,7 @@ MUTANTS = {
         "tl.store(loss_out + rows, loss)",
         linear,
     ),
-    "product accumulated in float16": ("statistics", DOT, f"{DOT}.to(tl.float16).to(tl.float32)", linear),
+    "product accumulated in float16": ("product", DOT, f"{DOT}.to(tl.float16).to(tl.float32)", linear),
     "sum accumulated in float16": (
         "statistics",
         "s = s * scale + tl.sum(e, 1)",
@@ -80,7 +80,7 @@ MUTANTS = {
         linear,
     ),
     "target not excluded from stored logits": ("statistics", "(columns[None, :] == y[:, None]) | ", "", stored),
-    "tile offset ignored": ("statistics", "weight.load([tile * COLUMNS, k])", "weight.load([0, k])", described),
+    "tile offset ignored": ("product", "b.load([j * COLUMNS, k])", "b.load([0, k])", described),
     "sums not rescaled": ("statistics", "s2 * (scale * scale) + tl.sum", "s2 * scale + tl.sum", linear),
     "fits not rescaled": ("finalize", "rho * scale, s2 *", "rho, s2 *", lambda: linear("smoothing")),
     "spread not moved to the new reference": (
@@ -127,7 +127,7 @@ MUTANTS = {
         "bad_row[:, None]",
         test_kernel_gram.test_broken_rows_count_as_zero,
     ),
-    "gram: off by one": ("gram", "rows_i < n, rows_i", "rows_i <= n, rows_i", gradients),
+    "gram: off by one": ("product", "rows < n_a, rows", "rows <= n_a, rows", gradients),
     "32-bit offset": (
         "statistics",
         "rows.to(tl.int64)[:, None] * stride_z",

@@ -9,7 +9,9 @@ from benchmarks import roofline_gpu as roofline
 from selbp.triton_kernels.configs import Tile
 from selbp.triton_kernels.finalize import finalize
 from selbp.triton_kernels.gram import CLEAR_ROWS, gram
+from selbp.triton_kernels.linear_cross_entropy import residual_chunk, row_terms
 from selbp.triton_kernels.residual import residual
+from selbp.triton_kernels.sketch import projected_residuals
 from selbp.triton_kernels.statistics import logits_statistics, statistics
 from selbp.triton_kernels.target_logit import target_logit
 
@@ -59,6 +61,26 @@ def test_gram(dtype):
     _, counted = measure(lambda: gram(x, h, tile=Tile(32, 32, 16)))
     assert counted == roofline.gram_requests(n, n_classes, d, 32, dtype.itemsize, CLEAR_ROWS)
     assert triton_guard.traffic.dot_flops == 6 * 2 * 32 * 32 * (n_classes + d)  # 6 tiles of the triangle
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_residuals_that_are_multiplied_at_once(dtype):
+    n, d, n_classes, p, item, tile = 70, 32, 203, 20, dtype.itemsize, Tile(32, 64, 16)
+    case = cases.make(n, d, n_classes, dtype)
+    ones = torch.ones(n)
+    rows = row_terms(ones, case.target, ones, ones, None, 0.0, n_classes)
+    out = torch.empty(n, n_classes, dtype=dtype)
+    _, counted = measure(lambda: residual_chunk(out, case.features, case.weight, None, None, rows, 0, tile=tile))
+    assert counted == roofline.chunk_requests(n, n_classes, d, (32, 64), item)
+    assert triton_guard.traffic.dot_flops == 2 * 3 * 32 * 4 * 64 * d
+    projection = torch.randn(n_classes, p).to(dtype)
+    _, counted = measure(
+        lambda: projected_residuals(
+            ones, case.features, case.weight, None, case.target, ones, ones, projection, tile=tile, splits=2
+        )
+    )
+    assert counted == roofline.sketch_requests(n, n_classes, d, p, 2, (32, 64), item)
+    assert triton_guard.traffic.dot_flops == 2 * 3 * 32 * 4 * 64 * (d + 64)  # the projection padded to 64 columns
 
 
 def test_the_model_is_above_the_roofline():
