@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.bench_statistics import RETURN_FREED
 from benchmarks.harness import Case, Unavailable, peak_extra_bytes, suite
+from benchmarks.peers import heads
 from selbp import ops
 from selbp.ops import _gemm
 
@@ -113,6 +115,7 @@ CASES = [
     _case(1024, 1024, 50257, 256),
     _case(1024, 1024, 50257, 1024, torch.bfloat16),
 ]
+CASES = [replace(case, contenders={**case.contenders, **heads.others()}) for case in CASES]
 test_linear_cross_entropy = suite(CASES)
 
 _MEMORY = {"ours": _ours, "eager": _eager}

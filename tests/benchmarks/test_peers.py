@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.bench_selection import CASES, quality
 from benchmarks.harness import Unavailable
-from benchmarks.peers import selection
+from benchmarks.peers import heads, selection
 
 CPU = torch.device("cpu")
 
@@ -51,3 +51,15 @@ def test_peers_match_as_they_say():
         found[name] = quality(call, [result, result], inputs)["residual"]
     assert 0.0 < found["ours"] < 0.5
     assert all(found["ours"] - 1e-3 <= value < 1.5 * found["ours"] for value in found.values()), found
+
+
+def test_heads_give_the_gradients_of_eager_torch():
+    torch.manual_seed(0)
+    features, weight = torch.randn(300, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    target, upstream = torch.randint(11, (300,)), torch.randn(300)
+    expected = heads._gradients(heads.eager, features, weight, target, upstream)
+    for name, head in heads.others().items():
+        if isinstance(head, Unavailable):
+            assert "GPU" in head.reason, name
+            continue
+        torch.testing.assert_close(head(features, weight, target, upstream), expected)
