@@ -2,7 +2,7 @@
 
 1. Parity: every operator on CUDA against the specification in float64, for each dtype and option; an error may be
    twice that of eager torch in the same dtype plus a rounding.
-2. Determinism and CUDA graphs: the same bits twice, and from a captured graph.
+2. Every operator gives the same bits twice, under torch.compile(fullgraph=True), and from a captured CUDA graph.
 3. Throughput: ours, eager torch, torch's own ``linear_cross_entropy``, Liger and Cut Cross-Entropy where installed.
 
 Exits with 1 where a check fails and with 2 where there is no GPU.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selbp import ops, reference
-from selbp.ops import _triton
+from selbp.ops import _cuda_core, _triton
 
 OPTIONS = (
     {},
@@ -91,7 +92,20 @@ def parity(dtype: torch.dtype, option: dict[str, object], shape: tuple[int, int,
         f"gram {label}", ops.gradient_gram(r, h), reference.gradient_gram(r.double(), h.double()),
         reference.gradient_gram(r, h),
     )  # fmt: skip
+    got, spec = ops.mean_gradient(r, h), reference.mean_gradient(r.double(), h.double())
+    eager = reference.mean_gradient(r, h)
+    for field in ("inner", "head_weight", "head_bias"):
+        compare(f"mean gradient {field} {label}", getattr(got, field), getattr(spec, field), getattr(eager, field))
     backward(label, features, weight, bias, target, options, wide)
+
+    tokens = math.gcd(n, 10)
+    h, y = features.view(n // tokens, tokens, d), target.view(n // tokens, tokens)
+    left, right = ops.sketch_projections(n_classes, d + 1, (16, 16), dtype=dtype, device="cuda")  # exact in any dtype
+    compare(
+        f"sketch {label}", ops.sketch(h, weight, bias, y, (left, right), **options),
+        reference.sketch(h.double(), weight.double(), bias.double(), y, left.double(), right.double(), **wide),
+        reference.sketch(h, weight, bias, y, left, right, **options),
+    )  # fmt: skip
 
 
 def backward(label, features, weight, bias, target, options, wide) -> None:
@@ -116,20 +130,50 @@ def backward(label, features, weight, bias, target, options, wide) -> None:
         compare(f"gradient of {name} {label}", a, b, c)
 
 
-def reproducible() -> None:
-    """The same bits twice, and from a captured graph."""
-    features, weight = torch.randn(300, 256, device="cuda"), torch.randn(5000, 256, device="cuda")
-    target = torch.randint(5000, (300,), device="cuda")
+def every_operator(
+    features: Tensor, weight: Tensor, bias: Tensor, target: Tensor, logits: Tensor, left: Tensor, right: Tensor,
+    solve: bool,
+) -> list[Tensor]:  # fmt: skip
+    """What every operator returns, and a loss with a gradient; nothing waits for the device."""
+    stored = ops.cross_entropy_statistics(logits, target, features)
+    r = ops.residual(logits, target, stored.lse)
+    gram, mean = ops.gradient_gram(r, features), ops.mean_gradient(r, features)
+    rows = torch.arange(8, device=target.device)
+    found = [*stored, r, gram, *mean, ops.matching_residual(r, features, ops.Selection(rows, stored.loss[:8]))]
+    found += ops.linear_cross_entropy_statistics(features, weight, bias, target)
+    found.append(ops.sketch(features[:300].unflatten(0, (30, 10)), weight, bias, target.view(30, 10), (left, right)))
+    if solve:
+        found += ops.match(gram, mean.inner, mean.target_sq, 16, valid=stored.valid)
+    loss = ops.linear_cross_entropy(features, weight, bias, target)
+    return [tensor.detach() for tensor in found] + [loss.sum()]
 
-    def work() -> list[Tensor]:
-        stats = ops.linear_cross_entropy_statistics(features, weight, None, target)
-        r = ops.residual(F.linear(features, weight), target, stats.lse)
-        return [*stats, r, ops.gradient_gram(r, features)]
 
-    first, second = work(), work()
-    same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    report("determinism", same, "two runs, the same bits")
+def reproducible(device: str = "cuda", backend: str = "inductor") -> None:
+    """The same bits twice, from compiled code, and from a captured graph."""
+    features, weight, bias, logits, target = (
+        torch.randn(300, 256), torch.randn(5000, 256) / 16, torch.randn(5000), torch.randn(300, 5000),
+        torch.randint(5000, (300,)),
+    )  # fmt: skip
+    heads = [x.to(device).requires_grad_() for x in (features, weight, bias)]
+    rest = (target.to(device), logits.to(device), *ops.sketch_projections(5000, 257, device=device))
+    solve = device == "cpu" or _cuda_core.cuda_core()[0] is not None  # the specification's solver reads the device
+
+    def work(function: Callable[..., list[Tensor]] = every_operator) -> list[Tensor]:
+        *found, loss = function(*heads, *rest, solve)
+        return [*found, loss.detach(), *torch.autograd.grad(loss, heads)]
+
+    first = work()
+
+    def same(name: str, others: list[Tensor], detail: str) -> None:
+        wrong = [i for i, (a, b) in enumerate(zip(first, others, strict=True)) if not torch.equal(a, b)]
+        report(name, not wrong, f"{detail}; {wrong or 'none'} of {len(first)} outputs differ")
+
+    same("determinism", work(), "two runs")
+    same("torch.compile", work(torch.compile(every_operator, fullgraph=True, backend=backend)), "one full graph")
+    if device == "cpu":
+        return
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         work()
     torch.cuda.current_stream().wait_stream(stream)
@@ -138,7 +182,7 @@ def reproducible() -> None:
         captured = work()
     graph.replay()
     torch.cuda.synchronize()
-    report("CUDA graph", all(torch.equal(a, b) for a, b in zip(first, captured, strict=True)), "captured and replayed")
+    same("CUDA graph", captured, "captured and replayed")
 
 
 def milliseconds(work: Callable[[], object], repeats: int = 15) -> float:

@@ -1,6 +1,8 @@
 """Operators on CUDA tensors where there is no GPU: fake tensors, a Triton that is missing, no import of Triton."""
 
 import importlib
+import importlib.util
+import pathlib
 import subprocess
 import sys
 
@@ -27,6 +29,16 @@ def test_fake_cuda_tensors():
         assert all(field.shape == (8,) and field.device.type == "cuda" for field in stats)
         assert stats.loss.dtype == torch.float32 and stats.valid.dtype == torch.bool
     assert r.shape == (8, 50) and gram.shape == (8, 8) and gram.device.type == "cuda"
+
+
+def test_gpu_checks_of_all_operators_run_on_a_cpu():
+    """The script for machines with a GPU is itself kept working: determinism and one full graph of every operator."""
+    path = pathlib.Path(__file__).parents[2] / "scripts" / "gpu_check.py"
+    spec = importlib.util.spec_from_file_location("gpu_check", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.reproducible("cpu", "aot_eager")
+    assert script.failures == []
 
 
 def test_missing_triton_is_said_and_the_reference_runs(monkeypatch):
