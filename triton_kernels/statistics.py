@@ -33,6 +33,11 @@ interpreter guard) per row tile and class tile (ROWS + COLUMNS) d item. Epilogue
 logit against 4096 flops a cycle, so at d >= 4096 the product dominates.
 
 ``logits_statistics_kernel`` is the same pass where the logits are stored already: it reads each once, n C item bytes.
+
+Exponentials E are not stored for a residual to be made of them. Where the model's forward has written its logits, as in
+every training step, statistics and residual read them twice, and statistics would write E and residual read it: 2 n C
+item bytes either way. Where nothing has, E saves one read of three passes over n C numbers: 0.17 ms of 3.8 modelled on
+an H100 at 8192 x 32000 x 4096 in bfloat16 (product 3.1, residuals written once in float32), and keeps n C numbers.
 """
 
 import torch

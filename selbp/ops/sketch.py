@@ -10,12 +10,14 @@ so that E <S_i, S_j> = <G_i, G_j>, for i = j too, and for Gaussian entries (thos
     Var <S_i, S_j> <= ((1 + 2/p)(1 + 2/q) - 1) ||G_i||^2 ||G_j||^2:
 
 given Q, with A = G Q, E_P <P^T A_i, P^T A_j>^2 <= <A_i, A_j>^2 + (2/p) ||A_i||^2 ||A_j||^2, and the same again over Q.
-P^T r_t = P^T softmax(z_t) - P[y_t] has the shape of attention with keys W and values P: the residuals are formed a tile
-of classes at a time and multiplied at once, p/d of extra work on top of the logits' GEMM.
+P^T r_t = P^T softmax(z_t) - P[y_t] has the shape of attention with keys W and values P: the exponentials are formed a
+tile of classes at a time and multiplied at once, p/d of extra work on top of the logits' GEMM. On the CPU without label
+smoothing this is the pass that finds the statistics, 2 n T C (d + p) flops; elsewhere a second one, 2 n T C (2 d + p).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -31,7 +33,6 @@ from selbp.ops._loss import (
     check_head,
     check_loss,
     contiguous_rows,
-    native_class_weight,
     raise_bad_target,
     weight_sum,
 )
@@ -157,31 +158,81 @@ def _cpu(
         n_classes, features.dtype, y, h, bias is not None, class_weight, ignore_index, label_smoothing, softcap
     )
     one.others = torch.empty(tokens, dtype=accumulate)
-    fold_head(one, h, weight, bias)
-    _, lse, _, _, _, valid = one.outputs
-
-    w, total = native_class_weight(class_weight, accumulate), weight_sum(class_weight, n_classes, label_smoothing)
-    projected = torch.zeros(tokens, left.shape[1], dtype=accumulate)
-    rows, columns = tile_shape(tokens, n_classes, features.dtype)
-    for c in range(0, n_classes, columns):
-        part, values = weight[c : c + columns], left[c : c + columns].t()
-        part_bias = None if bias is None else bias[c : c + columns]
-        for row in range(0, tokens, rows):
-            z = contiguous_rows(_gemm.linear(h[row : row + rows], part, part_bias))
-            r = z if z.dtype == accumulate else torch.empty(z.shape, dtype=accumulate)
-            place = row * lse.element_size()
-            bad = _native.residual(
-                r.data_ptr(), z.data_ptr(), TYPE_CODE[z.dtype], z.stride(0), z.shape[0], z.shape[1], c, n_classes,
-                total, lse.data_ptr() + place, one.others.data_ptr() + place, 0, y.data_ptr() + 8 * row, address(w),
-                ignore_index, label_smoothing, softcap, native_threads(z.numel()),
-            )  # fmt: skip
-            if bad >= 0:
-                raise_bad_target(y, row + bad, n_classes, ignore_index)
-            projected[row : row + rows] += _gemm.linear(r, values)
+    projected = (_project_twice if label_smoothing else _project_once)(one, h, weight, bias, left, class_weight)
+    valid = one.outputs[5]
     wide = torch.where(valid[:, None], h, 0.0).to(accumulate)
     mapped = _gemm.linear(wide, right[:d].t(), right[d] if bias is not None else None)
     live = torch.where(valid[:, None], projected, 0.0).view(n, length, left.shape[1])
     return torch.bmm(live.transpose(1, 2), mapped.view(n, length, right.shape[1]))
+
+
+def _project_once(
+    one: StatisticsPass, h: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, class_weight: Tensor | None
+) -> Tensor:
+    """P^T r of every row in the pass that finds its statistics: attention's running sums, without the target.
+
+    With O = sum_{c != y} e^(z_c - m) D_c P_c it is w_y ((q / s) O - q D_y P_y); the terms: csrc/statistics/cpu.hpp.
+    """
+    accumulate = left.dtype
+    sums = torch.zeros(len(h), left.shape[1], dtype=accumulate)
+    one.carry()
+    assert one.state is not None and one.others is not None
+    greatest = one.state[:, 0]
+    nothing = torch.zeros(len(h), dtype=accumulate)  # the target's entry: it comes last
+    for part, c, z in _tiles(h, weight, bias):
+        before = greatest[part].clone() if c else None
+        one.add(z, part.start, c)
+        m = greatest[part]
+        if before is not None:
+            sums[part] *= torch.where(before == m, 1.0, (before - m).exp()).to(accumulate)[:, None]
+        e = _residual_tile(one, z, part, c, m.to(accumulate).contiguous(), nothing, None, 0.0)
+        sums[part] += _gemm.linear(e, left[c : c + z.shape[1]].t())
+    y = one.target.clamp(min=0)
+    mass = one.others if class_weight is None else one.others * class_weight[y].to(accumulate)
+    s, slope = one.state[:, 1], one.state[:, 8]
+    own = left.index_select(0, y).mul_((mass * slope).to(accumulate)[:, None])
+    return sums.mul_(torch.where(s > 0, mass / s, 0.0).to(accumulate)[:, None]).sub_(own)
+
+
+def _project_twice(
+    one: StatisticsPass, h: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, class_weight: Tensor | None
+) -> Tensor:
+    """The same with label smoothing, whose residuals are small differences: formed from the finished statistics."""
+    fold_head(one, h, weight, bias)
+    assert one.others is not None
+    sums = torch.zeros(len(h), left.shape[1], dtype=left.dtype)
+    total = weight_sum(class_weight, one.n_classes, one.label_smoothing)
+    for part, c, z in _tiles(h, weight, bias):
+        r = _residual_tile(one, z, part, c, one.outputs[1][part], one.others, one.weight, one.label_smoothing, total)
+        sums[part] += _gemm.linear(r, left[c : c + z.shape[1]].t())
+    return sums
+
+
+def _tiles(h: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, int, Tensor]]:
+    """The logits of a head tile by tile: (rows, first class, logits), each row's classes in order."""
+    rows, columns = tile_shape(len(h), len(weight), h.dtype)
+    for c in range(0, len(weight), columns):
+        part, part_bias = weight[c : c + columns], None if bias is None else bias[c : c + columns]
+        for row in range(0, len(h), rows):
+            z = contiguous_rows(_gemm.linear(h[row : row + rows], part, part_bias))
+            yield slice(row, row + len(z)), c, z
+
+
+def _residual_tile(
+    one: StatisticsPass, z: Tensor, part: slice, c: int, lse: Tensor, others: Tensor, class_weight: Tensor | None,
+    label_smoothing: float, total: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """The residuals of a tile, in its own memory where it has their dtype; ``lse`` (rows of part,), others (n,)."""
+    r = z if z.dtype == others.dtype else torch.empty(z.shape, dtype=others.dtype)
+    bad = _native.residual(
+        r.data_ptr(), z.data_ptr(), TYPE_CODE[z.dtype], z.stride(0), z.shape[0], z.shape[1], c, one.n_classes,
+        total, lse.data_ptr(), others.data_ptr() + part.start * others.element_size(), 0,
+        one.target.data_ptr() + 8 * part.start, address(class_weight), one.ignore_index, label_smoothing, one.softcap,
+        native_threads(z.numel()),
+    )  # fmt: skip
+    if bad >= 0:
+        raise_bad_target(one.target, part.start + bad, one.n_classes, one.ignore_index)
+    return r
 
 
 def _fake(
