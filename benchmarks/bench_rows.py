@@ -3,19 +3,34 @@
 The bound is T_full / (T_forward + f T_backward): a backward that costs exactly its share. Process-CPU time is the clock
 to trust on a shared machine (``python -m benchmarks rows --clock process``); the optimizer is not in it. The process
 keeps the memory that it frees, for all contenders alike: see ``selbp.keep_freed_memory``.
+
+``python -m benchmarks.bench_rows python`` lists what an operator on a row gradient costs beside its kernel and copies,
+``... memory`` the peak memory of a step by strategy, each in a process of its own, ``... auto [plain] [model ...]``
+what ``backward="auto"`` chooses beside the times of both strategies.
 """
 
 from __future__ import annotations
 
 import functools
+import statistics
+import subprocess
+import sys
+import time
+import timeit
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import selbp
+from benchmarks.costs import _status_bytes
 from benchmarks.harness import Case, suite
-from benchmarks.row_models import TIMED, Task
+from benchmarks.row_models import TIMED, Task, classification
+from selbp.study.models import SmallCNN
+from selbp.training.backward.rows.layout import RowSet
+from selbp.training.backward.rows.tensor import RowGradient, wrap
 
 SHARES = (0.25,)  # `throughput` times whole steps at others
 
@@ -74,3 +89,199 @@ def _case(name: str, share: float) -> Case:
 
 CASES = [_case(name, share) for name in TIMED for share in SHARES]
 test_rows = suite(CASES)
+
+
+# ---------------------------------------------------------------------------------- Python per backward operator
+
+aten = torch.ops.aten
+REPEATS, CALLS = 60, 100  # bursts short enough that some are not interrupted
+
+
+def _microseconds(call: Callable[[], object]) -> float:
+    call()
+    return min(timeit.repeat(call, number=CALLS, repeat=REPEATS)) / CALLS * 1e6
+
+
+class _Swap(torch.Tensor):
+    """Does nothing but hand the stored tensor to the kernel: what any ``__torch_dispatch__`` costs."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    _data: Tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*[value._data if type(value) is _Swap else value for value in args])
+
+
+def _swapped(data: Tensor) -> Tensor:
+    out = torch.Tensor._make_wrapper_subclass(_Swap, data.shape, data.stride(), dtype=data.dtype)
+    out._data = data
+    return out
+
+
+def _operators(rows: RowSet) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Calls as autograd makes them, on tensors so small that the kernel costs next to nothing."""
+    n, k, d = rows.n, rows.k, 16
+    layout = rows.layout(0)
+    gradient, saved, weight = wrap(torch.randn(k, d), layout), torch.randn(n, d), torch.randn(d, d)
+    image, filters = torch.randn(n, 3, 8, 8), torch.randn(4, 3, 3, 3)
+    pixels, mean, rstd, scale = (
+        wrap(torch.randn(k, 4, 8, 8), layout), torch.randn(n, 1), torch.rand(n, 1), torch.ones(d)
+    )  # fmt: skip
+    convolution = ([4], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, True])
+    return {
+        "t": (aten.t.default, (gradient,)),
+        "transpose": (aten.transpose.int, (gradient, 0, 1)),
+        "view": (aten.view.default, (gradient, [n, 4, d // 4])),
+        "neg": (aten.neg.default, (gradient,)),
+        "add, two gradients": (aten.add.Tensor, (gradient, gradient)),
+        "sum over the samples": (aten.sum.dim_IntList, (gradient, [0], True)),
+        "mul": (aten.mul.Tensor, (gradient, saved)),
+        "threshold_backward": (aten.threshold_backward.default, (gradient, saved, 0)),
+        "gelu_backward": (aten.gelu_backward.default, (gradient, saved)),
+        "mm, samples outside": (aten.mm.default, (gradient, weight)),
+        "mm, samples contracted": (aten.mm.default, (gradient.t(), saved)),
+        "native_layer_norm_backward": (
+            aten.native_layer_norm_backward.default,
+            (gradient, saved, [d], mean, rstd, scale, scale, [True, True, True]),
+        ),
+        "convolution_backward": (aten.convolution_backward.default, (pixels, image, filters, *convolution)),
+    }
+
+
+def python_per_operator() -> str:
+    """A table, microseconds with warm caches: the whole call, its kernel, dispatch, and what is ours; the copies."""
+    torch.set_num_threads(1)
+    rows = RowSet(torch.tensor([1, 4]), 8)
+    lines = ["| operator | on rows | kernel | any dispatch | ours | copies |", "|---|--:|--:|--:|--:|--:|"]
+    with torch.no_grad():
+        for name, (func, args) in _operators(rows).items():
+            gradient = next(value for value in args if type(value) is RowGradient)
+            layout = gradient._layout
+
+            def cut(value: Any, layout: Any = layout) -> Any:
+                if type(value) is RowGradient:
+                    return value._data
+                of_samples = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows.n
+                return layout.take(value, 0) if of_samples else value
+
+            plain = [cut(value).contiguous() if isinstance(value, Tensor) else value for value in args]
+            bare = [_swapped(cut(value)) if type(value) is RowGradient else cut(value) for value in args]
+            taken = [v for v in args if isinstance(v, Tensor) and cut(v) is not v and type(v) is not RowGradient]
+            if func is aten.view.default:
+                plain[1] = bare[1] = [rows.k, *args[1][1:]]
+
+            def forget_and_take(taken: Any = taken, layout: Any = layout) -> None:
+                rows.slices.clear()
+                for value in taken:
+                    layout.take(value, 0)
+
+            kernel = _microseconds(functools.partial(func, *plain))
+            dispatch = max(0.0, _microseconds(functools.partial(func, *bare)) - kernel)
+            copies = _microseconds(forget_and_take) if taken else 0.0
+            whole = _microseconds(functools.partial(func, *args))
+            numbers = (whole, kernel, dispatch, whole - kernel - dispatch, copies)
+            lines.append(f"| {name} | " + " | ".join(f"{number:.1f}" for number in numbers) + " |")
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------- peak memory
+
+
+class _Kept(nn.Module):
+    """A block under ``selbp.checkpoint``."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return selbp.checkpoint(self.block, x)
+
+
+STRATEGIES = {"full": _full, "recompute": _recompute, "rows": _rows, "rows, checkpoint": _rows}
+
+
+def peak(name: str, strategy: str, share: float) -> int:
+    """Bytes by which the resident set of this process rises at most in three steps."""
+    task = TIMED[name]
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = task.build()
+    if "checkpoint" in strategy:
+        model.blocks = nn.Sequential(*map(_Kept, model.blocks))
+    x, y = task.batch(task.n)
+    chosen = torch.randperm(task.n)[: max(1, round(share * task.n))]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _status_bytes("VmRSS")
+    for _ in range(3):
+        STRATEGIES[strategy](task, model, x, y, chosen)
+    return _status_bytes("VmHWM") - before
+
+
+def memory_table(share: float = 0.25) -> str:
+    """Peak MiB above the model's own, by strategy, each in a process of its own."""
+    lines = ["| model | " + " | ".join(STRATEGIES) + " |", "|---|" + "--:|" * len(STRATEGIES)]
+    for name in TIMED:
+        cells = []
+        for strategy in STRATEGIES:
+            if "checkpoint" in strategy and name not in ("ViT", "GPT"):
+                cells.append("-")
+                continue
+            command = [sys.executable, "-m", "benchmarks.bench_rows", "peak", name, strategy, str(share)]
+            found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+            cells.append(f"{int(found.stdout) / 2**20:.0f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------- what "auto" chooses
+
+
+def _demo_images(n: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, 1, 28, 28), torch.randint(10, (n,))
+
+
+DEMO = Task(lambda: SmallCNN((28, 28), 10), _demo_images, classification, 128)
+
+
+def auto_table(names: list[str], rounds: int = 9) -> str:
+    """Process-CPU milliseconds (20th percentile, interleaved) of both strategies, and which one auto takes."""
+    torch.set_num_threads(1)
+    kept = selbp.keep_freed_memory() if "plain" not in names else False
+    lines = [
+        f"freed memory is {'kept' if kept else 'returned (plain glibc)'}", "",
+        "| model | keep | full | rows | recompute | bound / rows | auto | auto / better |",
+        "|---|--:|--:|--:|--:|--:|---|--:|",
+    ]  # fmt: skip
+    tasks = {**TIMED, "demo": DEMO}
+    for name in [name for name in names if name != "plain"] or list(tasks):
+        task = tasks[name]
+        torch.manual_seed(0)
+        model = task.build()
+        x, y = task.batch(task.n)
+        for share in SHARES:
+            chosen = torch.randperm(task.n)[: max(1, round(share * task.n))]
+            times: dict[Any, list[float]] = {run: [] for run in (_full, _forward, _rows, _recompute)}
+            for _ in range(rounds * (4 if name == "demo" else 1)):
+                for run, found in times.items():
+                    begin = time.process_time()
+                    run(task, model, x, y, chosen)
+                    found.append(1e3 * (time.process_time() - begin))
+            full, forward, rows, again = (statistics.quantiles(found, n=5)[0] for found in times.values())
+            picked = selbp.diagnose(model, (x, y), share, loss=task.losses).recommendation
+            bound = forward + share * (full - forward)
+            ratio = (rows if picked == "rows" else again) / min(rows, again)
+            figures = f"{full:.1f} | {rows:.1f} | {again:.1f} | {bound / rows:.3f} | {picked} | {ratio:.3f}"
+            lines.append(f"| {name} | {share} | {figures} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    what, *rest = sys.argv[1:] or ["python"]
+    if what == "peak":
+        print(peak(rest[0], rest[1], float(rest[2])))
+    else:
+        print({"python": python_per_operator, "memory": memory_table, "auto": lambda: auto_table(rest)}[what]())

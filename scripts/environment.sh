@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes $VENV with a torch in it, after one line for each thing that must be there. Called by the Makefile.
 #
-# TORCH=auto: a torch >= 2.13 that $PYTHON already has is reused; else, where there is an NVIDIA driver, the CUDA
+# TORCH=auto: a torch >= 2.12 that $PYTHON already has is reused; else, where there is an NVIDIA driver, the CUDA
 # build; else the CPU wheel, if pip can find one; else the CUDA build, with its size said first.
 set -euo pipefail
 : "${PYTHON:=python3}" "${VENV:=.venv}" "${TORCH:=auto}" "${PIP_ARGS:=}"
@@ -22,7 +22,7 @@ command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler '${CXX:-g++}': inst
 echo "selbp: $("$PYTHON" -V 2>&1) with headers and venv, make, $("${CXX:-g++}" --version | head -n 1)"
 
 own_torch() {
-  "$PYTHON" -c 'import sys, torch; sys.exit(tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 13))' 2>/dev/null
+  "$PYTHON" -c 'import sys, torch; sys.exit(tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 12))' 2>/dev/null
 }
 
 if [ "$TORCH" = auto ] && own_torch; then
