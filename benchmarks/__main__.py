@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--threads", type=int, default=1, help="threads of torch, the native kernels and the BLAS (1)")
     parse.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, or cuda: CUDA events, "
                        "each call on a cold L2 (unmeasured)")  # fmt: skip
-    parse.add_argument("--seconds", type=float, default=1.0, help="to spend on each case, at least (1)")
+    parse.add_argument("--seconds", type=float, default=0.5, help="to spend on each case, at least (0.5)")
     parse.add_argument("--seed", type=int, default=0, help="of the inputs and of the order of the rounds (0)")
     parse.add_argument("--no-memory", action="store_true", help="leave out peak memory, a process of its own")
     parse.add_argument("--check", action="store_true", help="exit with 1 where a limit is missed")
@@ -118,7 +118,7 @@ def _run(chosen: dict[str, list[Case]], options: argparse.Namespace) -> int:
         print(report.markdown(name, rows), flush=True)
     rates = roofline.table()
     print("Measured in this run: " + ", ".join(f"{key} {value:.1f}" for key, value in rates.items()))
-    about = report.machine(options.device, options.threads, clock.kind, kept)
+    about = report.machine(options.device, options.threads, clock.kind, kept, options.quick)
     if results:
         print("\n" + report.summary(about, results), flush=True)
     folder = RESULTS if options.publish and not status else options.out

@@ -26,7 +26,7 @@ START, END = "<!-- benchmarks/results/bench.md -->", "<!-- end of benchmarks/res
 Results = Mapping[str, Sequence[Row]]
 
 
-def machine(device: torch.device, threads: int, clock: str, kept: bool = False) -> dict[str, Any]:
+def machine(device: torch.device, threads: int, clock: str, kept: bool = False, quick: bool = False) -> dict[str, Any]:
     """What a reader must know to compare two runs."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -43,6 +43,7 @@ def machine(device: torch.device, threads: int, clock: str, kept: bool = False) 
         "threads": threads,
         "clock": clock,
         "freed memory is kept": kept,
+        "cases": "small ones only" if quick else "all",
         "selbp": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -168,6 +169,7 @@ def summary(about: Mapping[str, Any], results: Results) -> str:
     threads = f"{about['threads']} thread" + ("s" if about["threads"] != 1 else "")
     where = about["cpu"] if about["device"] == "cpu" else about["device"]
     kept = ", freed memory kept by the process" if about["freed memory is kept"] else ""
+    kept += ", small cases only" if about.get("cases") == "small ones only" else ""
     return "\n".join(
         [
             *lines,

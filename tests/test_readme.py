@@ -25,3 +25,9 @@ def test_its_commands_and_files_exist():
 
 def test_its_table_is_the_one_that_the_demo_wrote():
     assert (ROOT / "benchmarks" / "results" / "demo.md").read_text().strip() in README
+
+
+def test_its_benchmarks_are_those_that_were_published():
+    name = "benchmarks/results/bench.md"
+    between = README.split(f"<!-- {name} -->")[1].split(f"<!-- end of {name} -->")[0]
+    assert between.strip() == (ROOT / name).read_text().strip()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import __main__ as command
 from benchmarks import report
 from benchmarks.harness import Case, Clock, Row, Unavailable, run_case
 from benchmarks.roofline import Roofline
@@ -79,3 +80,11 @@ def test_publishing_replaces_what_is_between_the_markers(tmp_path):
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="README.md must have"):
         report.publish(table, readme)
+
+
+def test_what_was_published_is_what_was_measured():
+    folder = ROOT / "benchmarks" / "results"
+    about, results = report.load(folder / "bench.json")
+    assert not report.inconsistencies(results)
+    assert set(results) <= set(command.SUITES)
+    assert report.summary(about, results) == (folder / "bench.md").read_text()
