@@ -2,7 +2,8 @@
 
 The time of an arm is the median processor time of its step, times its steps. The median is taken over steps that
 change hands between the arms every few steps, in one process with one thread: whatever else the machine does slows
-all arms alike. It holds the whole step: forward, scoring, choosing, backward, optimizer; not the reading of the data.
+all arms alike. It holds the whole step: forward, scoring, choosing, backward, optimizer; not the reading of the data,
+which is timed beside it: random could read the k samples that it keeps instead of all n.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ ROUNDS = 20
 
 @dataclass(frozen=True)
 class Cost:
-    """Milliseconds of a step: median and quartiles of processor time, and the phases' medians by the clock."""
+    """Milliseconds of a step: median and quartiles of processor time, and the phases' medians by the clock.
+
+    The phases "read" and "read kept", of processor time, are no part of the step: a minibatch, and k rows of one.
+    """
 
     median: float
     low: float
@@ -63,20 +67,32 @@ def measure(
         runs = {name: Run(replace(config, steps=10_000, warmup=0.002), data, Path(), clock)
                 for name, config in configs.items()}  # fmt: skip
         rows: dict[str, list[list[float]]] = {name: [] for name in runs}
+        reads: dict[str, dict[str, list[float]]] = {name: {"read": [], "read kept": []} for name in runs}
         for turn in range(-1, rounds):
             for name, run in runs.items():
                 for step in range(WARM if turn < 0 else BLOCK):
                     run.train_step()
                     if turn >= 0 and step > 0:
                         rows[name].append(run.newest().tolist())
+                        kept = step % 2 == 0
+                        reads[name]["read kept" if kept else "read"].append(_reading(run, kept))
             advance()
     costs = {}
     for name, measured in rows.items():
         columns = {phase: [1e3 * row[index] for row in measured] for index, phase in enumerate(PHASES)}
         total = columns.pop("total")
         low, median, high = statistics.quantiles(total, n=4, method="inclusive")
+        columns |= {phase: [1e3 * seconds for seconds in times] for phase, times in reads[name].items()}
         costs[name] = Cost(median, low, high, {phase: statistics.median(times) for phase, times in columns.items()})
     return costs
+
+
+def _reading(run: Run, kept: bool) -> float:
+    """Seconds to read the next minibatch, or as many of its samples as run backward."""
+    started = run.clock()
+    indices = run.order.indices(run.step).to(run.device)
+    run.train.batch(indices[: run.config.kept()] if kept and run.config.keep != "auto" else indices)
+    return run.clock() - started
 
 
 class Costs:

@@ -49,7 +49,7 @@ class Protocol:
 PAPER = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching")
 ARMS = ("full", "random", "top-loss", "top-loss-refit", "loss-percentile", "gradnorm", "matching", "divbs",
         "matching-cut2")  # fmt: skip
-CLEAN, NOISY = "fashion-mnist", "fashion-mnist+noise=0.2"
+CLEAN, NOISY, TEXT = "fashion-mnist", "fashion-mnist+noise=0.2", "bible-kjv"
 
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
@@ -63,11 +63,13 @@ PROTOCOLS: dict[str, Protocol] = {
             tuple(Cell(name, "cnn", 500, (0.1, 0.25)) for name in (CLEAN, NOISY)), PAPER, (0, 1, 2, 3, 4),
             own_keeps=(16, 32, 64),
         ),
+        # About 400 core-minutes by the costs of steps on a busy machine: 7, 35, 140, 120, 40 and 60 by cell.
         Protocol(
-            "full", "the small CNN for longer, a wider one, and scikit-learn's digits",
+            "full", "more networks, longer trainings, and a text",
             (
                 Cell("digits", "mlp", 400, (0.1, 0.25)), Cell(CLEAN, "wide-cnn", 500, (0.25,), batch_size=64),
                 Cell(CLEAN, "wide-cnn", 1000, (0.25,)), Cell(CLEAN, "cnn", 2000, (0.25,)),
+                Cell(CLEAN, "resnet", 500, (0.25,)), Cell(TEXT, "transformer", 600, (0.25,), batch_size=64),
             ),
             (*ARMS, "loss-rank", "matching-head", "matching-cut1"), (0, 1, 2, 3, 4),
         ),

@@ -28,6 +28,7 @@ def test_measured_by_the_clock_that_is_handed_in(config: RunConfig, dataset: Dat
     for cost in costs.values():  # three readings a step: its start, the optimizer's, its end
         assert (cost.median, cost.low, cost.high) == pytest.approx((2.0, 2.0, 2.0))
         assert cost.phases["optimizer"] == pytest.approx(1.0)
+        assert (cost.phases["read"], cost.phases["read kept"]) == pytest.approx((1.0, 1.0))  # not in the step's 2
 
 
 def test_real_costs_rank_the_arms(config: RunConfig, dataset: Dataset) -> None:

@@ -14,7 +14,7 @@ from selbp.study import pool as pool_module
 from selbp.study import study as module
 from selbp.study.command import dumps
 from selbp.study.costs import Cost
-from selbp.study.document import document, page, read_result_file, result_files, section
+from selbp.study.document import costs_table, document, page, read_result_file, reading_of, result_files, section
 from selbp.study.findings import Findings
 from selbp.study.pool import Pool, Sets
 from selbp.study.protocols import OWN_KEEP, PROTOCOLS, Cell, Protocol
@@ -170,6 +170,15 @@ def test_differences_are_to_random_and_under_time_to_random_at_its_best(runs: Po
     assert rows["random", "time"].difference.mean == pytest.approx(-5.0)
     assert rows["random", "steps"].difference is None and rows[OWN_KEEP, "time"].difference is None
     assert rows["random", "time"].verdict == "behind"
+
+
+def test_the_reading_that_is_not_charged_is_stated_where_it_was_measured() -> None:
+    def result(**phases: float) -> dict:
+        cost = {"median": 2.0, "low": 2.0, "high": 2.0, "phases": phases}
+        return {"costs": {"digits mlp n=32 keep=0.25 random": cost, "digits mlp n=32 keep=0.25 matching": cost}}
+
+    assert reading_of(result()) == [] and "Reading" not in costs_table(result())
+    assert "at most 1.5% of its step" in costs_table(result(**{"read": 0.05, "read kept": 0.02}))
 
 
 def test_a_claim_is_corrected_for_its_family(runs: Pool) -> None:
