@@ -18,6 +18,7 @@ import ctypes.util
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+SOURCES = runpy.run_path(str(ROOT / "selbp" / "_sources.py"))["digest"](ROOT)  # the import compares it with its own
 LEVELS = {"baseline": [], "v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
 if platform.machine() not in ("x86_64", "AMD64"):
     LEVELS = {"baseline": []}
@@ -85,6 +87,8 @@ class NativeBuild(build_ext):
         if extension.name == "selbp._native_cuda":
             extension.extra_objects = [self.compile_cuda(source) for source in relative("*/cuda.cu")]
             return super().build_extension(extension)
+        built_so_far = Path(self.get_ext_fullpath(extension.name))
+        self.force = self.force or not (built_so_far.exists() and SOURCES.encode() in built_so_far.read_bytes())
         include = [str(ROOT / "csrc")]
         jobs = [(source, name, flags) for source in relative("*/cpu.cpp") for name, flags in LEVELS.items()]
 
@@ -109,8 +113,11 @@ class NativeBuild(build_ext):
         super().build_extension(extension)
 
     def compile_cuda(self, source: str) -> str:
-        """One object for all architectures; beside it stands what ptxas said of registers, spills and shared memory."""
-        target = Path(self.build_temp, source).with_suffix(".cuda.o")
+        """One object for all architectures; beside it stands what ptxas said of registers, spills and shared memory.
+
+        Both stay in build/cuda, where a later build finds the first and the tests the second: pip's folder goes away.
+        """
+        target = Path("build", "cuda", "-".join(cuda_architectures()), source).with_suffix(".cuda.o")
         inputs = ["setup.py", source, *relative("**/*.hpp"), *relative("**/*.cuh")]
         if target.exists() and target.stat().st_mtime > max(os.path.getmtime(path) for path in inputs):
             return str(target)
@@ -148,7 +155,10 @@ setup(
             ["csrc/module.cpp"],
             include_dirs=["csrc"],
             depends=relative("**/*.hpp") + relative("*/cpu.cpp"),
-            define_macros=[("SELBP_X86_LEVELS", "1")] if len(LEVELS) > 1 else [],
+            define_macros=[
+                ("SELBP_SOURCES", f'"{SOURCES}"'),
+                *([("SELBP_X86_LEVELS", "1")] if len(LEVELS) > 1 else []),
+            ],
             extra_compile_args=FLAGS,
             extra_link_args=["-fopenmp"],
         ),

@@ -6,6 +6,7 @@ the scaling of batches, the cost of a whole selection beside a forward pass, and
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from benchmarks.gradients import MatchingProblem, matching_problem
 from benchmarks.harness import Case, Unavailable, suite
 from benchmarks.peers import matching as peers
 from selbp import ops
+from selbp.study.models import SmallCNN
 
 
 def _with(
@@ -80,9 +82,31 @@ def _pursuit(n: int, k: int, source: str, stage: str, quick: bool = False) -> Ca
 # ------------------------------------------------------------------------------------------------------------ NNLS
 
 
+EQUAL = 1e-9  # relative: the objective that ours may exceed SciPy's by
+
+
 def _nnls_inputs(source: str, stage: str, n: int, device: torch.device) -> tuple[MatchingProblem, dict[str, object]]:
-    problem = MatchingProblem(*(x.to(device) for x in matching_problem(source, stage, n, external=True)))
+    """The factor and target as SciPy gets them, and for ours the inner products of exactly those."""
+    whole = matching_problem(source, stage, n, external=True)
+    a, y = whole.factor, whole.target
+    problem = MatchingProblem(*(x.to(device) for x in (a.T @ a, a.T @ y, y @ y, a, y)))
     return problem, {name: x.cpu().numpy() for name, x in problem._asdict().items()}
+
+
+def equal_objective(_: Callable[[], Any], results: list[Any], inputs: tuple[Any, ...]) -> Mapping[str, float]:
+    """|A x - y| / |y|; of ours, AssertionError unless x >= 0 and its square is SciPy's, or less."""
+    problem, arrays = inputs
+
+    def square(x: Any) -> float:
+        weights = torch.as_tensor(x, dtype=torch.float64, device=problem.factor.device)
+        return float((problem.factor @ weights - problem.target).square().sum() / problem.target_sq)
+
+    reached = square(results[-1])
+    if isinstance(results[-1], Tensor):
+        solve = peers.scipy_nnls()
+        least = math.nan if isinstance(solve, Unavailable) else square(solve(arrays["factor"], arrays["target"]))
+        assert results[-1].min() >= 0.0 and not reached > least * (1.0 + EQUAL), (reached, least)
+    return {"residual": math.sqrt(reached)}
 
 
 def _nnls(n: int, source: str, stage: str, quick: bool = False) -> Case:
@@ -96,6 +120,7 @@ def _nnls(n: int, source: str, stage: str, quick: bool = False) -> Case:
         limits={"SciPy nnls": 1 / 8},
         quick=quick,
         rounds=5,
+        quality=equal_objective,
     )
 
 
@@ -195,26 +220,39 @@ def modelled_h100_us(k: int, barriers: int = 2) -> float:
     return k * (barriers * 0.2 + 0.15 + 0.35)
 
 
+def batches(threads: int) -> str:
+    """Microseconds of a problem (64, 16) in batches of 32, 256 and 1024."""
+    torch.set_num_threads(threads)
+    inputs = {batch: _batch_inputs(batch, 64, torch.device("cpu"))[0] for batch in (32, 256, 1024)}
+    each = {batch: 1e3 * _milliseconds(partial(ops.match, *x, 16)) / batch for batch, x in inputs.items()}
+    listed = ", ".join(f"{time_:.2f} us in a batch of {batch}" for batch, time_ in each.items())
+    return f"a problem (64, 16), {threads} thread(s): {listed}; 1024 to 32: {each[1024] / each[32]:.2f} of linear"
+
+
 def main() -> None:
     """Print the three."""
+    for threads in (1, 2):
+        print(batches(threads))
     torch.set_num_threads(1)
-    times = {
-        b: _milliseconds(partial(ops.match, *_batch_inputs(b, 64, torch.device("cpu"))[0], 16)) for b in (32, 1024)
-    }
-    ratio = times[1024] / 32 / times[32]
-    print(f"batches of (64, 16): 32 in {times[32]:.3f} ms, 1024 in {times[1024]:.3f} ms: {ratio:.2f} of linear")
     n, classes, d, k = 128, 10, 128, 32
     logits, features, target = torch.randn(n, classes), torch.randn(n, d), torch.randint(classes, (n,))
     whole = _milliseconds(partial(selection, logits, target, features, k))
     with torch.no_grad():
-        images, model = torch.randn(n, 3, 64, 64), resnet18(classes)
-        forward = _milliseconds(lambda: model(images))
-    print(
-        f"whole selection n={n} C={classes} d={d} k={k}: {whole:.3f} ms, {100 * whole / forward:.2f} % of a ResNet-18"
-    )
-    print(f"forward (ImageNet stem, 64 x 64 inputs, {forward:.0f} ms, one thread)")
+        resnet, small = resnet18(classes), SmallCNN((28, 28), classes)
+        images, digits = torch.randn(n, 3, 64, 64), torch.randn(n, 1, 28, 28)
+        forwards = {
+            "a ResNet-18's (ImageNet stem, 64 x 64 inputs)": _milliseconds(lambda: resnet(images)),
+            "the demo CNN's (28 x 28 inputs)": _milliseconds(lambda: small(digits)),
+        }
+    print(f"whole selection n={n} C={classes} d={d} k={k}, Python included, one thread: {whole:.3f} ms")
+    for name, forward in forwards.items():
+        print(f"  {100 * whole / forward:.2f} % of {name} forward, {forward:.2f} ms")
     step = 3 * n * 3.6e9 / (0.3 * 989e12) * 1e3  # forward and backward at 224 x 224, 30 % of the bf16 peak
-    print(f"H100, modelled, UNMEASURED: solve of k={k} {modelled_h100_us(k):.0f} us, ResNet-18 step {step:.1f} ms")
+    latency = modelled_h100_us(k)
+    print(
+        f"H100, modelled, UNMEASURED: solve of k={k} {latency:.0f} us, ResNet-18 step of {n} {step:.1f} ms: "
+        f"{0.1 * latency / step:.2f} %"
+    )
 
 
 if __name__ == "__main__":

@@ -160,6 +160,7 @@ void bind_statistics(py::module_& m) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU kernels of selbp; called through selbp.ops, which validates.";
+  m.attr("SOURCES") = SELBP_SOURCES;
   m.def("level", [] { return selbp::level_name(); }, "The x86-64 level whose kernels are in use.");
   bind_cube(m);
   bind_gram(m);

@@ -185,6 +185,24 @@ def reproducible(device: str = "cuda", backend: str = "inductor") -> None:
     same("CUDA graph", captured, "captured and replayed")
 
 
+def matching() -> None:
+    """The solver's kernels have the CPU's bits, where the CPU fuses multiply and add."""
+    core, missing = _cuda_core.cuda_core()
+    if core is None:
+        print(f"     the solver's kernels are not checked: {missing}")
+        return
+    for dtype in (torch.float32, torch.float64):
+        for batch, n, k in ((3, 33, 33), (64, 128, 32), (2, 512, 128), (1, 1024, 256)):
+            generator = torch.Generator().manual_seed(n)
+            rows = torch.randn(batch, n, n // 2, generator=generator, dtype=torch.float64) + 0.3
+            target = rows.mean(1) + 0.2 * torch.randn(batch, n // 2, generator=generator, dtype=torch.float64)
+            problem = [rows @ rows.mT, (rows @ target[..., None])[..., 0], target.square().sum(1)]
+            problem = [x.to(dtype) for x in problem]
+            wanted, found = ops.match(*problem, k), ops.match(*(x.cuda() for x in problem), k)
+            same = all(torch.equal(a, b.cpu()) for a, b in zip(wanted, found, strict=True))
+            report(f"match {str(dtype).removeprefix('torch.')} {batch}x({n},{k})", same, "the CPU's bits")
+
+
 def milliseconds(work: Callable[[], object], repeats: int = 15) -> float:
     """Median over runs with a cold L2."""
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
@@ -258,6 +276,7 @@ def main() -> int:
             for shape in [(300, 257, 1003)] if options.quick else [(1, 8, 1), (300, 257, 1003), (512, 512, 32000)]:
                 parity(dtype, option, shape)
     reproducible()
+    matching()
     if not options.quick:
         throughput([(4096, 1000, 2048), (8192, 32000, 4096), (8192, 128256, 4096)])
     print(f"{len(failures)} failed" + "".join(f"\n  {name}" for name in failures))

@@ -2,15 +2,18 @@
 
 import torch  # noqa: F401  (first: the native core binds to the OpenMP runtime that torch has loaded)
 
+from selbp._sources import stale
 from selbp._version import __version__
 
 try:
-    import selbp._native  # noqa: F401
+    import selbp._native
 except ImportError as error:
     raise ImportError(
         "selbp's native extension is not built. Install the package (`pip install .` in the project's folder, or "
         f"`pip install -e .` to develop) and import it from there. The import said: {error}"
     ) from error
+if _stale := stale(getattr(selbp._native, "SOURCES", "")):
+    raise ImportError(_stale)
 
 from selbp.selectors import (  # noqa: E402
     BatchStatistics,

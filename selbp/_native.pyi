@@ -1,5 +1,7 @@
 """The CPU core: addresses and shapes in, nothing validated; called through selbp.ops only."""
 
+SOURCES: str  # digest of what it was built from
+
 def level() -> str: ...
 def cube(
     n: int, dimensions: int, x: int, probability: int, order: int, draws: int, scratch: int, group: int

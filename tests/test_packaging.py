@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import selbp
+
 ROOT = Path(__file__).parents[1]
 COPIED = [
     "selbp_launch.py",
@@ -34,7 +36,8 @@ print(selbp.__file__, selbp.__version__, selbp._native.level())
 
 
 def run(*command, cwd):
-    result = subprocess.run(list(map(str, command)), cwd=cwd, text=True, capture_output=True, timeout=600)
+    env = {**os.environ, "SELBP_CUDA": "0"}  # minutes of nvcc, which the build under test has spent already
+    result = subprocess.run(list(map(str, command)), cwd=cwd, text=True, capture_output=True, timeout=600, env=env)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -98,6 +101,22 @@ def test_source_tree_without_the_extension_says_what_to_do(source):
     result = subprocess.run(command, cwd=source, capture_output=True, text=True, env=env)
     assert result.returncode != 0
     assert "pip install" in result.stderr and "not built" in result.stderr
+
+
+def test_an_extension_of_other_sources_says_what_to_do(source):
+    """Sources that were pulled and not compiled: the extension of this very installation, beside changed sources."""
+    if not (ROOT / "csrc").exists() or Path(selbp._native.__file__).parent != ROOT / "selbp":
+        pytest.skip("needs an editable install")
+    shutil.copy(selbp._native.__file__, source / "selbp")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(source), *OUTER])}
+    command = [sys.executable, "-S", "-c", "import selbp; print(selbp.__file__)"]
+    same = subprocess.run(command, cwd=source, capture_output=True, text=True, env=env)
+    assert same.returncode == 0 and str(source) in same.stdout, same.stderr
+    with (source / "csrc" / "module.cpp").open("a") as file:
+        file.write("// a change\n")
+    changed = subprocess.run(command, cwd=source, capture_output=True, text=True, env=env)
+    (line,) = (line for line in changed.stderr.splitlines() if line.startswith("ImportError"))
+    assert "built from other sources" in line and f"pip install -e {source}" in line
 
 
 def test_build_requirements_are_setuptools_and_pybind11_only():

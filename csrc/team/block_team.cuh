@@ -82,10 +82,51 @@ struct Ballots {
   }
 };
 
-template <class T>
-class BlockTeam {
+// What the teams share: a thread takes the columns that its `each` deals out, and `reduce` joins the threads' results.
+template <class T, class Team>
+class ThreadTeam {
  public:
   static constexpr int kPanel = kWarp, kLookahead = 0, kShelf = 0;
+
+  SELBP_HD void turn() const {}
+
+  template <class F>
+  SELBP_HD void columns(int, int count, F f) const {
+    static_cast<const Team*>(this)->each(count, [&](int j) { f(ThreadColumn<T>{j}); });
+  }
+
+  template <class F>
+  SELBP_HD Best<T> argmax(int, int count, F f) {
+    Team& team = *static_cast<Team*>(this);
+    Best<T> best{T(-1), -1, false, false};
+    team.each(count, [&](int column) {
+      const ThreadColumn<T> j{column};
+      ThreadVote<T> vote;
+      f(j, vote);
+      best = fold(best, j, vote);
+    });
+    return team.reduce(best);
+  }
+
+ protected:
+  // Rows first, first + step, ... of an (n, n) matrix by one block.
+  template <class Block>
+  SELBP_HD static Best<T> not_finite(const Block& block, const T* matrix, int n, const T* there, int first, int step) {
+    Best<T> found{T(-1), -1, false, false};
+    for (int i = first; i < n; i += step) {
+      if (there && !(there[i] > T(0))) continue;
+      const T* row = matrix + std::size_t(i) * std::size_t(n);
+      block.each(n, [&](int j) {
+        if (!(magnitude(row[j]) <= Limits<T>::kMax) && (!there || there[j] > T(0))) found.spoiled = true;
+      });
+    }
+    return found;
+  }
+};
+
+template <class T>
+class BlockTeam : public ThreadTeam<T, BlockTeam<T>> {
+ public:
   static constexpr int kBallots = 2 * kWarp;  // entries of shared memory that the constructor wants
 
   SELBP_HD explicit BlockTeam(Best<T>* shared) : ballots_{shared, kWarp, 0} {}
@@ -103,35 +144,9 @@ class BlockTeam {
     if (threadIdx.x == 0) f();
   }
   SELBP_HD void sync() const { __syncthreads(); }
-  SELBP_HD void turn() const {}
-
-  template <class F>
-  SELBP_HD void columns(int, int count, F f) const {
-    each(count, [&](int j) { f(ThreadColumn<T>{j}); });
-  }
-
-  template <class F>
-  SELBP_HD Best<T> argmax(int, int count, F f) {
-    Best<T> best{T(-1), -1, false, false};
-    each(count, [&](int column) {
-      const ThreadColumn<T> j{column};
-      ThreadVote<T> vote;
-      f(j, vote);
-      best = fold(best, j, vote);
-    });
-    return reduce(best);
-  }
 
   SELBP_HD bool all_finite(const T* matrix, int n, const T* there) {
-    Best<T> found{T(-1), -1, false, false};
-    for (int i = 0; i < n; ++i) {
-      if (there && !(there[i] > T(0))) continue;
-      const T* row = matrix + std::size_t(i) * std::size_t(n);
-      each(n, [&](int j) {
-        if (!(magnitude(row[j]) <= Limits<T>::kMax) && (!there || there[j] > T(0))) found.spoiled = true;
-      });
-    }
-    return !reduce(found).spoiled;
+    return !reduce(this->not_finite(*this, matrix, n, there, 0, 1)).spoiled;
   }
 
   // One barrier: every warp folds the warps' results for itself.
@@ -154,10 +169,8 @@ class BlockTeam {
 // All blocks of a cooperative launch. Everything that blocks share lies in global memory; `broadcast` arrays lie in
 // each block's shared memory.
 template <class T>
-class GridTeam {
+class GridTeam : public ThreadTeam<T, GridTeam<T>> {
  public:
-  static constexpr int kPanel = kWarp, kLookahead = 0, kShelf = 0;
-
   // shared: BlockTeam's room; global: two entries for each block of the grid.
   SELBP_HD GridTeam(Best<T>* shared, Best<T>* global) : block_(shared), ballots_{global, int(gridDim.x), 0} {}
 
@@ -175,35 +188,9 @@ class GridTeam {
     if (blockIdx.x == 0 && threadIdx.x == 0) f();
   }
   SELBP_HD void sync() const { SELBP_GRID_SYNC(); }
-  SELBP_HD void turn() const {}
-
-  template <class F>
-  SELBP_HD void columns(int, int count, F f) const {
-    each(count, [&](int j) { f(ThreadColumn<T>{j}); });
-  }
-
-  template <class F>
-  SELBP_HD Best<T> argmax(int, int count, F f) {
-    Best<T> best{T(-1), -1, false, false};
-    each(count, [&](int column) {
-      const ThreadColumn<T> j{column};
-      ThreadVote<T> vote;
-      f(j, vote);
-      best = fold(best, j, vote);
-    });
-    return reduce(best);
-  }
 
   SELBP_HD bool all_finite(const T* matrix, int n, const T* there) {
-    Best<T> found{T(-1), -1, false, false};
-    for (int i = int(blockIdx.x); i < n; i += int(gridDim.x)) {
-      if (there && !(there[i] > T(0))) continue;
-      const T* row = matrix + std::size_t(i) * std::size_t(n);
-      block_.each(n, [&](int j) {
-        if (!(magnitude(row[j]) <= Limits<T>::kMax) && (!there || there[j] > T(0))) found.spoiled = true;
-      });
-    }
-    return !reduce(found).spoiled;
+    return !reduce(this->not_finite(block_, matrix, n, there, int(blockIdx.x), int(gridDim.x))).spoiled;
   }
 
   SELBP_HD Best<T> reduce(Best<T> best) {

@@ -49,7 +49,7 @@ def compiled(tmp_path_factory):
     """What ptxas said: of the last build where that is newer than the sources, else of a build for sm_90 alone."""
     sources = [*ROOT.glob("csrc/**/*.hpp"), *ROOT.glob("csrc/**/*.cu*")]
     newest = max(path.stat().st_mtime for path in sources)
-    for report in ROOT.glob("build/**/matching/cuda.cuda.ptxas.txt"):
+    for report in ROOT.glob("build/cuda/**/matching/cuda.cuda.ptxas.txt"):
         if report.stat().st_mtime > newest:
             return parse(report.read_text())
     if NVCC is None:

@@ -6,59 +6,10 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from matching_cases import F32, F64, FLOOR, RULES, check, problem, ridged, rows
 
 from selbp import ops, reference
 from selbp.ops import MatchStatus
-
-F64, F32 = torch.float64, torch.float32
-RULES = ("ols", "normalized", "raw")
-# Relative to 1: float32 cannot certify a residual below 3e-4, the square root of what a rounded Gram leaves.
-FLOOR = {F64: 1e-7, F32: 3e-4}
-
-
-def rows(n, p, *, seed=0, shift=0.3, dtype=F64):
-    generator = torch.Generator().manual_seed(seed)
-    g = torch.randn(n, p, generator=generator, dtype=F64) + shift
-    return (g * torch.rand(n, 1, generator=generator, dtype=F64).exp()).to(dtype)
-
-
-def problem(g, target=None):
-    """Gram, inner products and target's squared norm of explicit rows (..., n, p), formed in float64."""
-    exact = g.double()
-    target = exact.mean(-2) if target is None else target.double()
-    inner = (exact @ target[..., None])[..., 0]
-    return (exact @ exact.mT).to(g.dtype), inner.to(g.dtype), target.square().sum(-1).to(g.dtype)
-
-
-def ridged(gram, ridge, valid=None):
-    valid = torch.ones(len(gram), dtype=torch.bool) if valid is None else valid
-    lam = ridge * gram.diagonal()[valid].mean() if valid.any() else 0.0
-    return gram + lam * torch.eye(len(gram), dtype=gram.dtype)
-
-
-def check(found, gram, inner, target_sq, k, nonnegative=True):
-    """What holds for whatever one problem: a feasible selection and an honest residual."""
-    n = len(inner)
-    count = int(found.count)
-    assert found.indices.dtype == torch.int64 and found.count.dtype == torch.int32 and found.status.dtype == torch.uint8
-    assert found.indices.shape == found.weights.shape == (k,) and 0 <= count <= min(k, n)
-    chosen, w = found.indices[:count], found.weights[:count]
-    assert (found.indices[count:] == -1).all() and (found.weights[count:] == 0).all()
-    assert chosen.unique().numel() == count and ((chosen >= 0) & (chosen < n)).all()
-    assert torch.isfinite(found.weights).all()
-    if nonnegative:
-        assert (w > 0).all()
-    if int(found.status) == MatchStatus.FULL:
-        assert count == k
-    if torch.isfinite(found.residual) and target_sq > 0:
-        b, t, w = inner.double()[chosen], target_sq.double(), w.double()
-        # Rounding is relative to the terms, which may cancel to much less than they are.
-        scale = w.abs() @ gram.double()[chosen][:, chosen].abs() @ w.abs() + 2 * w.abs() @ b.abs() + t
-        square = t - 2 * w @ b + w @ gram.double()[chosen][:, chosen] @ w
-        slack = 1e-13 if found.weights.dtype == F64 else 1e-7  # of the weights' and the residual's rounding
-        assert abs(float(found.residual.double() ** 2 - square.clamp(min=0) / t)) <= 4 * slack * float(scale / t)
 
 
 def greedy(gram, inner, k, rule, ridge, nonnegative=True):
@@ -176,192 +127,6 @@ def test_tolerance_stops_early():
     assert before.status == MatchStatus.FULL  # and not one row too many
 
 
-# ------------------------------------------------------------------------------------------------ degenerate
-
-
-@pytest.mark.parametrize("dtype", [F64, F32])
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("ridge", [0.0, 1e-3])
-def test_duplicates_are_never_chosen_twice(ridge, rule, dtype):
-    """Chosen again and again under a ridge elsewhere: 15 distinct rows of 32, residual .636 for .029."""
-    g = rows(16, 40, dtype=dtype).repeat(3, 1)
-    arguments = problem(g)
-    found = ops.match(*arguments, 32, rule=rule, ridge=ridge)
-    check(found, *arguments, 32)
-    distinct = ops.match(*problem(g[:16]), 16, rule=rule, ridge=ridge)
-    assert found.residual <= distinct.residual + (0.05 if ridge else FLOOR[dtype])
-    if ridge == 0.0:
-        assert (found.indices[: found.count] % 16).unique().numel() == found.count  # a copy adds nothing
-
-
-@pytest.mark.parametrize("dtype", [F64, F32])
-@pytest.mark.parametrize("ridge", [0.0, 1e-3])
-def test_all_rows_equal(ridge, dtype):
-    arguments = problem(torch.ones(8, 3, dtype=dtype))
-    found = ops.match(*arguments, 4, ridge=ridge)
-    check(found, *arguments, 4)
-    assert found.indices[0] == 0 and found.residual <= 1e-3 + FLOOR[dtype]
-    if ridge == 0.0:
-        assert found.count == 1 and found.status == MatchStatus.OPTIMAL
-
-
-@pytest.mark.parametrize("dtype", [F64, F32])
-def test_near_parallel_rows(dtype):
-    base = rows(1, 30)
-    g = (base + 1e-6 * rows(20, 30, seed=3)).to(dtype)
-    for ridge in (0.0, 1e-3):
-        arguments = problem(g)
-        found = ops.match(*arguments, 10, ridge=ridge)
-        check(found, *arguments, 10)
-        assert found.residual <= 2e-3
-
-
-@pytest.mark.parametrize("dtype", [F64, F32])
-def test_nothing_to_match(dtype):
-    zero = torch.zeros(5, 5, dtype=dtype)
-    found = ops.match(zero, zero[0], zero[0, 0], 3)
-    check(found, zero, zero[0], zero[0, 0], 3)
-    assert found.count == 0 and found.residual == 0 and found.status == MatchStatus.OPTIMAL
-    g = torch.tensor([[1.0, 2.0], [-1.0, -2.0]], dtype=dtype)  # the mean cancels exactly
-    found = ops.match(*problem(g), 2)
-    assert found.count == 0 and found.residual == 0
-
-
-def test_only_opposed_rows():
-    g = rows(6, 4)
-    gram, inner, target_sq = problem(g, -g.mean(0))
-    away = inner > 0
-    gram[away], gram[:, away], inner[away] = 0.0, 0.0, 0.0
-    found = ops.match(gram, inner, target_sq, 4)
-    assert found.count == 0 and found.status == MatchStatus.OPTIMAL and found.residual == 1.0
-    assert ops.match(gram, inner, target_sq, 4, nonnegative=False).count > 0
-
-
-@pytest.mark.parametrize("dtype", [F64, F32])
-def test_mean_that_nearly_cancels(dtype):
-    half = rows(10, 20, shift=0.0)
-    g = torch.cat([half, -half + 1e-4 * rows(10, 20, seed=9)])
-    arguments = problem(g.to(dtype))
-    for ridge in (0.0, 1e-3):
-        check(ops.match(*arguments, 8, ridge=ridge), *arguments, 8)
-
-
-@pytest.mark.parametrize("dtype", [F64, F32])
-def test_zero_rows_are_not_chosen(dtype):
-    g = rows(12, 6, dtype=dtype)
-    g[::2] = 0.0
-    arguments = problem(g)
-    for rule in RULES:
-        found = ops.match(*arguments, 12, rule=rule)
-        check(found, *arguments, 12)
-        assert (found.indices[: found.count] % 2 == 1).all() and found.count > 0
-
-
-@pytest.mark.parametrize("n", [1, 2])
-def test_smallest(n):
-    arguments = problem(rows(n, 3))
-    for k in range(4):
-        found = ops.match(*arguments, k, ridge=0.0)
-        check(found, *arguments, k)
-        assert found.count == min(k, n)
-    one = ops.match(*arguments, 0)
-    assert one.status == MatchStatus.FULL and one.residual == 1.0 and one.indices.shape == (0,)
-
-
-def test_no_rows():
-    found = ops.match(torch.zeros(0, 0), torch.zeros(0), torch.tensor(1.0), 2)
-    assert found.count == 0 and found.indices.tolist() == [-1, -1] and found.residual == 1.0
-    assert ops.match(torch.zeros(0, 3, 3), torch.zeros(0, 3), torch.zeros(0), 2).indices.shape == (0, 2)
-
-
-def test_more_slots_than_rows_and_than_rank():
-    arguments = problem(rows(10, 3))
-    full = ops.match(*arguments, 10, ridge=0.0)
-    found = ops.match(*arguments, 25, ridge=0.0)
-    check(found, *arguments, 25)
-    assert found.count == full.count <= 3 and torch.equal(found.indices[:10], full.indices)
-
-
-@pytest.mark.parametrize("exponent", [-100, -33, -1, 1, 20, 66, 100])
-def test_a_power_of_two_changes_nothing(exponent):
-    """Bit for bit, weights aside: scaling rows by s and the target by t scales weights by t / s."""
-    gram, inner, target_sq = problem(rows(30, 12))
-    base = ops.match(gram, inner, target_sq, 10)
-    s, t = 2.0**exponent, 2.0**-3
-    found = ops.match(gram * s * s, inner * s * t, target_sq * t * t, 10)
-    assert torch.equal(found.indices, base.indices) and torch.equal(found.residual, base.residual)
-    assert torch.equal(found.weights, base.weights * (t / s))
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e20, 1e30])
-def test_any_scale(scale):
-    g = rows(30, 12) * scale
-    found, base = ops.match(*problem(g), 10), ops.match(*problem(g / scale), 10)
-    assert torch.equal(found.indices, base.indices)
-    torch.testing.assert_close(found.weights, base.weights, rtol=1e-9, atol=0.0)
-    small = (rows(30, 12) * min(max(scale, 1e-15), 1e15)).float()  # squares that float32 holds
-    assert ops.match(*problem(small), 10).indices[:5].tolist() == base.indices[:5].tolist()
-
-
-@pytest.mark.parametrize("dtype", [F64, F32])
-def test_norms_graded_over_twenty_decades(dtype):
-    g = (rows(24, 30) * torch.logspace(-14, 6, 24, dtype=F64)[:, None]).to(dtype)
-    for rule, ridge in itertools.product(RULES, (0.0, 1e-3)):
-        arguments = problem(g)
-        found = ops.match(*arguments, 24, rule=rule, ridge=ridge)
-        check(found, *arguments, 24)
-        assert found.count > 0 and found.residual < 0.1
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("where", ["gram", "inner", "target_sq"])
-def test_a_bad_problem_leaves_its_neighbours_alone(where, bad):
-    gram, inner, target_sq = problem(torch.stack([rows(12, 8, seed=seed) for seed in range(3)]))
-    clean = ops.match(gram, inner, target_sq, 5)
-    broken = {"gram": gram.clone(), "inner": inner.clone(), "target_sq": target_sq.clone()}
-    broken[where][1] = bad
-    found = ops.match(*broken.values(), 5)
-    assert found.status[1] == MatchStatus.INVALID and found.count[1] == 0 and found.residual[1].isnan()
-    assert (found.indices[1] == -1).all() and (found.weights[1] == 0).all()
-    for field, same in zip(found, clean, strict=True):
-        assert torch.equal(field[[0, 2]], same[[0, 2]])
-
-
-def test_rows_that_are_not_valid_are_not_read():
-    g = rows(20, 9)
-    valid = torch.arange(20) % 3 != 0
-    keep = valid.nonzero()[:, 0]
-    target = g[keep].sum(0) / 20
-    gram, inner, target_sq = problem(g, target)
-    alone = ops.match(gram[keep][:, keep], inner[keep], target_sq, 7)
-    gram[~valid], gram[:, ~valid], inner[~valid] = torch.nan, torch.inf, torch.nan
-    found = ops.match(gram, inner, target_sq, 7, valid=valid)
-    assert torch.equal(found.indices, keep[alone.indices])
-    torch.testing.assert_close(found.weights, alone.weights, rtol=1e-10, atol=0.0)
-    none = ops.match(gram, inner, target_sq, 7, valid=torch.zeros(20, dtype=torch.bool))
-    assert none.count == 0 and none.status == MatchStatus.OPTIMAL and none.residual == 1.0
-
-
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    st.integers(1, 9).flatmap(
-        lambda n: st.lists(st.lists(st.integers(-3, 3), min_size=4, max_size=4), min_size=n, max_size=n)
-    ),
-    st.integers(0, 11),
-    st.sampled_from(RULES),
-    st.sampled_from([0.0, 1e-3, 1.0]),
-    st.booleans(),
-    st.sampled_from([F64, F32]),
-)
-def test_whatever_the_rows(entries, k, rule, ridge, nonnegative, dtype):
-    """Small integers: full of zero rows, duplicates, opposites and exact ties."""
-    arguments = problem(torch.tensor(entries, dtype=dtype))
-    found = ops.match(*arguments, k, rule=rule, ridge=ridge, nonnegative=nonnegative)
-    check(found, *arguments, k, nonnegative)
-    assert found.status in (MatchStatus.FULL, MatchStatus.OPTIMAL)
-    assert found.residual <= 1.0 + 1e-6
-
-
 # -------------------------------------------------------------------------------------- tensors and dispatch
 
 
@@ -441,58 +206,19 @@ def test_bad_arguments(changes, error, message):
         ops.match(**call)
 
 
-# ------------------------------------------------------------------------------- nonnegative least squares
-
-
-@pytest.mark.parametrize("dtype", [F64, F32])
-@pytest.mark.parametrize("shape", [(30, 12), (10, 25), (12, 12), (5, 1), (1, 5)])
-def test_nnls_equals_scipy(shape, dtype):
-    generator = torch.Generator().manual_seed(shape[0])
-    a = torch.randn(4, *shape, generator=generator, dtype=F64).to(dtype)
-    b = torch.randn(4, shape[0], generator=generator, dtype=F64).to(dtype)
-    x = ops.nnls(a, b)
-    assert x.shape == (4, shape[1]) and x.dtype == dtype and (x >= 0).all()
-    for i in range(4):
-        _, best = scipy.optimize.nnls(a[i].double().numpy(), b[i].double().numpy())
-        reached = (a[i].double() @ x[i].double() - b[i].double()).norm()
-        assert float(reached) == pytest.approx(best, rel=1e-5, abs=1e-6 if dtype == F64 else 1e-5)
-        if shape[0] >= shape[1]:
-            exact = scipy.optimize.nnls(a[i].double().numpy(), b[i].double().numpy())[0]
-            np.testing.assert_allclose(x[i].numpy(), exact, atol=1e-9 if dtype == F64 else 1e-5)
-    gram = ops.nnls_gram(a.double().mT @ a.double(), (a.double().mT @ b.double()[..., None])[..., 0])
-    if shape[0] >= shape[1]:
-        torch.testing.assert_close(gram, x.double(), rtol=1e-5, atol=1e-5)
-
-
-def test_nnls_with_a_ridge():
-    a, b = rows(15, 8), rows(1, 15, seed=4)[0]
-    weight = (0.1 * a.square().sum(0).mean()).sqrt()
-    tall = torch.cat([a, weight * torch.eye(8, dtype=F64)])
-    exact = scipy.optimize.nnls(tall.numpy(), torch.cat([b, b.new_zeros(8)]).numpy())[0]
-    np.testing.assert_allclose(ops.nnls(a, b, ridge=0.1).numpy(), exact, atol=1e-10)
-
-
-def test_nnls_on_valid_rows_and_bad_numbers():
-    a, b = rows(15, 8), rows(1, 15, seed=4)[0]
-    gram, inner = a.T @ a, a.T @ b
-    valid = torch.arange(8) != 3
-    x = ops.nnls_gram(gram, inner, valid=valid)
-    assert x[3] == 0
-    np.testing.assert_allclose(x[valid].numpy(), scipy.optimize.nnls(a[:, valid].numpy(), b.numpy())[0], atol=1e-10)
-    pair = torch.stack([a, a])
-    pair[0, 2, 3] = torch.nan
-    both = ops.nnls(pair, torch.stack([b, b]))
-    assert both[0].isnan().all() and torch.equal(both[1], ops.nnls(a, b))
-    assert torch.equal(ops.nnls(torch.zeros(3, 2), torch.ones(3)), torch.zeros(2))
-    assert ops.nnls(torch.zeros(3, 0), torch.ones(3)).shape == (0,)
-
-
-def test_nnls_bad_arguments():
-    with pytest.raises(ValueError, match="b must be"):
-        ops.nnls(torch.zeros(3, 2), torch.zeros(2))
-    with pytest.raises(ValueError, match="a must be"):
-        ops.nnls(torch.zeros(3), torch.zeros(3))
-    with pytest.raises(ValueError, match="ridge must be"):
-        ops.nnls(torch.zeros(3, 2), torch.zeros(3), ridge=-1.0)
-    with pytest.raises(ValueError, match="inner must be"):
-        ops.nnls_gram(torch.zeros(3, 3), torch.zeros(2))
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("n,k,batch", [(64, 16, 40), (600, 150, 1)])
+def test_a_cuda_graph_replays_the_answer(n, k, batch):
+    """Capture fails at any synchronisation, and at memory that does not come from torch's allocator."""
+    arguments = [x.cuda() for x in problem(rows(batch * n, n // 2, dtype=F32).reshape(batch, n, -1))]
+    found = ops.match(*arguments, k)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.match(*arguments, k)
+    for x in captured:
+        x.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, captured, strict=True))
