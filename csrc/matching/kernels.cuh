@@ -60,7 +60,7 @@ SELBP_HD Answer<T> answer_at(const Answer<T>& answers, int k, std::size_t i) {
 
 // Block b solves problem b. `tableaus`: global memory for them, or null where they are shared.
 template <class T, bool shared_tableau>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 1)  // 1: registers rather than a second block, which would spill
     match_blocks(Options options, Problem<T> problems, Answer<T> answers, unsigned char* tableaus) {
   SELBP_DYNAMIC_SHARED(shared);
   const DeviceShape<T> shape(options.n, options.k);

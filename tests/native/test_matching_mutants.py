@@ -31,7 +31,6 @@ MUTANTS = {
     "the sweep leaves out the newest row": (ENGINE, "s < last; ++s)\n", "s < last - 1; ++s)\n"),
     "the ridge is left out": (SETUP, "ridged = square + ridge_;", "ridged = square;"),
     "negative weights are kept": (ENGINE, "if (best.flag) {", "if (best.flag && false) {"),
-    "rows that wait are forgotten": (ENGINE, "best.index < 0 && barred_ && progressed_", "false"),
     "the turns do not reach z": (FEASIBLE, "    work_.z[s] = fused(cosine, z, sine * next_z);\n", ""),
     "a removal leaves the distances": (FEASIBLE, "if (j.first < main) j.store(", "if (0) j.store("),
     "a removed row stays masked": (FEASIBLE, "Thresholds<T>::kRank * (gram_row(c", "1e300 * (gram_row(c"),
