@@ -8,16 +8,17 @@ rows of that tile. Three products of k rows; nothing of size n x C exists at any
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from selbp import _native, reference
-from selbp.ops import _gemm, _triton
+from selbp import _native
+from selbp.ops import _gemm
+from selbp.ops import _linear_cross_entropy_cuda as _cuda
 from selbp.ops._checks import accumulate_dtype, check_integer, check_same_device
 from selbp.ops._library import define, define_differentiable
+from selbp.ops._linear_cross_entropy_cuda import Forward, Gradients, empty_gradients
 from selbp.ops._loss import (
     TYPE_CODE,
     address,
@@ -33,9 +34,6 @@ from selbp.ops.statistics import StatisticsPass, fold_head
 from selbp.ops.types import BatchStatistics
 
 _TILE_BYTES = 2 << 20  # of residuals: the two products that read them are slower on larger tiles
-
-_Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-_Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 @overload
@@ -111,7 +109,7 @@ def linear_cross_entropy(
 def _cpu(
     features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None,
     rows: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
-) -> _Forward:  # fmt: skip
+) -> Forward:  # fmt: skip
     one = StatisticsPass(
         weight.shape[0], features.dtype, target, features, bias is not None, class_weight, ignore_index,
         label_smoothing, softcap,
@@ -124,7 +122,7 @@ def _cpu(
 def _fake(
     features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None,
     rows: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
-) -> _Forward:  # fmt: skip
+) -> Forward:  # fmt: skip
     n, dtype = features.shape[0], accumulate_dtype(features.dtype)
 
     def empty(dtype: torch.dtype) -> Tensor:
@@ -134,38 +132,18 @@ def _fake(
     return empty(dtype), empty(dtype), empty(dtype), empty(dtype), *flags, empty(dtype)
 
 
-def _cuda(
-    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None,
-    rows: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
-) -> _Forward:  # fmt: skip
-    fused = _triton.kernels("cross_entropy", features)
-    if fused is not None:
-        return fused.linear_cross_entropy(
-            features, weight, bias, target, class_weight, ignore_index, label_smoothing, softcap
-        )
-    dtype = accumulate_dtype(features.dtype)
-    logits = torch.nn.functional.linear(features, weight, bias).to(dtype)
-    stats = reference.cross_entropy_statistics(
-        logits, target, features.to(dtype), class_weight=class_weight, ignore_index=ignore_index,
-        label_smoothing=label_smoothing, softcap=softcap, bias=bias is not None,
-    )  # fmt: skip
-    y = torch.where((target >= 0) & (target < weight.shape[0]), target, 0)[:, None]
-    capped = reference.soft_cap(logits, softcap).scatter(1, y, -torch.inf)
-    return *stats, torch.exp(torch.logsumexp(capped, 1) - stats.lse)
-
-
 def _backward_cpu(
     grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, others: Tensor,
     valid: Tensor, class_weight: Tensor | None, rows: Tensor | None, ignore_index: int, label_smoothing: float,
     softcap: float, need_features: bool, need_weight: bool, need_bias: bool,
-) -> _Gradients:  # fmt: skip
+) -> Gradients:  # fmt: skip
     n, n_classes, accumulate = features.shape[0], weight.shape[0], accumulate_dtype(features.dtype)
     live = valid & (grad != 0)
     if rows is not None:
         live &= torch.zeros_like(live).index_fill_(0, rows, True)
     chosen = live.nonzero()[:, 0]
     k = len(chosen)
-    d_features, d_weight, d_bias = _empty_gradients(features, weight, bias, need_features, need_weight, need_bias)
+    d_features, d_weight, d_bias = empty_gradients(features, weight, bias, need_features, need_weight, need_bias)
     if not k:
         return d_features.zero_(), d_weight.zero_(), d_bias.zero_()
 
@@ -203,86 +181,15 @@ def _backward_cpu(
     return d_features, d_weight, d_bias
 
 
-def _empty_gradients(
-    features: Tensor, weight: Tensor, bias: Tensor | None, need_features: bool, need_weight: bool, need_bias: bool
-) -> _Gradients:
-    """One tensor per input, of no elements where its gradient is not needed."""
-    d_features = features.new_empty(features.shape if need_features else (0,))
-    d_weight = weight.new_empty(weight.shape if need_weight else (0,))
-    return d_features, d_weight, weight.new_empty(weight.shape[0] if need_bias and bias is not None else 0)
-
-
 def _backward_fake(
     grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, others: Tensor,
     valid: Tensor, class_weight: Tensor | None, rows: Tensor | None, ignore_index: int, label_smoothing: float,
     softcap: float, need_features: bool, need_weight: bool, need_bias: bool,
-) -> _Gradients:  # fmt: skip
-    return _empty_gradients(features, weight, bias, need_features, need_weight, need_bias)
+) -> Gradients:  # fmt: skip
+    return empty_gradients(features, weight, bias, need_features, need_weight, need_bias)
 
 
-def _backward_cuda(
-    grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, others: Tensor,
-    valid: Tensor, class_weight: Tensor | None, rows: Tensor | None, ignore_index: int, label_smoothing: float,
-    softcap: float, need_features: bool, need_weight: bool, need_bias: bool,
-) -> _Gradients:  # fmt: skip
-    fused = _triton.kernels("cross_entropy", features)
-    if fused is not None:
-        options = {
-            "label_smoothing": label_smoothing, "softcap": softcap, "need_features": need_features,
-            "need_weight": need_weight, "need_bias": need_bias,
-        }  # fmt: skip
-        return _backward_fused(
-            fused, grad, features, weight, bias, target, lse, others, valid, class_weight, rows, options
-        )
-    dtype, chosen = accumulate_dtype(features.dtype), rows
-    scale = torch.where(valid, grad.to(dtype), 0.0)
-    if chosen is None:
-        chosen = torch.arange(len(features), device=features.device)
-    else:  # a row named twice shares its gradient between its places
-        places = torch.zeros_like(scale).index_add_(0, chosen, torch.ones_like(chosen, dtype=dtype))
-        scale = scale / places.clamp(min=1)
-    live = valid[chosen][:, None]
-    h = torch.where(live, features[chosen], 0.0)
-    logits = torch.nn.functional.linear(features[chosen], weight, bias).to(dtype)
-    r = reference.residual(
-        logits, target[chosen], lse[chosen], class_weight=class_weight, ignore_index=ignore_index,
-        label_smoothing=label_smoothing, softcap=softcap,
-    ) * scale[chosen, None]  # fmt: skip
-    d_features, d_weight, d_bias = _empty_gradients(features, weight, bias, need_features, need_weight, need_bias)
-    if need_features:
-        d_features = d_features.zero_().index_add_(0, chosen, (r.to(weight.dtype) @ weight))
-    if need_weight:
-        d_weight = r.to(weight.dtype).t() @ h
-    if need_bias:
-        d_bias = r.sum(0).to(weight.dtype)
-    return d_features, d_weight, d_bias
-
-
-def _backward_fused(
-    fused: ModuleType, grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor,
-    others: Tensor, valid: Tensor, class_weight: Tensor | None, rows: Tensor | None, options: dict[str, Any],
-) -> _Gradients:  # fmt: skip
-    scale, h = torch.where(valid, grad.float(), 0.0), torch.where(valid[:, None], features, 0.0)
-    if rows is not None:
-        # A row named twice counts at its last place, and the others add 0: the same bits in any order.
-        place = torch.arange(len(rows), device=rows.device)
-        last = torch.full_like(target, -1).scatter_reduce(0, rows, place, "amax")
-        scale, h = torch.where(last[rows] == place, scale[rows], 0.0), h[rows]
-        target, lse, others = target[rows], lse[rows], others[rows]
-    dh, dw, db = fused.linear_cross_entropy_backward(
-        scale, h, weight, bias, target, lse, others, class_weight, **options
-    )
-    if dh is not None and rows is not None:
-        dh = torch.zeros_like(features, dtype=dh.dtype).index_add_(0, rows, dh)
-    nothing = features.new_empty(0)
-    return (
-        nothing if dh is None else dh.to(features.dtype),
-        nothing.clone() if dw is None else dw,
-        nothing.clone() if db is None else db,
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Forward) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
     features, weight, bias, target, class_weight, rows, *options = inputs
     _, lse, _, _, _, valid, others = output
     ctx.mark_non_differentiable(*output[1:])
@@ -306,12 +213,12 @@ _linear_cross_entropy = define_differentiable(
     "linear_cross_entropy(Tensor features, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
     "Tensor? rows, int ignore_index, float label_smoothing, float softcap) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",  # BatchStatistics, then (n,) 1 - p_y
-    fake=_fake, cpu=_cpu, cuda=_cuda, setup_context=_setup_context, backward=_backward,
+    fake=_fake, cpu=_cpu, cuda=_cuda.forward, setup_context=_setup_context, backward=_backward,
 )  # fmt: skip
 _linear_cross_entropy_backward = define(
     "linear_cross_entropy_backward(Tensor grad, Tensor features, Tensor weight, Tensor? bias, Tensor target, "
     "Tensor lse, Tensor others, Tensor valid, Tensor? class_weight, Tensor? rows, int ignore_index, "
     "float label_smoothing, float softcap, bool need_features, bool need_weight, bool need_bias) "
     "-> (Tensor, Tensor, Tensor)",
-    fake=_backward_fake, cpu=_backward_cpu, cuda=_backward_cuda,
+    fake=_backward_fake, cpu=_backward_cpu, cuda=_cuda.backward,
 )  # fmt: skip

@@ -106,14 +106,16 @@ def test_the_gpu_fallback_computes_the_same():
     with torch.no_grad():
         features[4, 0] = torch.nan
         forward = module._cpu(features, weight, bias, target, None, None, -100, 0.1, 0.0)
-        for a, b in zip(module._cuda(features, weight, bias, target, None, None, -100, 0.1, 0.0), forward, strict=True):
+        for a, b in zip(
+            module._cuda.forward(features, weight, bias, target, None, None, -100, 0.1, 0.0), forward, strict=True
+        ):
             torch.testing.assert_close(a[forward[5]], b[forward[5]])
         for rows in (None, torch.tensor([1, 4, 1, 8])):
             arguments = (
                 torch.randn(12, dtype=torch.float64), features, weight, bias, target, forward[1], forward[6],
                 forward[5], None, rows, -100, 0.1, 0.0, True, True, True,
             )  # fmt: skip
-            for a, b in zip(module._backward_cuda(*arguments), module._backward_cpu(*arguments), strict=True):
+            for a, b in zip(module._cuda.backward(*arguments), module._backward_cpu(*arguments), strict=True):
                 torch.testing.assert_close(a, b)
 
 
