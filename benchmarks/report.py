@@ -169,7 +169,8 @@ def summary(about: Mapping[str, Any], results: Results) -> str:
     threads = f"{about['threads']} thread" + ("s" if about["threads"] != 1 else "")
     where = about["cpu"] if about["device"] == "cpu" else about["device"]
     kept = ", freed memory kept by the process" if about["freed memory is kept"] else ""
-    kept += ", small cases only" if about.get("cases") == "small ones only" else ""
+    cases = about.get("cases", "all")
+    kept += f"; cases: {cases}" if cases != "all" else ""
     return "\n".join(
         [
             *lines,
