@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from selbp.training.backward.rows.registry import NoRuleError
 
@@ -71,11 +72,16 @@ def plan_of(tensor: Tensor, layout: Layout, dim: int) -> Plan:
 
 
 class Slices:
-    """The copies of one backward. A source is kept alive while remembered, so its address cannot be reused."""
+    """The copies of one backward.
+
+    Autograd frees what an operation saved as soon as it has run, and a copy must not hold its n-row source beyond
+    that: sources are remembered by weak references. Such a reference keeps the storage's handle, not its memory, so
+    that no other storage can take the handle's address, by which copies are found.
+    """
 
     def __init__(self, rows: RowSet) -> None:
         self._rows = rows
-        self._copies: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._copies: dict[tuple[Any, ...], tuple[StorageWeakRef, Tensor]] = {}
 
     def clear(self) -> None:
         """Forget every copy (the backward is over)."""
@@ -93,20 +99,20 @@ class Slices:
         storage = tensor.untyped_storage()
         if not blocks or end * tensor.itemsize > storage.nbytes():
             return self._alone(tensor, layout, dim)
-        place = (storage.data_ptr(), start, outer, step, tensor.dtype, tensor._version)
+        place = (storage._cdata, start, outer, step, tensor.dtype, tensor._version)
         found = self._copies.get(place)
         if found is None:
             index = self._rows.on(tensor.device)
             if whole:
                 copy = tensor.index_select(0, index)
-                self._remember(place, tensor, copy)
+                self._remember(place, storage, copy)
                 return copy
             if outer == 1:
                 copy = tensor.as_strided((layout.rows.n, step), (step, 1), start).index_select(0, index)
             else:
                 n = layout.rows.n
                 copy = tensor.as_strided((outer, n, step), (n * step, step, 1), start).index_select(1, index)
-            self._remember(place, tensor, copy)
+            self._remember(place, storage, copy)
         else:
             copy = found[1]
             if whole and copy.shape == size:
@@ -115,8 +121,9 @@ class Slices:
 
     def _alone(self, tensor: Tensor, layout: Layout, dim: int) -> Tensor:
         """A copy of this tensor only, in its own physical order of dims."""
-        shape, stride = tuple(tensor.shape), tensor.stride()
-        key = (tensor.data_ptr(), shape, stride, dim, layout.pre, layout.post, tensor.dtype, tensor._version)
+        shape, stride, storage = tuple(tensor.shape), tensor.stride(), tensor.untyped_storage()
+        place = (storage._cdata, tensor.storage_offset(), shape, stride, dim, layout.pre, layout.post)
+        key = (*place, tensor.dtype, tensor._version)
         found = self._copies.get(key)
         if found is None:
             index, x = self._rows.on(tensor.device), tensor
@@ -130,13 +137,13 @@ class Slices:
             size = list(shape)
             size[dim] = layout.kept
             copy = x.expand(size)
-            self._remember(key, tensor, copy)
+            self._remember(key, storage, copy)
         else:
             copy = found[1]
         return copy
 
-    def _remember(self, key: tuple[Any, ...], source: Tensor, copy: Tensor) -> None:
+    def _remember(self, key: tuple[Any, ...], source: UntypedStorage, copy: Tensor) -> None:
         copies = self._copies
-        copies[key] = (source, copy)
+        copies[key] = (StorageWeakRef(source), copy)
         if len(copies) > REMEMBERED:
             del copies[next(iter(copies))]  # the oldest
