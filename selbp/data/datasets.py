@@ -68,6 +68,9 @@ class Text(Split):
         return self.inputs.index_select(0, indices).long(), self.labels.index_select(0, indices)
 
 
+NOISE_STREAM = 0x6E6F6973  # added to the seed of label noise; torch's CPU generator reads a seed's low 32 bits only
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A training part and a part that only evaluates."""
@@ -91,7 +94,8 @@ class Dataset:
         """The data set with ``share`` of its *training* labels turned into another class, each as likely."""
         if not 0.0 < share < 1.0:
             raise ValueError(f"share must lie in (0, 1), got {share}")
-        generator = torch.Generator().manual_seed(seed)
+        # Not the stream that held_out permutes by: it would hold out the samples with wrong labels, and no other.
+        generator = torch.Generator().manual_seed(seed + NOISE_STREAM)
         wrong = torch.randperm(len(self.train), generator=generator)[: round(share * len(self.train))]
         labels = self.train.labels.clone()
         labels[wrong] += torch.randint(1, self.n_classes, labels[wrong].shape, generator=generator)

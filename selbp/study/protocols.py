@@ -60,7 +60,7 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
         Protocol(
             "main", "Fashion-MNIST, the small CNN, clean and with 20 % wrong labels",
-            tuple(Cell(name, "cnn", 500, (0.1, 0.25)) for name in (CLEAN, NOISY)), PAPER, (0, 1, 2, 3, 4),
+            (Cell(CLEAN, "cnn", 500, (0.1, 0.25)), Cell(NOISY, "cnn", 500, (0.25,))), PAPER, (0, 1, 2, 3, 4),
             own_keeps=(16, 32, 64),
         ),
         # About 400 core-minutes by the costs of steps on a busy machine: 7, 35, 140, 120, 40 and 60 by cell.

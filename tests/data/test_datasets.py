@@ -199,6 +199,9 @@ def test_label_noise_is_in_the_training_labels_alone() -> None:
     assert again.fingerprint == noisy.fingerprint and again.name == noisy.name
     held_out = resolve("digits+noise=0.2-held-out")
     assert held_out.fingerprint == noisy.held_out().fingerprint and held_out.name == noisy.held_out().name
+    # The samples held out are no better and no worse than the rest: 0.2, within 5 deviations of a draw of so many.
+    wrong = (noisy.held_out().test.labels != clean.held_out().test.labels).float()
+    assert abs(float(wrong.mean()) - 0.2) < 5 * (0.2 * 0.8 / len(wrong)) ** 0.5
     steps = torch.bincount((noisy.train.labels - clean.train.labels)[changed].remainder(10), minlength=10)
     assert steps[0] == 0 and (steps[1:] > 0).all()
     for share in (0.0, 1.0, -0.1):
