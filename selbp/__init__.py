@@ -37,6 +37,7 @@ from selbp.training.backward.rows import checkpoint, fence, select  # noqa: E402
 from selbp.training.cut import CutReport, SelectiveBackward, selective_backward  # noqa: E402
 from selbp.training.diagnose import Diagnosis, diagnose  # noqa: E402
 from selbp.training.memory import keep_freed_memory  # noqa: E402
+from selbp.training.recommended import recommended  # noqa: E402
 
 __all__ = [
     "BatchStatistics",
@@ -65,6 +66,7 @@ __all__ = [
     "diagnose",
     "fence",
     "keep_freed_memory",
+    "recommended",
     "select",
     "selective_backward",
 ]
