@@ -22,9 +22,9 @@ number of samples as well. Test data evaluates; it tunes nothing.
 
 * **Equal steps**: every arm takes as many optimizer steps.
 * **Equal samples**: as many samples run backward. Only the full batch then takes another number of steps.
-* **Equal time**: every arm takes as many steps as fit in the time of gradient matching's. An arm's time is the
-  median processor time of its step, measured alone with one thread, all arms in turn, times its steps: scoring,
-  choosing, backward and optimizer are in it, the reading of data is not.
+* **Equal time**: every arm takes as many steps as fit in the time of one arm's: gradient matching's where it runs. An
+  arm's time is the median processor time of its step, measured with one thread, all arms in turn, times its steps:
+  scoring, choosing, backward and optimizer are in it, the reading of data is not.
 
 Accuracy is the mean ± standard deviation over seeds. Differences to random are paired by seed (same initial weights,
 same order of samples), in points, with their 95 % t interval. **Ahead** and **behind** say that the interval excludes
