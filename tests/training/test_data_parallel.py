@@ -1,14 +1,11 @@
 """Two processes over gloo: the head's exact gradient passes the reducer, and the global target is that of all ranks."""
 
-import os
-import socket
-
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import in_two_processes
 
 import selbp
 
@@ -43,16 +40,12 @@ def check_close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
-def worker(rank, port):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def check_all(rank):
     for find_unused in (False, True):
         for scoring in ("same", "eval"):
             full_head_passes_the_reducer(rank, find_unused, scoring)
     accumulation_and_scaling(rank)
     global_target(rank)
-    dist.destroy_process_group()
 
 
 def full_head_passes_the_reducer(rank, find_unused, scoring):
@@ -107,7 +100,4 @@ def global_target(rank):
 
 
 def test_two_processes():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port,), nprocs=2)
+    in_two_processes(check_all)

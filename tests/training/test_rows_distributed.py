@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import in_two_processes
 
 import selbp
 
@@ -84,21 +82,12 @@ def check_fsdp() -> None:
         selbp.select(values, torch.tensor([1, 2]))
 
 
-def work(rank: int, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        check_ddp(rank, unused=False)
-        check_ddp(rank, unused=True)
-        check_cut(rank)
-        check_fsdp()
-    finally:
-        dist.destroy_process_group()
+def check_all(rank: int) -> None:
+    check_ddp(rank, unused=False)
+    check_ddp(rank, unused=True)
+    check_cut(rank)
+    check_fsdp()
 
 
 def test_two_processes() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port,), nprocs=2)
+    in_two_processes(check_all)
