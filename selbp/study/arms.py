@@ -65,6 +65,7 @@ class Arm:
     backward: str | None = None
     scoring: str | None = None
     batch_size: int | None = None
+    precision: str | None = None
     options: str = ""  # further arguments of SelectiveBackprop: option=value,...
     title: str | None = None
 
@@ -113,7 +114,7 @@ class Arm:
         return replace(base, selector=self.selector, keep=keep, lr=self.rate(), seed=seed, options=self.options, **own)
 
 
-OWN = ("keep", "cut", "head_gradient", "backward", "scoring", "batch_size")
+OWN = ("keep", "cut", "head_gradient", "backward", "scoring", "batch_size", "precision")
 
 
 def _value(text: str) -> Value:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from selbp.study.models import MODELS
 
+LATER = {"precision": "float32"}  # fields that runs of this format may lack, and what those ran with
 FORMAT = 2  # part of every key: raise it when the same configuration would give another result
 
 
@@ -38,6 +39,7 @@ class RunConfig:
     journal_every: int = 1  # steps between saved states: what a kill may lose
     device: str = "cpu"
     threads: int = 0  # 0: as torch decides
+    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: forward and backward under autocast
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -56,7 +58,8 @@ class RunConfig:
         if self.model not in MODELS:
             raise ValueError(f"model must be one of {', '.join(MODELS)}, got {self.model!r}")
         for name, choices in (("backward", ("auto", "rows", "recompute")), ("scoring", ("same", "eval")),
-                              ("head_gradient", ("subset", "full"))):  # fmt: skip
+                              ("head_gradient", ("subset", "full")),
+                              ("precision", ("float32", "bfloat16"))):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.keep != "auto":
@@ -85,13 +88,15 @@ class RunConfig:
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
         """The inverse of :meth:`as_dict`; unknown or missing fields are a ValueError."""
         names = {field.name for field in fields(cls)}
+        values = LATER | values
         if set(values) != names:
             raise ValueError(f"configuration has the fields {sorted(values)}, not {sorted(names)}")
         return cls(**values)
 
     def key(self) -> str:
         """A digest of all of it: equal keys, equal runs."""
-        text = json.dumps([FORMAT, self.as_dict()], sort_keys=True)
+        told = {name: value for name, value in self.as_dict().items() if name not in LATER or value != LATER[name]}
+        text = json.dumps([FORMAT, told], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def differences(self, other: RunConfig) -> list[str]:

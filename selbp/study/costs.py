@@ -45,8 +45,9 @@ def cost_name(config: RunConfig) -> str:
     """What a step's cost depends on: neither seed, rate, length nor the labels' noise."""
     name, _, rest = config.dataset.removesuffix("-held-out").partition("+noise")
     del rest
-    own = {field: getattr(config, field) for field in ("head_gradient", "backward", "scoring", "cut", "options")}
-    default = {"head_gradient": "subset", "backward": "auto", "scoring": "same", "cut": "", "options": ""}
+    default = {"head_gradient": "subset", "backward": "auto", "scoring": "same", "cut": "", "options": "",
+               "precision": "float32"}  # fmt: skip
+    own = {field: getattr(config, field) for field in default}
     given = ",".join(f"{field}={value}" for field, value in own.items() if value != default[field])
     arm = "@".join(filter(None, (config.selector, given)))
     return f"{name} {config.model} n={config.batch_size} keep={config.keep} {arm}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 BUDGETS = ("steps", "samples", "time")
 OWN_KEEP = "random-own-keep"  # random with a keep of its own: an arm of the budget of time, and its baseline there
@@ -17,6 +18,7 @@ class Cell:
     steps: int  # S: the budget of steps; the budget of time is what S steps of the protocol's clock take
     keeps: tuple[float | int, ...] = (0.25,)
     batch_size: int = 128
+    precision: Literal["float32", "bfloat16"] = "float32"  # of every arm
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,13 @@ PROTOCOLS: dict[str, Protocol] = {
             "confirm", "the cut below the head against random at equal time, on fresh seeds",
             (Cell(CLEAN, "wide-cnn", 1200, (0.25,), batch_size=64),),
             ("full", "random", "matching-recut", "cube-recut"), tuple(range(100, 110)), budgets=("time",),
+            own_keeps=(16, 32, 48), clock="cube-recut", claim=True,
+        ),
+        # There, bfloat16 helped the choosing arms alone: random, which scores nothing, may train in it as well.
+        Protocol(
+            "confirm-bfloat16", "the same with every arm trained in bfloat16, on ten more seeds",
+            (Cell(CLEAN, "wide-cnn", 1200, (0.25,), batch_size=64, precision="bfloat16"),),
+            ("full", "random", "matching-recut", "cube-recut"), tuple(range(200, 210)), budgets=("time",),
             own_keeps=(16, 32, 48), clock="cube-recut", claim=True,
         ),
     )

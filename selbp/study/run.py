@@ -177,7 +177,9 @@ class Run:
             group["lr"] = self.config.rate(self.step)
         inputs, target = self.train.batch(self.order.indices(self.step).to(self.device))
         started = self._now()
-        self.wrapper(inputs, target).backward()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            loss = self.wrapper(inputs, target)
+        loss.backward()
         before = self._now()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -61,6 +61,7 @@ def plan_cell(cell: Cell, protocol: Protocol, sets: Sets, costs: Costs, advance:
     base = RunConfig(
         dataset=data.name, fingerprint=data.fingerprint, selector="random", steps=cell.steps, lr=0.05,
         model=cell.model, batch_size=cell.batch_size, journal_every=200, threads=1,
+        precision=cell.precision,
     )  # fmt: skip
     plan = Plan(cell, protocol, base, data.held_out(), costs)
     configs = [plan.config(Arm.parse(name), keep) for keep in cell.keeps for name in protocol.arms]
