@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from selbp._version import __version__
+from selbp.study.protocols import PROTOCOLS  # plain data
 
 
 def keep_argument(text: str) -> float | int:
@@ -155,10 +156,11 @@ def build_parser() -> argparse.ArgumentParser:
         "  selbp study --protocol quick\n"
         "  selbp study --protocol main --workers 2 --results benchmarks/results\n"
         "  selbp study --protocol main --name explore --arms random,matching,matching@cut=2 --seeds 0-2\n"
-        "  selbp study --render benchmarks/results --out docs/study.md",
+        "  selbp study --render benchmarks/results --out docs/study.md\n\n"
+        f"protocols:\n{_protocol_help()}",
     )  # fmt: skip
-    study.add_argument("--protocol", choices=["quick", "main", "full", "confirm"], default="main",
-                       help="which (default: %(default)s)")  # fmt: skip
+    study.add_argument("--protocol", choices=list(PROTOCOLS), metavar="NAME", default="main",
+                       help="which, see below (default: %(default)s)")  # fmt: skip
     study.add_argument("--arms", type=list_argument, metavar="A,B,...", help="other arms than the protocol's")
     study.add_argument("--seeds", "--seed", type=seeds_argument, metavar="S", help="other seeds")
     study.add_argument("--steps", type=int, metavar="N", help="another length, for every cell")
@@ -201,6 +203,10 @@ def _selector_help() -> str:
     from selbp.study.rules import RULES  # light: names and words only
 
     return "\n".join(f"  {name:<16} {rule.summary}" for name, rule in RULES.items())
+
+
+def _protocol_help() -> str:
+    return "\n".join(f"  {name:<16} {protocol.title}" for name, protocol in PROTOCOLS.items())
 
 
 def _arm_help() -> str:
