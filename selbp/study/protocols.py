@@ -33,6 +33,7 @@ class Protocol:
     budgets: tuple[str, ...] = BUDGETS
     own_keeps: tuple[int, ...] = (13, 16, 24, 32, 64)  # among which random chooses its own
     clock: str = "matching"  # the arm whose steps, at the dearest keep, set the budget of time
+    note: str = ""  # for who reads the result
     claim: bool = False  # Holm-corrected over all of its differences, cells by arms, in each budget
 
     def __post_init__(self) -> None:
@@ -81,13 +82,26 @@ PROTOCOLS: dict[str, Protocol] = {
             (Cell(CLEAN, "wide-cnn", 1200, (0.25,), batch_size=64),),
             ("full", "random", "matching-recut", "cube-recut"), tuple(range(100, 110)), budgets=("time",),
             own_keeps=(16, 32, 48), clock="cube-recut", claim=True,
+            note="Every arm trains in float32; the arms with a cut score in bfloat16, which random and the full batch "
+            "have no use for. A machine that is fast in bfloat16 can train in it: see confirm-bfloat16.",
         ),
-        # There, bfloat16 helped the choosing arms alone: random, which scores nothing, may train in it as well.
         Protocol(
             "confirm-bfloat16", "the same with every arm trained in bfloat16, on ten more seeds",
             (Cell(CLEAN, "wide-cnn", 1200, (0.25,), batch_size=64, precision="bfloat16"),),
             ("full", "random", "matching-recut", "cube-recut"), tuple(range(200, 210)), budgets=("time",),
             own_keeps=(16, 32, 48), clock="cube-recut", claim=True,
+            note="All forwards and backwards run under autocast to bfloat16.",
+        ),
+        Protocol(
+            "explore", "what else was tried below the head, and whether the matching matters there",
+            (Cell(CLEAN, "wide-cnn", 1200, (0.25,), batch_size=64, precision="bfloat16"),),
+            (
+                "full", "random", "top-loss", "matching", "divbs", "matching-head", "matching-recut", "cube-recut",
+                "gradnorm-recut", "random-recut", "matching-recut-8", "matching-recut-128", "matching-recut2",
+            ),
+            (0, 1, 2, 3, 4), budgets=("time",), own_keeps=(16, 32, 48), clock="cube-recut",
+            note="All forwards and backwards run under autocast to bfloat16. An exploration: the best of so many arms "
+            "looks better than it is.",
         ),
     )
 }  # fmt: skip

@@ -45,5 +45,12 @@ ARMS: dict[str, tuple[str, str]] = {
     "matching-recut": ("matching below the head, recomputed", f"matching@{RECUT}"),
     "cube-recut": ("unbiased matching below the head, recomputed", f"cube@{RECUT}"),
     "gradnorm-recut": ("gradient norms below the head, recomputed", f"gradnorm:norm=gradient@{RECUT}"),
+    "random-recut": ("random rows below the head, recomputed", f"random@{RECUT}"),
+    "matching-recut-8": ("matching below the head, recomputed, 8 rows", f"matching@{RECUT},keep=8"),
+    "matching-recut-128": (
+        "matching below the head, recomputed, 16 of 128",
+        f"matching@{RECUT},batch_size=128,keep=16",
+    ),
+    "matching-recut2": ("matching two layers below the head, recomputed", f"matching@{RECUT.replace('1', '2', 1)}"),
     "random-cut2": ("random rows two layers below the head", "random@cut=2"),
 }

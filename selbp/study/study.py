@@ -149,7 +149,7 @@ def entry(
     curves = [[point["accuracy"] for point in curve] for curve in recorded]
     samples = [result["backward_samples"] for result in results.values()]
     return {
-        "dataset": plan.cell.dataset, "model": plan.cell.model, "batch_size": config.batch_size, "cell_keep": keep,
+        "dataset": plan.cell.dataset, "model": plan.cell.model, "batch_size": plan.cell.batch_size, "cell_keep": keep,
         "budget": budget, "arm": arm.name, "label": arm.label, "keep": config.keep, "lr": config.lr,
         "steps": config.steps, "samples": sum(samples) / len(samples) if samples else 0, "cost": cost_name(config),
         "accuracy": {str(seed): round(result["accuracy"], 4) for seed, result in results.items()},

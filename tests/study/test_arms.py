@@ -47,7 +47,7 @@ def test_the_named_arms_run(name: str, config: RunConfig, dataset: Dataset, tmp_
     assert arm.label == ARMS[name][0]
     run = Run(arm.config(dataclasses.replace(config, steps=4), 0), dataset, tmp_path)
     run.open()
-    assert run.execute()["backward_samples"] == 4 * 8
+    assert run.execute()["backward_samples"] == 4 * run.config.kept()
 
 
 @pytest.mark.parametrize("model", MODELS)
