@@ -17,9 +17,9 @@ def test_the_example_runs_as_printed(capsys):
 
 
 def test_its_commands_and_files_exist():
-    rules = re.findall(r"^([a-z][a-z -]*):", (ROOT / "Makefile").read_text(), re.M)
+    rules = re.findall(r"^([a-z][a-z0-9 -]*):", (ROOT / "Makefile").read_text(), re.M)
     targets = {target for rule in rules for target in rule.split()}
-    assert {"demo", "test"} <= set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.M)) <= targets
+    assert {"demo", "test"} <= set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", README, re.M)) <= targets
     for link in re.findall(r"\]\(([^)h][^)]*)\)", README):
         assert (ROOT / link).exists(), link
 
