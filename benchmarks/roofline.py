@@ -1,4 +1,7 @@
-"""What this machine can do at best: the GEMM rate per dtype and the bandwidth per working set, measured in the run."""
+"""What this machine can do at best: the GEMM rate per dtype and the bandwidth per working set, measured in the run.
+
+``python -m benchmarks.roofline`` prints both, and then the models of the Triton kernels on GPUs (roofline_gpu.py).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks import roofline_gpu
 from selbp import _native
 from selbp.ops import _gemm, gradient_gram
 
@@ -90,3 +94,19 @@ class Roofline:
         for name, known in (("read", self._read), ("copy", self._copy)):
             rates |= {f"{name} {size >> 10} KiB GB/s": rate / 1e9 for size, rate in sorted(known.items())}
         return rates
+
+
+def main() -> None:
+    """Print the rates of this machine on one thread, measured, and the models of GPUs."""
+    torch.set_num_threads(1)
+    here = Roofline(torch.device("cpu"), 1)
+    here.flops(torch.float32), here.flops(torch.bfloat16)
+    for kibibytes in (256, 4096, 131072):
+        here.read(kibibytes << 10), here.copy(kibibytes << 10)
+    for name, rate in here.table().items():
+        print(f"{name}: {rate:.1f} measured")
+    roofline_gpu.main()
+
+
+if __name__ == "__main__":
+    main()

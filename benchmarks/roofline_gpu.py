@@ -44,6 +44,7 @@ class Work:
     flops: float
     least_bytes: float
     logits: float = 0.0  # that pass through the epilogue
+    extra: float = 0.0  # instructions per logit beyond those of statistics
 
 
 def _ceil(a: int, b: int) -> int:
@@ -73,22 +74,35 @@ def residual(n: int, n_classes: int, item: int = 2) -> Work:
 
 
 def sketch(n: int, n_classes: int, d: int, p: int = 64, item: int = 2) -> Work:
-    """The logits once more and their projection onto p columns."""
+    """Statistics and the projection of the residuals onto p columns, in the same pass."""
     logits = float(n) * n_classes
     nbytes = float(n + n_classes) * d * item + n_classes * p * item + n * p * 4.0
-    return Work("sketch", f"{n}x{n_classes}x{d} p={p}", 2.0 * logits * (d + p), nbytes, logits)
+    return Work("sketch", f"{n}x{n_classes}x{d} p={p}", 2.0 * logits * (d + p), nbytes, logits, extra=4.7)
 
 
-SHAPES = (
-    statistics(8192, 128256, 4096),
-    statistics(8192, 32000, 4096),
-    statistics(4096, 1000, 2048),
-    logits_statistics(8192, 32000),
-    residual(8192, 32000),
-    gram(4096, 1000, 2048),
-    gram(1024, 1000, 768),
-    sketch(8192, 32000, 4096),
-)
+def chunk(k: int, n_classes: int, d: int, item: int = 2) -> Work:
+    """Logits of the rows with a gradient again, stored as residuals: the backward but for its two BLAS products."""
+    logits = float(k) * n_classes
+    return Work(
+        "residual_chunk", f"{k}x{n_classes}x{d}", 2.0 * logits * d, (k + n_classes) * d * item + logits * item, logits
+    )
+
+
+def training(n: int, n_classes: int, d: int, item: int = 2) -> Work:
+    """Forward and backward of every row: the logits twice and two products of the BLAS; the gradients written."""
+    logits = float(n) * n_classes
+    nbytes = (n + n_classes) * d * item * 3.0
+    return Work("linear_cross_entropy", f"{n}x{n_classes}x{d}", 8.0 * logits * d, nbytes, 2.0 * logits)
+
+
+def target_logit(n: int, d: int, item: int = 2) -> Work:
+    """A row of the features and one of the weight for each sample."""
+    return Work("target_logit", f"{n}x{d}", 4.0 * n * d, float(target_logit_requests(n, d, item)))
+
+
+def finalize(n: int, splits: int) -> Work:
+    """Vectors of n numbers."""
+    return Work("finalize", f"n={n} splits={splits}", 50.0 * n * splits, float(finalize_requests(n, splits)))
 
 
 def roofline(work: Work, device: Device) -> float:
@@ -100,7 +114,7 @@ def roofline(work: Work, device: Device) -> float:
 def modelled(work: Work, device: Device) -> float:
     """Seconds by the model of this module; unmeasured."""
     product = work.flops / (EFFICIENCY * device.flops) if work.logits or work.kernel == "gram" else 0.0
-    instructions = work.logits * device.epilogue / 32
+    instructions = work.logits * (device.epilogue + work.extra) / 32
     epilogue = instructions / (4 * device.processors * device.clock)
     return max(product + epilogue, work.least_bytes / (0.9 * device.bandwidth))
 
@@ -114,6 +128,12 @@ def statistics_requests(n: int, n_classes: int, d: int, splits: int, tile: tuple
     rows, columns = tile
     row_tiles, class_tiles = _ceil(n, rows), _ceil(n_classes, columns)
     return row_tiles * class_tiles * (rows + columns) * d * item + splits * n * (8 + 3 * 4)
+
+
+def sketch_requests(n: int, n_classes: int, d: int, p: int, splits: int, tile: tuple[int, int], item: int) -> int:
+    """The same with a projection: P once a row tile, and p sums a row and split."""
+    projected = _ceil(n, tile[0]) * n_classes * p * item + splits * n * p * 4
+    return statistics_requests(n, n_classes, d, splits, tile, item) + projected
 
 
 def logits_statistics_requests(n: int, n_classes: int, splits: int, item: int) -> int:
@@ -147,14 +167,6 @@ def chunk_requests(k: int, n_columns: int, d: int, tile: tuple[int, int], item: 
     return row_tiles * class_tiles * (rows + columns) * d * item + class_tiles * k * ROW_TERMS + k * n_columns * item
 
 
-def sketch_requests(n: int, n_classes: int, d: int, p: int, splits: int, tile: tuple[int, int], item: int) -> int:
-    """Bytes that ``sketch_kernel`` requests the same way: the projection once a row tile, a sum a row and split."""
-    rows, columns = tile
-    row_tiles, class_tiles = _ceil(n, rows), _ceil(n_classes, columns)
-    product = row_tiles * class_tiles * (rows + columns) * d * item
-    return product + class_tiles * n * ROW_TERMS + row_tiles * n_classes * p * item + splits * n * p * 4
-
-
 def gram_requests(n: int, n_classes: int, d: int, rows: int, item: int, clear_rows: int = 64) -> int:
     """Bytes that the three Gram kernels request by pointer, exact depths, no broken row."""
     count = _ceil(n, rows)
@@ -163,16 +175,35 @@ def gram_requests(n: int, n_classes: int, d: int, rows: int, item: int, clear_ro
     return tiles * 2 * rows * (n_classes + d) * item + 4 * n * n + flags
 
 
+SHAPES = (
+    statistics(8192, 128256, 4096),
+    statistics(8192, 32000, 4096),
+    statistics(4096, 1000, 2048),
+    sketch(8192, 128256, 4096),
+    sketch(8192, 32000, 4096),
+    training(8192, 128256, 4096),
+    training(8192, 32000, 4096),
+    chunk(2048, 128256, 4096),
+    chunk(2048, 32000, 4096),
+    logits_statistics(8192, 32000),
+    residual(8192, 32000),
+    target_logit(8192, 4096),
+    finalize(8192, 2),
+    gram(4096, 1000, 2048),
+    gram(1024, 1000, 768),
+)
+
+
 def main() -> None:
     """Print the table."""
     print("kernel | shape | GFLOP | MB | " + " | ".join(f"{d.name}: roofline, model (ms)" for d in DEVICES.values()))
     for work in SHAPES:
         times = " | ".join(
-            f"{1e3 * roofline(work, device):.3f}, {1e3 * modelled(work, device):.3f} unmeasured"
+            f"{1e3 * roofline(work, device):.3g}, {1e3 * modelled(work, device):.3g} unmeasured"
             for device in DEVICES.values()
         )
         print(
-            f"{work.kernel} | {work.shape} | {work.flops / 1e9:.1f} | {work.least_bytes / 1e6:.1f} | {times}",
+            f"{work.kernel} | {work.shape} | {work.flops / 1e9:.3g} | {work.least_bytes / 1e6:.3g} | {times}",
             flush=True,
         )
 

@@ -48,7 +48,8 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
         statistics_softcap={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
         statistics_smoothing={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(128, 32, 32, 8, 3)},
         chunk={2: Tile(128, 128, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
-        sketch={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(64, 32, 32, 4, 3)},
+        sketch={2: Tile(128, 128, 64, 8, 3, True), 4: Tile(64, 32, 32, 4, 3)},
+        sketch_options={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(64, 32, 32, 8, 3)},
         gram={2: Tile(128, 128, 64, 8, 4, True), 4: Tile(64, 64, 32, 4, 3)},
         gram_small={2: Tile(64, 64, 64, 4, 4, True), 4: Tile(64, 64, 32, 4, 3)},
     ),
@@ -58,7 +59,8 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
         statistics_softcap={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
         statistics_smoothing={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(128, 32, 32, 8, 3)},
         chunk={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
-        sketch={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(64, 32, 32, 8, 3)},
+        sketch={2: Tile(128, 128, 64, 8, 3, True), 4: Tile(64, 32, 32, 8, 3)},
+        sketch_options={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(64, 32, 32, 8, 3)},
         gram={2: Tile(128, 128, 64, 8, 4, True), 4: Tile(64, 64, 32, 4, 3)},
         gram_small={2: Tile(64, 64, 64, 4, 4, True), 4: Tile(64, 64, 32, 4, 3)},
     ),
@@ -67,7 +69,8 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
         statistics_softcap={2: Tile(128, 64, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
         statistics_smoothing={2: Tile(128, 32, 64, 8, 3), 4: Tile(64, 32, 32, 4, 3)},
         chunk={2: Tile(128, 64, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
-        sketch={2: Tile(64, 64, 32, 4, 3), 4: Tile(64, 32, 32, 4, 3)},
+        sketch={2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 32, 32, 4, 3)},
+        sketch_options={2: Tile(64, 32, 64, 8, 3), 4: Tile(32, 32, 32, 8, 3)},
         gram={2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
         gram_small={2: Tile(64, 64, 64, 4, 3), 4: Tile(64, 64, 32, 4, 3)},
     ),
@@ -76,7 +79,8 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
         statistics_softcap={2: Tile(128, 64, 32, 8, 2), 4: Tile(64, 64, 16, 8, 2)},
         statistics_smoothing={2: Tile(64, 64, 32, 4, 2), 4: Tile(64, 64, 16, 4, 2)},
         chunk={2: Tile(128, 64, 32, 8, 2), 4: Tile(64, 64, 16, 8, 2)},
-        sketch={2: Tile(64, 64, 32, 4, 2), 4: Tile(64, 32, 16, 4, 2)},
+        sketch={2: Tile(128, 128, 32, 8, 2), 4: Tile(64, 32, 16, 4, 2)},
+        sketch_options={2: Tile(64, 64, 32, 8, 2), 4: Tile(64, 32, 16, 8, 2)},
         gram={2: Tile(128, 128, 32, 8, 2), 4: Tile(64, 64, 16, 4, 2)},
         gram_small={2: Tile(64, 64, 32, 4, 2), 4: Tile(64, 64, 16, 4, 2)},
     ),
@@ -85,7 +89,8 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
         statistics_softcap={2: Tile(128, 64, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
         statistics_smoothing={2: Tile(128, 32, 64, 8, 3), 4: Tile(64, 32, 32, 4, 3)},
         chunk={2: Tile(128, 64, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
-        sketch={2: Tile(64, 64, 32, 4, 3), 4: Tile(64, 32, 32, 4, 3)},
+        sketch={2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 32, 32, 4, 3)},
+        sketch_options={2: Tile(64, 32, 64, 8, 3), 4: Tile(32, 32, 32, 8, 3)},
         gram={2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
         gram_small={2: Tile(64, 64, 32, 4, 3), 4: Tile(64, 64, 32, 8, 3)},
     ),
@@ -114,9 +119,12 @@ def processors(device: torch.device) -> int:
 
 
 def statistics_tile(
-    device: torch.device, dtype: torch.dtype, n_classes: int, *, bias: bool, softcap: bool, smooth: bool
-) -> Tile:
-    """The configuration of ``statistics``: options, a bias and a ragged last tile need registers, so smaller tiles."""
+    device: torch.device, dtype: torch.dtype, n_classes: int, *, bias: bool, softcap: bool, smooth: bool,
+    projected: bool = False,
+) -> Tile:  # fmt: skip
+    """The configuration of ``statistics``: sums of a projection, options, a bias and a ragged end need registers."""
+    if projected:
+        return tile("sketch_options" if smooth or softcap else "sketch", device, dtype)
     if smooth or softcap:
         return tile("statistics_smoothing" if smooth else "statistics_softcap", device, dtype)
     exact = tile("statistics", device, dtype)

@@ -77,7 +77,7 @@ def linear_cross_entropy(
         z, feature_sq = target_logit(
             target, len(weight), features=features, weight=weight, bias=bias, plus=float(bias is not None)
         )
-        partials = statistics(
+        partials, _ = statistics(
             features, weight, bias, target, class_weight=class_weight, smooth=label_smoothing != 0.0, softcap=softcap
         )
         loss, lse, residual_sq, others, correct, valid = finalize(
@@ -119,15 +119,13 @@ def sketch(
     """(n, p, q) float32 sketches of the sequences' head gradients."""
     n, length, d = features.shape
     h, y = rows(features.reshape(n * length, d)), target.reshape(n * length).contiguous()
-    options = class_weight, ignore_index, label_smoothing, softcap
-    _, lse, _, _, _, valid, others = linear_cross_entropy(h, weight, bias, y, *options)
-    h = torch.where(valid[:, None], h, 0.0)
     with torch.cuda.device_of(features):
-        projected = projected_residuals(
-            valid.float(), h, rows(weight), None if bias is None else bias.contiguous(), y, lse, others, left,
-            None if class_weight is None else class_weight.contiguous(), label_smoothing=label_smoothing,
-            softcap=softcap,
+        projected, valid = projected_residuals(
+            h, rows(weight), None if bias is None else bias.contiguous(), y, left,
+            None if class_weight is None else class_weight.contiguous(), ignore_index=ignore_index,
+            label_smoothing=label_smoothing, softcap=softcap,
         )  # fmt: skip
+    h = torch.where(valid[:, None], h, 0.0)
     mapped = h.float() @ right[:d].float()
     if bias is not None:
         mapped = mapped + right[d].float()

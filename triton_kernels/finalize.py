@@ -54,20 +54,20 @@ def finalize_kernel(
         new = reference_exponent(m)
         scale = tl.exp2(ref - new)
         scale_part = tl.exp2(ref_part - new)
+        square_scale, square_part = scale * scale, scale_part * scale_part
         s = s * scale + tl.load(part + field, mask=inside, other=0.0) * scale_part
+        s2_part = tl.load(part + 2 * field, mask=inside, other=0.0) * square_part
         if SMOOTH:
-            amount_part = tl.load(part + 2 * field, mask=inside, other=0.0)
+            amount_part = tl.load(part + 3 * field, mask=inside, other=0.0)
             spread += amount * (new - ref)
-            spread += tl.load(part + 3 * field, mask=inside, other=0.0) + amount_part * (new - ref_part)
+            spread += tl.load(part + 4 * field, mask=inside, other=0.0) + amount_part * (new - ref_part)
             amount += amount_part
             rho, s2, square = merge_fit(
-                rho * scale, s2 * (scale * scale), square,
-                tl.load(part + 4 * field, mask=inside, other=0.0) * scale_part,
-                tl.load(part + 5 * field, mask=inside, other=0.0) * (scale_part * scale_part),
-                tl.load(part + 6 * field, mask=inside, other=0.0),
+                rho * scale, s2 * square_scale, square, tl.load(part + 5 * field, mask=inside, other=0.0) * scale_part,
+                s2_part, tl.load(part + 6 * field, mask=inside, other=0.0),
             )  # fmt: skip
         else:
-            s2 = s2 * (scale * scale) + tl.load(part + 2 * field, mask=inside, other=0.0) * (scale_part * scale_part)
+            s2 = s2 * square_scale + s2_part
         ref = new
 
     z = tl.load(target_logit + rows, mask=inside, other=0.0)

@@ -34,10 +34,14 @@ logit against 4096 flops a cycle, so at d >= 4096 the product dominates.
 
 ``logits_statistics_kernel`` is the same pass where the logits are stored already: it reads each once, n C item bytes.
 
-Exponentials E are not stored for a residual to be made of them. Where the model's forward has written its logits, as in
-every training step, statistics and residual read them twice, and statistics would write E and residual read it: 2 n C
-item bytes either way. Where nothing has, E saves one read of three passes over n C numbers: 0.17 ms of 3.8 modelled on
-an H100 at 8192 x 32000 x 4096 in bfloat16 (product 3.1, residuals written once in float32), and keeps n C numbers.
+With a projection P (sketch.py) the same pass sums g e P into ROWS x WIDTH more registers.
+
+Exponentials are not stored for ``residual`` to be made of them. Where the model's forward has written its logits, as in
+every training step, statistics and residual each read them, n C 2 item bytes; storing E would add a write. From
+features and weight a product must write n C logits that both then read, 3 item; this kernel could write E instead for
+residual to read, 2 item. That saves n C item of n C (3 item + 4) bytes with the float32 residuals: 0.17 of 3.8 ms
+modelled on an H100 at 8192 x 32000 x 4096 in bfloat16, 3.1 of them the product. E would need each tile's reference
+beside it, or a rescaling pass, and a second kernel for residuals in every option: not worth 4 %.
 """
 
 import torch
@@ -48,65 +52,94 @@ from . import configs
 from .arithmetic import FLOOR, LOG2E, MINUS_INFINITY, grouped_tile, reference_exponent, soft_cap
 from .product import dot_precision, logits_tile, operands
 
-FIELDS = {False: 3, True: 7}  # of the partials, by label smoothing: m, s, s2 | m, s, A, D, rho, Q, V2
+FIELDS = {False: 3, True: 7}  # of the partials, by label smoothing: m, s, s2 | m, s, Q, A, D, rho, V2
+WIDTH = 64  # columns of P that one launch projects onto
 
 
 @triton.jit
-def absorb(z, g, m, ref, s, s2, SOFTCAP: tl.constexpr):
-    """The statistics (m, ref, s, s2) after the tile z (excluded entries -inf); g is the cap's slope."""
-    m = tl.maximum(m, tl.max(z, 1))
-    new = reference_exponent(m)
-    scale = tl.exp2(ref - new)
-    e = tl.exp2(tl.fma(z, LOG2E, -new[:, None]))
-    s = s * scale + tl.sum(e, 1)
-    if SOFTCAP:
-        e = e * g
-    s2 = s2 * (scale * scale) + tl.sum(e * e, 1)
-    return m, new, s, s2
+def empty_state(ROWS: tl.constexpr, SMOOTH: tl.constexpr):
+    """Of rows of which no class has been seen: (m, ref, s, s2), with smoothing (m, ref, s, Q, A, D, rho, V2)."""
+    zero = tl.zeros((ROWS,), tl.float32)
+    state = tl.full((ROWS,), MINUS_INFINITY, tl.float32), tl.full((ROWS,), FLOOR, tl.float32) * LOG2E, zero, zero
+    if SMOOTH:
+        state = state + (zero, zero, zero, zero)
+    return state
 
 
 @triton.jit
-def merge_fit(rho, residual, square, rho_, residual_, square_):
-    """Least-squares fits of two disjoint sets of classes, joined: (rho, Q, V2)."""
-    total = square + square_
-    share = tl.where(total > 0.0, square_ / tl.where(total > 0.0, total, 1.0), 0.0)
-    delta = rho_ - rho
-    return rho + delta * share, residual + residual_ + delta * delta * (square * share), total
+def absorb(z, g, w, state, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr):
+    """The state after the tile z (excluded entries -inf), then the tile's g e and g w and the sums' change of scale.
 
-
-@triton.jit
-def absorb_smooth(z, g, w, m, ref, s, amount, spread, rho, residual, square, SOFTCAP: tl.constexpr):
-    """The same with label smoothing; w holds the class weights of the tile, 0 where a class is excluded."""
-    m = tl.maximum(m, tl.max(z, 1))
+    g is the cap's slope; w holds the class weights, 0 where a class is excluded, and is read with smoothing only.
+    """
+    ref, s = state[1], state[2]
+    m = tl.maximum(state[0], tl.max(z, 1))
     new = reference_exponent(m)
     scale = tl.exp2(ref - new)
     exponent = tl.fma(z, LOG2E, -new[:, None])
     e = tl.exp2(exponent)
     s = s * scale + tl.sum(e, 1)
-    spread += amount * (new - ref) + tl.sum(tl.where(w == 0.0, 0.0, -w * exponent), 1)
-    amount += tl.sum(w, 1)
+    if SMOOTH:
+        spread = state[5] + state[4] * (new - ref) + tl.sum(tl.where(w == 0.0, 0.0, -w * exponent), 1)
+        amount = state[4] + tl.sum(w, 1)
     if SOFTCAP:
         e = e * g
         w = w * g
-    square_ = tl.sum(w * w, 1)
-    rho_ = tl.sum(e * w, 1) / tl.where(square_ > 0.0, square_, 1.0)
-    left = e - rho_[:, None] * w
-    rho, residual, square = merge_fit(
-        rho * scale, residual * (scale * scale), square, rho_, tl.sum(left * left, 1), square_
-    )
-    return m, new, s, amount, spread, rho, residual, square
+    if SMOOTH:
+        square = tl.sum(w * w, 1)
+        rho = tl.sum(e * w, 1) / tl.where(square > 0.0, square, 1.0)
+        left = e - rho[:, None] * w
+        rho, missed, square = merge_fit(
+            state[6] * scale, state[3] * (scale * scale), state[7], rho, tl.sum(left * left, 1), square
+        )
+        state = m, new, s, missed, amount, spread, rho, square
+    else:
+        state = m, new, s, state[3] * (scale * scale) + tl.sum(e * e, 1)
+    return state, e, w, scale
+
+
+@triton.jit
+def merge_fit(rho, missed, square, rho_, missed_, square_):
+    """Least-squares fits of two disjoint sets of classes, joined: (rho, Q, V2)."""
+    total = square + square_
+    share = tl.where(total > 0.0, square_ / tl.where(total > 0.0, total, 1.0), 0.0)
+    delta = rho_ - rho
+    return rho + delta * share, missed + missed_ + delta * delta * (square * share), total
+
+
+@triton.jit
+def class_weights(class_weight, columns, n_classes, excluded, HAS_WEIGHT: tl.constexpr):
+    """The weights of a tile's classes, 0 where a row excludes them."""
+    if HAS_WEIGHT:
+        w = tl.load(class_weight + columns, mask=columns < n_classes, other=0.0).to(tl.float32)[None, :]
+    else:
+        w = 1.0
+    return tl.where(excluded, 0.0, w)
+
+
+@triton.jit
+def store_state(partials, state, rows, inside, split, n, n_splits):
+    """Partials [fields, splits, n]: the state without its reference, which follows from m."""
+    place = partials + split.to(tl.int64) * n + rows
+    tl.store(place, state[0], mask=inside)
+    for field in tl.static_range(2, len(state)):
+        place += n_splits.to(tl.int64) * n
+        tl.store(place, state[field], mask=inside)
 
 
 @triton.jit
 def statistics_kernel(
-    features, weight, bias, class_weight, target, partials,
-    n, n_classes, d, stride_h, stride_w, tiles_per_split, softcap,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    features, weight, bias, class_weight, target, projection, partials, sums,
+    n, n_classes, d, p, stride_h, stride_w, stride_p, tiles_per_split, softcap,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTOR: tl.constexpr, EVEN_COLUMNS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Partials [fields, splits, n] of the logits cap(H W^T + c) over the classes other than each row's target."""
+    """Partials [fields, splits, n] of the logits cap(H W^T + c) over the classes other than each row's target.
+
+    With a WIDTH also sums [1, splits, n, p] of g e P; [2, ...] with smoothing and a cap, the second of g w P.
+    """
     n_row_tiles = tl.cdiv(n, ROWS)
     n_splits = tl.num_programs(0) // n_row_tiles
     row_tile, split = grouped_tile(tl.program_id(0), n_row_tiles, n_splits, GROUP)
@@ -115,15 +148,12 @@ def statistics_kernel(
     y = tl.load(target + rows, mask=inside, other=0)
     y = tl.where((y >= 0) & (y < n_classes), y, 0).to(tl.int32)
     offset = tl.arange(0, COLUMNS)
-    m = tl.full((ROWS,), MINUS_INFINITY, tl.float32)
-    ref = tl.full((ROWS,), FLOOR, tl.float32) * LOG2E
-    s = tl.zeros((ROWS,), tl.float32)
-    s2 = tl.zeros((ROWS,), tl.float32)
-    if SMOOTH:
-        amount = tl.zeros((ROWS,), tl.float32)
-        spread = tl.zeros((ROWS,), tl.float32)
-        rho = tl.zeros((ROWS,), tl.float32)
-        square = tl.zeros((ROWS,), tl.float32)
+    state = empty_state(ROWS, SMOOTH)
+    if WIDTH:
+        width = tl.arange(0, WIDTH)
+        projected = tl.zeros((ROWS, WIDTH), tl.float32)
+        if SMOOTH and SOFTCAP:
+            weighted = tl.zeros((ROWS, WIDTH), tl.float32)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(n_classes, COLUMNS))
     for tile in range(first, last):
@@ -135,30 +165,26 @@ def statistics_kernel(
         if not EVEN_COLUMNS:
             excluded = excluded | (offset >= n_classes - tile * COLUMNS)[None, :]
         z = tl.where(excluded, MINUS_INFINITY, z)
+        columns = tile * COLUMNS + offset
+        w = z
         if SMOOTH:
-            if HAS_WEIGHT:
-                columns = tile * COLUMNS + offset
-                w = tl.load(class_weight + columns, mask=columns < n_classes, other=0.0).to(tl.float32)
-                w = tl.where(excluded, 0.0, w[None, :])
-            else:
-                w = tl.where(excluded, 0.0, 1.0)
-            m, ref, s, amount, spread, rho, s2, square = absorb_smooth(
-                z, g, w, m, ref, s, amount, spread, rho, s2, square, SOFTCAP
-            )
-        else:
-            m, ref, s, s2 = absorb(z, g, m, ref, s, s2, SOFTCAP)
-    out = partials + split.to(tl.int64) * n + rows
-    field = n_splits.to(tl.int64) * n
-    tl.store(out, m, mask=inside)
-    tl.store(out + field, s, mask=inside)
-    if SMOOTH:
-        tl.store(out + 2 * field, amount, mask=inside)
-        tl.store(out + 3 * field, spread, mask=inside)
-        tl.store(out + 4 * field, rho, mask=inside)
-        tl.store(out + 5 * field, s2, mask=inside)
-        tl.store(out + 6 * field, square, mask=inside)
-    else:
-        tl.store(out + 2 * field, s2, mask=inside)
+            w = class_weights(class_weight, columns, n_classes, excluded, HAS_WEIGHT)
+        state, e, w, scale = absorb(z, g, w, state, SOFTCAP, SMOOTH)
+        if WIDTH:
+            within = (columns < n_classes)[:, None] & (width < p)[None, :]
+            values = projection + columns.to(tl.int64)[:, None] * stride_p + width[None, :]
+            values = tl.load(values, mask=within, other=0.0)
+            projected = projected * scale[:, None]
+            projected = tl.dot(e.to(values.dtype), values, projected, input_precision=PRECISION)
+            if SMOOTH and SOFTCAP:
+                weighted = tl.dot(w.to(values.dtype), values, weighted, input_precision=PRECISION)
+    store_state(partials, state, rows, inside, split, n, n_splits)
+    if WIDTH:
+        place = sums + (split.to(tl.int64) * n + rows)[:, None] * p + width[None, :]
+        mask = inside[:, None] & (width < p)[None, :]
+        tl.store(place, projected, mask=mask)
+        if SMOOTH and SOFTCAP:
+            tl.store(place + n_splits.to(tl.int64) * n * p, weighted, mask=mask)
 
 
 @triton.jit
@@ -175,15 +201,7 @@ def logits_statistics_kernel(
     inside = rows < n
     y = tl.load(target + rows, mask=inside, other=0)
     y = tl.where((y >= 0) & (y < n_classes), y, 0).to(tl.int32)
-    m = tl.full((ROWS,), MINUS_INFINITY, tl.float32)
-    ref = tl.full((ROWS,), FLOOR, tl.float32) * LOG2E
-    s = tl.zeros((ROWS,), tl.float32)
-    s2 = tl.zeros((ROWS,), tl.float32)
-    if SMOOTH:
-        amount = tl.zeros((ROWS,), tl.float32)
-        spread = tl.zeros((ROWS,), tl.float32)
-        rho = tl.zeros((ROWS,), tl.float32)
-        square = tl.zeros((ROWS,), tl.float32)
+    state = empty_state(ROWS, SMOOTH)
     z_rows = logits + rows.to(tl.int64)[:, None] * stride_z
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(n_classes, COLUMNS))
@@ -196,29 +214,11 @@ def logits_statistics_kernel(
             z, g = soft_cap(z, softcap)
         excluded = (columns[None, :] == y[:, None]) | (columns >= n_classes)[None, :]
         z = tl.where(excluded, MINUS_INFINITY, z)
+        w = z
         if SMOOTH:
-            if HAS_WEIGHT:
-                w = tl.load(class_weight + columns, mask=columns < n_classes, other=0.0).to(tl.float32)
-                w = tl.where(excluded, 0.0, w[None, :])
-            else:
-                w = tl.where(excluded, 0.0, 1.0)
-            m, ref, s, amount, spread, rho, s2, square = absorb_smooth(
-                z, g, w, m, ref, s, amount, spread, rho, s2, square, SOFTCAP
-            )
-        else:
-            m, ref, s, s2 = absorb(z, g, m, ref, s, s2, SOFTCAP)
-    out = partials + split.to(tl.int64) * n + rows
-    field = n_splits.to(tl.int64) * n
-    tl.store(out, m, mask=inside)
-    tl.store(out + field, s, mask=inside)
-    if SMOOTH:
-        tl.store(out + 2 * field, amount, mask=inside)
-        tl.store(out + 3 * field, spread, mask=inside)
-        tl.store(out + 4 * field, rho, mask=inside)
-        tl.store(out + 5 * field, s2, mask=inside)
-        tl.store(out + 6 * field, square, mask=inside)
-    else:
-        tl.store(out + 2 * field, s2, mask=inside)
+            w = class_weights(class_weight, columns, n_classes, excluded, HAS_WEIGHT)
+        state, _, _, _ = absorb(z, g, w, state, SOFTCAP, SMOOTH)
+    store_state(partials, state, rows, inside, split, n, n_splits)
 
 
 def class_splits(n_row_tiles: int, n_class_tiles: int, programs: int) -> tuple[int, int]:
@@ -237,14 +237,20 @@ def statistics(
     class_weight: torch.Tensor | None = None,  # (C,), read only with smoothing
     smooth: bool = False,
     softcap: float = 0.0,
+    projection: torch.Tensor | None = None,  # (C, p) of the dtype of features, p <= WIDTH; its rows contiguous
     tile: configs.Tile | None = None,
     splits: int | None = None,
-) -> torch.Tensor:
-    """Partials [fields, splits, n] in float32 for :func:`finalize`, from features and weight."""
-    (n, d), n_classes = features.shape, len(weight)
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Partials [fields, splits, n] in float32 for :func:`finalize`, and with a projection sums [1 or 2, splits, n, p].
+
+    The sums are of e P over the classes, relative to the reference of their split and row; the second ones, where a
+    cap bends the smoothing's share of the target, of the weighted slopes w g P.
+    """
+    (n, d), (n_classes, p) = features.shape, (len(weight), 0) if projection is None else projection.shape
     tile = tile or configs.statistics_tile(
-        features.device, features.dtype, n_classes, bias=bias is not None, softcap=bool(softcap), smooth=smooth
-    )
+        features.device, features.dtype, n_classes, bias=bias is not None, softcap=bool(softcap), smooth=smooth,
+        projected=projection is not None,
+    )  # fmt: skip
     descriptor, pair = operands(tile.descriptor, (features, tile.rows, tile.depth), (weight, tile.columns, tile.depth))
     if tile.descriptor and not descriptor:
         tile = tile.with_pointers()
@@ -253,17 +259,20 @@ def statistics(
         row_tiles, class_tiles, splits * row_tiles if splits else configs.processors(features.device)
     )
     partials = torch.empty(FIELDS[smooth], count, n, dtype=torch.float32, device=features.device)
+    sums = None if projection is None else partials.new_empty(1 + (smooth and softcap != 0.0), count, n, p)
     if n == 0:
-        return partials
+        return partials, sums
     statistics_kernel[(row_tiles * count,)](
-        *pair, bias, class_weight, target, partials,
-        n, n_classes, d, features.stride(0), weight.stride(0), per_split, softcap or 1.0,
-        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=tile.group, DESCRIPTOR=descriptor,
+        *pair, bias, class_weight, target, projection, partials, sums, n, n_classes, d, p,
+        features.stride(0), weight.stride(0), 0 if projection is None else projection.stride(0), per_split,
+        softcap or 1.0,
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WIDTH=0 if projection is None else WIDTH,
+        GROUP=tile.group, DESCRIPTOR=descriptor,
         EVEN_COLUMNS=n_classes % tile.columns == 0, EVEN_DEPTH=d % tile.depth == 0, HAS_BIAS=bias is not None,
         SOFTCAP=bool(softcap), SMOOTH=smooth, HAS_WEIGHT=smooth and class_weight is not None,
         PRECISION=dot_precision(features.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return partials
+    return partials, sums
 
 
 def logits_statistics(

@@ -11,8 +11,8 @@ so that E <S_i, S_j> = <G_i, G_j>, for i = j too, and for Gaussian entries (thos
 
 given Q, with A = G Q, E_P <P^T A_i, P^T A_j>^2 <= <A_i, A_j>^2 + (2/p) ||A_i||^2 ||A_j||^2, and the same again over Q.
 P^T r_t = P^T softmax(z_t) - P[y_t] has the shape of attention with keys W and values P: the exponentials are formed a
-tile of classes at a time and multiplied at once, p/d of extra work on top of the logits' GEMM. On the CPU without label
-smoothing this is the pass that finds the statistics, 2 n T C (d + p) flops; elsewhere a second one, 2 n T C (2 d + p).
+tile of classes at a time and multiplied at once, p/d of extra work on top of the logits' GEMM. This is the pass that
+finds the statistics, 2 n T C (d + p) flops; only the CPU takes a second one, 2 n T C (2 d + p), with label smoothing.
 """
 
 from __future__ import annotations

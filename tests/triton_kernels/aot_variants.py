@@ -12,7 +12,6 @@ from selbp.triton_kernels import (
     gram,
     linear_cross_entropy,
     residual,
-    sketch,
     statistics,
     target_logit,
 )
@@ -81,9 +80,25 @@ def statistics_variants(arch: str, target: GPUTarget, tile: configs.Tile | None 
     return found
 
 
-def _statistics(name, options, shape, exact, element, itemsize, target) -> Variant:
+def sketch_variants(arch: str, target: GPUTarget) -> list[Variant]:
+    """The same with sums of a projection, for the sketch of sequences."""
+    found = []
+    for itemsize, element in NAMES.items():
+        for name, options in VARIANTS.items():
+            if name == "weight":
+                continue
+            shape = configs.TABLE[arch]["sketch" if name == "plain" else "sketch_options"][itemsize]
+            found.append(_statistics(name, options, shape, True, element, itemsize, target, statistics.WIDTH))
+            found.append(_statistics(name, options, shape, False, element, itemsize, target, statistics.WIDTH))
+            if shape.descriptor:
+                shape = shape.with_pointers()
+                found.append(_statistics(name, options, shape, False, element, itemsize, target, statistics.WIDTH))
+    return found
+
+
+def _statistics(name, options, shape, exact, element, itemsize, target, width=0) -> Variant:
     constants = {
-        "ROWS": shape.rows, "COLUMNS": shape.columns, "DEPTH": shape.depth, "GROUP": shape.group,
+        "ROWS": shape.rows, "COLUMNS": shape.columns, "DEPTH": shape.depth, "WIDTH": width, "GROUP": shape.group,
         "DESCRIPTOR": shape.descriptor, "EVEN_COLUMNS": exact, "EVEN_DEPTH": exact, "HAS_BIAS": not exact,
         "PRECISION": _precision(itemsize, target), **options,
     }  # fmt: skip
@@ -92,11 +107,13 @@ def _statistics(name, options, shape, exact, element, itemsize, target) -> Varia
         "weight": _matrix_operand(shape, shape.columns, shape.depth, element),
         **_pointer("bias", not exact, element),
         **_pointer("class_weight", options["HAS_WEIGHT"], "fp32"),
+        **_pointer("projection", width > 0, element), **_pointer("sums", width > 0, "fp32"),
         "target": "*i64", "partials": "*fp32", "softcap": "fp32",
-        **_integers("n", "n_classes", "d", "stride_h", "stride_w", "tiles_per_split"),
+        **_integers("n", "n_classes", "d", "p", "stride_h", "stride_w", "stride_p", "tiles_per_split"),
     }  # fmt: skip
     limited = name == "plain" and exact and itemsize == 2
-    label = f"statistics {element} {name} {'exact' if exact else 'ragged'}{'' if shape.descriptor else ' pointers'}"
+    kind = "sketch" if width else "statistics"
+    label = f"{kind} {element} {name} {'exact' if exact else 'ragged'}{'' if shape.descriptor else ' pointers'}"
     return Variant(
         label, statistics.statistics_kernel, types, constants, shape.warps, shape.stages, True,
         shape.rows * shape.columns if limited else 0,
@@ -144,11 +161,11 @@ def row_variants(arch: str) -> list[Variant]:
     return found
 
 
-def chunk_variants(arch: str, target: GPUTarget, table: str = "chunk") -> list[Variant]:
+def chunk_variants(arch: str, target: GPUTarget) -> list[Variant]:
     """Residuals of a chunk of classes, for the backward of linear_cross_entropy."""
     found = []
     for itemsize, element in NAMES.items():
-        shape = configs.TABLE[arch][table][itemsize]
+        shape = configs.TABLE[arch]["chunk"][itemsize]
         for name in ("plain", "everything"):
             options = VARIANTS[name]
             plain = shape.with_pointers()
@@ -166,21 +183,9 @@ def chunk_variants(arch: str, target: GPUTarget, table: str = "chunk") -> list[V
                     "share": "fp32", "softcap": "fp32",
                     **_integers("k", "n_columns", "first_class", "d", "stride_h", "stride_w", "stride_out"),
                 }  # fmt: skip
-                label = f"{table} {element} {name} {'exact' if exact else 'ragged pointers'}"
+                label = f"chunk {element} {name} {'exact' if exact else 'ragged pointers'}"
                 kernel = linear_cross_entropy.residual_chunk_kernel
                 found.append(Variant(label, kernel, types, constants, tile.warps, tile.stages, True))
-    return found
-
-
-def sketch_variants(arch: str, target: GPUTarget) -> list[Variant]:
-    """The residuals' projection, for the sketch of sequences."""
-    found = []
-    for variant in chunk_variants(arch, target, "sketch"):
-        element = "bf16" if " bf16 " in variant.name else "fp32"
-        types = {**variant.types, "projection": f"*{element}", "out": "*fp32",
-                 **_integers("n", "n_classes", "p", "stride_p", "tiles_per_split")}  # fmt: skip
-        constants = {**variant.constants, "WIDTH": sketch.WIDTH}
-        found.append(dataclasses.replace(variant, kernel=sketch.sketch_kernel, types=types, constants=constants))
     return found
 
 

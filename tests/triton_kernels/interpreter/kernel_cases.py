@@ -78,7 +78,7 @@ def run_linear(case: Case, tile, splits=None):
         case.target, len(case.weight), features=case.features, weight=case.weight, bias=case.bias,
         plus=float(case.bias is not None),
     )  # fmt: skip
-    partials = statistics(
+    partials, _ = statistics(
         case.features, case.weight, case.bias, case.target, class_weight=options.get("class_weight"), smooth=smooth,
         softcap=options.get("softcap", 0.0), tile=tile, splits=splits,
     )  # fmt: skip

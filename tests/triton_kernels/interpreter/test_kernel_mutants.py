@@ -9,6 +9,7 @@ import kernel_cases as cases
 import pytest
 import test_kernel_gram
 import test_kernel_residual
+import test_kernel_sketch
 import test_kernel_statistics as check
 import torch
 
@@ -32,6 +33,17 @@ def stored(option="plain", splits=3):
 def residual(option="plain"):
     case = cases.make(19, 24, 203, torch.float32, option, bias=True)
     test_kernel_residual.check(case, case.logits, 3)
+
+
+def projection(option="plain"):
+    # Ever greater logits: the reference moves from tile to tile and from split to split.
+    case = cases.make(37, 24, 203, torch.float32, option, bias=True)
+    case.bias += torch.linspace(-20.0, 20.0, 203)
+    test_kernel_sketch.check(case, test_kernel_sketch.POINTER, splits=3)
+
+
+def capped():
+    projection("everything")
 
 
 def gradients():
@@ -81,11 +93,15 @@ MUTANTS = {
     ),
     "target not excluded from stored logits": ("statistics", "(columns[None, :] == y[:, None]) | ", "", stored),
     "tile offset ignored": ("product", "b.load([j * COLUMNS, k])", "b.load([0, k])", described),
-    "sums not rescaled": ("statistics", "s2 * (scale * scale) + tl.sum", "s2 * scale + tl.sum", linear),
+    "sums not rescaled": ("statistics", "state[3] * (scale * scale) + tl.sum", "state[3] * scale + tl.sum", linear),
     "fits not rescaled": ("finalize", "rho * scale, s2 *", "rho, s2 *", lambda: linear("smoothing")),
+    "projection not rescaled": ("statistics", "projected * scale[:, None]", "projected", projection),
+    "projection without the target": ("sketch", "own = rest - mass * q", "own = rest", projection),
+    "projection: splits at one reference": ("sketch", "torch.exp2(reference - reference.amax(0))", "1.0", projection),
+    "projection: share of the target under a cap": ("sketch", "share * sums[1]", "0.0 * sums[1]", capped),
     "spread not moved to the new reference": (
         "statistics",
-        "amount * (new - ref) + ",
+        "state[4] * (new - ref) + ",
         "",
         lambda: stored("smoothing", 1),
     ),
@@ -154,9 +170,12 @@ def plant(tmp_path, monkeypatch):
             cases: ("finalize", "target_logit", "statistics"),
             test_kernel_residual: ("residual",),
             test_kernel_gram: ("gram",),
+            test_kernel_sketch: ("sketch.projected_residuals",),
         }.items():
             for name in names:
-                monkeypatch.setattr(where, name, getattr(importlib.import_module(f"mutated_kernels.{name}"), name))
+                name, _, function = name.partition(".")
+                mutated = importlib.import_module(f"mutated_kernels.{name}")
+                monkeypatch.setattr(where, function or name, getattr(mutated, function or name))
         stats = importlib.import_module("mutated_kernels.statistics")
         monkeypatch.setattr(cases, "logits_statistics", stats.logits_statistics)
 
@@ -175,8 +194,10 @@ def test_planted_bug_is_caught(name, plant):
 
 
 def test_the_copy_without_a_bug_passes(plant):
-    plant("statistics", "s2 = tl.zeros", "s2 = tl.zeros")
+    plant("statistics", "zero = tl.zeros", "zero = tl.zeros")
     linear()
     described()
     stored("everything")
     residual()
+    projection()
+    capped()

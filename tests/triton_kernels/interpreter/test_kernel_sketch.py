@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from selbp import ops, reference
-from selbp.triton_kernels.configs import Tile
+from selbp.triton_kernels.configs import TABLE, Tile
 from selbp.triton_kernels.sketch import projected_residuals
 
 operator = importlib.import_module("selbp.ops.sketch")
@@ -20,20 +20,17 @@ def exact(case, projection):
     )
     logits = torch.nn.functional.linear(case.features, case.weight, case.bias)
     r = reference.residual(logits, case.target, stats.lse, **case.options)
-    y = case.target.clamp(min=0)[:, None]
-    capped = reference.soft_cap(logits, case.options.get("softcap", 0.0)).scatter(1, y, -torch.inf)
-    return stats, torch.exp(torch.logsumexp(capped, 1) - stats.lse), r @ projection.to(r.dtype)
+    return stats.valid, torch.where(stats.valid[:, None], r @ projection.to(r.dtype), 0.0)
 
 
 def check(case, tile, p=20, splits=None):
     projection, _ = ops.sketch_projections(len(case.weight), 1, (p, 1), dtype=case.features.dtype)
-    stats, others, spec = exact(case.to(torch.float64), projection)
-    _, _, eager = exact(case.to(torch.float32), projection)
-    options = {name: case.options.get(name, 0.0) for name in ("label_smoothing", "softcap")}
-    got = projected_residuals(
-        stats.valid.float(), case.features, case.weight, case.bias, case.target, stats.lse, others, projection,
-        case.options.get("class_weight"), **options, tile=tile, splits=splits,
-    )  # fmt: skip
+    valid, spec = exact(case.to(torch.float64), projection)
+    _, eager = exact(case.to(torch.float32), projection)
+    got, flags = projected_residuals(
+        case.features, case.weight, case.bias, case.target, projection, **case.options, tile=tile, splits=splits
+    )
+    assert torch.equal(flags, valid)
     size = max(float(spec.abs().max()), 1e-30)
     unit = 0.0 if case.features.dtype == torch.float32 else torch.finfo(case.features.dtype).eps  # of r, once
     ours, theirs = (float((x.double() - spec).abs().max()) / size for x in (got, eager))
@@ -70,3 +67,47 @@ def test_the_operator_on_cuda_implementations(bias):
     )  # fmt: skip
     assert got.shape == spec.shape
     assert float((got - spec).abs().max() / spec.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("option", ["plain", "everything"])
+def test_broken_rows_leave_the_others_as_they_are(option, bad):
+    case = cases.make(20, 16, 90, option=option, bias=True)
+    case.target[:] = torch.arange(20)
+    projection, _ = ops.sketch_projections(90, 1, (8, 1))
+
+    def run():
+        arguments = case.features, case.weight, case.bias, case.target, projection
+        return projected_residuals(*arguments, **case.options, tile=POINTER, splits=2)
+
+    clean, before = run()
+    case.features[3, 2], case.target[5], case.target[6] = bad, -100, 90
+    got, valid = run()
+    rows = torch.tensor([3, 5, 6])
+    assert before.all() and not valid[rows].any() and (got[rows] == 0).all()
+    others = torch.ones(20, dtype=torch.bool).index_fill(0, rows, False)
+    assert torch.equal(got[others], clean[others])
+    case.features[:] = bad
+    got, valid = run()
+    assert not valid.any() and (got == 0).all()
+
+
+def test_a_confident_row_keeps_its_small_residual():
+    """1 - p_y near 1e-9: the sums are relative to the other classes' greatest, so nothing is lost beside p_y."""
+    bias = torch.zeros(50)
+    bias[7] = 25.0
+    projection, _ = ops.sketch_projections(50, 1, (8, 1))
+    case = cases.Case(torch.zeros(2, 4), torch.randn(50, 4), bias, torch.full((2,), 7), {})
+    _, spec = exact(case.to(torch.float64), projection)
+    got, _ = projected_residuals(case.features, case.weight, bias, case.target, projection, tile=POINTER, splits=2)
+    assert 0 < float(spec.abs().max()) < 1e-8
+    assert float((got - spec).abs().max() / spec.abs().max()) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", cases.OPTIONS)
+@pytest.mark.parametrize("arch", TABLE)
+def test_shipped_tiles(arch, option):
+    for dtype in cases.DTYPES:
+        table = TABLE[arch]["sketch" if option in ("plain", "weight") else "sketch_options"]
+        check(cases.make(130, 72, 523, dtype, option, bias=True), table[dtype.itemsize], 64)

@@ -11,7 +11,6 @@ from selbp.triton_kernels.finalize import finalize
 from selbp.triton_kernels.gram import CLEAR_ROWS, gram
 from selbp.triton_kernels.linear_cross_entropy import residual_chunk, row_terms
 from selbp.triton_kernels.residual import residual
-from selbp.triton_kernels.sketch import projected_residuals
 from selbp.triton_kernels.statistics import logits_statistics, statistics
 from selbp.triton_kernels.target_logit import target_logit
 
@@ -32,8 +31,8 @@ def test_statistics(dtype):
         lambda: target_logit(case.target, n_classes, features=case.features, weight=case.weight)
     )
     assert counted == roofline.target_logit_requests(n, d, item)
-    tile = Tile(32, 64, 16)
-    partials, counted = measure(lambda: statistics(case.features, case.weight, None, case.target, tile=tile, splits=2))
+    head, tile = (case.features, case.weight, None, case.target), Tile(32, 64, 16)
+    (partials, _), counted = measure(lambda: statistics(*head, tile=tile, splits=2))
     assert partials.shape == (3, 2, n)
     assert counted == roofline.statistics_requests(n, n_classes, d, 2, (32, 64), item)
     assert triton_guard.traffic.dot_flops == 2 * 3 * 32 * 4 * 64 * d  # 3 row tiles, 4 class tiles, whole
@@ -64,8 +63,8 @@ def test_gram(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_residuals_that_are_multiplied_at_once(dtype):
-    n, d, n_classes, p, item, tile = 70, 32, 203, 20, dtype.itemsize, Tile(32, 64, 16)
+def test_a_chunk_of_residuals(dtype):
+    n, d, n_classes, item, tile = 70, 32, 203, dtype.itemsize, Tile(32, 64, 16)
     case = cases.make(n, d, n_classes, dtype)
     ones = torch.ones(n)
     rows = row_terms(ones, case.target, ones, ones, None, 0.0, n_classes)
@@ -73,12 +72,16 @@ def test_residuals_that_are_multiplied_at_once(dtype):
     _, counted = measure(lambda: residual_chunk(out, case.features, case.weight, None, None, rows, 0, tile=tile))
     assert counted == roofline.chunk_requests(n, n_classes, d, (32, 64), item)
     assert triton_guard.traffic.dot_flops == 2 * 3 * 32 * 4 * 64 * d
-    projection = torch.randn(n_classes, p).to(dtype)
-    _, counted = measure(
-        lambda: projected_residuals(
-            ones, case.features, case.weight, None, case.target, ones, ones, projection, tile=tile, splits=2
-        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_with_a_projection(dtype):
+    n, d, n_classes, p, item, tile = 70, 32, 203, 20, dtype.itemsize, Tile(32, 64, 16)
+    case, projection = cases.make(n, d, n_classes, dtype), torch.randn(n_classes, p).to(dtype)
+    (_, sums), counted = measure(
+        lambda: statistics(case.features, case.weight, None, case.target, projection=projection, tile=tile, splits=2)
     )
+    assert sums.shape == (1, 2, n, p)
     assert counted == roofline.sketch_requests(n, n_classes, d, p, 2, (32, 64), item)
     assert triton_guard.traffic.dot_flops == 2 * 3 * 32 * 4 * 64 * (d + 64)  # the projection padded to 64 columns
 
