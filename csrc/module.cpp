@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/level.hpp"
+#include "choose_rows/cpu.hpp"
 #include "cube/cpu.hpp"
 #include "gram/cpu.hpp"
 #include "matching/matching.hpp"
@@ -21,6 +22,28 @@ namespace {
 template <typename T>
 T* at(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+void bind_choose_rows(py::module_& m) {
+  using Address = std::uintptr_t;
+  using Released = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "choose_rows",
+      [](std::int64_t n, std::int64_t k, Address score, Address valid, Address draws, int rule, int weights,
+         Address indices, Address found, Address scratch) {
+        SELBP_PICK(choose_rows)({n, k, at<double>(score), at<unsigned char>(valid), at<double>(draws),
+                                 static_cast<selbp::ChooseRule>(rule), static_cast<selbp::SlotWeights>(weights),
+                                 at<std::int64_t>(indices), at<double>(found), at<double>(scratch)});
+      },
+      Released());
+  m.def(
+      "percentile",
+      [](std::int64_t n, std::int64_t length, Address loss, Address history, Address next, Address share,
+         Address scratch) {
+        SELBP_PICK(percentile)({n, length, at<double>(loss), at<double>(history), at<double>(next), at<double>(share),
+                                at<double>(scratch)});
+      },
+      Released());
 }
 
 void bind_cube(py::module_& m) {
@@ -162,6 +185,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU kernels of selbp; called through selbp.ops, which validates.";
   m.attr("SOURCES") = SELBP_SOURCES;
   m.def("level", [] { return selbp::level_name(); }, "The x86-64 level whose kernels are in use.");
+  bind_choose_rows(m);
   bind_cube(m);
   bind_gram(m);
   bind_matching(m);

@@ -3,6 +3,19 @@
 SOURCES: str  # digest of what it was built from
 
 def level() -> str: ...
+def choose_rows(
+    n: int,
+    k: int,
+    score: int,
+    valid: int,
+    draws: int,
+    rule: int,
+    weights: int,
+    indices: int,
+    found: int,
+    scratch: int,
+) -> None: ...
+def percentile(n: int, length: int, loss: int, history: int, next: int, share: int, scratch: int) -> None: ...
 def cube(
     n: int, dimensions: int, x: int, probability: int, order: int, draws: int, scratch: int, group: int
 ) -> None: ...

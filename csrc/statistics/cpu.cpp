@@ -105,21 +105,24 @@ void add_block(const T* z, int64_t columns, int64_t y, const Compute<T>* weight,
 template <class T>
 double square_sum(const T* p, int64_t count) {
   using A = Compute<T>;
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  constexpr int kParts = 4;  // as many sums at a time: one alone would wait for its last addition
   double total = 0;
   for (int64_t start = 0; start < count; start += kBlock) {
-    typename Simd<A>::V part{};
-    const int64_t length = count - start < kBlock ? count - start : kBlock;
-    for_each_chunk<Simd<A>::kLanes>(
-        length, -1,
-        [&](int64_t c) SELBP_LAMBDA {
-          const auto v = load(p + start + c);
-          part = fma(v, v, part);
-        },
-        [&](int64_t c, int64_t n, int64_t) SELBP_LAMBDA {
-          const auto v = load_first(p + start + c, n);
-          part = fma(v, v, part);
-        });
-    total += sum<A>(part);
+    typename Simd<A>::V part[kParts]{};
+    const int64_t end = count - start < kBlock ? count : start + kBlock;
+    int64_t c = start;
+    for (; c + kParts * kLanes <= end; c += kParts * kLanes) {
+      for (int i = 0; i < kParts; ++i) {
+        const auto v = load(p + c + i * kLanes);
+        part[i] = fma(v, v, part[i]);
+      }
+    }
+    for (; c < end; c += kLanes) {
+      const auto v = c + kLanes <= end ? load(p + c) : load_first(p + c, end - c);
+      part[0] = fma(v, v, part[0]);
+    }
+    total += sum<A>((part[0] + part[1]) + (part[2] + part[3]));
   }
   return total;
 }

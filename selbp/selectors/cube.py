@@ -9,12 +9,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from selbp.ops.choose_rows import inclusion_probabilities, top_rows
 from selbp.ops.cube import cube_sample
 from selbp.ops.types import BatchStatistics, Selection
 from selbp.selectors.base import Needs, Stateless, check_call, check_choice, require_proxies
 from selbp.selectors.proxies import GradientProxies
-from selbp.selectors.sampling import inclusion_probabilities, top_rows
-from selbp.selectors.weighting import unbiased_weights
+from selbp.selectors.weighting import slot_weights
 
 
 @dataclass(frozen=True)
@@ -72,4 +72,4 @@ class CubeSampling(Stateless):
         sketch = torch.where(uniform[:, None] > 0, gram.nan_to_num(0.0, 0.0, 0.0) @ weights, 0.0)
         chosen = cube_sample(sketch, probability, generator)
         indices, real = top_rows(torch.zeros_like(odds), chosen, k)
-        return Selection(indices, unbiased_weights(stats, real, probability[indices]))
+        return Selection(indices, slot_weights("unbiased", stats, real, probability[indices]))

@@ -9,11 +9,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from selbp.ops.choose_rows import fill_spare, uniform
 from selbp.ops.types import BatchStatistics, Selection
 from selbp.selectors.base import Needs, Stateless, check_call, check_choice, require_proxies
 from selbp.selectors.proxies import GradientProxies
-from selbp.selectors.sampling import fill_spare, uniform
-from selbp.selectors.weighting import batch_weights, mean_weights
+from selbp.selectors.weighting import slot_weights
 
 
 @dataclass(frozen=True)
@@ -72,4 +72,4 @@ class DivBS(Stateless):
             distance = distance - column.square()
         real = torch.arange(k, device=gram.device) < stats.valid.sum()
         indices, real = fill_spare(torch.cat(draws), real, stats.valid)
-        return Selection(indices, mean_weights(stats, real) if self.weights == "mean" else batch_weights(stats, real))
+        return Selection(indices, slot_weights(self.weights, stats, real))

@@ -9,11 +9,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from selbp.ops.choose_rows import choose_rows, sample_with_replacement
 from selbp.ops.types import BatchStatistics, Selection
 from selbp.selectors.base import Needs, check_call, check_choice, check_number, check_state
 from selbp.selectors.proxies import GradientProxies
-from selbp.selectors.sampling import sample_rows, sample_with_replacement
-from selbp.selectors.weighting import Weights, batch_weights, mean_weights, unbiased_weights
+from selbp.selectors.weighting import Weights, slot_weights
 
 
 @dataclass(eq=False)
@@ -79,12 +79,10 @@ class GradNormImportance:
 
         if self.replacement:
             indices, real, chance = sample_with_replacement(odds, k, generator)
-            expected = k * chance
-        else:
-            indices, real, expected = sample_rows(odds, k, generator)
-        if self.weights == "unbiased":
-            return Selection(indices, unbiased_weights(stats, real, expected))
-        return Selection(indices, mean_weights(stats, real) if self.weights == "mean" else batch_weights(stats, real))
+            return Selection(indices, slot_weights(self.weights, stats, real, k * chance))
+        return choose_rows(
+            odds, stats.valid, k, rule="odds", weights=self.weights, dtype=stats.loss.dtype, generator=generator
+        )
 
     def _worth_it(self, odds: Tensor, uniform: Tensor, keep: float) -> Tensor:
         """() bool, after this batch's tau entered the running mean."""

@@ -9,25 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from selbp.ops.choose_rows import choose_rows, percentile
 from selbp.ops.types import BatchStatistics, Selection
 from selbp.selectors.base import Needs, Stateless, check_call, check_choice, check_number, check_state
 from selbp.selectors.proxies import GradientProxies
-from selbp.selectors.sampling import sample_rows
-from selbp.selectors.weighting import Weights, batch_weights, mean_weights, unbiased_weights
+from selbp.selectors.weighting import Weights
 
 # Odds of a row whose loss is the least of all: it is drawn when there is nothing else to fill the k slots with.
 _LEAST = 1e-30
 _MODES = ("mean", "batch", "unbiased")
-
-
-def _draw(
-    odds: Tensor, k: int, weights: Weights, stats: BatchStatistics, generator: torch.Generator | None
-) -> Selection:
-    """Exactly k rows with inclusion probabilities proportional to ``odds`` (n,), weighted as ``weights`` says."""
-    indices, real, probability = sample_rows(odds, k, generator)
-    if weights == "unbiased":
-        return Selection(indices, unbiased_weights(stats, real, probability))
-    return Selection(indices, mean_weights(stats, real) if weights == "mean" else batch_weights(stats, real))
 
 
 @dataclass(eq=False)
@@ -74,21 +64,18 @@ class LossPercentile:
     ) -> Selection:
         """See :meth:`Selector.select`; this batch's losses enter the history first."""
         check_call(stats, k, generator)
-        eligible = stats.valid & torch.isfinite(stats.loss)
-        loss = torch.where(eligible, stats.loss.double(), torch.nan)
-        return _draw(torch.where(eligible, self._keep_probability(loss), 0.0), k, self.weights, stats, generator)
+        loss = torch.where(stats.valid, stats.loss.double(), torch.nan)
+        odds = torch.where(torch.isfinite(loss), self._keep_probability(loss), 0.0)
+        return choose_rows(
+            odds, stats.valid, k, rule="odds", weights=self.weights, dtype=stats.loss.dtype, generator=generator
+        )
 
     def _keep_probability(self, loss: Tensor) -> Tensor:
         """(n,) p(l) of the losses ``loss`` (n,), NaN where there is none, after they entered the history."""
         if self._losses is None:
             self._losses = loss.new_full((self.history,), torch.nan)
-        seen = torch.cat([self._losses.to(loss.device), loss])
-        order = torch.isfinite(seen).to(torch.int8).argsort(stable=True)  # gaps first, then the losses as they came
-        self._losses = seen[order][-self.history :]
-        known = torch.isfinite(self._losses)
-        ranked = torch.where(known, self._losses, torch.inf).sort().values
-        below = torch.searchsorted(ranked, torch.nan_to_num(loss))
-        return (below.double() / known.sum().clamp(min=1)).pow(self.beta).clamp(min=max(self.p_min, _LEAST))
+        self._losses, below = percentile(self._losses.to(loss.device), loss)
+        return below.pow(self.beta).clamp(min=max(self.p_min, _LEAST))
 
     def state_dict(self) -> dict[str, Any]:
         """``losses`` (history,) float64: the last valid losses, oldest first, NaN where there were fewer."""
@@ -133,9 +120,6 @@ class LossRank(Stateless):
     ) -> Selection:
         """See :meth:`Selector.select`."""
         check_call(stats, k, generator)
-        eligible = stats.valid & torch.isfinite(stats.loss)
-        order = torch.where(eligible, stats.loss, torch.inf).argsort(stable=True)
-        rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
-        valid = eligible.sum().clamp(min=1).double()
-        odds = ((rank + 0.5) / valid).pow((valid / k - 1.0).clamp(min=0.0))
-        return _draw(torch.where(eligible, odds, 0.0), k, self.weights, stats, generator)
+        return choose_rows(
+            stats.loss, stats.valid, k, rule="rank", weights=self.weights, dtype=stats.loss.dtype, generator=generator
+        )

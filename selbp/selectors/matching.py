@@ -9,12 +9,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from selbp.ops.choose_rows import fill_spare
 from selbp.ops.matching import RULES, match
 from selbp.ops.types import BatchStatistics, Selection
 from selbp.selectors.base import Needs, Stateless, check_call, check_choice, check_number, require_proxies
 from selbp.selectors.proxies import GradientProxies
-from selbp.selectors.sampling import fill_spare
-from selbp.selectors.weighting import batch_weights, mean_weights
+from selbp.selectors.weighting import slot_weights
 
 
 @dataclass(frozen=True)
@@ -79,4 +79,4 @@ class GradientMatching(Stateless):
         indices, real = fill_spare(found.indices, found.indices >= 0, stats.valid)
         if self.weights == "refit":
             return Selection(indices, torch.where(real, found.weights, 0.0).to(stats.loss.dtype))
-        return Selection(indices, mean_weights(stats, real) if self.weights == "mean" else batch_weights(stats, real))
+        return Selection(indices, slot_weights(self.weights, stats, real))

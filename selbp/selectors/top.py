@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from selbp.ops.choose_rows import choose_rows
 from selbp.ops.types import BatchStatistics, Selection
 from selbp.selectors.base import Needs, Stateless, check_call, check_choice, check_number
 from selbp.selectors.proxies import GradientProxies
-from selbp.selectors.sampling import top_rows
-from selbp.selectors.weighting import Weights, equal_weights
+from selbp.selectors.weighting import Weights, refit_weights
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,14 @@ class _Top(Stateless):
     ) -> Selection:
         """See :meth:`Selector.select`; draws nothing."""
         check_call(stats, k, generator)
-        score = self._score(stats, extras)
-        indices, real = top_rows(score, stats.valid & torch.isfinite(score), k)
-        return Selection(indices, equal_weights(self.weights, stats, indices, real, proxies, self.ridge))
+        score, refit = self._score(stats, extras), self.weights == "refit"
+        if refit and proxies is None:
+            raise ValueError("weights='refit' reads the per-sample gradients: proxies must be given, got None")
+        mode = "batch" if refit else self.weights
+        chosen = choose_rows(score, stats.valid, k, rule="top", weights=mode, dtype=stats.loss.dtype)
+        if not refit or proxies is None:
+            return chosen
+        return Selection(chosen.indices, refit_weights(stats, chosen.indices, chosen.weights > 0, proxies, self.ridge))
 
 
 @dataclass(frozen=True)

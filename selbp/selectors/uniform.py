@@ -9,11 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from selbp.ops.choose_rows import choose_rows, uniform
 from selbp.ops.types import BatchStatistics, Selection
 from selbp.selectors.base import Needs, Stateless, check_call
 from selbp.selectors.proxies import GradientProxies
-from selbp.selectors.sampling import top_rows
-from selbp.selectors.weighting import mean_weights
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,5 @@ class Random(Stateless):
     ) -> Selection:
         """See :meth:`Selector.select`."""
         n = check_call(stats, k, generator)
-        key = torch.rand(n, dtype=torch.float64, device=stats.valid.device, generator=generator)
-        indices, real = top_rows(key, stats.valid, k)
-        return Selection(indices, mean_weights(stats, real))
+        key = uniform(n, stats.valid, generator)
+        return choose_rows(key, stats.valid, k, rule="top", weights="mean", dtype=stats.loss.dtype)

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from selbp.ops import choose_rows
 from selbp.ops.matching import nnls_gram
 from selbp.ops.types import BatchStatistics
 from selbp.selectors.proxies import GradientProxies
@@ -25,26 +26,9 @@ from selbp.selectors.proxies import GradientProxies
 Weights = Literal["mean", "batch", "unbiased", "refit"]
 
 
-def mean_weights(stats: BatchStatistics, real: Tensor) -> Tensor:
-    """(k,) equal weights v / (n m), 0 for slots that are not ``real`` (k,).
-
-    The target is the mean over n rows of which v have a gradient, so v / n is the share that m rows stand for. With
-    every valid row chosen the weights are those of the whole minibatch, 1 / n.
-    """
-    dtype = stats.loss.dtype
-    n = stats.valid.shape[0]
-    return real * (stats.valid.sum().to(dtype) / (n * real.sum().clamp(min=1)))
-
-
-def batch_weights(stats: BatchStatistics, real: Tensor) -> Tensor:
-    """(k,) weights 1 / n, 0 for slots that are not ``real`` (k,)."""
-    return real.to(stats.loss.dtype) / stats.valid.shape[0]
-
-
-def unbiased_weights(stats: BatchStatistics, real: Tensor, expected: Tensor) -> Tensor:
-    """(k,) weights 1 / (n E_j), E_j > 0 (k,) how often slot j's row is drawn in expectation."""
-    n = stats.valid.shape[0]
-    return torch.where(real, 1.0 / (n * torch.where(real, expected, 1.0)), 0.0).to(stats.loss.dtype)
+def slot_weights(weights: str, stats: BatchStatistics, real: Tensor, expected: Tensor | None = None) -> Tensor:
+    """(k,) weights as ``weights`` says, but for "refit"; see :func:`selbp.ops.choose_rows.slot_weights`."""
+    return choose_rows.slot_weights(weights, stats.valid, real, expected).to(stats.loss.dtype)
 
 
 def refit_weights(
@@ -65,19 +49,3 @@ def refit_weights(
 def ridge_of(gram: Tensor, valid: Tensor, ridge: float) -> Tensor:
     """() ``ridge * mean(diag gram)`` over the valid rows."""
     return ridge * torch.where(valid, gram.diagonal(), 0.0).sum() / valid.sum().clamp(min=1)
-
-
-def equal_weights(
-    weights: Weights,
-    stats: BatchStatistics,
-    indices: Tensor,
-    real: Tensor,
-    proxies: GradientProxies | None,
-    ridge: float,
-) -> Tensor:
-    """(k,) weights of a rule that chooses without chance: ``"mean"``, ``"batch"`` or ``"refit"``."""
-    if weights == "refit":
-        if proxies is None:
-            raise ValueError("weights='refit' reads the per-sample gradients: proxies must be given, got None")
-        return refit_weights(stats, indices, real, proxies, ridge)
-    return mean_weights(stats, real) if weights == "mean" else batch_weights(stats, real)

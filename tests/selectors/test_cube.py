@@ -7,7 +7,7 @@ from torch import Tensor
 
 import selbp
 from selbp.ops import cube, cube_sample
-from selbp.selectors.sampling import inclusion_probabilities
+from selbp.ops.choose_rows import inclusion_probabilities
 
 F64 = torch.float64
 LIMIT = 4.5  # of z, as in test_unbiased
