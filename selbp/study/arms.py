@@ -59,7 +59,7 @@ class Arm:
 
     selector: str  # rule[:option=value,...]
     lr: float | None = None  # None: the rule's own
-    keep: float | int | str | None = None
+    keep: float | int | None = None
     cut: str | None = None  # a module's name, or how many linear or convolutional layers the cut is below the output
     head_gradient: str | None = None
     backward: str | None = None
@@ -109,7 +109,7 @@ class Arm:
 
     def config(self, base: RunConfig, seed: int) -> RunConfig:
         """``base`` with what is this arm's own."""
-        keep = keep_for(self.selector, base.keep) if self.keep is None else self.keep  # type: ignore[arg-type]
+        keep = keep_for(self.selector, base.keep) if self.keep is None else self.keep
         own = {name: getattr(self, name) for name in OWN if name != "keep" and getattr(self, name) is not None}
         return replace(base, selector=self.selector, keep=keep, lr=self.rate(), seed=seed, options=self.options, **own)
 

@@ -24,7 +24,7 @@ class RunConfig:
     steps: int
     lr: float  # peak learning rate
     model: str = "cnn"
-    keep: float | int | str = 0.25  # a share, a number of samples, or "auto"
+    keep: float | int = 0.25  # a share or a number of samples
     batch_size: int = 128
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -62,16 +62,13 @@ class RunConfig:
                               ("precision", ("float32", "bfloat16"))):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if self.keep != "auto":
-            self.kept()
+        self.kept()
 
     def kept(self) -> int:
-        """Samples of each minibatch that run backward. ValueError for ``keep="auto"``, which decides at each step."""
+        """Samples of each minibatch that run backward."""
         keep = self.keep
-        if isinstance(keep, str):
-            raise ValueError(f'keep must be a share, a number of samples or "auto", got {keep!r}')
-        in_range = (keep >= 1) if isinstance(keep, int) else (0.0 < keep <= 1.0)
-        if isinstance(keep, bool) or not in_range:
+        number = isinstance(keep, (int, float)) and not isinstance(keep, bool)
+        if not number or not (keep >= 1 if isinstance(keep, int) else 0.0 < keep <= 1.0):
             raise ValueError(f"keep must be a share in (0, 1] (1.0 is all) or a number of samples, got {keep!r}")
         return min(keep, self.batch_size) if isinstance(keep, int) else max(1, round(keep * self.batch_size))
 

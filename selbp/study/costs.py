@@ -92,7 +92,7 @@ def _reading(run: Run, kept: bool) -> float:
     """Seconds to read the next minibatch, or as many of its samples as run backward."""
     started = run.clock()
     indices = run.order.indices(run.step).to(run.device)
-    run.train.batch(indices[: run.config.kept()] if kept and run.config.keep != "auto" else indices)
+    run.train.batch(indices[: run.config.kept()] if kept else indices)
     return run.clock() - started
 
 

@@ -45,7 +45,7 @@ class Plan:
         """How many steps a budget gives ``config`` where the others choose ``keep``."""
         if budget == "time":
             return steps_within(self.milliseconds, self.costs[config])
-        if budget == "samples" and config.keep != "auto":
+        if budget == "samples":
             return max(1, round(self.cell.steps * replace(self.base, keep=keep).kept() / config.kept()))
         return self.cell.steps
 
@@ -77,8 +77,8 @@ def plan_cell(cell: Cell, protocol: Protocol, sets: Sets, costs: Costs, advance:
 # -------------------------------------------------------------------------------------------------------- jobs
 
 
-def tuned(plan: Plan, config: RunConfig, keeps: Sequence[float | int | str], start: float) -> Generator[
-    list[RunConfig], list[Finished], tuple[Choice, dict[float | int | str, int]]
+def tuned(plan: Plan, config: RunConfig, keeps: Sequence[float | int], start: float) -> Generator[
+    list[RunConfig], list[Finished], tuple[Choice, dict[float | int, int]]
 ]:  # fmt: skip
     """The best rate of ``config`` (and keep of ``keeps``: then the budget is time), on held-out data."""
     own = len(keeps) > 1

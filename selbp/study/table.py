@@ -30,7 +30,7 @@ class Line:
 
     name: str  # of the arm
     label: str
-    keep: float | int | str
+    keep: float | int
     lr: float
     results: list[dict[str, Any]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)

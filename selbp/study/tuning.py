@@ -16,7 +16,7 @@ from selbp.study.config import RunConfig
 RATES = tuple(0.4 / 2**power for power in range(8, -1, -1))  # .0016 to .4, in factors of 2
 SEEDS = (1000, 1001)  # none that a study reports
 
-Trial = tuple[float | int | str, float, int]  # keep, rate, seed
+Trial = tuple[float | int, float, int]  # keep, rate, seed
 Search = Generator[list[Trial], list[float], "Choice"]
 
 
@@ -24,12 +24,12 @@ Search = Generator[list[Trial], list[float], "Choice"]
 class Choice:
     """A keep and a rate, and the mean held-out accuracy of every pair that was tried, over so many seeds."""
 
-    keep: float | int | str
+    keep: float | int
     lr: float
-    tried: tuple[tuple[float | int | str, float, float, int], ...]
+    tried: tuple[tuple[float | int, float, float, int], ...]
 
 
-def tuning_config(config: RunConfig, held_out: Dataset, keep: float | int | str, lr: float, seed: int) -> RunConfig:
+def tuning_config(config: RunConfig, held_out: Dataset, keep: float | int, lr: float, seed: int) -> RunConfig:
     """``config`` on the held-out split of its training data, evaluated once, at its end."""
     if not held_out.name.endswith(HELD_OUT):
         raise ValueError(f"rates are tuned on held-out training data, not on {held_out.name}")
@@ -45,7 +45,7 @@ def nearest(rate: float, rates: Sequence[float] = RATES) -> int:
 
 
 def climb(
-    keeps: Sequence[float | int | str], start: float, rates: Sequence[float] = RATES, seeds: Sequence[int] = SEEDS
+    keeps: Sequence[float | int], start: float, rates: Sequence[float] = RATES, seeds: Sequence[int] = SEEDS
 ) -> Search:
     """For each keep, up the hill of the first seed's accuracies from ``start``; then the other seeds for the best two.
 
@@ -53,7 +53,7 @@ def climb(
     pairs are judged by the mean over all seeds, so that no arm's rate is one seed's luck.
     """
     first = nearest(start, rates)
-    scores: dict[tuple[float | int | str, int], list[float]] = {}
+    scores: dict[tuple[float | int, int], list[float]] = {}
     asked = [(keep, index) for keep in keeps for index in range(max(0, first - 1), min(len(rates), first + 2))]
     while asked:
         found = yield [(keep, rates[index], seeds[0]) for keep, index in asked]
