@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 export PYTHON VENV TORCH PIP_ARGS
 
-.PHONY: help demo test test-all test-versions lint format bench study study-quick study-full study-confirm study-confirm-bfloat16 study-document gpu-check clean
+.PHONY: help demo test test-all test-versions lint format bench study study-quick study-full study-confirm study-document gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,7 +29,7 @@ help:
 	@echo "make bench      ours against peers and against this machine's roofline, in one run"
 	@echo "make study      the comparison with random: equal steps, samples and time; under 2 hours on two cores"
 	@echo "make study-quick   the same in little, under 10 minutes; study-full: more models, for longer, and a text:"
-	@echo "                   about 150 core-minutes, resumable;"
+	@echo "                   about 110 core-minutes, resumable;"
 	@echo "                   study-confirm: named arms on fresh seeds; study-document: docs/study.md from the results"
 	@echo "make gpu-check  parity, sanitizer and throughput on a machine with a GPU"
 	@echo "make clean      remove the environment and everything built"
@@ -84,8 +84,13 @@ bench: $(VENV)/.with-peers
 study: $(VENV)/.with-demo
 	$(BIN)/selbp study --protocol main --results benchmarks/results $(ARGS)
 
-study-full study-confirm study-confirm-bfloat16: study-%: $(VENV)/.with-demo
-	$(BIN)/selbp study --protocol $* --results benchmarks/results $(ARGS)
+study-full: $(VENV)/.with-demo
+	$(BIN)/selbp study --protocol full --results benchmarks/results $(ARGS)
+	$(BIN)/selbp study --protocol long --results benchmarks/results $(ARGS)
+
+study-confirm: $(VENV)/.with-demo
+	$(BIN)/selbp study --protocol confirm --results benchmarks/results $(ARGS)
+	$(BIN)/selbp study --protocol confirm-bfloat16 --results benchmarks/results $(ARGS)
 
 study-quick: $(VENV)/.with-demo
 	$(BIN)/selbp study --protocol quick --out runs/study-quick $(ARGS)

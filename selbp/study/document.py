@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from selbp.study.findings import Findings, answer, cell_table, summary_table, table, title_of
+from selbp.study.protocols import PROTOCOLS
 from selbp.study.study import FORMAT
 
 HEADING = """# The study: does choosing samples beat choosing them at random?
@@ -50,9 +51,9 @@ def read_result_file(path: Path) -> dict[str, Any]:
 
 
 def result_files(folder: Path) -> list[Path]:
-    """The studies' results in ``folder``: main first, the confirmation next."""
-    order = {"study-main.json": 0, "study-confirm.json": 1, "study-explore.json": 2}
-    return sorted(folder.glob("study-*.json"), key=lambda path: (order.get(path.name, 9), path.name))
+    """The studies' results in ``folder``, in the order of the protocols, then by name."""
+    order = {f"study-{name}.json": place for place, name in enumerate(PROTOCOLS)}
+    return sorted(folder.glob("study-*.json"), key=lambda path: (order.get(path.name, len(order)), path.name))
 
 
 def costs_table(result: dict[str, Any]) -> str:
