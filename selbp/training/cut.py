@@ -25,11 +25,12 @@ from selbp.training.budget import check_keep, kept_rows, random_error
 from selbp.training.cut_proxies import FlatProxies, Proxy, proxies_at_cut, statistics_at_cut
 from selbp.training.guards import without_autocast
 from selbp.training.proxies import HeadProxies
+from selbp.training.report import WeightFigures
 from selbp.training.scoring import DIAGNOSTIC_BYTES
 
 
 @dataclass
-class CutReport:
+class CutReport(WeightFigures):
     """What a cut chose in its last backward; the properties synchronise with the device when read."""
 
     n: int  # samples whose gradients arrived
@@ -39,23 +40,6 @@ class CutReport:
     _local: Selection | None = field(default=None, repr=False)
     _stats: BatchStatistics | None = field(default=None, repr=False)
     _proxies: FlatProxies | HeadProxies | None = field(default=None, repr=False)
-
-    @cached_property
-    def weight_sum(self) -> float:
-        """Sum of the weights: the factor on the learning rate of the layers below."""
-        return float(self.selection.weights.double().sum())
-
-    @cached_property
-    def weight_max(self) -> float:
-        """The greatest weight."""
-        return float(self.selection.weights.max())
-
-    @cached_property
-    def effective_sample_size(self) -> float:
-        """(sum w)^2 / sum w^2: k for equal weights, 1 where one row carries everything."""
-        w = self.selection.weights.double()
-        total = float(w.square().sum())
-        return float(w.sum()) ** 2 / total if total else 0.0
 
     @cached_property
     def relative_residual(self) -> float | None:

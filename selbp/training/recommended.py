@@ -23,7 +23,7 @@ def recommended(cut: nn.Module | str) -> dict[str, Any]:
 
     The evidence is one network and one data set: a convolutional network of 435 000 parameters on Fashion-MNIST,
     minibatches of 64, a CPU, ten fresh seeds (``docs/study.md``). Trained in float32 it was ahead of random with its
-    own keep, and of the full batch, at equal time ("confirm"). Where every arm trained in bfloat16, which makes
+    own keep at equal time ("confirm"). Where every arm trained in bfloat16, which makes
     random's steps cheaper than its own, no difference was shown ("confirm-bfloat16"); nor was any rule ahead on the
     smaller network of the main study. So measure your own: ``step.report.gain``, or :mod:`selbp.study`.
 

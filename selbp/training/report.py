@@ -62,8 +62,31 @@ class Stopwatch:
         return float(begin.elapsed_time(end)) / 1000.0
 
 
+class WeightFigures:
+    """What a report with a ``selection`` says of its weights."""
+
+    selection: Selection
+
+    @cached_property
+    def weight_sum(self) -> float:
+        """Sum of the weights: the factor on the learning rate of the layers that run backward on k rows."""
+        return float(self.selection.weights.double().sum())
+
+    @cached_property
+    def weight_max(self) -> float:
+        """The greatest weight."""
+        return float(self.selection.weights.max())
+
+    @cached_property
+    def effective_sample_size(self) -> float:
+        """(sum w)^2 / sum w^2: k for equal weights, 1 where one row carries everything."""
+        w = self.selection.weights.double()
+        total = float(w.square().sum())
+        return float(w.sum()) ** 2 / total if total else 0.0
+
+
 @dataclass
-class StepReport:
+class StepReport(WeightFigures):
     """One step's figures. The fields are known at once; the properties synchronise with the device when read.
 
     Figures that the step had no means to know are None: those that need gradients, where the rule looked at none;
@@ -101,23 +124,6 @@ class StepReport:
             return None
         correct, total = (int(x) for x in self._hits)
         return correct / total if total else None
-
-    @cached_property
-    def weight_sum(self) -> float:
-        """Sum of the weights: the factor on the learning rate that the selection implies."""
-        return float(self.selection.weights.double().sum())
-
-    @cached_property
-    def weight_max(self) -> float:
-        """The greatest weight."""
-        return float(self.selection.weights.max())
-
-    @cached_property
-    def effective_sample_size(self) -> float:
-        """(sum w)^2 / sum w^2: k for equal weights, 1 where one row carries everything."""
-        w = self.selection.weights.double()
-        total = float(w.square().sum())
-        return float(w.sum()) ** 2 / total if total else 0.0
 
     @cached_property
     def relative_residual(self) -> float | None:
