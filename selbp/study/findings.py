@@ -45,6 +45,8 @@ class Row:
             return "failed"
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         lost = f" ({len(self.entry['errors'])} failed)" if self.entry["errors"] else ""
+        collapsed = sum(value < statistics.median(values) / 2 for value in values)  # a mean hides a failed training
+        lost += f" ({collapsed} of {len(values)} collapsed)" if collapsed else ""
         return f"{statistics.fmean(values):.2f}{spread}{lost}"
 
     def against(self) -> str:

@@ -15,7 +15,7 @@ from selbp.study import study as module
 from selbp.study.command import dumps
 from selbp.study.costs import Cost
 from selbp.study.document import costs_table, document, page, read_result_file, reading_of, result_files, section
-from selbp.study.findings import Findings
+from selbp.study.findings import Findings, Row
 from selbp.study.pool import Pool, Sets
 from selbp.study.protocols import OWN_KEEP, PROTOCOLS, Cell, Protocol
 from selbp.study.study import plan_cell, run_study
@@ -170,6 +170,15 @@ def test_differences_are_to_random_and_under_time_to_random_at_its_best(runs: Po
     assert rows["random", "time"].difference.mean == pytest.approx(-5.0)
     assert rows["random", "steps"].difference is None and rows[OWN_KEEP, "time"].difference is None
     assert rows["random", "time"].verdict == "behind"
+
+
+def test_a_training_that_collapsed_is_counted() -> None:
+    assert (
+        Row({"accuracy": {"0": 86.0, "1": 10.0, "2": 87.0}, "errors": {}}, None)
+        .accuracy()
+        .endswith("(1 of 3 collapsed)")
+    )
+    assert "collapsed" not in Row({"accuracy": {"0": 86.0, "1": 50.0, "2": 87.0}, "errors": {}}, None).accuracy()
 
 
 def test_the_reading_that_is_not_charged_is_stated_where_it_was_measured() -> None:
