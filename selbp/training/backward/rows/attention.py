@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from selbp.training.backward.rows.kernels import kernel
-from selbp.training.backward.rows.registry import RULES, need, overloads
+from selbp.training.backward.rows.registry import RULES, need, overloads, put
 from selbp.training.backward.rows.tensor import RowGradient
 
 _CPU = "_scaled_dot_product_flash_attention_for_cpu_backward"
@@ -70,4 +70,4 @@ def flash_cpu(func: Any, gradient: Any, *args: Any, attn_mask: Any = None, **kwa
 
 
 for _overload in _without_mask:
-    RULES[_overload] = flash_cpu
+    put(_overload, flash_cpu)

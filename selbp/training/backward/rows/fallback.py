@@ -93,13 +93,14 @@ def _share(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
 
 def _become_dense(item: Any) -> None:
     """Give ``item`` its n rows for good, as a view of its parent's n rows where it is a view."""
-    parent, (func, args, which) = item._parent, item._view
+    parent = item._parent
     if parent is None:
         Wrapper._stale |= item._viewed
         item._data = item.to_dense()
     else:
         if not isinstance(parent, Dense):
             _become_dense(parent)
+        func, args, which = item._view
         view = func(parent._data, *args)
         item._data = view if which is None else view[which]
     item.__class__ = Dense

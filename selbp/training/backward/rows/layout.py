@@ -35,17 +35,21 @@ def _known(key: tuple[int, ...]) -> tuple[dict[Any, Plan], dict[Any, Any]]:
 class Layout:
     """Dim ``dim`` of a tensor holds the samples as (pre, n, post) flattened; the row gradient stores (pre, k, post)."""
 
-    __slots__ = ("rows", "dim", "pre", "post", "full", "kept", "plans", "outer")
+    __slots__ = ("rows", "dim", "pre", "post", "full", "kept", "plans", "outer", "_at")
 
     def __init__(self, rows: RowSet, dim: int, pre: int, post: int) -> None:
         self.rows, self.dim, self.pre, self.post = rows, dim, pre, post
         self.full = pre * rows.n * post  # size of the dim as autograd sees it
         self.kept = pre * rows.k * post  # size of the dim as it is stored
         self.plans, self.outer = _known((rows.n, rows.k, dim, pre, post))
+        self._at = {dim: self}
 
     def at(self, dim: int) -> Layout:
         """The same (pre, n, post), standing in another dim."""
-        return self if dim == self.dim else self.rows.layout(dim, self.pre, self.post)
+        found = self._at.get(dim)
+        if found is None:
+            found = self._at[dim] = self.rows.layout(dim, self.pre, self.post)
+        return found
 
     def take(self, tensor: Tensor, dim: int | None = None) -> Tensor:
         """The chosen rows of a dense ``tensor`` whose dim ``dim`` (default: this one) has this layout."""

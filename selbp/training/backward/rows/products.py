@@ -22,6 +22,8 @@ aten = torch.ops.aten
 def total(func: Any, gradient: RowGradient, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     """Always; over the samples it gives an ordinary tensor."""
     data, layout = gradient._data, gradient._layout
+    if func is aten.sum.dim_IntList and dims == [layout.dim]:
+        return data.sum(dims, keepdim, dtype=dtype)
     ndim = data.dim()
     over = [dims] if isinstance(dims, int) else dims if dims else range(ndim)
     over = sorted([dim % ndim for dim in over])
@@ -41,14 +43,14 @@ def matrix_product(func: Any, first: Any, second: Any) -> Any:
         if type(second) is RowGradient:
             other = second._layout
             need(layout.dim == 1 and other is layout.at(0), "two gradients that are not contracted over the samples")
-            return func(first._data, second._data)
+            return torch.mm(first._data, second._data)
         if layout.dim == 0:
-            return wrap(func(first._data, second), layout)
-        return func(first._data, layout.take(second, 0))
+            return wrap(torch.mm(first._data, second), layout)
+        return torch.mm(first._data, layout.take(second, 0))
     layout = second._layout
     if layout.dim == 1:
-        return wrap(func(first, second._data), layout)
-    return func(layout.take(first, 1), second._data)
+        return wrap(torch.mm(first, second._data), layout)
+    return torch.mm(layout.take(first, 1), second._data)
 
 
 @rule("bmm")

@@ -30,6 +30,7 @@ class Entry(NamedTuple):
 
 
 RULES: dict[OpOverload, Rule] = {}
+RULE_OF: dict[int, Rule] = {}  # the same by id: an operator's own hash is Python code, and this runs between two GEMMs
 TABLE: list[Entry] = []
 
 
@@ -47,6 +48,11 @@ def overloads(name: str) -> list[OpOverload]:
     return [] if found is None else [found]
 
 
+def put(overload: OpOverload, function: Rule) -> None:
+    """Make ``function`` the rule of ``overload`` (operators live as long as torch does, so that ids stay theirs)."""
+    RULES[overload] = RULE_OF[id(overload)] = function
+
+
 def rule(*names: str, when: str | None = None) -> Callable[[_R], _R]:
     """Register a function as the rule of the aten operators ``names`` (``"mm"``, ``"sum.dim_IntList"``)."""
 
@@ -56,7 +62,7 @@ def rule(*names: str, when: str | None = None) -> Callable[[_R], _R]:
         for name in names:
             TABLE.append(Entry(name, family, text))
             for overload in overloads(name):
-                RULES[overload] = function
+                put(overload, function)
         return function
 
     return register

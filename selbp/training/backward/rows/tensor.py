@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from selbp.training.backward.rows.layout import Layout, RowSet
-from selbp.training.backward.rows.registry import RULES, NoRuleError
+from selbp.training.backward.rows.registry import RULE_OF, NoRuleError
 
 _make_wrapper = torch.Tensor._make_wrapper_subclass
 _disabled_torch_function = torch._C._disabled_torch_function_impl
@@ -24,16 +24,21 @@ observers: list[Callable[[Any, Any, Any, str | None], None]] = []
 
 
 class Wrapper(torch.Tensor):
-    """What the three kinds of row-sparse tensors share."""
+    """What the three kinds of row-sparse tensors share.
 
+    A GEMM leaves nothing of Python in the processor's caches, so what counts here is how much memory a dispatch
+    touches: slots instead of a dict, one frame from torch to the rule, look-ups by id.
+    """
+
+    __slots__ = ("_data", "_layout", "_rows", "_parent", "_view", "_viewed")
     __torch_function__ = _disabled_torch_function  # type: ignore[assignment]
 
     _data: Tensor  # (…, pre * k * post, …) the k rows; for Dense all n rows
     _layout: Layout
     _rows: RowSet
-    _parent: RowGradient | None = None  # the tensor that this one is a view of
-    _view: tuple[Any, tuple[Any, ...], int | None] = (None, (), None)  # by which operator, and which of its results
-    _viewed = False  # it has views
+    _parent: RowGradient | None  # the tensor that this one is a view of
+    _view: tuple[Any, tuple[Any, ...], int | None]  # by which operator, and which of its results; where _parent is set
+    _viewed: bool  # it has views
     _stale = False  # of the class: some tensor with views has become dense, which they follow when next used
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -47,20 +52,18 @@ class Wrapper(torch.Tensor):
         """A compiled region was traced with plain tangents: give it one."""
         return self.to_dense() if expected_type is torch.Tensor else None
 
-    @classmethod
+    @staticmethod
     def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        func: Any, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if len(types) == 1 and types[0] is RowGradient and not Wrapper._stale:
-            return run_rule(func, args, kwargs or {})
         from selbp.training.backward.rows import fallback
 
         return fallback.run_mixed(func, types, args, kwargs or {})
 
 
-def run_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
     """Run ``func`` on k rows where a rule says how, else on n."""
-    rule = RULES.get(func)
+    rule = RULE_OF.get(id(func))
     if rule is None:
         reason = "no rule"
     else:
@@ -75,11 +78,21 @@ def run_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return out
     from selbp.training.backward.rows import fallback
 
-    return fallback.run_dense(func, args, kwargs, reason)
+    return fallback.run_dense(func, args, kwargs or {}, reason)
 
 
 class RowGradient(Wrapper):
     """k rows that stand for n, see the module's text. Made by :func:`wrap`."""
+
+    __slots__ = ()
+
+    @staticmethod
+    def __torch_dispatch__(
+        func: Any, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if len(types) == 1 and not Wrapper._stale:  # nothing but row gradients
+            return run_rule(func, args, kwargs)
+        return Wrapper.__torch_dispatch__(func, types, args, kwargs)
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
         """Scatter the k rows to n; a row chosen twice gets the sum."""
@@ -105,6 +118,8 @@ class RowGradient(Wrapper):
 class Dense(Wrapper):
     """A RowGradient after an in-place write or a view that no rule covers: all n rows, shared with its views."""
 
+    __slots__ = ()
+
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
         """The n rows."""
         return self._data
@@ -112,6 +127,8 @@ class Dense(Wrapper):
 
 class Zeros(Wrapper):
     """``gradient.new_zeros(size)``: zeros whose layout is that of what is written into them (see ``scatter``)."""
+
+    __slots__ = ()
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
         """The zeros themselves."""
@@ -133,7 +150,7 @@ def wrap(data: Tensor, layout: Layout) -> RowGradient:
     if outer is None:
         outer = layout.outer[key] = _outer(data, layout)
     out: RowGradient = _make_wrapper(RowGradient, outer[0], outer[1], dtype=data.dtype, device=data.device)
-    out._data, out._layout, out._rows = data, layout, layout.rows
+    out._data, out._layout, out._rows, out._parent, out._viewed = data, layout, layout.rows, None, False
     return out
 
 
@@ -161,7 +178,7 @@ def wrap_view(
 def wrap_zeros(like: Wrapper, size: list[int], dtype: torch.dtype, device: torch.device) -> Zeros:
     """``new_zeros`` of a row gradient."""
     out: Zeros = _make_wrapper(Zeros, size, dtype=dtype, device=device)
-    out._rows = like._rows
+    out._rows, out._parent, out._viewed = like._rows, None, False
     return out
 
 
