@@ -132,17 +132,16 @@ class Cut:
             return None
         if delta.device.type == "cpu" and not delta.abs().amax().isfinite():
             return None  # a scaled loss overflowed: GradScaler must see it
-        ascending, rows, report = self.pick(delta, activation, k)
+        indices, rows, report = self.pick(delta, activation, k)
         if outer is not None:
-            ascending = outer.on(delta.device)[ascending]
-            indices, weights = report.selection
-            report.n, report.selection = n, Selection(outer.on(delta.device)[indices], weights * (m / n))
+            indices = outer.on(delta.device)[indices]
+            report.n, report.selection = n, Selection(indices, report.selection.weights * (m / n))
         self.last = report
-        kept = RowSet(ascending, n, batchnorm=self.batchnorm, dense=report.dense)
-        return enter(kept, rows, None)
+        kept = RowSet(indices, n, batchnorm=self.batchnorm, dense=report.dense)
+        return enter(kept, rows)
 
     def pick(self, delta: Tensor, activation: Tensor, k: int) -> tuple[Tensor, Tensor, CutReport]:
-        """Choose k of the n rows of ``delta``: (k,) ascending indices, the (k, ...) rows that go on, and the report.
+        """Choose k of the n rows of ``delta``: (k,) indices, the (k, ...) rows that go on, and the report.
 
         Where ``delta`` is not finite all k rows are NaN: asking would wait for the device, and GradScaler sees it.
         """
@@ -151,11 +150,11 @@ class Cut:
         finite = greatest.isfinite()
         with without_autocast(delta.device):
             selection, stats, proxies = self._select(torch.where(finite, delta, 0), activation, k, greatest)
-        ascending, order = selection.indices.sort()  # the order that the backward needs, and that reads memory forwards
-        weights = selection.weights.to(delta.dtype).index_select(0, order).view(-1, *[1] * (delta.dim() - 1))
-        rows = torch.where(weights != 0, delta.index_select(0, ascending) * (n * weights), 0)
+        indices = selection.indices
+        weights = selection.weights.to(delta.dtype).view(-1, *[1] * (delta.dim() - 1))
+        rows = torch.where(weights != 0, delta.index_select(0, indices) * (n * weights), 0)
         rows = torch.where(finite, rows, torch.nan)
-        return ascending, rows, CutReport(n, k, selection, Counter(), selection, stats, proxies)
+        return indices, rows, CutReport(n, k, selection, Counter(), selection, stats, proxies)
 
     def _select(
         self, delta: Tensor, activation: Tensor, k: int, greatest: Tensor

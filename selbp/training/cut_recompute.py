@@ -67,11 +67,11 @@ class RecomputedCut:
             def hook(delta: Tensor) -> None:
                 refuse_backward()
                 with torch.no_grad():
-                    ascending, rows, report = self._cut.pick(delta, activation, k)
+                    indices, rows, report = self._cut.pick(delta, activation, k)
                 self._cut.last = report
                 made(report)
                 with torch.enable_grad(), mode.within(), self._running.paused():
-                    below = self._rerun(batch.take(ascending))
+                    below = self._rerun(batch.take(indices))
                 if below.requires_grad:
                     torch.autograd.backward(below, rows.to(below.dtype))
 

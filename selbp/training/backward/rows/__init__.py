@@ -14,7 +14,7 @@ from selbp.training.backward.rows import (  # noqa: F401  (each module registers
 from selbp.training.backward.rows.checkpoint import checkpoint
 from selbp.training.backward.rows.layout import BatchNormPolicy, Layout, RowSet
 from selbp.training.backward.rows.registry import RULES, TABLE, NoRuleError
-from selbp.training.backward.rows.select import fence, row_set, select
+from selbp.training.backward.rows.select import fence, select
 from selbp.training.backward.rows.tensor import RowGradient
 
 __all__ = [
@@ -27,6 +27,5 @@ __all__ = [
     "RowSet",
     "checkpoint",
     "fence",
-    "row_set",
     "select",
 ]

@@ -16,7 +16,9 @@ from selbp.training.backward.rows.registry import RULES, need, overloads, put
 from selbp.training.backward.rows.tensor import RowGradient
 
 _CPU = "_scaled_dot_product_flash_attention_for_cpu_backward"
-kernel(_CPU, (0, 1, 2, 3, 4, 5), "rrr", lambda g, args: g._layout.dim == 0 and args[6] == 0, text="No dropout.")
+kernel(
+    _CPU, (0, 1, 2, 3, 4, 5), "rrr", lambda g, args: g._layout.dim == 0 and args[6] == 0, text="No dropout.", once=(5,)
+)
 
 kernel(
     "_scaled_dot_product_flash_attention_backward",

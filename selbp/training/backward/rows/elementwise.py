@@ -44,6 +44,22 @@ def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = 
     return tuple(wrap(item, layout.at(item.dim() + end)) for item in out)
 
 
+def linear(func: Any, gradient: RowGradient, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """:func:`pointwise` for what is most frequent: one gradient, of the result's shape, and no other in ``args``."""
+    data, layout = gradient._data, gradient._layout
+    end = layout.dim - data.dim()
+    operands: list[Any] = [data]
+    for value in args:
+        if isinstance(value, Tensor):
+            if type(value) is RowGradient:
+                raise NoRuleError("not linear in a second gradient")
+            dim = value.dim() + end
+            if dim >= 0 and value.shape[dim] != 1:
+                value = layout.take(value, dim)
+        operands.append(value)
+    return wrap(func(*operands, **kwargs), layout)
+
+
 @rule(
     *("threshold_backward", "gelu_backward", "silu_backward", "sigmoid_backward", "tanh_backward", "elu_backward"),
     *("hardtanh_backward", "leaky_relu_backward", "hardswish_backward", "hardsigmoid_backward", "softplus_backward"),
@@ -53,16 +69,19 @@ def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = 
         "_masked_scale",
         "rrelu_with_noise_backward",
     ),
-    "_prelu_kernel_backward",
 )
 def activation(func: Any, gradient: Any, *args: Any, **kwargs: Any) -> Any:
     """Linear in the gradient, which is the first argument."""
     if type(gradient) is not RowGradient:
         raise NoRuleError("the gradient is dense, a saved tensor is not")
-    for value in args:
-        if type(value) is RowGradient:
-            raise NoRuleError("not linear in a second gradient")
-    return pointwise(func, (gradient, *args), kwargs)
+    return linear(func, gradient, args, kwargs)
+
+
+@rule("_prelu_kernel_backward")
+def leaky(func: Any, gradient: Any, saved: Any, weight: Tensor) -> Any:
+    """Linear in the gradient, which is the first argument."""
+    need(type(gradient) is RowGradient and type(saved) is not RowGradient, "not linear in a second gradient")
+    return pointwise(func, (gradient, saved, weight))
 
 
 @rule("glu_backward")
@@ -96,6 +115,8 @@ rule("binary_cross_entropy_backward", when='reduction="none".')(_loss_backward(1
 @rule("mul.Tensor", "mul.Scalar")
 def multiply(func: Any, first: Any, second: Any) -> Any:
     """Always."""
+    if type(first) is RowGradient and type(second) is Tensor and second.dim() <= first.dim():
+        return linear(torch.mul, first, (second,), {})
     return pointwise(func, (first, second))
 
 
@@ -109,6 +130,8 @@ def divide(func: Any, first: Any, second: Any) -> Any:
 @rule("add.Tensor", "sub.Tensor")
 def add(func: Any, first: Any, second: Any, **kwargs: Any) -> Any:
     """Both are gradients of the same selection."""
+    if type(first) is type(second) and first._layout is second._layout and first._data.shape == second._data.shape:
+        return wrap(func(first._data, second._data, **kwargs), first._layout)
     both = isinstance(first, RowGradient) and isinstance(second, RowGradient)
     need(both, "the other summand is not a gradient of this selection")
     return pointwise(func, (first, second), kwargs)

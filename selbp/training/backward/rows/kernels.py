@@ -32,8 +32,9 @@ def kernel(
     *,
     text: str = "The samples are dim 0.",
     adjust: Adjust | None = None,
+    once: tuple[int, ...] = (),
 ) -> None:
-    """Declare the rule of operator ``name``, see the module's text."""
+    """Declare the rule of operator ``name``, see the module's text. ``once``: small operands that it alone reads."""
     gradient_at, cut = rows_in[0], rows_in[1:]
     results = [position for position, kind in enumerate(rows_out) if kind == "r"]
 
@@ -48,7 +49,7 @@ def kernel(
         for position in cut:
             value = args[position]
             if isinstance(value, Tensor) and type(value) is not RowGradient:
-                operands[position] = layout.take(value)
+                operands[position] = layout.once(value) if position in once else layout.take(value)
         for position, value in enumerate(operands):
             if type(value) is RowGradient:
                 need(position in cut and value._layout is layout, "another argument is a gradient too")
@@ -101,9 +102,9 @@ def _input_size(position: int) -> Adjust:
 kernel("convolution_backward", (0, 1), "rdd")
 
 _NORMALIZED = "The samples are not normalized over."
-kernel("native_layer_norm_backward", (0, 1, 3, 4), "rdd", outside(2), text=_NORMALIZED)
-kernel("_fused_rms_norm_backward", (0, 1, 3), "rd", outside(2), text=_NORMALIZED)
-kernel("native_group_norm_backward", (0, 1, 2, 3), "rdd", adjust=_batch_size(5))
+kernel("native_layer_norm_backward", (0, 1, 3, 4), "rdd", outside(2), text=_NORMALIZED, once=(3, 4))
+kernel("_fused_rms_norm_backward", (0, 1, 3), "rd", outside(2), text=_NORMALIZED, once=(3,))
+kernel("native_group_norm_backward", (0, 1, 2, 3), "rdd", adjust=_batch_size(5), once=(2, 3))
 
 # ------------------------------------------------------------------------------------------------ pooling, resizing
 _PLANES = "The samples are not pooled over."

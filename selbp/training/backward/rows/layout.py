@@ -18,30 +18,31 @@ from selbp.training.backward.rows.slices import Plan, Slices
 BatchNormPolicy = Literal["exact", "subset"]
 
 # What follows from sizes and strides alone, kept from step to step: by (n, k, dim, pre, post), the plans of tensors
-# that were cut to rows, and the outer sizes and strides of gradients that were wrapped.
-_KNOWN: dict[tuple[int, ...], tuple[dict[Any, Plan], dict[Any, Any]]] = {}
+# that were cut to rows, the outer sizes and strides of gradients that were wrapped, where views put the samples.
+_Known = tuple[dict[Any, Plan], dict[Any, Any], dict[Any, Any]]
+_KNOWN: dict[tuple[int, ...], _Known] = {}
 _ENTRIES = 4096  # of one layout, and layouts; a model whose shapes never repeat starts afresh then
 
 
-def _known(key: tuple[int, ...]) -> tuple[dict[Any, Plan], dict[Any, Any]]:
+def _known(key: tuple[int, ...]) -> _Known:
     found = _KNOWN.get(key)
-    if found is None or max(len(found[0]), len(found[1])) > _ENTRIES:
+    if found is None or max(map(len, found)) > _ENTRIES:
         if len(_KNOWN) > _ENTRIES:
             _KNOWN.clear()
-        found = _KNOWN[key] = ({}, {})
+        found = _KNOWN[key] = ({}, {}, {})
     return found
 
 
 class Layout:
     """Dim ``dim`` of a tensor holds the samples as (pre, n, post) flattened; the row gradient stores (pre, k, post)."""
 
-    __slots__ = ("rows", "dim", "pre", "post", "full", "kept", "plans", "outer", "_at")
+    __slots__ = ("rows", "dim", "pre", "post", "full", "kept", "plans", "outer", "views", "_at")
 
     def __init__(self, rows: RowSet, dim: int, pre: int, post: int) -> None:
         self.rows, self.dim, self.pre, self.post = rows, dim, pre, post
         self.full = pre * rows.n * post  # size of the dim as autograd sees it
         self.kept = pre * rows.k * post  # size of the dim as it is stored
-        self.plans, self.outer = _known((rows.n, rows.k, dim, pre, post))
+        self.plans, self.outer, self.views = _known((rows.n, rows.k, dim, pre, post))
         self._at = {dim: self}
 
     def at(self, dim: int) -> Layout:
@@ -55,6 +56,12 @@ class Layout:
         """The chosen rows of a dense ``tensor`` whose dim ``dim`` (default: this one) has this layout."""
         return self.rows.slices.take(tensor, self, self.dim if dim is None else dim)
 
+    def once(self, tensor: Tensor) -> Tensor:
+        """:meth:`take` along this dim for a small tensor that no other operator reads: the copy is not remembered."""
+        if self.pre == self.post == 1 and tensor.shape[self.dim] == self.full:
+            return tensor.index_select(self.dim, self.rows.on(tensor.device))
+        return self.take(tensor)
+
     def __repr__(self) -> str:
         return f"Layout(dim={self.dim}, pre={self.pre}, n={self.rows.n}, k={self.rows.k}, post={self.post})"
 
@@ -64,7 +71,7 @@ class RowSet:
 
     def __init__(
         self,
-        indices: Tensor,  # (k,) int64, ascending: the copies then read memory in order
+        indices: Tensor,  # (k,) int64
         n: int,  # samples in the forward
         *,
         batchnorm: BatchNormPolicy = "exact",

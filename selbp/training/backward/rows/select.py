@@ -14,28 +14,28 @@ from selbp.training.backward.rows.refuse import refuse_backward, refuse_forward
 from selbp.training.backward.rows.tensor import densify, wrap
 
 
-def enter(rows: RowSet, gradient: Tensor, order: Tensor | None) -> Tensor:
-    """The (k, ...) gradient of the chosen samples, in the user's order, as the gradient of all n."""
+def enter(rows: RowSet, gradient: Tensor) -> Tensor:
+    """The (k, ...) gradient of the chosen samples as the gradient of all n."""
     if rows.n == 0:
         return gradient.new_zeros((0, *gradient.shape[1:]))
     if gradient.shape[0] == 0:  # nothing chosen: one row of zeros, which every kernel accepts
         data = gradient.new_zeros((1, *gradient.shape[1:]))
     else:
-        data = gradient if order is None else gradient.index_select(0, order)
+        data = gradient
     torch.autograd.Variable._execution_engine.queue_callback(rows.slices.clear)
     return wrap(data, rows.layout(0))
 
 
 class _Select(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, indices: Tensor, rows: RowSet, order: Tensor) -> Tensor:
-        ctx.rows, ctx.order = rows, order
+    def forward(ctx: Any, tensor: Tensor, indices: Tensor, rows: RowSet) -> Tensor:
+        ctx.rows = rows
         return tensor.index_select(0, indices)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         refuse_backward()
-        return enter(ctx.rows, densify(gradient), ctx.order), None, None, None
+        return enter(ctx.rows, densify(gradient)), None, None
 
 
 class _Fence(torch.autograd.Function):
@@ -46,16 +46,6 @@ class _Fence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return densify(gradient)
-
-
-def row_set(
-    indices: Tensor, n: int, *, batchnorm: BatchNormPolicy = "exact", dense: Counter[str] | None = None
-) -> tuple[RowSet, Tensor]:
-    """The rows in ascending order, and the (k,) permutation that puts the user's order into it."""
-    if indices.numel() == 0:  # see `enter`
-        return RowSet(indices.new_zeros(1), n, batchnorm=batchnorm, dense=dense), indices
-    ascending, order = indices.sort()
-    return RowSet(ascending, n, batchnorm=batchnorm, dense=dense), order
 
 
 def select(
@@ -101,13 +91,14 @@ def select(
     if len(sizes) > 1:
         raise ValueError(f"losses must agree about the number of samples, got {sorted(sizes)}")
     refuse_forward(found)
-    rows, order = row_set(indices, sizes.pop(), batchnorm=batchnorm, dense=dense)
+    chosen = indices if indices.numel() else indices.new_zeros(1)  # for none, see `enter`
+    rows = RowSet(chosen, sizes.pop(), batchnorm=batchnorm, dense=dense)
     out: list[Any] = []
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             out.append(leaf)
         elif leaf.requires_grad:
-            out.append(_Select.apply(leaf, indices.to(leaf.device), rows, order.to(leaf.device)))
+            out.append(_Select.apply(leaf, indices.to(leaf.device), rows))
         else:
             out.append(leaf.index_select(0, indices.to(leaf.device)))
     return out[0] if spec is None else pytree.tree_unflatten(out, spec)

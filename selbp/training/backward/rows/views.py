@@ -14,8 +14,8 @@ from selbp.training.backward.rows.tensor import RowGradient, wrap, wrap_view
 aten = torch.ops.aten
 
 
-def follow(shape: Any, layout: Layout, size: Any) -> tuple[list[int], Layout]:
-    """The stored size and the layout after viewing ``shape`` as ``size``.
+def follow(shape: Any, layout: Layout, size: Any) -> tuple[list[int], tuple[int, int, int]]:
+    """The stored size, and the layout's (dim, pre, post), after viewing ``shape`` as ``size``.
 
     Row-major, an element's position is (left, sample, right) with ``left`` and ``right`` running over what stands
     before and after the samples. The new dim that holds the samples must hold all n of them: it spans (left / before) *
@@ -34,7 +34,7 @@ def follow(shape: Any, layout: Layout, size: Any) -> tuple[list[int], Layout]:
             pre, post = left // before, right // after
             if length == pre * n * post:
                 out[axis] = pre * layout.rows.k * post
-                return out, layout.rows.layout(axis, pre, post)
+                return out, (axis, pre, post)
         before *= max(length, 1)
     raise NoRuleError("the view splits the samples between dims")
 
@@ -43,11 +43,15 @@ def follow(shape: Any, layout: Layout, size: Any) -> tuple[list[int], Layout]:
 def view(func: Any, gradient: RowGradient, size: Any, *args: Any) -> Any:
     """No dim of the result holds only a part of the samples."""
     data, layout = gradient._data, gradient._layout
-    shape = gradient.shape
-    if layout.dim == 0 and layout.post == 1 and len(size) and size[0] == layout.full and len(shape) > 0:
+    if layout.dim == 0 and layout.post == 1 and size and size[0] == layout.full:
         out = [layout.kept, *size[1:]]  # the samples stay in front
     else:
-        out, layout = follow(shape, layout, size)
+        key = (gradient.shape, tuple(size))
+        found = layout.views.get(key)
+        if found is None:
+            found = layout.views[key] = follow(gradient.shape, layout, size)
+        out, place = found
+        layout = layout.rows.layout(*place)
     try:
         return wrap_view(data.view(out), layout, gradient, aten.view.default, (size,))
     except RuntimeError:  # the k rows lie otherwise in memory than the n would
