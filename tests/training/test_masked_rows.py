@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from training_kit import TokenModel, assert_same, gradients, mlp, samples
 
 import selbp
+from benchmarks.row_models import SMALL
 
 ALL = [
     selbp.Full(), selbp.Random(), selbp.TopLoss(), selbp.TopGradNorm(), selbp.GradNormImportance(),
@@ -119,3 +120,33 @@ def test_minus_infinity_on_another_class_is_a_legal_mask():
     loss = step(x, y)
     assert torch.isfinite(loss) and step.report._stats.valid.all()
     torch.testing.assert_close(loss, F.cross_entropy(model(x), y))
+
+
+@pytest.mark.parametrize("name", ["MLP", "CNN", "ResNet-GN", "ViT"])
+def test_rows_on_a_device_that_must_not_be_asked(name, monkeypatch):
+    """What a GPU runs: no row is asked for, NaN in one sample or in all of them still reaches no gradient."""
+    monkeypatch.setattr("selbp.training.backward.rows.strategy.may_ask", lambda device: False)
+    task = SMALL[name]
+    torch.manual_seed(0)
+    model = task.build().eval()  # no dropout: the two runs below are compared
+    x, y = task.batch(8)
+    bad = x.clone()
+    bad[5] = float("nan")
+    step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=1.0, backward="rows")
+    got = gradients(model, step(bad, y))
+    kept = [0, 1, 2, 3, 4, 6, 7]
+    want = gradients(model, selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=1.0)(x[kept], y[kept]))
+    assert_same(got, want)
+    got = gradients(model, step(torch.full_like(x, float("nan")), y))
+    assert all((g == 0).all() for g in got.values())
+
+
+def test_without_the_mask_an_invalid_batch_does_spoil_the_gradients():
+    """The test above can fail: the same selection without ``live`` gives NaN."""
+    model, (x, y) = mlp(), samples()
+    losses = F.cross_entropy(model(x * float("nan")), y, reduction="none")
+    chosen = torch.arange(4)
+    for live in (None, torch.tensor(False)):
+        got = gradients(model, torch.where(torch.zeros(4) > 0, selbp.select(losses, chosen, live=live), 0).sum())
+        assert all(g.isfinite().all() for g in got.values()) == (live is not None)
+        losses = F.cross_entropy(model(x * float("nan")), y, reduction="none")

@@ -59,7 +59,7 @@ class Layout:
     def once(self, tensor: Tensor) -> Tensor:
         """:meth:`take` along this dim for a small tensor that no other operator reads: the copy is not remembered."""
         if self.pre == self.post == 1 and tensor.shape[self.dim] == self.full:
-            return tensor.index_select(self.dim, self.rows.on(tensor.device))
+            return self.rows.cut(tensor, self.dim)
         return self.take(tensor)
 
     def __repr__(self) -> str:
@@ -76,9 +76,10 @@ class RowSet:
         *,
         batchnorm: BatchNormPolicy = "exact",
         dense: Counter[str] | None = None,  # op name -> times its gradient was scattered back to n rows
+        live: Tensor | None = None,  # () bool: whether any row counts; None where that is known
     ) -> None:
         self.indices, self.n, self.k = indices, n, indices.numel()
-        self.batchnorm = batchnorm
+        self.batchnorm, self.live = batchnorm, live
         self.dense: Counter[str] = Counter() if dense is None else dense
         self.slices = Slices(self)
         self._layouts: dict[tuple[int, int, int], Layout] = {}
@@ -91,6 +92,17 @@ class RowSet:
         if found is None:
             found = self._layouts[key] = Layout(self, dim, pre, post)
         return found
+
+    def cut(self, tensor: Tensor, dim: int) -> Tensor:
+        """A copy of the chosen rows of ``tensor``, whose dim ``dim`` holds the n samples and nothing else.
+
+        Where no row counts, the gradients are 0 but the forward may have left NaN, and 0 * NaN is NaN: such a copy is
+        filled with what no backward divides by zero for. The device decides, so that nobody waits for it.
+        """
+        copy = tensor.index_select(dim, self.on(tensor.device))
+        if self.live is None or not copy.is_floating_point():
+            return copy
+        return torch.where(self.live.to(copy.device), copy, 0.5)
 
     def on(self, device: torch.device) -> Tensor:
         """(k,) the indices on ``device``: a model may span several."""

@@ -54,6 +54,7 @@ def select(
     *,
     batchnorm: BatchNormPolicy = "exact",
     dense: Counter[str] | None = None,
+    live: Tensor | None = None,
 ) -> Any:
     """Rows ``indices`` of per-sample losses; the backward runs on those rows only.
 
@@ -68,6 +69,8 @@ def select(
         batchnorm: BatchNorm in training mode couples the samples. ``"exact"`` runs it, and all below, on n rows;
             ``"subset"`` runs it on the k rows with the statistics of the n (an approximation, see docs/rows.md).
         dense: counts the operators that ran on n rows, by name; for reports.
+        live: () bool, whether any of the rows counts, where only the device knows. If it is False, the gradients that
+            come in must be 0, and those that go out are 0 whatever the forward left, NaN included, by every rule.
 
     Returns:
         The (k, ...) rows, in the order of ``indices``.
@@ -92,7 +95,7 @@ def select(
         raise ValueError(f"losses must agree about the number of samples, got {sorted(sizes)}")
     refuse_forward(found)
     chosen = indices if indices.numel() else indices.new_zeros(1)  # for none, see `enter`
-    rows = RowSet(chosen, sizes.pop(), batchnorm=batchnorm, dense=dense)
+    rows = RowSet(chosen, sizes.pop(), batchnorm=batchnorm, dense=dense, live=live)
     out: list[Any] = []
     for leaf in leaves:
         if not isinstance(leaf, Tensor):

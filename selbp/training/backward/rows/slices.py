@@ -102,16 +102,16 @@ class Slices:
         place = (storage._cdata, start, outer, step, tensor.dtype, tensor._version)
         found = self._copies.get(place)
         if found is None:
-            index = self._rows.on(tensor.device)
+            cut = self._rows.cut
             if whole:
-                copy = tensor.index_select(0, index)
+                copy = cut(tensor, 0)
                 self._remember(place, storage, copy)
                 return copy
             if outer == 1:
-                copy = tensor.as_strided((layout.rows.n, step), (step, 1), start).index_select(0, index)
+                copy = cut(tensor.as_strided((layout.rows.n, step), (step, 1), start), 0)
             else:
                 n = layout.rows.n
-                copy = tensor.as_strided((outer, n, step), (n * step, step, 1), start).index_select(1, index)
+                copy = cut(tensor.as_strided((outer, n, step), (n * step, step, 1), start), 1)
             self._remember(place, storage, copy)
         else:
             copy = found[1]
@@ -126,14 +126,14 @@ class Slices:
         key = (*place, tensor.dtype, tensor._version)
         found = self._copies.get(key)
         if found is None:
-            index, x = self._rows.on(tensor.device), tensor
+            x = tensor
             for axis, apart in enumerate(stride):
                 if apart == 0 and axis != dim:
                     x = x.narrow(axis, 0, min(1, shape[axis]))
             x = x.unflatten(dim, (layout.pre, self._rows.n, layout.post))
             order = sorted(range(x.dim()), key=lambda axis: -x.stride(axis))
             back = sorted(range(x.dim()), key=order.__getitem__)
-            x = x.permute(order).index_select(back[dim + 1], index).permute(back).flatten(dim, dim + 2)
+            x = self._rows.cut(x.permute(order), back[dim + 1]).permute(back).flatten(dim, dim + 2)
             size = list(shape)
             size[dim] = layout.kept
             copy = x.expand(size)

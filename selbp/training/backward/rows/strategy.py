@@ -14,6 +14,11 @@ from selbp.training.backward.rows.select import select
 from selbp.training.batch import Batch
 
 
+def may_ask(device: torch.device) -> bool:
+    """Whether reading a tensor's value on ``device`` makes nobody wait."""
+    return device.type == "cpu"
+
+
 class Rows:
     """Backward through k rows of the one forward: costs 1 + 2k/n where a full step costs 3."""
 
@@ -30,14 +35,17 @@ class Rows:
         """(k,) losses of the chosen rows; a slot of weight 0 repeats a row that has a weight, with a gradient of 0.
 
         The row it names may hold NaN, and 0 * NaN would reach every parameter. Where no row has a weight, all may: a
-        forward on zeros then gives the gradients of 0. (Asked on a CPU only; a GPU would have to wait for the answer.)
+        forward on zeros then gives the gradients of 0, and on a GPU, where asking would wait, :func:`select` does.
         """
         if losses is None:
             raise AssertionError("the scoring forward was asked to keep its graph")
         live = selection.weights != 0
-        if live.device.type == "cpu" and not live.any():
+        asked = may_ask(live.device)
+        if asked and not live.any():
             return forward(batch.rows(selection.indices, live))
         spare = selection.indices.index_select(0, live.to(torch.int8).argmax(0, keepdim=True))
         indices = torch.where(live, selection.indices, spare)
-        chosen: Tensor = select(losses, indices, batchnorm=self.batchnorm, dense=self.dense)
+        chosen: Tensor = select(
+            losses, indices, batchnorm=self.batchnorm, dense=self.dense, live=None if asked else live.any()
+        )
         return chosen

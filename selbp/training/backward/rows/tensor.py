@@ -87,7 +87,7 @@ class RowGradient(Wrapper):
     __slots__ = ()
 
     @staticmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         func: Any, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if len(types) == 1 and not Wrapper._stale:  # nothing but row gradients
