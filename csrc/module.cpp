@@ -7,8 +7,8 @@
 #include <new>
 #include <vector>
 
-#include "cpu/level.hpp"
 #include "choose_rows/cpu.hpp"
+#include "cpu/level.hpp"
 #include "cube/cpu.hpp"
 #include "gram/cpu.hpp"
 #include "matching/matching.hpp"

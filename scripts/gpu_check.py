@@ -157,7 +157,7 @@ def reproducible(device: str = "cuda", backend: str = "inductor") -> None:
     )  # fmt: skip
     heads = [x.to(device).requires_grad_() for x in (features, weight, bias)]
     rest = (target.to(device), logits.to(device), *ops.sketch_projections(5000, 257, device=device))
-    solve = device == "cpu" or _cuda_core.cuda_core()[0] is not None  # the specification's solver reads the device
+    solve = device == "cpu" or _cuda_core.cuda_core()[0] is not None  # else it is solved on the host
 
     def work(function: Callable[..., list[Tensor]] = every_operator) -> list[Tensor]:
         *found, loss = function(*heads, *rest, solve)

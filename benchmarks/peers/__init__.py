@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -29,6 +32,23 @@ _MODULES = {"liger-kernel": "liger_kernel", "cut-cross-entropy": "cut_cross_entr
 def missing(distribution: str, error: object = "not installed") -> Unavailable:
     """Says that ``distribution`` is not there, and how it gets there."""
     return Unavailable(f"{distribution}: {error} ({INSTALL[distribution]})")
+
+
+def one_file(package: str, *path: str, around: AbstractContextManager[None] | None = None) -> ModuleType:
+    """The module in one file of an installed ``package``, whose own import needs much that the file does not.
+
+    It is executed within ``around``.
+    """
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise ImportError(f"No module named {package!r}")
+    file = Path(found.submodule_search_locations[0], *path)
+    spec = importlib.util.spec_from_file_location(f"{package}_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with around or nullcontext():
+        spec.loader.exec_module(module)
+    return module
 
 
 def on_a_gpu(distribution: str) -> Unavailable | None:

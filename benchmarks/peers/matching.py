@@ -8,17 +8,15 @@ CORDS          ``OrthogonalMP_REG_Parallel_V1`` (pip install --no-deps cords): G
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
 
 from benchmarks.harness import Unavailable
-from benchmarks.peers import missing
+from benchmarks.peers import missing, one_file
 
 Array = np.ndarray
 
@@ -69,16 +67,9 @@ def spams() -> Callable[[Array, Array, int], Array] | Unavailable:
 
 
 def cords_solvers() -> ModuleType:
-    """CORDS' file of solvers alone: the package's own import pulls in packages that its solver does not need."""
-    package = importlib.util.find_spec("cords")
-    if package is None or not package.submodule_search_locations:
-        raise ImportError("No module named 'cords'")
-    path = Path(package.submodule_search_locations[0], "selectionstrategies", "helpers", "omp_solvers.py")
-    spec = importlib.util.spec_from_file_location("cords_omp_solvers", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    """CORDS' file of solvers alone."""
     errors = np.geterr()
-    spec.loader.exec_module(module)
+    module = one_file("cords", "selectionstrategies", "helpers", "omp_solvers.py")
     np.seterr(**errors)  # it changes numpy's error state on import
     return module
 

@@ -14,18 +14,16 @@ SPAMS          ``omp`` (pip install spams-bin) on the matrix of gradients
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness import Unavailable
-from benchmarks.peers import matching, missing
+from benchmarks.peers import matching, missing, one_file
 
 Select = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
@@ -107,24 +105,17 @@ def _standing_in(names: dict[str, tuple[str, ...]]) -> Iterator[None]:
 
 
 def select_using_loss() -> Callable[..., tuple[Tensor, Tensor]] | Unavailable:
-    """Composer's function, from its file alone: the package's own import needs dozens of others."""
+    """Composer's function."""
     try:
-        package = importlib.util.find_spec("composer")
-        if package is None or not package.submodule_search_locations:
-            raise ImportError("No module named 'composer'")
-        path = Path(package.submodule_search_locations[0], "algorithms", "selective_backprop", "selective_backprop.py")
-        spec = importlib.util.spec_from_file_location("composer_selective_backprop", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        with _standing_in(
+        unused = _standing_in(
             {
                 "composer": (),
                 "composer.core": ("Algorithm", "Event", "State", "get_precision_context"),
                 "composer.loggers": ("Logger",),
                 "composer.models": ("ComposerModel",),
             }
-        ):
-            spec.loader.exec_module(module)
+        )
+        module = one_file("composer", "algorithms", "selective_backprop", "selective_backprop.py", around=unused)
     except (ImportError, FileNotFoundError) as error:
         return missing("mosaicml", error)
     return module.select_using_loss

@@ -97,22 +97,14 @@ class Engine {
       if (rows_ == options_.k) return Status::full;
       const T tolerance = T(options_.tolerance);
       if (tolerance > T(0) && objective_ <= tolerance * tolerance * target_sq_) return Status::tolerance;
-      if (best.index < 0 && barred_ && progressed_) {  // the bar may hide an eligible row: to stop now would be wrong
-        lift_bars();
-        best = scan();
-      }
       if (best.index < 0) return Status::optimal;
       if (appends == 3 * options_.k + 16) return Status::iterations;
-      const int pivot = best.index;
       team_.turn();
-      best = append(pivot);
+      best = append(best.index);
       if (best.spoiled) return Status::invalid;  // what came was not positive semidefinite, and overflowed
       if (best.flag) {
-        make_feasible();
-        bar_if_gone(pivot);
+        make_feasible();  // never drops the new row itself: docs/solver.md
         best = scan();
-      } else {
-        progressed_ = true;
       }
     }
   }
@@ -137,13 +129,14 @@ class Engine {
 
   SELBP_HD int live_columns() const { return shape_.main + live_slots_; }
 
-  // Row i of [G | I], scaled: the entries of rows that may not be chosen read as 0, whatever stands there.
+  // Row i of [G | I], scaled: the entries of rows that may not be chosen read as 0, whatever stands there. The ridge in
+  // the pivot's own entry is left out: only the pivot's column sees it, which is masked while the row is chosen, and on
+  // removal is given back what was taken, since rotations keep sums of products of rows.
   template <class Columns>
   SELBP_HD typename Columns::Value pivot_row(Columns j, int pivot) const {
     if (j.first >= shape_.main) return j.fill(T(0));
     auto row = j.load_row(gram_row(pivot), options_.n) * row_scale_ * row_scale_;
-    row = choose(j.load(work_.unit) > T(0), row, T(0));
-    return j.add_at(row, pivot, ridge_);
+    return choose(j.load(work_.unit) > T(0), row, T(0));
   }
 
   // The slot's panel comes into use: its rows so far are zero, and nobody has written them.
@@ -208,8 +201,6 @@ class Engine {
   SELBP_HD int row_of_slot(int slot) const;
   SELBP_METHOD void remove(int row);
   SELBP_HD void rotations(int row, int slot);
-  SELBP_METHOD void bar_if_gone(int pivot);
-  SELBP_METHOD void lift_bars();
 
   // -------------------------------------------------------------------------------------------------- lookahead
   static constexpr int kLookahead = Team::kLookahead, kShelf = Team::kShelf;
@@ -245,10 +236,9 @@ class Engine {
 
   T row_scale_, target_scale_, target_sq_, objective_, noise_, ridge_;  // of the scaled problem, but for the scales
   double weight_scale_;
-  int rows_ = 0;                              // t, the rows chosen so far
-  int live_slots_ = 0;                        // whole panels of slots that have been used
-  bool removed_ = false;                      // a row has left S, so slots no longer stand in the order of the rows
-  bool barred_ = false, progressed_ = false;  // a row waits; a row has stayed since
+  int rows_ = 0;          // t, the rows chosen so far
+  int live_slots_ = 0;    // whole panels of slots that have been used
+  bool removed_ = false;  // a row has left S, so slots no longer stand in the order of the rows
   int shelf_pivot_[kShelf + 1], shelf_begin_[kShelf + 1];  // whose row stands there, up to which row it is formed
   int shelf_next_ = 0;
 };

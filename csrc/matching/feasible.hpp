@@ -1,4 +1,4 @@
-// Part of engine.hpp: Lawson and Hanson's inner loop, the removal of a row, and rows that wait after one.
+// Part of engine.hpp: Lawson and Hanson's inner loop and the removal of a row.
 #pragma once
 
 namespace selbp {
@@ -96,30 +96,6 @@ SELBP_HD void Engine<Team, T>::rotations(int row, int slot) {
     carried = fused(-sine, carried, cosine * next);
   }
   work_.z[rows_ - 1] = z;
-}
-
-// A row that entered and left in the same turn would be chosen again at once: it waits until another row has stayed.
-template <class Team, class T>
-SELBP_METHOD void Engine<Team, T>::bar_if_gone(int pivot) {
-  bool gone = true;
-  for (int u = 0; u < rows_; ++u) gone = gone && work_.order[u] != pivot;
-  team_.sync();
-  if (gone) team_.once([&] { work_.floor[pivot] = Limits<T>::kInfinity; });
-  team_.sync();
-  progressed_ = gone ? progressed_ && barred_ : true;  // since the first bar
-  barred_ = barred_ || gone;
-}
-
-template <class Team, class T>
-SELBP_METHOD void Engine<Team, T>::lift_bars() {
-  team_.each(options_.n, [&](int j) {
-    const T ridged = work_.unit[j] > T(0) ? gram_row(j)[j] * row_scale_ * row_scale_ + ridge_ : Limits<T>::kInfinity;
-    work_.floor[j] = Thresholds<T>::kRank * ridged;
-  });
-  team_.sync();
-  team_.each(rows_, [&](int u) { work_.floor[work_.order[u]] = Limits<T>::kInfinity; });
-  team_.sync();
-  barred_ = progressed_ = false;
 }
 
 }  // namespace SELBP_LEVEL

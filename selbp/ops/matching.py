@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from selbp import _native, reference
+from selbp import _native
 from selbp.ops._checks import (
     accumulate_dtype,
     check_finite,
@@ -47,16 +47,6 @@ def _empty(inner: Tensor, dtype: torch.dtype, k: int) -> _Outputs:
         inner.new_empty(batch, dtype=dtype),
         inner.new_empty(batch, dtype=torch.uint8),
     )
-
-
-def _reference(
-    gram: Tensor, inner: Tensor, target_sq: Tensor, k: int, rule: str, ridge: float, nonnegative: bool,
-    valid: Tensor | None, tolerance: float,
-) -> _Outputs:  # fmt: skip
-    indices, weights, count, residual, status = reference.match(
-        gram, inner, target_sq, k, rule=rule, ridge=ridge, nonnegative=nonnegative, valid=valid, tolerance=tolerance
-    )
-    return indices, weights, count, residual, status
 
 
 _Buffers = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -109,8 +99,10 @@ def _cuda(
     valid: Tensor | None, tolerance: float,
 ) -> _Outputs:  # fmt: skip
     core, _ = cuda_core()
-    if core is None:
-        return _reference(gram, inner, target_sq, k, rule, ridge, nonnegative, valid, tolerance)
+    if core is None:  # one trip to the host and back: a solver of small torch operators would wait thousands of times
+        mask = None if valid is None else valid.cpu()
+        a, b, c, d, e = _cpu(gram.cpu(), inner.cpu(), target_sq.cpu(), k, rule, ridge, nonnegative, mask, tolerance)
+        return a.to(inner.device), b.to(inner.device), c.to(inner.device), d.to(inner.device), e.to(inner.device)
     buffers = _buffers(gram, inner, target_sq, k, valid)
     outputs, n, problems, is_double = buffers[4:], inner.shape[-1], target_sq.numel(), gram.dtype == torch.float64
     if problems:

@@ -52,6 +52,13 @@ def test_same_bits_across_warps_and_blocks(emulator, kernel, n):
     assert_equal(emulator, cases, [n % 4, (n + 1) % 4])
 
 
+@pytest.mark.parametrize("blocks,n", [(5, 600), (8, 960)])
+def test_same_bits_on_grids_of_many_blocks(emulator, blocks, n):
+    k = 24
+    assert -(-(-(-n // 32) * 32 + 32) // 128) == blocks  # of 128 columns: the rows, then the slots
+    assert_equal(emulator, [case("grid", n, k, seed=n), case("grid", n, k, masked=1, seed=n + 1)], [n % 4])
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("rule", [0, 1, 2])
 @pytest.mark.parametrize("nonnegative", [0, 1])
