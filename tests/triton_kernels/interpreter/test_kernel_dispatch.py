@@ -6,11 +6,12 @@ import kernel_cases as cases
 import pytest
 import torch
 
-from selbp import reference
+from selbp import ops, reference
 from selbp.ops import _triton
 
-gram_operator, residual_operator, statistics_operator = (
-    importlib.import_module(f"selbp.ops.{name}") for name in ("gram", "residual", "statistics")
+gram_operator, residual_operator, statistics_operator, sketch_operator, head_operator = (
+    importlib.import_module(f"selbp.ops.{name}")
+    for name in ("gram", "residual", "statistics", "sketch", "_linear_cross_entropy_cuda")
 )  # the package exports functions of the same names
 ARGUMENTS = {"class_weight": None, "ignore_index": -100, "label_smoothing": 0.0, "softcap": 0.0}
 
@@ -57,6 +58,53 @@ def test_residual_and_gram(option):
     scale = spec.diagonal().max()
     eager = reference.gradient_gram(got, case.features)
     cases.assert_close("gram", product / scale.float(), spec / scale, eager / scale, smallest=1.0)
+
+
+def everything(case):
+    """What each operator gives a row, by name; then the sums over the rows."""
+    arguments = tuple(options(case).values())
+    head = case.features, case.weight, case.bias, case.target
+    rows = len(case.features)
+    stored = statistics_operator._cuda(case.logits, case.target, case.features, *arguments, True)
+    residual = residual_operator._cuda(case.logits, case.target, stored[1], *arguments)
+    class_weight, *rest = arguments
+    forward = head_operator.forward(*head, class_weight, None, *rest)
+    d_features, *d_head = head_operator.backward(
+        torch.linspace(0.5, 1.0, rows), *head, forward[1], forward[6], forward[5], class_weight, None, *rest,
+        True, True, True,
+    )  # fmt: skip
+    left, right = ops.sketch_projections(len(case.weight), case.features.shape[1] + 1, (8, 8))
+    sketches = sketch_operator._cuda(
+        case.features[:, None], case.weight, case.bias, case.target[:, None], left, right, *arguments
+    )
+    gram = gram_operator._cuda(residual, case.features, True)
+    names = ("loss", "lse", "residual_sq", "feature_sq", "correct", "valid")
+    found = {
+        f"{kind} {name}": x
+        for kind, made in (("stored", stored), ("head", forward))
+        for name, x in zip(names, made[:6], strict=True)
+    }
+    return {**found, "residual": residual, "gram": gram, "features": d_features, "sketch": sketches}, d_head
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("option", ["plain", "everything"])
+@pytest.mark.parametrize("broken", [[5], [0, 1, 17], list(range(21))], ids=["one", "three", "all"])
+def test_the_other_rows_are_as_if_the_broken_were_ignored(broken, option, value):
+    case = cases.make(21, 16, 90, option=option, bias=True)
+    case.target[:] = torch.arange(21) + 30
+    clean = cases.Case(case.features.clone(), case.weight, case.bias, case.target.clone(), case.options)
+    clean.features[broken], clean.target[broken] = 0.0, -100
+    case.features[broken, 3] = value
+    (got, sums), (expected, expected_sums) = everything(case), everything(clean)
+    others = torch.ones(21, dtype=torch.bool).index_fill(0, torch.tensor(broken), False)
+    for name, ours in got.items():
+        assert torch.equal(ours[others], expected[name][others]), name
+    for ours, wanted in zip(sums, expected_sums, strict=True):
+        assert torch.equal(ours, wanted)
+    for name in ("residual", "gram", "features", "sketch", "stored valid", "head valid"):
+        assert not got[name][broken].any(), name
 
 
 def test_float64_and_missing_triton_take_the_reference(monkeypatch):
