@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-KERNELS = ("statistics", "gram", "logits")
+KERNELS = ("statistics", "sketch", "gram", "logits")
 
 
 def candidates(kernel: str) -> list:
@@ -37,14 +37,15 @@ def candidates(kernel: str) -> list:
 def launch(kernel: str, shape: list[int], dtype: torch.dtype) -> Callable:
     """A function of the tile that runs the kernel once at ``shape`` = (n, C, d)."""
     from selbp.triton_kernels.gram import gram
-    from selbp.triton_kernels.statistics import logits_statistics, statistics
+    from selbp.triton_kernels.statistics import WIDTH, logits_statistics, statistics
 
     n, n_classes, d = shape
     target = torch.randint(n_classes, (n,), device="cuda")
     features = torch.randn(n, d, device="cuda", dtype=dtype)
-    if kernel == "statistics":
+    if kernel in ("statistics", "sketch"):
         weight = torch.randn(n_classes, d, device="cuda", dtype=dtype) / d**0.5
-        return lambda tile: statistics(features, weight, None, target, tile=tile)
+        projection = torch.randn(n_classes, WIDTH, device="cuda", dtype=dtype) if kernel == "sketch" else None
+        return lambda tile: statistics(features, weight, None, target, projection=projection, tile=tile)
     logits = torch.randn(n, n_classes, device="cuda", dtype=dtype)
     if kernel == "gram":
         return lambda tile: gram(logits, features, tile=tile)

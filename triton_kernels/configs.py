@@ -39,7 +39,8 @@ def _rows(**kernels: dict[int, Tile]) -> dict[str, dict[int, Tile]]:
         "logits": {2: Tile(4, 1024, 0, 4, 1), 4: Tile(4, 512, 0, 4, 1)},
         "residual": {2: Tile(2, 512, 0, 4, 1), 4: Tile(2, 512, 0, 4, 1)},
     }
-    return {**shared, "statistics_ragged": kernels["statistics"], **kernels}
+    defaults = {"statistics_ragged": kernels["statistics"], "sketch_softcap": kernels["sketch_smoothing"]}
+    return {**shared, **defaults, **kernels}
 
 
 TABLE: dict[str, dict[str, dict[int, Tile]]] = {
@@ -49,7 +50,7 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
         statistics_smoothing={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(128, 32, 32, 8, 3)},
         chunk={2: Tile(128, 128, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
         sketch={2: Tile(128, 128, 64, 8, 3, True), 4: Tile(64, 32, 32, 4, 3)},
-        sketch_options={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(64, 32, 32, 8, 3)},
+        sketch_smoothing={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(64, 16, 32, 8, 3)},
         gram={2: Tile(128, 128, 64, 8, 4, True), 4: Tile(64, 64, 32, 4, 3)},
         gram_small={2: Tile(64, 64, 64, 4, 4, True), 4: Tile(64, 64, 32, 4, 3)},
     ),
@@ -60,7 +61,8 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
         statistics_smoothing={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(128, 32, 32, 8, 3)},
         chunk={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
         sketch={2: Tile(128, 128, 64, 8, 3, True), 4: Tile(64, 32, 32, 8, 3)},
-        sketch_options={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(64, 32, 32, 8, 3)},
+        sketch_softcap={2: Tile(64, 64, 64, 4, 3, True), 4: Tile(64, 32, 32, 8, 3)},
+        sketch_smoothing={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(64, 32, 32, 8, 3)},
         gram={2: Tile(128, 128, 64, 8, 4, True), 4: Tile(64, 64, 32, 4, 3)},
         gram_small={2: Tile(64, 64, 64, 4, 4, True), 4: Tile(64, 64, 32, 4, 3)},
     ),
@@ -70,8 +72,8 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
         statistics_smoothing={2: Tile(128, 32, 64, 8, 3), 4: Tile(64, 32, 32, 4, 3)},
         chunk={2: Tile(128, 64, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
         sketch={2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 32, 32, 4, 3)},
-        sketch_options={2: Tile(64, 32, 64, 8, 3), 4: Tile(32, 32, 32, 8, 3)},
-        gram={2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
+        sketch_smoothing={2: Tile(64, 32, 64, 8, 3), 4: Tile(32, 32, 32, 8, 3)},
+        gram={2: Tile(128, 128, 32, 8, 4), 4: Tile(64, 64, 32, 4, 3)},
         gram_small={2: Tile(64, 64, 64, 4, 3), 4: Tile(64, 64, 32, 4, 3)},
     ),
     "gfx942": _rows(
@@ -80,17 +82,17 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
         statistics_smoothing={2: Tile(64, 64, 32, 4, 2), 4: Tile(64, 64, 16, 4, 2)},
         chunk={2: Tile(128, 64, 32, 8, 2), 4: Tile(64, 64, 16, 8, 2)},
         sketch={2: Tile(128, 128, 32, 8, 2), 4: Tile(64, 32, 16, 4, 2)},
-        sketch_options={2: Tile(64, 64, 32, 8, 2), 4: Tile(64, 32, 16, 8, 2)},
+        sketch_smoothing={2: Tile(64, 64, 32, 8, 2), 4: Tile(64, 32, 16, 8, 2)},
         gram={2: Tile(128, 128, 32, 8, 2), 4: Tile(64, 64, 16, 4, 2)},
         gram_small={2: Tile(64, 64, 32, 4, 2), 4: Tile(64, 64, 16, 4, 2)},
     ),
     "conservative": _rows(
         statistics={2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
-        statistics_softcap={2: Tile(128, 64, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
+        statistics_softcap={2: Tile(128, 64, 64, 8, 2), 4: Tile(64, 64, 32, 8, 3)},
         statistics_smoothing={2: Tile(128, 32, 64, 8, 3), 4: Tile(64, 32, 32, 4, 3)},
         chunk={2: Tile(128, 64, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
         sketch={2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 32, 32, 4, 3)},
-        sketch_options={2: Tile(64, 32, 64, 8, 3), 4: Tile(32, 32, 32, 8, 3)},
+        sketch_smoothing={2: Tile(64, 32, 64, 8, 3), 4: Tile(32, 32, 32, 8, 2)},
         gram={2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
         gram_small={2: Tile(64, 64, 32, 4, 3), 4: Tile(64, 64, 32, 8, 3)},
     ),
@@ -124,7 +126,7 @@ def statistics_tile(
 ) -> Tile:  # fmt: skip
     """The configuration of ``statistics``: sums of a projection, options, a bias and a ragged end need registers."""
     if projected:
-        return tile("sketch_options" if smooth or softcap else "sketch", device, dtype)
+        return tile("sketch_smoothing" if smooth else "sketch_softcap" if softcap else "sketch", device, dtype)
     if smooth or softcap:
         return tile("statistics_smoothing" if smooth else "statistics_softcap", device, dtype)
     exact = tile("statistics", device, dtype)

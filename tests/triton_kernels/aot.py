@@ -2,7 +2,7 @@
 
 Runs as a script in a process without TRITON_INTERPRET (the two cannot share one):
 
-    python tests/triton_kernels/aot.py sm_90 [kernel ...]
+    python tests/triton_kernels/aot.py sm_90 [part of a variant's name ...]
 
 prints one JSON object a kernel variant: registers, spills, shared memory, matrix instructions, instructions per logit,
 and ``failures``, the limits that it breaks. No GPU is needed: Triton compiles for a named target.
@@ -164,7 +164,7 @@ def main(architecture: str, *wanted: str) -> None:
         (variant, device)
         for device in TARGETS[architecture]
         for variant in variants(architecture, device)
-        if not wanted or variant.name.split()[0] in wanted
+        if not wanted or any(part in variant.name for part in wanted)
     ]
     # Forked processes: half of a compilation is Python. They find the jobs in `inspect_job`, which need not be pickled.
     with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), _share, (jobs,)) as pool:

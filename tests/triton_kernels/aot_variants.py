@@ -87,7 +87,8 @@ def sketch_variants(arch: str, target: GPUTarget) -> list[Variant]:
         for name, options in VARIANTS.items():
             if name == "weight":
                 continue
-            shape = configs.TABLE[arch]["sketch" if name == "plain" else "sketch_options"][itemsize]
+            key = {"plain": "sketch", "softcap": "sketch_softcap"}.get(name, "sketch_smoothing")
+            shape = configs.TABLE[arch][key][itemsize]
             found.append(_statistics(name, options, shape, True, element, itemsize, target, statistics.WIDTH))
             found.append(_statistics(name, options, shape, False, element, itemsize, target, statistics.WIDTH))
             if shape.descriptor:

@@ -19,8 +19,8 @@ def gate(*arguments):
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def check(arch, least):
-    found = gate(arch)
+def check(arch, least, *parts):
+    found = gate(arch, *parts)
     assert len(found) >= least
     broken = [f"{one['name']} ({one['target']}): {failure}" for one in found for failure in one["failures"]]
     assert not broken, "\n".join(broken)
@@ -31,6 +31,12 @@ def test_sm_90():
     found = check("sm_90", 60)
     alone, with_sketch = (one["per_logit"] for one in found if "per_logit" in one)
     assert 5.0 < alone <= 11.5 and alone < with_sketch <= 16.5
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942", "conservative"])
+def test_every_product_on_other_architectures(arch):
+    """Statistics, sketch and backward at their widest tiles, and the Gram matrix."""
+    check(arch, 5, "bf16 plain exact", "gram bf16 bf16", "gram_small bf16 bf16")
 
 
 @pytest.mark.slow

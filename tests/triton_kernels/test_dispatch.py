@@ -1,10 +1,12 @@
 """Operators on CUDA tensors where there is no GPU: fake tensors, a Triton that is missing, no import of Triton."""
 
 import importlib
+import os
 import pathlib
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -12,6 +14,7 @@ from selbp import ops, reference
 from selbp.ops import _triton
 
 statistics_operator = importlib.import_module("selbp.ops.statistics")
+SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 
 
 def test_fake_cuda_tensors():
@@ -32,9 +35,8 @@ def test_fake_cuda_tensors():
 
 def test_gpu_checks_of_all_operators_run_on_a_cpu(tmp_path):
     """The script for machines with a GPU is itself kept working: its checks, and its timings of a small shape."""
-    folder = pathlib.Path(__file__).parents[2] / "scripts"
     code = (
-        f"import sys\nsys.path[0] = {str(folder)!r}\nimport gpu_check\n"  # as `python scripts/gpu_check.py` finds it
+        f"import sys\nsys.path[0] = {str(SCRIPTS)!r}\nimport gpu_check\n"  # as `python scripts/gpu_check.py` finds it
         "gpu_check.reproducible('cpu', 'aot_eager')\nassert gpu_check.failures == []\n"
         "gpu_check.throughput([(16, 50, 8)], 'cpu')"
     )
@@ -42,6 +44,13 @@ def test_gpu_checks_of_all_operators_run_on_a_cpu(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for kernel in ("statistics", "sketch", "linear_cross_entropy", "gram", "logits_statistics", "residual"):
         assert f" {kernel} " in done.stdout, kernel
+
+
+@pytest.mark.parametrize("script", ["gpu_check.py", "tune_triton.py"])
+def test_scripts_for_a_gpu_say_that_there_is_none(script):
+    command = [sys.executable, str(SCRIPTS / script)] + (["sketch"] if script == "tune_triton.py" else [])
+    done = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    assert done.returncode == 2 and "no CUDA device" in done.stderr
 
 
 def test_missing_triton_is_said_and_the_reference_runs(monkeypatch):
