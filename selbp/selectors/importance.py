@@ -71,11 +71,12 @@ class GradNormImportance:
         """See :meth:`Selector.select`. Without any gradient the draw is uniform."""
         n = check_call(stats, k, generator)
         score = stats.gradient_norm if self.norm == "gradient" else stats.residual_sq.sqrt()
-        uniform = (stats.valid & torch.isfinite(score)).double()
-        odds = torch.where(uniform > 0, score.double(), 0.0)
-        by_norm = odds.sum() > 0
-        odds = torch.where(by_norm, odds, uniform)
-        odds = torch.where(self._worth_it(odds, uniform, k / n), odds, uniform)
+        eligible = stats.valid & torch.isfinite(score)
+        odds = torch.where(eligible, score.double(), 0.0)
+        odds = torch.where(odds.any(), odds, eligible)
+        worth_it = self._worth_it(odds, eligible, k / n)
+        if worth_it is not None:
+            odds = torch.where(worth_it, odds, eligible)
 
         if self.replacement:
             indices, real, chance = sample_with_replacement(odds, k, generator)
@@ -84,14 +85,13 @@ class GradNormImportance:
             odds, stats.valid, k, rule="odds", weights=self.weights, dtype=stats.loss.dtype, generator=generator
         )
 
-    def _worth_it(self, odds: Tensor, uniform: Tensor, keep: float) -> Tensor:
-        """() bool, after this batch's tau entered the running mean."""
+    def _worth_it(self, odds: Tensor, eligible: Tensor, keep: float) -> Tensor | None:
+        """() bool, after this batch's tau entered the running mean; None where there is no threshold."""
         share = odds / odds.sum().clamp(min=torch.finfo(odds.dtype).tiny)
-        tau = (uniform.sum() * share.square().sum()).sqrt()  # |q - u|^2 = |q|^2 - 1 / v
-        running = self.tau.to(tau.device)
-        self._tau = self.momentum * running + (1.0 - self.momentum) * tau
+        tau = (eligible.sum() * (share @ share)).sqrt()  # |q - u|^2 = |q|^2 - 1 / v
+        self._tau = torch.lerp(tau, self.tau.to(tau.device), self.momentum)
         if self.threshold is None:
-            return torch.ones_like(self._tau, dtype=torch.bool)
+            return None
         if isinstance(self.threshold, str):
             return self._tau > (1.0 + (3.0 if self.threshold == "recompute" else 2.0) * keep) / (3.0 * keep)
         return self._tau > self.threshold
