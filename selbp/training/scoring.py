@@ -214,3 +214,22 @@ def _scaled(
             feature_sq = exact / (rows.residual_sq * scale.square()).clamp(min=1e-30)
     stats = BatchStatistics(rows.loss, rows.lse, rows.residual_sq * scale.square(), feature_sq, rows.correct, valid)
     return Scored(stats, scale, proxies, losses, rows.hits)
+
+
+def unscored(batch: Batch, criterion: Criterion) -> Scored:
+    """What is known without a forward: which samples have a target and are finite."""
+    mass, present = criterion.mass(batch.target, batch.n, batch.device)
+    valid = present & batch.finite()
+    return Scored(BatchStatistics.unscored(valid), scale_of(mass, valid), None, None, None)
+
+
+def worth_keeping(proxies: HeadProxies | None, head: nn.Module | None, n: int) -> HeadProxies | None:
+    """The proxies for the report's figures, unless that would keep large factors alive during the backward."""
+    if proxies is None or head is None:
+        return None
+    if proxies.complete:
+        proxies.release()
+        return proxies
+    weight = getattr(head, "weight", None)
+    factors = n * proxies.positions * sum(weight.shape) if isinstance(weight, Tensor) else 0
+    return proxies if 4 * factors <= DIAGNOSTIC_BYTES else None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from selbp.ops.types import BatchStatistics, Selection
+from selbp.ops.types import Selection
 from selbp.selectors import Full, Selector
 from selbp.training.backward import STRATEGIES, Auto, resolve
 from selbp.training.batch import Batch
@@ -20,9 +20,8 @@ from selbp.training.guards import PRECISIONS, RunningStatistics, without_autocas
 from selbp.training.head import check_full_gradient, find_clear_head, find_head
 from selbp.training.head_gradient import FullHeadGradient
 from selbp.training.losses import CrossEntropy, criterion_of
-from selbp.training.proxies import HeadProxies
 from selbp.training.report import StepReport, Stopwatch
-from selbp.training.scoring import DIAGNOSTIC_BYTES, Scored, scale_of, score
+from selbp.training.scoring import Scored, score, unscored, worth_keeping
 from selbp.training.state import CHOICE_ENTRIES, ChoiceState, check_counts
 
 NEEDS = ("nothing", "loss", "statistics", "gradients")
@@ -189,12 +188,12 @@ class SelectiveBackprop:
         full_head = FullHeadGradient(self.head) if scoring and self._full_head and self.head is not None else None
         trained = full_head.replacing if full_head is not None else nullcontext
         with trained() if strategy.keeps_graph else nullcontext():
-            scored = self._score(batch, strategy.keeps_graph) if scoring else self._unscored(batch)
+            scored = self._score(batch, strategy.keeps_graph) if scoring else unscored(batch, self._criterion)
         watch.lap("score")
         with torch.no_grad(), without_autocast(batch.device):
             selection = self._select(batch, scored, k) if selecting else Full().select(scored.stats, batch.n)
             mean = scored.proxies.mean_gradient() if full_head is not None and scored.proxies is not None else None
-        proxies, hits = self._worth_keeping(scored.proxies, batch.n), scored.hits
+        proxies, hits = worth_keeping(scored.proxies, self.head, batch.n), scored.hits
         losses_of_forward, scale = scored.losses, scored.scale
         stats = scored.stats._replace(loss=scored.stats.loss * scale)  # as the report averages it
         del scored  # and with it the factors, unless they are worth keeping
@@ -228,7 +227,7 @@ class SelectiveBackprop:
 
     def _run_cut(self, batch: Batch, cut: PlacedCut, watch: Stopwatch, k: int) -> tuple[Tensor, StepReport]:
         """All rows forward, an ordinary mean loss; the choice comes with the backward."""
-        scored, made = self._unscored(batch), list[CutStepReport]()
+        scored, made = unscored(batch, self._criterion), list[CutStepReport]()
         selection = Full().select(scored.stats, batch.n)
         clean = batch.rows(None, scored.stats.valid)
         output = cut.feed(clean, made)
@@ -255,11 +254,6 @@ class SelectiveBackprop:
             reduce=self._reduce,
         )  # fmt: skip
 
-    def _unscored(self, batch: Batch) -> Scored:
-        mass, present = self._criterion.mass(batch.target, batch.n, batch.device)
-        valid = present & batch.finite()
-        return Scored(BatchStatistics.unscored(valid), scale_of(mass, valid), None, None, None)
-
     def _select(self, batch: Batch, scored: Scored, k: int) -> Selection:
         selection = self.selector.select(
             scored.stats, k, proxies=scored.proxies, extras=batch.extras, generator=self.generator
@@ -271,17 +265,6 @@ class SelectiveBackprop:
                 f"got {indices.dtype} {tuple(indices.shape)} and {tuple(weights.shape)}"
             )
         return selection
-
-    def _worth_keeping(self, proxies: HeadProxies | None, n: int) -> HeadProxies | None:
-        """The proxies for the report's figures, unless that would keep large factors alive during the backward."""
-        if proxies is None or self.head is None:
-            return None
-        if proxies.complete:
-            proxies.release()
-            return proxies
-        weight = self.head.weight
-        factors = n * proxies.positions * sum(weight.shape) if isinstance(weight, Tensor) else 0
-        return proxies if 4 * factors <= DIAGNOSTIC_BYTES else None
 
     # --------------------------------------------------------------------------------------- report and state
 
