@@ -31,7 +31,8 @@ number of samples as well. Test data evaluates; it tunes nothing.
 Accuracy is the mean ± standard deviation over seeds. Differences to random are paired by seed (same initial weights,
 same order of samples), in points, with their 95 % t interval. **Ahead** and **behind** say that the interval excludes
 0. The baseline of equal time is random with its own keep. Where nothing is said of a correction, one verdict in twenty
-is wrong by chance alone; a claim needs the confirmation on fresh seeds.
+is wrong by chance alone; a claim needs the confirmation on fresh seeds. A rate with a † is the greatest or the least
+that was tried: a better one may lie beyond it.
 """
 
 

@@ -49,6 +49,12 @@ class Row:
         lost += f" ({collapsed} of {len(values)} collapsed)" if collapsed else ""
         return f"{statistics.fmean(values):.2f}{spread}{lost}"
 
+    def rate(self) -> str:
+        """The tuned learning rate, marked where it is the greatest or the least that was tried."""
+        tried = [lr for keep, lr, *_ in self.entry["tuning"] if keep == self.entry["keep"]]
+        edge = bool(tried) and self.entry["lr"] in (min(tried), max(tried))
+        return f"{self.entry['lr']:g}{'†' if edge else ''}"
+
     def against(self) -> str:
         """The difference and its verdict."""
         if self.difference is None:
@@ -168,7 +174,7 @@ def _cells(row: Row | None, steps: bool) -> list[str]:
     if row is None:
         return ["–"] * (4 if steps else 3)
     count = [str(row.entry["steps"])] if steps else []
-    return [*count, f"{row.entry['lr']:g}", row.accuracy(), row.against()]
+    return [*count, row.rate(), row.accuracy(), row.against()]
 
 
 def summary_table(findings: Findings) -> str:

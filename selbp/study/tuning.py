@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from selbp.data import HELD_OUT, Dataset
 from selbp.study.config import RunConfig
 
-RATES = tuple(0.4 / 2**power for power in range(8, -1, -1))  # .0016 to .4, in factors of 2
+RATES = tuple(0.4 / 2**power for power in range(8, -4, -1))  # .0016 to 3.2, in factors of 2
 SEEDS = (1000, 1001)  # none that a study reports
 
 Trial = tuple[float | int, float, int]  # keep, rate, seed
