@@ -23,9 +23,9 @@ def recommended(cut: nn.Module | str) -> dict[str, Any]:
 
     The evidence is one network and one data set: a convolutional network of 435 000 parameters on Fashion-MNIST,
     minibatches of 64, a CPU, ten fresh seeds (``docs/study.md``). Trained in float32 it was ahead of random with its
-    own keep at equal time ("confirm"). Where every arm trained in bfloat16, which makes
-    random's steps cheaper than its own, no difference was shown ("confirm-bfloat16"); on a small ResNet and a text it
-    was behind ("full"). So measure your own: ``step.report.gain``, or :mod:`selbp.study`.
+    own keep at equal time ("confirm"). Where every arm trained in bfloat16, which makes random's steps cheaper than its
+    own, no difference was shown ("confirm-bfloat16"); on a small ResNet and a text it was behind ("full"). So measure
+    your own: ``step.report.gain``, or :mod:`selbp.study`.
 
     Args:
         cut: the module, or its name, at whose output to choose: in the evidence the layer below the head. Most of the
