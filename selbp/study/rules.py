@@ -51,6 +51,9 @@ ARMS: dict[str, tuple[str, str]] = {
         "matching below the head, recomputed, 16 of 128",
         f"matching@{RECUT},batch_size=128,keep=16",
     ),
-    "matching-recut2": ("matching two layers below the head, recomputed", f"matching@{RECUT.replace('1', '2', 1)}"),
+    "matching-recut2": (
+        "matching two layers below the head, recomputed",
+        f"matching@{RECUT.replace('cut=1', 'cut=2')}",
+    ),
     "random-cut2": ("random rows two layers below the head", "random@cut=2"),
 }
