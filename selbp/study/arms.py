@@ -37,7 +37,8 @@ def options_of(text: str) -> dict[str, Value]:
 def build_selector(spec: str) -> Selector:
     """The selector that ``spec`` describes. ValueError for a name or an option that does not exist."""
     rule, options = parse(spec)
-    constructor = getattr(importlib.import_module("selbp.selectors"), rule.selector)
+    module, _, name = rule.selector.rpartition(":")
+    constructor = getattr(importlib.import_module(module or "selbp.selectors"), name)
     try:
         return constructor(**options)
     except TypeError as error:

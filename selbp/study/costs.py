@@ -16,16 +16,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from selbp.data import Dataset
 from selbp.info import machine
 from selbp.study.config import RunConfig
-from selbp.study.run import PHASES, Run, thread_limit
+from selbp.study.run import PHASES, Run, thread_limit, typical
 from selbp.study.storage import write_text
 from selbp.training.memory import keep_freed_memory
 
 WARM = 30  # steps of each arm before the first that counts
 BLOCK = 6  # steps of one arm before the next arm's turn; the first of them is not counted: its caches are another's
 ROUNDS = 20
+TOTAL = PHASES.index("total")
 
 
 @dataclass(frozen=True)
@@ -67,24 +70,23 @@ def measure(
     with thread_limit(threads):
         runs = {name: Run(replace(config, steps=10_000, warmup=0.002), data, Path(), clock)
                 for name, config in configs.items()}  # fmt: skip
-        rows: dict[str, list[list[float]]] = {name: [] for name in runs}
+        rows: dict[str, list[torch.Tensor]] = {name: [] for name in runs}
         reads: dict[str, dict[str, list[float]]] = {name: {"read": [], "read kept": []} for name in runs}
         for turn in range(-1, rounds):
             for name, run in runs.items():
                 for step in range(WARM if turn < 0 else BLOCK):
                     run.train_step()
                     if turn >= 0 and step > 0:
-                        rows[name].append(run.newest().tolist())
+                        rows[name].append(run.newest().clone())
                         kept = step % 2 == 0
                         reads[name]["read kept" if kept else "read"].append(_reading(run, kept))
             advance()
     costs = {}
     for name, measured in rows.items():
-        columns = {phase: [1e3 * row[index] for row in measured] for index, phase in enumerate(PHASES)}
-        total = columns.pop("total")
-        low, median, high = statistics.quantiles(total, n=4, method="inclusive")
-        columns |= {phase: [1e3 * seconds for seconds in times] for phase, times in reads[name].items()}
-        costs[name] = Cost(median, low, high, {phase: statistics.median(times) for phase, times in columns.items()})
+        phases = dict(zip(PHASES, (1e3 * typical(torch.stack(measured))).tolist(), strict=True))
+        low, _, high = statistics.quantiles([1e3 * float(row[TOTAL]) for row in measured], n=4, method="inclusive")
+        phases |= {phase: 1e3 * statistics.median(times) for phase, times in reads[name].items()}
+        costs[name] = Cost(phases.pop("total"), low, high, phases)
     return costs
 
 

@@ -97,11 +97,12 @@ PROTOCOLS: dict[str, Protocol] = {
             note="All forwards and backwards run under autocast to bfloat16.",
         ),
         Protocol(
-            "explore", "what else was tried below the head, and whether the matching matters there",
+            "explore", "what else was tried, every arm in bfloat16, and whether the matching matters below the head",
             (Cell(CLEAN, "wide-cnn", 1200, (0.25,), batch_size=64, precision="bfloat16"),),
             (
                 "full", "random", "top-loss", "matching", "divbs", "matching-head", "matching-recut", "cube-recut",
                 "gradnorm-recut", "random-recut", "matching-recut-8", "matching-recut-128", "matching-recut2",
+                "matching-cut1", "matching-recut-every2", "matching-average-recut", "top-loss-every2", "top-loss-128",
             ),
             (0, 1, 2, 3, 4), budgets=("time",), own_keeps=(16, 32, 48), clock="cube-recut",
             note="All forwards and backwards run under autocast to bfloat16. An exploration: the best of so many arms "

@@ -12,7 +12,7 @@ class Rule:
     held-out Fashion-MNIST at keep 0.25; ``selbp compare --tune`` finds each rule's own.
     """
 
-    selector: str  # class in selbp.selectors
+    selector: str  # class in selbp.selectors, or in the module that stands before a colon
     label: str
     summary: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -31,6 +31,9 @@ RULES: dict[str, Rule] = {
     "gradnorm": Rule("GradNormImportance", "gradient-norm importance", "odds by gradient norm, unbiased weights"),
     "matching": Rule("GradientMatching", "gradient matching", "weights and rows that match the mean gradient"),
     "cube": Rule("CubeSampling", "unbiased matching (cube)", "balanced on sketched gradients, unbiased weights"),
+    "matching-average": Rule(
+        "selbp.study.ideas:AveragedTarget", "matching an average", "matches the mean gradient's exponential average"
+    ),
     "divbs": Rule("DivBS", "diverse (DivBS)", "odds by what the chosen ones do not yet span"),
 }
 
@@ -55,5 +58,12 @@ ARMS: dict[str, tuple[str, str]] = {
         "matching two layers below the head, recomputed",
         f"matching@{RECUT.replace('cut=1', 'cut=2')}",
     ),
+    "matching-recut-every2": (
+        "matching below the head, recomputed, every second step, else random",
+        f"matching@{RECUT},every=2,between=random",
+    ),
+    "matching-average-recut": ("matching an average below the head, recomputed", f"matching-average@{RECUT}"),
+    "top-loss-every2": ("top loss every second step, else random", "top-loss@every=2,between=random"),
+    "top-loss-128": ("top loss, 16 of 128", "top-loss@batch_size=128,keep=16"),
     "random-cut2": ("random rows two layers below the head", "random@cut=2"),
 }

@@ -6,6 +6,7 @@ The evaluation split is read by :func:`evaluate` and by nothing else; nothing th
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from selbp.study.arms import build_selector, options_of
 from selbp.study.config import RunConfig
 from selbp.study.models import HEAD, build_model, place_of
 from selbp.study.storage import Journal, JsonLines, StorageError, write_text
-from selbp.training import SelectiveBackprop
+from selbp.training import Schedule, SelectiveBackprop
 
 PHASES = ("score", "select", "forward", "backward", "optimizer", "total")
 WINDOW = 50  # steps a log row sums up
@@ -76,10 +77,22 @@ def wrapper_of(config: RunConfig, model: nn.Module, generator: torch.Generator) 
     options: dict[str, Any] = {"keep": config.keep, "backward": config.backward, "scoring": config.scoring}
     options |= {"head_gradient": config.head_gradient, **options_of(config.options)}
     options |= {"cut": place_of(config.model, config.cut)} if config.cut else {"head": HEAD}
+    schedule = {name: options.pop(name) for name in ("start", "end", "every", "between") if name in options}
     try:
+        options["schedule"] = Schedule(**schedule)
         return SelectiveBackprop(model, selector=build_selector(config.selector), generator=generator, **options)
     except TypeError as error:
         raise ValueError(f"training options {config.options!r}: {error}") from error
+
+
+def typical(steps: Tensor) -> Tensor:
+    """(len(PHASES),) seconds of a step: the medians of the (m, len(PHASES) + 1) rows of a window.
+
+    Where the rule chose on some steps only (the last column), the two kinds' medians, weighted by how many they are.
+    """
+    chose = steps[:, -1] > 0
+    kinds = [kind[:, :-1] for kind in (steps[chose], steps[~chose]) if len(kind)]
+    return torch.stack([kind.median(0).values * (len(kind) / len(steps)) for kind in kinds]).sum(0)
 
 
 class Run:
@@ -110,7 +123,7 @@ class Run:
         self.backward_samples = 0
         self.seconds = dict.fromkeys(PHASES, 0.0)  # medians of each window x its steps: robust against a busy machine
         self.journal_seconds = 0.0
-        self.window = torch.zeros(WINDOW, len(PHASES), dtype=torch.float64)
+        self.window = torch.zeros(WINDOW, len(PHASES) + 1, dtype=torch.float64)  # the last: whether the rule chose
 
     # ------------------------------------------------------------------------------------------------- state
 
@@ -184,13 +197,15 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         now = self._now()
-        seconds = {**self.wrapper.report.seconds, "optimizer": now - before, "total": now - started}
-        self.window[self.step % WINDOW] = torch.tensor([seconds.get(phase, 0.0) for phase in PHASES])
+        report = self.wrapper.report
+        seconds = {**report.seconds, "optimizer": now - before, "total": now - started}
+        phases = [seconds.get(phase, 0.0) for phase in PHASES]
+        self.window[self.step % WINDOW] = torch.tensor([*phases, report.selected])
         self.step += 1
-        self.backward_samples += self.wrapper.report.k
+        self.backward_samples += report.k
 
     def newest(self) -> Tensor:
-        """(len(PHASES),) seconds of the last step."""
+        """(len(PHASES) + 1,) seconds of the last step, and whether the rule chose."""
         return self.window[(self.step - 1) % WINDOW]
 
     def _open_window(self) -> Tensor:
@@ -199,14 +214,14 @@ class Run:
 
     def _close_window(self) -> float:
         steps = (self.step - 1) % WINDOW + 1
-        medians = self.window[:steps].median(0).values
+        medians = typical(self.window[:steps])
         for phase, median in zip(PHASES, medians.tolist(), strict=True):
             self.seconds[phase] += median * steps
         report = self.wrapper.report
         row: dict[str, Any] = {
             "kind": "train", "step": self.step, "loss": report.loss, "accuracy": 100 * (report.accuracy or 0.0),
             "lr": self.config.rate(self.step - 1), "backward_samples": self.backward_samples,
-            "seconds": self.seconds["total"],
+            "seconds": self.seconds["total"], "gain": report.gain, "gain_at_cost": report.gain_at_cost,
             "milliseconds": dict(zip(PHASES, (1e3 * medians).tolist(), strict=True)),
         }  # fmt: skip
         self.log.append(row)
@@ -216,22 +231,25 @@ class Run:
 
     def _evaluate(self) -> None:
         accuracy, loss = evaluate(self.model, self.evaluation, self.device)
-        pending = self._open_window()[:, -1]
+        pending = self._open_window()
         seconds = self.seconds["total"]
         if len(pending) and self.step < self.config.steps:
-            seconds += float(pending.median()) * len(pending)
+            seconds += float(typical(pending)[PHASES.index("total")]) * len(pending)
         self.log.append({
             "kind": "evaluation", "step": self.step, "accuracy": accuracy, "loss": loss,
             "backward_samples": self.backward_samples, "seconds": seconds,
         })  # fmt: skip
 
     def _finish(self) -> dict[str, Any]:
-        curve = [row for row in self.log.read() if row["kind"] == "evaluation"]
+        rows = self.log.read()
+        curve = [row for row in rows if row["kind"] == "evaluation"]
+        gains = {name: [row[name] for row in rows if row.get(name) is not None] for name in ("gain", "gain_at_cost")}
         result = {
             "key": self.config.key(), "config": self.config.as_dict(), "accuracy": curve[-1]["accuracy"],
             "loss": curve[-1]["loss"], "steps": self.step, "backward_samples": self.backward_samples,
             "seconds": self.seconds,
             "journal_seconds": self.journal_seconds,
+            **{name: statistics.median(found) if found else None for name, found in gains.items()},
             "curve": [{name: row[name] for name in ("step", "accuracy", "backward_samples", "seconds")}
                       for row in curve],
         }  # fmt: skip

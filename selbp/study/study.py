@@ -6,6 +6,7 @@ side by side, and runs that several of them want, or that an earlier session fin
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -153,12 +154,19 @@ def entry(
         "budget": budget, "arm": arm.name, "label": arm.label, "keep": config.keep, "lr": config.lr,
         "steps": config.steps, "samples": sum(samples) / len(samples) if samples else 0, "cost": cost_name(config),
         "accuracy": {str(seed): round(result["accuracy"], 4) for seed, result in results.items()},
+        "gain": _median(results, "gain"), "gain_at_cost": _median(results, "gain_at_cost"),
         "errors": {str(one.config.seed): one.error for one in found if one.result is None},
         "curve": [[step, round(sum(values) / len(values), 3)]
                   for step, values in zip(points, zip(*curves, strict=True), strict=True)],
         "tuning": [list(tried) for tried in choice.tried],
         "key": config.key(),
     }  # fmt: skip
+
+
+def _median(results: dict[int, dict[str, Any]], name: str) -> float | None:
+    """Of the seeds that know it, to three digits."""
+    known = [result[name] for result in results.values() if result.get(name) is not None]
+    return float(f"{statistics.median(known):.3g}") if known else None
 
 
 # ------------------------------------------------------------------------------------------------------ driver

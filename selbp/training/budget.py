@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Literal
 
 
 def check_keep(keep: float | int) -> float | int:
@@ -30,14 +31,18 @@ def kept_rows(keep: float | int, n: int) -> int:
 class Schedule:
     """On which optimizer steps rows are chosen: step t where ``start <= t < end`` and ``(t - start) % every == 0``.
 
-    Every other step is an ordinary full one. ``end=None`` means for ever. Steps count from 0.
+    Every other step is an ordinary full one; with ``between="random"`` those from ``start`` to ``end`` train on as many
+    rows drawn at random, and score nothing. ``end=None`` means for ever. Steps count from 0.
     """
 
     start: int = 0
     end: int | None = None
     every: int = 1
+    between: Literal["full", "random"] = "full"
 
     def __post_init__(self) -> None:
+        if self.between not in ("full", "random"):
+            raise ValueError(f'between must be "full" or "random", got {self.between!r}')
         for name, value, low in (("start", self.start, 0), ("end", self.end, self.start), ("every", self.every, 1)):
             if name == "end" and value is None:
                 continue
@@ -47,8 +52,15 @@ class Schedule:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
 
     def selects(self, step: int) -> bool:
-        """Whether optimizer step ``step`` trains on chosen rows."""
-        return self.start <= step and (self.end is None or step < self.end) and (step - self.start) % self.every == 0
+        """Whether the rule chooses the rows of optimizer step ``step``."""
+        return self._covers(step) and (step - self.start) % self.every == 0
+
+    def draws(self, step: int) -> bool:
+        """Whether the rows of optimizer step ``step`` are drawn at random in its place."""
+        return self.between == "random" and self._covers(step) and not self.selects(step)
+
+    def _covers(self, step: int) -> bool:
+        return self.start <= step and (self.end is None or step < self.end)
 
 
 def step_cost(n: int, k: int, *, scored: bool, backward: str) -> float:

@@ -96,7 +96,7 @@ class StepReport(WeightFigures):
     n: int  # samples of the minibatch
     k: int  # rows that ran backward
     step: int  # optimizer steps before this one
-    selected: bool  # False: an ordinary full step, outside the schedule
+    selected: bool  # whether the rule chose; False outside the schedule: a full step, or rows drawn at random
     scored: bool  # whether a forward on all rows was paid for scoring
     backward: str  # the strategy used
     backward_reason: str  # and why

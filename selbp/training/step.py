@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from selbp.ops.types import Selection
-from selbp.selectors import Full, Selector
+from selbp.selectors import Full, Random, Selector
 from selbp.training.backward import STRATEGIES, Auto, resolve
 from selbp.training.batch import Batch
 from selbp.training.budget import Schedule, check_keep, kept_rows
@@ -58,7 +58,7 @@ class SelectiveBackprop:
             rows keeps the caller's precision, so it goes with ``backward="recompute"``.
         head_gradient: ``"full"`` gives the head its exact full-batch gradient and uses the chosen rows for the layers
             below only.
-        schedule: on which optimizer steps to choose; the others are full.
+        schedule: on which optimizer steps to choose; the others are full, or train on rows drawn at random.
         generator: where draws come from, on the model's device; torch's global one for None.
         class_weight, ignore_index, label_smoothing: as in ``torch.nn.functional.cross_entropy``.
         target: ``"local"`` matches the rank's own mean gradient, ``"global"`` that of all ranks. Selection is local to
@@ -178,10 +178,11 @@ class SelectiveBackprop:
 
     def _run(self, batch: Batch) -> tuple[Tensor, StepReport]:
         watch, k = Stopwatch(batch.device), kept_rows(self.keep, batch.n)
-        selecting = self.schedule.selects(self._step)
-        if self._cut is not None and selecting:
+        chosen, drawn = self.schedule.selects(self._step), self.schedule.draws(self._step)
+        if self._cut is not None and chosen:
             return self._run_cut(batch, self._cut, watch, k)
-        scoring = selecting and (self.selector.needs != "nothing" or self._full_head)
+        selecting = chosen or drawn
+        scoring = chosen and (self.selector.needs != "nothing" or self._full_head)
         if scoring and isinstance(self._strategy, Auto) and not self._strategy.decided:
             self._strategy.decide(self.model, batch, k, self._criterion, self._scoring)
         strategy = self._strategy if scoring else STRATEGIES["recompute"]
@@ -191,7 +192,8 @@ class SelectiveBackprop:
             scored = self._score(batch, strategy.keeps_graph) if scoring else unscored(batch, self._criterion)
         watch.lap("score")
         with torch.no_grad(), without_autocast(batch.device):
-            selection = self._select(batch, scored, k) if selecting else Full().select(scored.stats, batch.n)
+            rule = self.selector if chosen else Random() if drawn else Full()
+            selection = self._select(rule, batch, scored, k if selecting else batch.n)
             mean = scored.proxies.mean_gradient() if full_head is not None and scored.proxies is not None else None
         proxies, hits = worth_keeping(scored.proxies, self.head, batch.n), scored.hits
         losses_of_forward, scale = scored.losses, scored.scale
@@ -220,7 +222,7 @@ class SelectiveBackprop:
         watch.lap("forward")
         watch.follow(loss)
         report = StepReport(
-            batch.n, len(selection.indices), self._step, selecting, scoring, strategy.name,
+            batch.n, len(selection.indices), self._step, chosen, scoring, strategy.name,
             getattr(strategy, "reason", self._reason), selection, stats, proxies, scaled.detach(), hits, watch,
         )  # fmt: skip
         return loss, report
@@ -254,14 +256,12 @@ class SelectiveBackprop:
             reduce=self._reduce,
         )  # fmt: skip
 
-    def _select(self, batch: Batch, scored: Scored, k: int) -> Selection:
-        selection = self.selector.select(
-            scored.stats, k, proxies=scored.proxies, extras=batch.extras, generator=self.generator
-        )
+    def _select(self, rule: Selector, batch: Batch, scored: Scored, k: int) -> Selection:
+        selection = rule.select(scored.stats, k, proxies=scored.proxies, extras=batch.extras, generator=self.generator)
         indices, weights = selection
         if indices.dim() != 1 or indices.shape != weights.shape or indices.dtype != torch.int64:
             raise ValueError(
-                f"{self.selector!r} must return indices (k,) int64 and weights (k,), "
+                f"{rule!r} must return indices (k,) int64 and weights (k,), "
                 f"got {indices.dtype} {tuple(indices.shape)} and {tuple(weights.shape)}"
             )
         return selection

@@ -6,10 +6,12 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from selbp.data import Dataset
 from selbp.study.config import RunConfig
 from selbp.study.costs import BLOCK, ROUNDS, Cost, Costs, cost_name, measure, steps_within
+from selbp.study.run import PHASES, typical
 
 
 def test_a_budget_of_time_is_steps_times_cost() -> None:
@@ -29,6 +31,15 @@ def test_measured_by_the_clock_that_is_handed_in(config: RunConfig, dataset: Dat
         assert (cost.median, cost.low, cost.high) == pytest.approx((2.0, 2.0, 2.0))
         assert cost.phases["optimizer"] == pytest.approx(1.0)
         assert (cost.phases["read"], cost.phases["read kept"]) == pytest.approx((1.0, 1.0))  # not in the step's 2
+
+
+def test_a_schedule_of_two_kinds_of_steps_costs_their_weighted_medians() -> None:
+    steps = torch.tensor([[9.0, 1], [1, 0], [11, 1], [99, 1], [2, 0], [10, 1], [1, 0], [3, 0]])
+    steps = torch.cat([steps[:, :1].expand(-1, len(PHASES)), steps[:, 1:]], 1)
+    # chosen 9 10 11 99, drawn 1 1 2 3; torch's median of an even number is the lower one
+    assert typical(steps).tolist() == pytest.approx([0.5 * 10 + 0.5 * 1] * len(PHASES))
+    assert typical(steps[[0, 2, 3]]).tolist() == pytest.approx([11.0] * len(PHASES))
+    assert typical(steps[[0, 2, 3, 1]]).tolist() == pytest.approx([0.75 * 11 + 0.25 * 1] * len(PHASES))
 
 
 def test_real_costs_rank_the_arms(config: RunConfig, dataset: Dataset) -> None:

@@ -124,3 +124,30 @@ def test_steps_outside_the_schedule_are_ordinary():
             assert_same(got, gradients(model, F.cross_entropy(model(x), y)))
             assert not step.report.selected
     assert ks == [24, 6, 24, 6, 24, 24, 24]
+
+
+@pytest.mark.parametrize("cut", [None, "1"])
+def test_steps_between_choices_may_draw_at_random_and_score_nothing(cut):
+    x, y = samples()
+    model = mlp()
+    forwards = []
+    model.register_forward_hook(lambda _, args, __: forwards.append(len(args[0])))
+    step = selbp.SelectiveBackprop(
+        model, selector=selbp.GradientMatching(), keep=0.25, backward="recompute", cut=cut,
+        schedule=selbp.Schedule(1, 6, 2, between="random"), generator=torch.Generator().manual_seed(3),
+    )  # fmt: skip
+    twin = selbp.SelectiveBackprop(
+        model, selector=selbp.Random(), keep=0.25, generator=torch.Generator().manual_seed(3)
+    )
+    seen = []
+    for _ in range(8):
+        forwards.clear()
+        got = gradients(model, step(x, y))
+        report = step.report
+        seen.append((report.k, report.selected, max(forwards)))
+        if report.k == 6 and not report.selected:  # exactly a step of Random, of the same generator
+            assert not report.scored and forwards == [6]
+            assert_same(got, gradients(model, twin(x, y)))
+            assert torch.equal(report.selection.indices, twin.report.selection.indices)
+    full, chosen, drawn = (24, False, 24), (6, True, 24), (6, False, 6)
+    assert seen == [full, chosen, drawn, chosen, drawn, chosen, full, full]

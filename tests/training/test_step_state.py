@@ -26,13 +26,13 @@ def run(step, optimizer, batches):
     return losses
 
 
-def build(rule, seed=1, state=None):
+def build(rule, seed=1, state=None, between="full"):
     torch.manual_seed(0)
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     step = selbp.SelectiveBackprop(
         model, selector=rule(), keep=0.25, generator=torch.Generator().manual_seed(seed),
-        schedule=selbp.Schedule(start=1, every=2),
+        schedule=selbp.Schedule(start=1, every=2, between=between),
     )  # fmt: skip
     if state is not None:
         for part, saved in zip((model, optimizer, step), state, strict=True):
@@ -40,16 +40,17 @@ def build(rule, seed=1, state=None):
     return model, optimizer, step
 
 
+@pytest.mark.parametrize("between", ["full", "random"])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_round_trip_continues_bit_for_bit(rule):
+def test_a_round_trip_continues_bit_for_bit(rule, between):
     batches = [samples() for _ in range(9)]
-    model, optimizer, step = build(rule)
+    model, optimizer, step = build(rule, between=between)
     run(step, optimizer, batches[:4])
     file = io.BytesIO()
     torch.save([copy.deepcopy(part.state_dict()) for part in (model, optimizer, step)], file)
     want = run(step, optimizer, batches[4:])
     file.seek(0)
-    other, optimizer, step = build(rule, seed=99, state=torch.load(file, weights_only=True))
+    other, optimizer, step = build(rule, 99, torch.load(file, weights_only=True), between)
     assert run(step, optimizer, batches[4:]) == want
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
     assert step.optimizer_step == 9
