@@ -1,8 +1,9 @@
-"""What a compiled backward on chosen rows could reach at best: ``python -m benchmarks.row_compile [share] [model ...]``.
+"""What a compiled backward on chosen rows could reach at best.
 
-A compiled region's backward is traced for n rows. Were it run at k rows, a step would cost the compiled forward of n
-and the compiled backward of a batch of k, which an ordinary compiled model tells: that is ``compiled, at best`` below,
-without any copy, beside the eager step on rows that there is. Below 1 in the last column there is something to win.
+``python -m benchmarks.row_compile [share] [model ...]`` prints it for the five models. A compiled region's backward is
+traced for n rows. Were it run at k rows, a step would cost the compiled forward of n and the compiled backward of a
+batch of k, which an ordinary compiled model tells: that is ``compiled, at best`` below, without any copy, beside the
+eager step on rows that there is. Below 1 in the last column there is something to win.
 """
 
 from __future__ import annotations
