@@ -33,6 +33,11 @@ same order of samples), in points, with their 95 % t interval. **Ahead** and **b
 0. The baseline of equal time is random with its own keep. Where nothing is said of a correction, one verdict in twenty
 is wrong by chance alone; a claim needs the confirmation on fresh seeds. A rate with a † is the greatest or the least
 that was tried: a better one may lie beyond it.
+
+*Gain*, where it was recorded, is what the rule itself sees: the expected squared error of as many random rows against
+the minibatch's mean gradient, in the space that the rule matches in, over the chosen rows' error; after the stroke
+against as many random rows as the step's cost pays for. The median of a training. Compare it with the verdicts: they
+are about accuracy.
 """
 
 

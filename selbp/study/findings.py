@@ -141,7 +141,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def cell_table(findings: Findings, place: Place) -> str:
     """One cell: each arm's step, and its accuracy at equal steps, at equal samples and at equal time."""
-    head = ["arm", "keep", "ms a step"]
+    gains = any(row.entry.get("gain") for budget in findings.budgets for row in findings.rows[place, budget])
+    head = ["arm", "keep", "ms a step", *(["gain"] if gains else [])]
     heads = {"steps": "equal steps", "samples": "equal samples", "time": "equal time"}
     by_arm: dict[tuple[str, str], dict[str, Row]] = {}
     for budget in findings.budgets:
@@ -157,17 +158,23 @@ def cell_table(findings: Findings, place: Place) -> str:
         first = next(iter(rows.values())).entry
         keep = first["keep"]
         keep = "all" if keep == 1.0 and isinstance(keep, float) else f"{keep}"
-        line = [label, keep, f"{findings.cost(first)['median']:.2f}"]
-        extra: list[str] | None = None
+        line = [label, keep, f"{findings.cost(first)['median']:.2f}", *([gain_of(first)] if gains else [])]
+        known, extra = len(line), list[str]()
         for budget in shown:
             line += _cells(rows.get(budget), budget != "steps")
         samples, steps_row = rows.get("samples"), rows.get("steps")
         if samples is not None and steps_row is not None and samples.entry["key"] != steps_row.entry["key"]:
-            extra = [f"{label}, {samples.entry['steps']} steps (equal samples)", keep, line[2]]
+            extra = [f"{label}, {samples.entry['steps']} steps (equal samples)", *line[1:known]]
             for budget in shown:
                 extra += _cells(samples if budget == "steps" else None, budget != "steps")
-        lines += [line] if extra is None else [line, extra]
+        lines += [line, extra] if extra else [line]
     return table(head, lines)
+
+
+def gain_of(entry: Entry) -> str:
+    """The median gain of its steps at equal k and, where it is known, at equal cost."""
+    known = [f"{entry[name]:.3g}" for name in ("gain", "gain_at_cost") if entry.get(name) is not None]
+    return " / ".join(known) or "–"
 
 
 def _cells(row: Row | None, steps: bool) -> list[str]:

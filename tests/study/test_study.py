@@ -94,6 +94,19 @@ class Forbidden(Split):
         raise AssertionError("the test part was read: len")
 
 
+def test_gains_are_a_column_where_they_were_recorded(runs: Pool) -> None:
+    result = run_study(PROTOCOL, runs)
+    found = by_place(result)
+    matching = found["matching", "steps"]
+    assert matching["gain"] > matching["gain_at_cost"] > 0  # one training's median, of its 12 steps' last
+    assert found["random", "steps"]["gain"] is None and found["full", "steps"]["gain"] is None
+    assert f"| {matching['gain']:.3g} / {matching['gain_at_cost']:.3g} |" in section(result)
+    assert "| arm | keep | ms a step | gain | rate |" in section(result)
+    for entry in result["entries"]:  # as results were before they had any
+        del entry["gain"], entry["gain_at_cost"]
+    assert "| arm | keep | ms a step | rate |" in section(result)
+
+
 def test_the_tuner_cannot_see_test_data(runs: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run of the search is on the held-out split, and goes through with the test part out of reach."""
     carry_out = pool_module.carry_out
