@@ -103,8 +103,8 @@ PROTOCOLS: dict[str, Protocol] = {
                 Cell(CLEAN, "cnn", 2000, (0.25,)),
                 Cell(CLEAN, "wide-cnn", 1200, (0.25,), batch_size=64, precision="bfloat16"),
             ),
-            ("full", "random", "top-loss", "matching-cut1"), tuple(range(300, 310)), budgets=("time",),
-            own_keeps=(16, 32, 48, 64), clock="top-loss", claim=True,
+            ("full", "random", "top-loss", "top-loss-every2", "matching-cut1"), tuple(range(300, 310)),
+            budgets=("time",), own_keeps=(16, 32, 48, 64), clock="top-loss", claim=True,
             note="The small CNN trains in float32, all arms of the wider one under autocast to bfloat16.",
         ),
         Protocol(
