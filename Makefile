@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 export PYTHON VENV TORCH PIP_ARGS
 
-.PHONY: help demo test test-all test-versions lint format bench study study-quick study-full study-confirm study-document gpu-check clean
+.PHONY: help demo test test-all test-versions lint format bench study study-quick study-full study-explore study-confirm study-document gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,7 +29,7 @@ help:
 	@echo "make bench      ours against peers and against this machine's roofline, in one run"
 	@echo "make study      the comparison with random: equal steps, samples and time; under 2 hours on two cores"
 	@echo "make study-quick   the same in little, under 10 minutes; study-full: more models, for longer, and a text:"
-	@echo "                   about 110 core-minutes, resumable;"
+	@echo "                   about 2 core-hours, resumable; study-explore: what else was tried, about 70 core-minutes;"
 	@echo "                   study-confirm: named arms on fresh seeds; study-document: docs/study.md from the results"
 	@echo "make gpu-check  parity, sanitizer and throughput on a machine with a GPU"
 	@echo "make clean      remove the environment and everything built"
@@ -91,6 +91,10 @@ study-full: $(VENV)/.with-demo
 study-confirm: $(VENV)/.with-demo
 	$(BIN)/selbp study --protocol confirm --results benchmarks/results $(ARGS)
 	$(BIN)/selbp study --protocol confirm-bfloat16 --results benchmarks/results $(ARGS)
+	$(BIN)/selbp study --protocol confirm-loss --results benchmarks/results $(ARGS)
+
+study-explore: $(VENV)/.with-demo
+	$(BIN)/selbp study --protocol explore --results benchmarks/results $(ARGS)
 
 study-quick: $(VENV)/.with-demo
 	$(BIN)/selbp study --protocol quick --out runs/study-quick $(ARGS)

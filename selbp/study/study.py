@@ -6,6 +6,7 @@ side by side, and runs that several of them want, or that an earlier session fin
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -165,7 +166,7 @@ def entry(
 
 def _median(results: dict[int, dict[str, Any]], name: str) -> float | None:
     """Of the seeds that know it, to three digits."""
-    known = [result[name] for result in results.values() if result.get(name) is not None]
+    known = [result[name] for result in results.values() if math.isfinite(result.get(name) or math.inf)]
     return float(f"{statistics.median(known):.3g}") if known else None
 
 
