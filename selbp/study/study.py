@@ -166,7 +166,8 @@ def entry(
 
 def _median(results: dict[int, dict[str, Any]], name: str) -> float | None:
     """Of the seeds that know it, to three digits."""
-    known = [result[name] for result in results.values() if math.isfinite(result.get(name) or math.inf)]
+    values = (result.get(name) for result in results.values())
+    known = [value for value in values if value is not None and math.isfinite(value)]
     return float(f"{statistics.median(known):.3g}") if known else None
 
 
