@@ -55,6 +55,7 @@ class _Top(Stateless):
 class TopLoss(_Top):
     """The k rows of greatest loss (online hard example mining, Shrivastava et al. 2016).
 
+    Mislabelled samples have great losses: where there are many, this rule trains on them (``docs/study.md``).
     ``weights``: ``"mean"`` (1 / k), ``"batch"`` (1 / n) or ``"refit"`` (nonnegative least squares with ``ridge``); see
     :mod:`selbp.selectors.weighting`.
     """
