@@ -43,11 +43,13 @@ def _inputs(task: Task, share: float, device: torch.device) -> tuple[Any, ...]:
 
 
 def finish(model: nn.Module, losses: Tensor) -> None:
+    """The backward, without gradients of a step before."""
     model.zero_grad(set_to_none=True)
     losses.mean().backward()
 
 
 def on_rows(task: Task, model: nn.Module, x: Tensor, y: Tensor, chosen: Tensor) -> None:
+    """A step whose backward runs through the chosen rows."""
     finish(model, selbp.select(task.losses(model(x), y), chosen))
 
 

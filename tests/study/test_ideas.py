@@ -52,7 +52,8 @@ def test_the_target_is_the_average_in_units_of_the_gradients_size() -> None:
 
 def test_its_memory_is_its_state() -> None:
     one, other = AveragedTarget(), AveragedTarget()
-    one.select(*[minibatch(0)[0], K], proxies=minibatch(0)[1])
+    stats, proxies = minibatch(0)
+    one.select(stats, K, proxies=proxies)
     other.load_state_dict(one.state_dict())
     stats, proxies = minibatch(1)
     assert torch.equal(one.select(stats, K, proxies=proxies).weights, other.select(stats, K, proxies=proxies).weights)
