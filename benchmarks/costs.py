@@ -85,7 +85,10 @@ def host_reads(call: Callable[[], object]) -> tuple[int, object]:
 
 
 def peak_extra_bytes(call: Callable[[], object]) -> int:
-    """Bytes by which the resident set rises at most above its level before ``call``; Linux, CPU."""
+    """Bytes by which the resident set rises at most above its level before ``call``; Linux, CPU.
+
+    True in a process started with ``RETURN_FREED``: elsewhere a block that was freed may stay resident and serve again.
+    """
     call()  # what the first call caches is not the call's own
     return _rise(call)
 
