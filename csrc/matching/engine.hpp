@@ -142,9 +142,8 @@ class Engine {
   // The slot's panel comes into use: its rows so far are zero, and nobody has written them.
   SELBP_HD void open_slot(int slot) {
     if (slot < live_columns()) return;
-    const int panel = live_columns();
-    team_.each(rows_ * Team::kPanel,
-               [&](int i) { *work_.tableau.at(i / Team::kPanel, panel + i % Team::kPanel) = T(0); });
+    T* panel = work_.tableau.at(0, live_columns());  // row follows row
+    team_.each(rows_ * Team::kPanel, [&](int i) { panel[i] = T(0); });
     live_slots_ += Team::kPanel;
   }
 
@@ -162,7 +161,7 @@ class Engine {
     const T inverse = T(1) / square_root(work_.distance[pivot]), z = work_.correlation[pivot] * inverse;
     int begin;
     const int shelf_row = take_from_shelf(pivot, begin);
-    team_.broadcast(last, [&](int s) { work_.pivot_column[s] = -*work_.tableau.at(s, pivot); });
+    team_.broadcast(last - begin, [&](int i) { work_.pivot_column[begin + i] = -*work_.tableau.at(begin + i, pivot); });
     team_.once([&] {
       work_.order[last] = pivot;
       work_.z[last] = z;
@@ -220,6 +219,7 @@ class Engine {
 
   SELBP_METHOD int take_from_shelf(int pivot, int& begin);
   SELBP_METHOD int fill_shelf(int pivot);
+  template <int count>
   SELBP_METHOD void form_rows(const int* formed, int place);
 
   // ------------------------------------------------------------------------------------------------- the answer
@@ -240,7 +240,7 @@ class Engine {
   int live_slots_ = 0;    // whole panels of slots that have been used
   bool removed_ = false;  // a row has left S, so slots no longer stand in the order of the rows
   int shelf_pivot_[kShelf + 1], shelf_begin_[kShelf + 1];  // whose row stands there, up to which row it is formed
-  int shelf_next_ = 0;
+  int shelf_next_ = 0, shelf_formed_ = 0, shelf_used_ = 0;  // where to fill on; rows shelved for later, and used later
 };
 
 }  // namespace SELBP_LEVEL

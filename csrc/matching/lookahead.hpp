@@ -13,7 +13,9 @@ SELBP_METHOD int Engine<Team, T>::take_from_shelf(int pivot, int& begin) {
     if (!work_.score) return -1;
     int place = 0;
     while (place < kShelf && shelf_pivot_[place] != pivot) ++place;
-    if (place == kShelf) {
+    if (place < kShelf) {
+      ++shelf_used_;
+    } else {
       const std::size_t bytes = std::size_t(rows_) * std::size_t(live_columns()) * sizeof(T);
       if (bytes < options_.near_bytes) return -1;
       place = fill_shelf(pivot);
@@ -25,13 +27,16 @@ SELBP_METHOD int Engine<Team, T>::take_from_shelf(int pivot, int& begin) {
   return -1;
 }
 
-// Forms `pivot` and the best rows that are not on the shelf, in the places that were filled longest ago.
+// Forms `pivot` and the best rows that are not on the shelf, in the places that were filled longest ago. A second row
+// costs little where memory bounds the pass, more of them pay where most of what was shelved came to be used.
 template <class Team, class T>
 SELBP_METHOD int Engine<Team, T>::fill_shelf(int pivot) {
+  const int count = 10 * shelf_used_ > 7 * shelf_formed_ ? kLookahead : 2;
+  if (shelf_next_ + count > kShelf) shelf_next_ = 0;
   for (int other : shelf_pivot_)
     if (other >= 0) work_.score[other] = T(-1);
   int formed[kLookahead];
-  for (int r = 0; r < kLookahead; ++r) {
+  for (int r = 0; r < count; ++r) {
     formed[r] = pivot;
     if (r > 0) {
       const Best<T> next = team_.argmax(
@@ -41,32 +46,38 @@ SELBP_METHOD int Engine<Team, T>::fill_shelf(int pivot) {
     work_.score[formed[r]] = T(-1);
     shelf_pivot_[shelf_next_ + r] = formed[r];
     shelf_begin_[shelf_next_ + r] = rows_;
-    for (int s = 0; s < rows_; ++s) work_.shelf_column[s * kLookahead + r] = -*work_.tableau.at(s, formed[r]);
+    for (int s = 0; s < rows_; ++s) work_.shelf_column[s * count + r] = -*work_.tableau.at(s, formed[r]);
   }
   const int place = shelf_next_;
-  form_rows(formed, place);
-  shelf_next_ = (shelf_next_ + kLookahead) % kShelf;
+  if (count == 2)
+    form_rows<2>(formed, place);
+  else
+    form_rows<kLookahead>(formed, place);
+  shelf_next_ += count;
+  shelf_formed_ += count - 1;
   return place;
 }
 
 template <class Team, class T>
+template <int count>
 SELBP_METHOD void Engine<Team, T>::form_rows(const int* formed, int place) {
-  team_.template columns<Team::kLookaheadLines>(shape_.main, live_columns(), [&](auto j) SELBP_INLINE_LAMBDA {
-    typename decltype(j)::Value sum[kLookahead];
+  constexpr int kLines = Team::kLookaheadLines / count;  // so that the sums fit in registers
+  team_.template columns<kLines>(shape_.main, live_columns(), [&](auto j) SELBP_INLINE_LAMBDA {
+    typename decltype(j)::Value sum[count];
     SELBP_UNROLL
-    for (int r = 0; r < kLookahead; ++r) sum[r] = pivot_row(j, formed[r]);
+    for (int r = 0; r < count; ++r) sum[r] = pivot_row(j, formed[r]);
     const int end = rows_;
     int s = first_row(j, 0);
-    for (const T* columns = work_.shelf_column + s * kLookahead; s < end; ++s, columns += kLookahead) {
+    for (const T* columns = work_.shelf_column + s * count; s < end; ++s, columns += count) {
       const auto row = j.load(work_.tableau, s);
       SELBP_UNROLL
-      for (int r = 0; r < kLookahead; ++r) sum[r] = fused(columns[r], row, sum[r]);
+      for (int r = 0; r < count; ++r) sum[r] = fused(columns[r], row, sum[r]);
     }
     SELBP_UNROLL
-    for (int r = 0; r < kLookahead; ++r) j.store(work_.shelf, place + r, sum[r]);
+    for (int r = 0; r < count; ++r) j.store(work_.shelf, place + r, sum[r]);
   });
   for (int j = live_columns(); j < shape_.count; ++j)  // slots that come into use later
-    for (int r = 0; r < kLookahead; ++r) *work_.shelf.at(place + r, j) = T(0);
+    for (int r = 0; r < count; ++r) *work_.shelf.at(place + r, j) = T(0);
 }
 
 }  // namespace SELBP_LEVEL

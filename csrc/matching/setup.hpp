@@ -101,15 +101,21 @@ SELBP_METHOD void Engine<Team, T>::report(const Answer<T>& answer, Status status
 template <class Team, class T>
 SELBP_METHOD void Engine<Team, T>::quadratic_form(int count) {
   const double row_scale = double(row_scale_), target_scale = double(target_scale_);
+  team_.each(count, [&](int u) { work_.z[u] = -work_.correlation[work_.slot[u]]; });
+  team_.sync();
   team_.each(count, [&](int u) {
-    const int row = work_.order[u];
-    const T* gram = gram_row(row);
-    double sum = 0;
-    for (int s = 0; s < u; ++s)
-      sum = fused(-double(work_.correlation[work_.slot[s]]), double(gram[work_.order[s]]), sum);
-    const double w = -double(work_.correlation[work_.slot[u]]);
-    sum = fused(w, double(gram[row]), 2.0 * sum) * row_scale * row_scale;
-    work_.partial[u] = w * (sum - 2.0 * double(problem_.inner[row]) * row_scale * target_scale);
+    const T* gram = gram_row(work_.order[u]);
+    auto term = [&](int s, double sum) { return fused(double(work_.z[s]), double(gram[work_.order[s]]), sum); };
+    double sums[4] = {};  // one alone would wait for each addition
+    int s = 0;
+    for (; s + 4 <= u; s += 4) {
+      SELBP_UNROLL
+      for (int part = 0; part < 4; ++part) sums[part] = term(s + part, sums[part]);
+    }
+    for (; s < u; ++s) sums[0] = term(s, sums[0]);
+    const double twice = 2.0 * ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    const double w = double(work_.z[u]), inner = double(problem_.inner[work_.order[u]]);
+    work_.partial[u] = w * (term(u, twice) * row_scale * row_scale - 2.0 * inner * row_scale * target_scale);
   });
   team_.sync();
 }

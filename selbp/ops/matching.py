@@ -23,7 +23,7 @@ from selbp.ops._checks import (
 from selbp.ops._cuda_core import cuda_core
 from selbp.ops._library import define
 from selbp.ops._threads import native_threads
-from selbp.ops.types import Matching, MatchStatus
+from selbp.ops.types import Matching
 
 RULES = ("ols", "normalized", "raw")  # in the order of csrc/matching/matching.hpp
 _GRAIN = 1 << 17  # multiply-adds that are worth waking a thread for: about 20 us
@@ -224,11 +224,11 @@ def nnls_gram(
     """
     _check_problem(gram, inner, valid)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    explained = torch.where(diagonal > 0, inner.square() / diagonal, 0.0)  # by each row alone
+    explained = (inner.square() / diagonal).masked_fill_(diagonal <= 0, 0.0)  # by each row alone
     if valid is not None:
-        explained = torch.where(valid, explained, 0.0)
+        explained.masked_fill_(~valid, 0.0)
     # b^T b is not given; the most that one row explains of it sets the scale of what counts as noise.
-    target_sq = torch.nn.functional.pad(explained, (0, 1)).amax(-1)
+    target_sq = explained.amax(-1) if inner.shape[-1] else explained.sum(-1)
     return _dense(gram, inner, target_sq, ridge, valid)
 
 
@@ -236,7 +236,6 @@ def _dense(gram: Tensor, inner: Tensor, target_sq: Tensor, ridge: float, valid: 
     """The matching of all n rows as a dense vector; NaN where the problem is not finite."""
     n = inner.shape[-1]
     found = match(gram, inner, target_sq, n, ridge=ridge, valid=valid)
-    slots = torch.where(found.indices < 0, n, found.indices)  # padding goes to a column that is cut off
-    padded = found.weights.new_zeros((*inner.shape[:-1], n + 1)).scatter(-1, slots, found.weights)
-    invalid = found.status == MatchStatus.INVALID.value  # Dynamo cannot compare a tensor with the enum itself
-    return torch.where(invalid[..., None], torch.nan, padded[..., :n])
+    slots = found.indices.remainder(n + 1)  # padding, -1, goes to a column that is cut off
+    fill = found.residual.clamp(max=0.0)[..., None]  # 0, or NaN where the problem is not finite
+    return fill.expand(*inner.shape[:-1], n + 1).scatter(-1, slots, found.weights)[..., :n].contiguous()

@@ -36,7 +36,9 @@ MUTANTS = {
     "a removed row stays masked": (FEASIBLE, "Thresholds<T>::kRank * (gram_row(c", "1e300 * (gram_row(c"),
     "the shelf outlives a removal": (FEASIBLE, "  forget_lookahead();\n", ""),
     "a shelved row resumes too late": (LOOKAHEAD, "= shelf_begin_[place];", "= shelf_begin_[place] + 1;"),
-    "the residual lacks its factor 2": (SETUP, "double(gram[row]), 2.0 * sum)", "double(gram[row]), sum)"),
+    "a resumed row's columns start over": (ENGINE, "at(begin + i, pivot)", "at(i, pivot)"),
+    "of four rows two are formed": (LOOKAHEAD, "form_rows<kLookahead>(", "form_rows<2>("),
+    "the residual lacks its factor 2": (SETUP, "twice = 2.0 * (", "twice = ("),
 }  # fmt: skip
 
 
