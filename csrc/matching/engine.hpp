@@ -240,7 +240,8 @@ class Engine {
   int live_slots_ = 0;    // whole panels of slots that have been used
   bool removed_ = false;  // a row has left S, so slots no longer stand in the order of the rows
   int shelf_pivot_[kShelf + 1], shelf_begin_[kShelf + 1];  // whose row stands there, up to which row it is formed
-  int shelf_next_ = 0, shelf_formed_ = 0, shelf_used_ = 0;  // where to fill on; rows shelved for later, and used later
+  int shelf_next_ = 0;                                     // the place to fill next
+  int shelf_formed_ = 0, shelf_used_ = 0;                  // rows that were shelved for later, and came to be used
 };
 
 }  // namespace SELBP_LEVEL
