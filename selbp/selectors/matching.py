@@ -78,5 +78,5 @@ class GradientMatching(Stateless):
         )
         indices, real = fill_spare(found.indices, found.indices >= 0, stats.valid)
         if self.weights == "refit":
-            return Selection(indices, torch.where(real, found.weights, 0.0).to(stats.loss.dtype))
+            return Selection(indices, found.weights.to(stats.loss.dtype))  # 0 in the spare slots
         return Selection(indices, slot_weights(self.weights, stats, real))

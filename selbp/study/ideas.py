@@ -68,8 +68,8 @@ class AveragedTarget:
         residual = proxies.residual.to(target.dtype)
         inner = ((residual @ weight) * proxies.features.to(target.dtype)).sum(1) + residual @ offset
         found = match(gram, inner, target.square().sum(), k, ridge=self.ridge, valid=stats.valid)
-        indices, real = fill_spare(found.indices, found.indices >= 0, stats.valid)
-        return Selection(indices, torch.where(real, found.weights, 0.0).to(stats.loss.dtype))
+        indices, _ = fill_spare(found.indices, found.indices >= 0, stats.valid)
+        return Selection(indices, found.weights.to(stats.loss.dtype))
 
     def state_dict(self) -> dict[str, Any]:
         """The average and how many minibatches are in it."""
