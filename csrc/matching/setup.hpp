@@ -101,6 +101,7 @@ SELBP_METHOD void Engine<Team, T>::report(const Answer<T>& answer, Status status
 template <class Team, class T>
 SELBP_METHOD void Engine<Team, T>::quadratic_form(int count) {
   const double row_scale = double(row_scale_), target_scale = double(target_scale_);
+  // z has served; from here on it holds the weights in the order of choice.
   team_.each(count, [&](int u) { work_.z[u] = -work_.correlation[work_.slot[u]]; });
   team_.sync();
   team_.each(count, [&](int u) {
