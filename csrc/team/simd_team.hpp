@@ -87,13 +87,13 @@ template <class T>
 class SimdTeam {
  public:
   static constexpr int kPanel = kLineBytes / int(sizeof(T));
-  // Lookahead (matching/engine.hpp): rows formed in one pass at most, and how many lines of sums fit in registers.
+  // Lookahead (matching/engine.hpp): rows formed in one pass at most, and rows that are kept for later.
+  static constexpr int kLookahead = 4, kShelf = 32;
 #if defined(__AVX512F__)
-  static constexpr int kLookahead = 4, kLookaheadLines = 16;
+  static constexpr int kLookaheadLines = 16;  // lines of sums that fit in registers
 #else
-  static constexpr int kLookahead = 4, kLookaheadLines = 4;
+  static constexpr int kLookaheadLines = 4;
 #endif
-  static constexpr int kShelf = 32;  // rows that are kept for later
 
   SimdTeam() = default;
   // next: what this thread reads when it is done here, brought into the cache in `turns` parts.

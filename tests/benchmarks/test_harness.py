@@ -19,6 +19,9 @@ from benchmarks.roofline import Roofline
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
+resets_its_peak = pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs"
+)
 
 
 def sleepers(limit=None):
@@ -74,9 +77,8 @@ print(peak_extra_bytes(lambda: torch.ones(1 << 24)), peak_extra_bytes(lambda: No
 """
 
 
+@resets_its_peak
 def test_peak_extra_bytes():
-    if not os.access("/proc/self/clear_refs", os.W_OK):
-        pytest.skip("needs Linux's /proc/self/clear_refs")
     command, environment = [sys.executable, "-c", PEAKS], {**os.environ, **RETURN_FREED}
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
     large, nothing = map(int, done.stdout.split())
@@ -141,9 +143,8 @@ def test_host_reads(reads, call):
     assert host_reads(call)[0] == reads
 
 
+@resets_its_peak
 def test_peaks_are_measured_in_a_process_of_their_own():
-    if not os.access("/proc/self/clear_refs", os.W_OK):
-        pytest.skip("needs Linux's /proc/self/clear_refs")
     name = "gram n=1024 C=100 d=512 float32"
     found = measure_peaks(["gram"], ["--quick", "--filter", name])["gram"][name]
     assert found["ours"] >= 4 << 20 and found["eager torch"] > 1.5 * found["ours"]
