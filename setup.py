@@ -29,10 +29,13 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 SOURCES = runpy.run_path(str(ROOT / "selbp" / "_sources.py"))["digest"](ROOT)  # the import compares it with its own
-LEVELS = {"baseline": [], "v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
+# By features, as csrc/cpu/level.hpp asks for them: -march=x86-64-v3 needs GCC 11 or clang 12.
+V3 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c"]
+V4 = [*V3, "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+LEVELS: dict[str, list[str]] = {"baseline": [], "v3": V3, "v4": V4}
 if platform.machine() not in ("x86_64", "AMD64"):
     LEVELS = {"baseline": []}
-FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden",
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden",
          "-Wall", "-Wextra", "-Werror=return-type"]  # fmt: skip
 
 
@@ -160,7 +163,7 @@ setup(
                 *([("SELBP_X86_LEVELS", "1")] if len(LEVELS) > 1 else []),
             ],
             extra_compile_args=FLAGS,
-            extra_link_args=["-fopenmp"],
+            libraries=["gomp"],
         ),
         *([cuda_extension()] if cuda_wanted() else []),
     ],

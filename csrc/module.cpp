@@ -4,7 +4,10 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstdlib>
 #include <new>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "choose_rows/cpu.hpp"
@@ -182,6 +185,10 @@ void bind_statistics(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
+  if (!selbp::level_name_valid()) {
+    throw std::invalid_argument("SELBP_CPU_LEVEL must be baseline, v3 or v4, got '" +
+                                std::string(std::getenv("SELBP_CPU_LEVEL")) + "'");
+  }
   m.doc() = "CPU kernels of selbp; called through selbp.ops, which validates.";
   m.attr("SOURCES") = SELBP_SOURCES;
   m.def("level", [] { return selbp::level_name(); }, "The x86-64 level whose kernels are in use.");

@@ -8,6 +8,8 @@ from selbp._version import __version__
 try:
     import selbp._native
 except ImportError as error:
+    if str(error).startswith("SELBP_CPU_LEVEL"):
+        raise
     raise ImportError(
         "selbp's native extension is not built. Install the package (`pip install .` in the project's folder, or "
         f"`pip install -e .` to develop) and import it from there. The import said: {error}"

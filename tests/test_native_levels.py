@@ -24,7 +24,7 @@ def shared_symbols(source: str, folder: Path) -> list[str]:
     """Symbols of the object compiled from ``source`` that a linker may replace by another object's copy."""
     (folder / "kernel.cpp").write_text(source)
     # Without optimisation nothing is inlined away, so that every such function shows.
-    flags = "-std=c++17 -O0 -fopenmp -fPIC -w -march=x86-64-v3 -DSELBP_LEVEL=v3 -DSELBP_X86_LEVELS=1".split()
+    flags = "-std=c++17 -O0 -fPIC -w -mavx2 -mfma -mbmi -mbmi2 -mf16c -DSELBP_LEVEL=v3 -DSELBP_X86_LEVELS=1".split()
     command = [os.environ.get("CXX", "g++"), *flags, f"-I{ROOT / 'csrc'}", "-c", "kernel.cpp", "-o", "kernel.o"]
     subprocess.run(command, cwd=folder, check=True)
     listing = subprocess.run(["nm", "-C", "kernel.o"], cwd=folder, check=True, capture_output=True, text=True).stdout
@@ -87,6 +87,35 @@ def test_levels_agree(tmp_path):
             for a, b in zip(results[level][case], expected, strict=True):
                 tolerance = 1e-12 if "float64" in case else 4e-6
                 torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def test_an_unknown_level_is_an_error():
+    environment = {**os.environ, "SELBP_CPU_LEVEL": "v2"}
+    tried = subprocess.run(
+        [sys.executable, "-c", "import selbp"], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert tried.returncode == 1
+    assert tried.stderr.splitlines()[-1] == "ImportError: SELBP_CPU_LEVEL must be baseline, v3 or v4, got 'v2'"
+
+
+# ------------------------------------------------------------------------------------------------ OpenMP
+
+RUNTIMES = """
+import torch, selbp
+from selbp import ops
+torch.set_num_threads(2)
+ops.cross_entropy_statistics(torch.randn(64, 4000), torch.arange(64))
+mapped = {line.split()[-1] for line in open("/proc/self/maps") if "/" in line}
+print(*sorted(path for path in mapped if any(name in path for name in ("libgomp", "libomp", "libiomp"))))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_one_openmp_runtime():
+    """Two runtimes keep two pools of threads, which fight over the cores."""
+    ran = subprocess.run([sys.executable, "-c", RUNTIMES], check=True, capture_output=True, text=True, timeout=300)
+    runtimes = ran.stdout.split()
+    assert len(runtimes) == 1, runtimes
 
 
 # ------------------------------------------------------------------------------------- forked and spawned workers

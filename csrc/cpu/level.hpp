@@ -8,17 +8,35 @@
 
 #include <cstdlib>
 #include <cstring>
+#ifdef SELBP_X86_LEVELS
+#include <cpuid.h>
+#endif
 
 namespace selbp {
 
 enum class Level { baseline, v3, v4 };
 
+#ifdef SELBP_X86_LEVELS
+// Half-precision conversion. Compilers before GCC 11 do not know the name in __builtin_cpu_supports.
+inline bool converts_half() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
+// The features that setup.py compiles each level with: compilers before GCC 11 and all of clang refuse "x86-64-v3".
 inline Level detect_level() {
 #ifdef SELBP_X86_LEVELS
   __builtin_cpu_init();
   Level best = Level::baseline;
-  if (__builtin_cpu_supports("x86-64-v3")) best = Level::v3;
-  if (__builtin_cpu_supports("x86-64-v4")) best = Level::v4;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+      __builtin_cpu_supports("bmi2") && converts_half()) {
+    best = Level::v3;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      best = Level::v4;
+    }
+  }
   if (const char* wanted = std::getenv("SELBP_CPU_LEVEL")) {  // lowers the level, never raises it
     if (!std::strcmp(wanted, "baseline")) return Level::baseline;
     if (!std::strcmp(wanted, "v3") && best == Level::v4) return Level::v3;
@@ -32,6 +50,13 @@ inline Level detect_level() {
 inline Level level() {
   static const Level chosen = detect_level();
   return chosen;
+}
+
+// Whether SELBP_CPU_LEVEL is unset, empty or names a level.
+inline bool level_name_valid() {
+  const char* wanted = std::getenv("SELBP_CPU_LEVEL");
+  return !wanted || !*wanted || !std::strcmp(wanted, "baseline") || !std::strcmp(wanted, "v3") ||
+         !std::strcmp(wanted, "v4");
 }
 
 inline const char* level_name() {

@@ -7,6 +7,7 @@
 // (Storing the corners themselves to rows that lie a multiple of 4 KiB apart was twice as slow.)
 #include "gram/cpu.hpp"
 
+#include "cpu/parallel.hpp"
 #include "cpu/vector.hpp"
 
 namespace selbp {
@@ -84,14 +85,13 @@ inline void prefetch_row(const T* row) {
 // packed[s, k, i] = factor[kBlock s + i, k], zero past the last row.
 template <typename T>
 void pack(T* packed, const T* factor, std::int64_t n, std::int64_t terms, int n_threads) {
-#pragma omp parallel for num_threads(n_threads) schedule(static)
-  for (std::int64_t first = 0; first < n; first += kBlock) {
-    const std::int64_t count = least(kBlock, n - first);
+  parallel_for((n + kBlock - 1) / kBlock, n_threads, 0, [&](std::int64_t block) {
+    const std::int64_t first = block * kBlock, count = least(kBlock, n - first);
     T* strip = packed + first * terms;
     transpose(strip, factor + first * terms, terms, count, terms);
     for (std::int64_t k = 0; k < terms; ++k)
       for (std::int64_t i = count; i < kBlock; ++i) strip[k * kBlock + i] = 0;
-  }
+  });
 }
 
 // block[i, j] (+)= sum_k left[k, i] right[k, j] over one stretch of terms, all sums of a tile in registers.
@@ -164,13 +164,12 @@ bool gram_of(T* out, T* packed, const T* r, const T* h, GramShape shape, T bias,
   T* packed_h = packed + blocks * kBlock * shape.classes;
   pack(packed, r, shape.n, shape.classes, n_threads);
   pack(packed_h, h, shape.n, shape.features, n_threads);
-  bool finite = true;
-#pragma omp parallel for num_threads(n_threads) schedule(dynamic, 1) reduction(&& : finite)
-  for (std::int64_t place = 0; place < blocks * blocks; ++place) {
+  AllOf finite;
+  parallel_for(blocks * blocks, n_threads, 1, [&](std::int64_t place) {
     const std::int64_t i = place / blocks, j = place % blocks;
-    if (j <= i) finite = write_block(out, packed, packed_h, shape, bias, i * kBlock, j * kBlock) && finite;
-  }
-  return finite;
+    if (j <= i && !write_block(out, packed, packed_h, shape, bias, i * kBlock, j * kBlock)) finite.lower();
+  });
+  return finite.held();
 }
 
 // Eight partial sums in a fixed order, so that the result does not depend on the vector width or the thread count.
@@ -189,8 +188,7 @@ double dot(const T* a, const T* b, std::int64_t count) {
 
 template <typename T>
 void dots_of(double* sums, const T* a, const T* b, std::int64_t rows, std::int64_t columns, int n_threads) {
-#pragma omp parallel for num_threads(n_threads) schedule(static)
-  for (std::int64_t i = 0; i < rows; ++i) sums[i] = dot(a + i * columns, b + i * columns, columns);
+  parallel_for(rows, n_threads, 0, [&](std::int64_t i) { sums[i] = dot(a + i * columns, b + i * columns, columns); });
 }
 
 }  // namespace

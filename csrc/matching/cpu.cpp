@@ -1,6 +1,7 @@
 // The matching engine on CPU threads: one team of SIMD registers for each problem, problems spread over OpenMP threads.
 #include <stdlib.h>
 
+#include "cpu/parallel.hpp"
 #include "matching/engine.hpp"
 #include "team/simd_team.hpp"
 
@@ -53,14 +54,10 @@ bool solve_all(const Options& options, const Problem<T>& problems, const Answer<
   const std::size_t n = std::size_t(options.n), k = std::size_t(options.k);
   const std::size_t gram = n * n * sizeof(T), fetched = gram <= kFetch ? gram : 0;
   const std::int64_t spread = batch / (16 * std::int64_t(threads)), chunk = spread < 1 ? 1 : spread > 16 ? 16 : spread;
-  bool enough = true;
-#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads) reduction(&& : enough) if (threads > 1)
-  for (std::int64_t at = 0; at < batch; ++at) {
+  AllOf enough;
+  parallel_for(batch, threads, chunk, [&](std::int64_t at) {
     char* memory = arena.reserve(bytes);
-    if (!memory) {
-      enough = false;
-      continue;
-    }
+    if (!memory) return enough.lower();
     const std::size_t i = std::size_t(at);
     const Workspace<T, Team::kPanel> work(shape, memory, memory + arrays, memory + arrays + tableau, lookahead,
                                           Team::kShelf);
@@ -71,8 +68,8 @@ bool solve_all(const Options& options, const Problem<T>& problems, const Answer<
     Team team(problem.gram + n * n, at + 1 < batch ? fetched : 0, shape.rows + 1);
     Engine<Team, T>(team, options, problem, work).solve(answer);
     arena.trim();
-  }
-  return enough;
+  });
+  return enough.held();
 }
 
 }  // namespace

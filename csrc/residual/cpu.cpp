@@ -1,4 +1,5 @@
 // The residual for one x86-64 level; see statistics/cpu.hpp for the quantities.
+#include "cpu/parallel.hpp"
 #include "statistics/rows.hpp"
 
 namespace selbp {
@@ -79,8 +80,7 @@ void run_residual(const Matrix& logits, const ResidualTile& tile, const LossOpti
   using A = Compute<T>;
   const A* weight = static_cast<const A*>(options.class_weight);
   const double smooth_each = options.label_smoothing / static_cast<double>(tile.n_classes);
-#pragma omp parallel for num_threads(n_threads) if (n_threads > 1) schedule(static)
-  for (int64_t row = 0; row < logits.rows; ++row) {
+  parallel_for(logits.rows, n_threads, 0, [&](int64_t row) {
     const T* z = static_cast<const T*>(logits.data) + row * logits.row_stride;
     A* out = static_cast<A*>(output) + row * logits.columns;
     const int64_t y = options.target[row];
@@ -98,7 +98,7 @@ void run_residual(const Matrix& logits, const ResidualTile& tile, const LossOpti
                                               options.softcap, terms, out);
     }
     if (!finite) __builtin_memset(out, 0, sizeof(A) * static_cast<std::size_t>(logits.columns));
-  }
+  });
 }
 
 struct ResidualBody {

@@ -1,6 +1,7 @@
 // The statistics for one x86-64 level; see cpu.hpp for the quantities.
 #include "statistics/cpu.hpp"
 
+#include "cpu/parallel.hpp"
 #include "statistics/head.hpp"
 #include "statistics/rows.hpp"
 
@@ -200,8 +201,7 @@ void run_statistics(const Matrix& logits, int64_t first_class, int64_t n_classes
   using A = Compute<T>;
   const A* weight = static_cast<const A*>(options.class_weight);
   const double smooth_each = options.label_smoothing / static_cast<double>(n_classes);
-#pragma omp parallel for num_threads(n_threads) if (n_threads > 1) schedule(static)
-  for (int64_t row = 0; row < logits.rows; ++row) {
+  parallel_for(logits.rows, n_threads, 0, [&](int64_t row) {
     const T* z = static_cast<const T*>(logits.data) + row * logits.row_stride;
     const int64_t y = options.target[row] == options.ignore_index ? -1 : options.target[row];
     RowState local{-kInfinity, 0, 0, 0, 0, 0, 0, __builtin_nan(""), 1};
@@ -223,7 +223,7 @@ void run_statistics(const Matrix& logits, int64_t first_class, int64_t n_classes
       const double feature_sq = features.data ? row_square_sum(features, row) + (feature_bias ? 1.0 : 0.0) : 1.0;
       write<A>(output, row, result, y < 0, feature_sq);
     }
-  }
+  });
 }
 
 struct StatisticsBody {

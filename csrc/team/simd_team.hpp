@@ -109,7 +109,11 @@ class SimdTeam {
 
   template <class F>
   SELBP_HD void each(int count, F f) const {
+#if defined(__clang__)
+#pragma clang loop vectorize(assume_safety)
+#else
 #pragma GCC ivdep
+#endif
     for (int i = 0; i < count; ++i) f(i);
   }
   template <class F>

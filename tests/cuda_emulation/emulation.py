@@ -27,7 +27,7 @@ def machine_flags():
     if platform.machine() not in ("x86_64", "AMD64"):
         return []
     flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
-    return ["-march=x86-64-v3"] if {"avx2", "fma", "bmi2"} <= set(flags) else []
+    return ["-mavx2", "-mfma", "-mbmi2"] if {"avx2", "fma", "bmi2"} <= set(flags) else []
 
 
 def compile_unit(source, flags, folders):
@@ -79,9 +79,9 @@ def build(main, *, csrc=ROOT / "csrc", sanitizer=None, defines=(), host=False):
         (shim / "scheduler.cpp", [*COMMON, *scheduler], [shim]),
     ]
     if host:  # never from a patched csrc
-        flags = [*COMMON, *machine_flags(), "-fopenmp", "-DSELBP_LEVEL=baseline"]
+        flags = [*COMMON, *machine_flags(), "-DSELBP_LEVEL=baseline"]
         units.append((ROOT / "csrc" / "matching" / "cpu.cpp", flags, [ROOT / "csrc"]))
-    return link(Path(main).stem, units, (*kernels, *(["-fopenmp"] if host else [])))
+    return link(Path(main).stem, units, (*kernels, *(["-lgomp"] if host else [])))
 
 
 def run(program, *arguments, text="", seconds=120):

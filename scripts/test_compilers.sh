@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# Builds the CPU core with each supported compiler, allows our files no warning, and runs tests on what was built.
+#
+#   scripts/test_compilers.sh [compiler ...]     (g++-9 g++-11 g++-12 g++-14 clang++-14 clang++-16)
+#
+# A compiler that is not on PATH is taken from another Debian release, unpacked by debootstrap into $ROOTS, where this
+# runs as root and debootstrap is installed; else it is left out, and the last lines say so.
+#
+# VENV    an environment with selbp's test requirements       (.venv)
+# ROOTS   where other releases are unpacked, and kept          (.compilers)
+# TESTS   what runs on each build
+set -euo pipefail
+cd "$(dirname "$0")/.."
+: "${VENV:=.venv}" "${ROOTS:=.compilers}"
+: "${TESTS:=tests/test_native_levels.py tests/ops/test_gram.py tests/ops/test_statistics.py tests/ops/test_matching.py}"
+python="$PWD/$VENV/bin/python"
+scratch="$(mktemp -d)"
+mounted=()
+clean() {
+  for place in "${mounted[@]}"; do umount "$place"; done
+  rm -rf "$scratch"
+}
+trap clean EXIT
+if [ $# -eq 0 ]; then set -- g++-9 g++-11 g++-12 g++-14 clang++-14 clang++-16; fi
+
+release_of() {
+  case "$1" in
+    g++-9 | g++-10) echo bullseye ;;
+    g++-13 | g++-14) echo trixie ;;
+  esac
+}
+
+# Prints a command that runs compiler $1: itself, or a script that runs it inside another release.
+command_of() {
+  if command -v "$1" >/dev/null; then
+    command -v "$1"
+    return
+  fi
+  local release root
+  release=$(release_of "$1")
+  if [ -z "$release" ] || [ "$(id -u)" != 0 ] || ! command -v debootstrap >/dev/null; then return 1; fi
+  root="$PWD/$ROOTS/$release"
+  if [ ! -e "$root/usr/bin/$1" ]; then
+    mkdir -p "$ROOTS"
+    debootstrap --variant=minbase --include="$1" "$release" "$root" ${MIRROR:-} >"$scratch/debootstrap.log" 2>&1 || return 1
+  fi
+  printf '#!/bin/sh\nexec chroot "%s" /usr/bin/env -C "$PWD" %s "$@"\n' "$root" "$1" >"$scratch/$1"
+  chmod +x "$scratch/$1"
+  echo "$scratch/$1"
+}
+
+# The other release sees the sources, the headers of Python and of pybind11 where they lie here.
+mount_into() {
+  local root="$PWD/$ROOTS/$1" place
+  for place in "$scratch" "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
+    "$("$python" -c 'import pybind11; print(pybind11.get_include())')"; do
+    mkdir -p "$root$place"
+    mount --bind "$place" "$root$place"
+    mounted+=("$root$place")
+  done
+}
+
+summary=()
+failed=0
+for compiler in "$@"; do
+  if ! cxx=$(command_of "$compiler"); then
+    summary+=("$compiler: left out, it is not installed and no release could be unpacked")
+    continue
+  fi
+  [ "$cxx" = "$scratch/$compiler" ] && mount_into "$(release_of "$compiler")"
+  tree="$scratch/tree-$compiler"
+  mkdir "$tree"
+  git ls-files -z | xargs -0 cp --parents -t "$tree" 2>/dev/null || true # a file that was deleted is not copied
+  headers=$("$python" -c 'import pybind11; print(pybind11.get_include())')
+  if ! (cd "$tree" && CC="$cxx" CXX="$cxx" SELBP_CUDA=0 CFLAGS="-Wpedantic -Wconversion -isystem $headers" \
+    "$python" setup.py build_ext --inplace) >"$scratch/$compiler.log" 2>&1; then
+    tail -n 20 "$scratch/$compiler.log"
+    summary+=("$compiler: does not build")
+    failed=1
+    continue
+  fi
+  warnings=$(grep -cE '^(csrc|.*/tree-[^/]*/csrc)/.*warning' "$scratch/$compiler.log" || true)
+  grep -E '^(csrc|.*/tree-[^/]*/csrc)/.*warning' "$scratch/$compiler.log" | sort | uniq -c || true
+  ln -s ../triton_kernels "$tree/selbp/triton_kernels"
+  # shellcheck disable=SC2086  # TESTS is a list
+  ran=$(cd "$tree" && CXX=g++ "$python" -m pytest -q -p no:cacheprovider -m "not slow and not gpu" $TESTS 2>&1 | tail -n 1) || true
+  summary+=("$compiler ($("$cxx" -dumpfullversion 2>/dev/null || "$cxx" -dumpversion)): $warnings warnings; $ran")
+  if [ "$warnings" != 0 ] || [[ "$ran" =~ failed|error ]] || [[ ! "$ran" =~ passed ]]; then failed=1; fi
+  rm -rf "$tree"
+done
+printf '%s\n' "" "${summary[@]}"
+exit $failed
