@@ -16,14 +16,15 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 export PYTHON VENV TORCH PIP_ARGS
 
-.PHONY: help demo test test-all test-versions lint format bench study study-quick study-full study-explore study-confirm study-document gpu-check clean
+.PHONY: help demo test test-all test-versions test-compilers lint format bench study study-quick study-full study-explore study-confirm study-document gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       install, then train Fashion-MNIST with six selection rules; prints a table and a page"
 	@echo "make test       install for development and run the fast tests"
 	@echo "make test-all   every test, the slow ones included; the kernels on every supported Triton, the rows' rules on torch"
-	@echo "make test-versions  the rows' rules on the oldest and newest torch, from PyPI's wheels (3 GB each)"
+	@echo "make test-versions  the fast suite on every supported torch, in environments of their own; a table"
+	@echo "make test-compilers the native core by every supported compiler, without warnings, and its tests"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make format     let ruff and clang-format rewrite the sources"
 	@echo "make bench      ours against peers and against this machine's roofline, in one run"
@@ -40,7 +41,7 @@ $(VENV)/.torch:
 # One editable install per set of extras; rebuilt when a native source changes.
 $(VENV)/.with-%: $(VENV)/.torch $(SOURCES)
 	@echo "selbp: building the native core and installing with [$*]"
-	@$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".[$*]"
+	@$(BIN)/python scripts/install.py "$*"
 	@touch $@
 
 demo: $(VENV)/.with-demo
@@ -55,10 +56,13 @@ test: $(VENV)/.with-dev
 test-all: $(VENV)/.with-dev,frameworks
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(ARGS)
 	bash scripts/triton_versions.sh 3.8.0 3.9.0
-	@bash scripts/test_torch_versions.sh
+	TESTS="tests/training/rows" bash scripts/test_torch_versions.sh
 
 test-versions:
-	@TORCH_FULL=1 bash scripts/test_torch_versions.sh
+	bash scripts/test_torch_versions.sh $(ARGS)
+
+test-compilers: $(VENV)/.with-dev
+	bash scripts/test_compilers.sh $(ARGS)
 
 lint: $(VENV)/.with-dev
 	$(BIN)/ruff check .

@@ -135,18 +135,18 @@ def every_operator(
     features: Tensor, weight: Tensor, bias: Tensor, target: Tensor, logits: Tensor, left: Tensor, right: Tensor,
     solve: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """What every operator returns, and a loss with a gradient; nothing waits for the device."""
+    """What every operator returns, and the (n,) losses with their graph; nothing waits for the device."""
     stored = ops.cross_entropy_statistics(logits, target, features)
     r = ops.residual(logits, target, stored.lse)
     gram, mean = ops.gradient_gram(r, features), ops.mean_gradient(r, features)
     rows = torch.arange(8, device=target.device)
     found = [*stored, r, gram, *mean, ops.matching_residual(r, features, ops.Selection(rows, stored.loss[:8]))]
-    found += ops.linear_cross_entropy_statistics(features, weight, bias, target)
+    found += [*ops.linear_cross_entropy_statistics(features, weight, bias, target)]
     found.append(ops.sketch(features[:300].unflatten(0, (30, 10)), weight, bias, target.view(30, 10), (left, right)))
     if solve:
-        found += ops.match(gram, mean.inner, mean.target_sq, 16, valid=stored.valid)
+        found += [*ops.match(gram, mean.inner, mean.target_sq, 16, valid=stored.valid)]
     loss = ops.linear_cross_entropy(features, weight, bias, target)
-    return [tensor.detach() for tensor in found] + [loss.sum()]
+    return [tensor.detach() for tensor in found] + [loss]
 
 
 def reproducible(device: str = "cuda", backend: str = "inductor") -> None:
@@ -161,7 +161,8 @@ def reproducible(device: str = "cuda", backend: str = "inductor") -> None:
 
     def work(function: Callable[..., list[Tensor]] = every_operator) -> list[Tensor]:
         *found, loss = function(*heads, *rest, solve)
-        return [*found, loss.detach(), *torch.autograd.grad(loss, heads)]
+        # Summed here: the order in which compiled code adds up is not eager torch's.
+        return [*found, loss.detach(), *torch.autograd.grad(loss.sum(), heads)]
 
     first = work()
 

@@ -15,6 +15,7 @@ cd "$(dirname "$0")/.."
 : "${TESTS:=tests/test_native_levels.py tests/ops/test_gram.py tests/ops/test_statistics.py tests/ops/test_matching.py}"
 python="$PWD/$VENV/bin/python"
 scratch="$(mktemp -d)"
+export TMPDIR="$scratch" # what the build tries on the compiler must lie where another release sees it
 mounted=()
 clean() {
   for place in "${mounted[@]}"; do umount "$place"; done

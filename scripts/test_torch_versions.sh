@@ -1,29 +1,79 @@
 #!/usr/bin/env bash
-# The op-by-op suite of the backward through rows on the oldest and the newest torch that it supports, each in an
-# environment of its own. The rules follow torch's internal operators, which may change from one version to the next.
+# The fast suite on each supported torch, each in an environment of its own, and a table of what passed.
 #
-# TORCH_VERSIONS  which                                             (2.12.1 2.14.1)
-# TORCH_FULL      1: take PyPI's wheel, with CUDA's libraries a download of 3 GB, where there is no CPU wheel   (0)
+#   scripts/test_torch_versions.sh [version ...]       (2.6.0 2.8.0 2.11.0 2.13.0 2.15.0)
+#
+# The CPU wheel is taken where pip finds one; else PyPI's CUDA build without its libraries, in whose place
+# scripts/stub_libraries.py puts stubs: under 1 GB a version. About 15 minutes a version on two cores.
+#
+# TESTS           what runs                                    (the fast suite; the rules' tests: tests/training/rows)
+# JOBS            processes                                    (2)
+# TABLE           where the table is written, beside stdout    (nowhere)
 # PYTHON, PIP_ARGS  as in the Makefile
 set -euo pipefail
-: "${PYTHON:=python3}" "${PIP_ARGS:=}" "${TORCH_VERSIONS:=2.12.1 2.14.1}" "${TORCH_FULL:=0}"
+cd "$(dirname "$0")/.."
+: "${PYTHON:=python3}" "${PIP_ARGS:=}" "${TESTS:=tests}" "${JOBS:=2}" "${TABLE:=/dev/null}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" SELBP_CUDA=0
+if [ $# -eq 0 ]; then set -- 2.6.0 2.8.0 2.11.0 2.13.0 2.15.0; fi
 
-left_out=
-for version in $TORCH_VERSIONS; do
-  # shellcheck disable=SC2086  # PIP_ARGS is a list of arguments
-  if "$PYTHON" -m pip download -q --no-deps -d "$(mktemp -d)" $PIP_ARGS "torch==$version+cpu" >/dev/null 2>&1; then
-    torch="torch==$version+cpu"
-  elif [ "$TORCH_FULL" = 1 ]; then
-    torch="torch==$version"
-  else
-    left_out="$left_out $version"
+# shellcheck disable=SC2086  # PIP_ARGS and TESTS are lists
+prepare() { # makes the environment $1 with torch $2
+  local venv=$1 version=$2 pip="$1/bin/python -m pip --disable-pip-version-check -q"
+  [ -e "$venv/.ready" ] && return
+  "$PYTHON" -m venv "$venv"
+  if ! $pip install $PIP_ARGS "torch==$version+cpu" >/dev/null 2>&1; then
+    $pip install $PIP_ARGS --no-deps "torch==$version" 2>/dev/null
+    # What torch needs besides CUDA's libraries and Triton, as its own metadata says.
+    "$venv/bin/python" - >"$venv/needs.txt" <<'END'
+import importlib.metadata as m
+from pip._vendor.packaging.requirements import Requirement
+for line in m.requires("torch"):
+    r = Requirement(line)
+    if (r.marker is None or r.marker.evaluate({"extra": ""})) and not r.name.startswith(("nvidia", "cuda", "triton")):
+        print(f"{r.name}{r.specifier}")
+END
+    $pip install $PIP_ARGS -r "$venv/needs.txt"
+    "$PYTHON" scripts/stub_libraries.py "$venv"
+  fi
+  "$venv/bin/python" -c 'import torch; print("selbp: torch", torch.__version__)'
+  # Without dependencies: pip would fetch CUDA's libraries, which torch's metadata still asks for.
+  "$venv/bin/python" - >"$venv/tests.txt" <<'END'
+import runpy, sys
+sys.argv = ["install.py"]
+found = runpy.run_path("scripts/install.py")
+print(*(r for r in found["requirements"](["test"]) if r.name != "torch"), "build", "triton>=3.6", sep="\n")
+END
+  $pip install $PIP_ARGS -r "$venv/tests.txt" 2>/dev/null
+  touch "$venv/.ready"
+}
+
+rows=()
+failed=0
+for version in "$@"; do
+  venv=".venv-torch-$version"
+  if ! prepare "$venv" "$version"; then
+    rows+=("| $version | not installed | | |")
+    failed=1
     continue
   fi
-  VENV=".venv-torch-$version" TORCH="$torch" bash scripts/environment.sh
-  python=".venv-torch-$version/bin/python"
+  tree="$(mktemp -d)" # its own copy: the working tree's extension belongs to another environment
+  git ls-files -z | xargs -0 cp --parents -t "$tree"
+  log="$venv/tests.log"
   # shellcheck disable=SC2086
-  "$python" -m pip install -q $PIP_ARGS -e ".[test]" "$torch"
-  echo "selbp: the rules on torch $version"
-  "$python" -m pytest -q -p no:cacheprovider tests/training/rows/test_rows_ops.py tests/training/rows/test_rows_direct.py
+  (cd "$tree" && python="$OLDPWD/$venv/bin/python" &&
+    "$python" -m pip --disable-pip-version-check install -q --no-index --no-deps --no-build-isolation -e . &&
+    "$python" -m pytest -n "$JOBS" --dist loadfile -q -p no:cacheprovider -m "not slow and not gpu" $TESTS) >"$log" 2>&1 ||
+    failed=1
+  said=$(tail -n 1 "$log")
+  count() { grep -oE "[0-9]+ $1" <<<"$said" | grep -oE '[0-9]+' || echo 0; }
+  why=$(grep -oE '^(FAILED|ERROR) [^ ]+' "$log" | sed 's/^[A-Z]* //' | head -n 8 | tr '\n' ' ' || true)
+  rows+=("| $version | $(count passed) | $(count failed) | $(count skipped) | ${why:-} |")
+  printf '%s\n' "${rows[-1]}"
+  rm -rf "$tree"
 done
-[ -z "$left_out" ] || echo "selbp: not tested on torch$left_out: pip finds no CPU wheel (TORCH_FULL=1 takes PyPI's, 3 GB)"
+{
+  echo "| torch | passed | failed | skipped | which ($("$PYTHON" -V), $(date +%F)) |"
+  echo "|---|---:|---:|---:|---|"
+  printf '%s\n' "${rows[@]}"
+} | tee "$TABLE"
+exit $failed

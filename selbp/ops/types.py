@@ -28,13 +28,18 @@ class BatchStatistics(NamedTuple):
     @property
     def gradient_norm(self) -> Tensor:
         """(n,) norm of each sample's last-layer gradient, ``sqrt(residual_sq * feature_sq)``."""
-        return (self.residual_sq * self.feature_sq).sqrt()
+        return gradient_norm(self)
 
     @classmethod
     def unscored(cls, valid: Tensor) -> BatchStatistics:
         """Statistics of a batch that no forward has seen: everything but ``valid`` is NaN (or False)."""
         unknown = torch.full(valid.shape, torch.nan, device=valid.device)
         return cls(unknown, unknown, unknown, unknown, torch.zeros_like(valid), valid)
+
+
+def gradient_norm(stats: BatchStatistics) -> Tensor:
+    """:attr:`BatchStatistics.gradient_norm` for compiled code: torch before 2.11 traces no NamedTuple's property."""
+    return (stats.residual_sq * stats.feature_sq).sqrt()
 
 
 class MeanGradient(NamedTuple):

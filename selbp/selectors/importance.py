@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from selbp.ops.choose_rows import choose_rows, sample_with_replacement
-from selbp.ops.types import BatchStatistics, Selection
+from selbp.ops.types import BatchStatistics, Selection, gradient_norm
 from selbp.selectors.base import Needs, check_call, check_choice, check_number, check_state
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import Weights, slot_weights
@@ -70,7 +70,7 @@ class GradNormImportance:
     ) -> Selection:
         """See :meth:`Selector.select`. Without any gradient the draw is uniform."""
         n = check_call(stats, k, generator)
-        score = stats.gradient_norm if self.norm == "gradient" else stats.residual_sq.sqrt()
+        score = gradient_norm(stats) if self.norm == "gradient" else stats.residual_sq.sqrt()
         eligible = stats.valid & torch.isfinite(score)
         odds = torch.where(eligible, score.double(), 0.0)
         odds = torch.where(odds.any(), odds, eligible)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from selbp.ops.choose_rows import choose_rows
-from selbp.ops.types import BatchStatistics, Selection
+from selbp.ops.types import BatchStatistics, Selection, gradient_norm
 from selbp.selectors.base import Needs, Stateless, check_call, check_choice, check_number
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import Weights, refit_weights
@@ -82,7 +82,7 @@ class TopGradNorm(_Top):
         return "gradients" if self.weights == "refit" else "statistics"
 
     def _score(self, stats: BatchStatistics, extras: Mapping[str, Tensor] | None) -> Tensor:
-        return stats.gradient_norm
+        return gradient_norm(stats)
 
 
 @dataclass(frozen=True)
