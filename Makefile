@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 export PYTHON VENV TORCH PIP_ARGS
 
-.PHONY: help demo test test-all test-versions test-compilers lint format bench study study-quick study-full study-explore study-confirm study-document gpu-check clean
+.PHONY: help demo test test-all test-versions test-compilers wheel lint format bench study study-quick study-full study-explore study-confirm study-document gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make study-quick   the same in little, under 10 minutes; study-full: more models, for longer, and a text:"
 	@echo "                   about 2 core-hours, resumable; study-explore: what else was tried, about 70 core-minutes;"
 	@echo "                   study-confirm: named arms on fresh seeds; study-document: docs/study.md from the results"
+	@echo "make wheel      the sdist, and repaired wheels for the interpreters at hand; SELBP_CUDA=1 with the CUDA core"
 	@echo "make gpu-check  parity, sanitizer and throughput on a machine with a GPU"
 	@echo "make clean      remove the environment and everything built"
 
@@ -50,7 +51,7 @@ demo: $(VENV)/.with-demo
 # Two workers of one thread each: spinning OpenMP threads of two processes would fight over two cores.
 test test-all: export OMP_NUM_THREADS = 1
 
-test: $(VENV)/.with-dev
+test: $(VENV)/.with-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
 
 test-all: $(VENV)/.with-dev,frameworks
@@ -106,7 +107,10 @@ study-quick: $(VENV)/.with-demo
 study-document: $(VENV)/.with-demo
 	$(BIN)/selbp study --render benchmarks/results --out docs/study.md
 
-gpu-check: $(VENV)/.with-dev
+wheel: $(VENV)/.with-dev
+	bash scripts/wheels.sh $(ARGS)
+
+gpu-check: $(VENV)/.with-test
 	$(BIN)/python scripts/gpu_check.py $(ARGS)
 
 clean:

@@ -184,7 +184,8 @@ void bind_statistics(py::module_& m) {
 
 }  // namespace
 
-PYBIND11_MODULE(_native, m) {
+// Without the GIL nothing changes: every kernel has always run with it released.
+PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   if (!selbp::level_name_valid()) {
     throw std::invalid_argument("SELBP_CPU_LEVEL must be baseline, v3 or v4, got '" +
                                 std::string(std::getenv("SELBP_CPU_LEVEL")) + "'");

@@ -38,7 +38,7 @@ int launch_match(const selbp::matching::Options& options, const std::array<std::
 
 }  // namespace
 
-PYBIND11_MODULE(_native_cuda, m) {
+PYBIND11_MODULE(_native_cuda, m, py::mod_gil_not_used()) {
   m.doc() = "CUDA kernels of selbp; called through selbp.ops, which validates.";
   m.def("architectures", [] { return SELBP_CUDA_ARCHITECTURES; }, "What the kernels were compiled for.");
   m.def("match_workspace", [](std::int64_t batch, bool is_double, int n, int k, int device) {

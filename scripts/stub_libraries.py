@@ -1,9 +1,9 @@
 """Lets a CUDA build of torch import where CUDA's libraries are not: ``python scripts/stub_libraries.py ENVIRONMENT``.
 
-PyPI has torch for x86-64 as a CUDA build only, whose libraries are another 3 GB. The tests that run on a CPU need none of
-them. For each library that torch names and that is missing, gcc makes a stub of that name beside torch's own, with the
-symbols and symbol versions that torch asks for. Each returns 100, which is cudaErrorNoDevice, so that torch finds no
-device. Needs gcc, nm and readelf.
+PyPI has torch for x86-64 as a CUDA build only, whose libraries are another 3 GB. The tests that run on a CPU need none
+of them. For each library that torch names and that is missing, gcc makes a stub of that name beside torch's own, with
+the symbols and symbol versions that torch asks for. Each returns 100, which is cudaErrorNoDevice, so that torch finds
+no device. Needs gcc, nm and readelf.
 """
 
 from __future__ import annotations

@@ -109,9 +109,7 @@ class SimdTeam {
 
   template <class F>
   SELBP_HD void each(int count, F f) const {
-#if defined(__clang__)
-#pragma clang loop vectorize(assume_safety)
-#else
+#if !defined(__clang__)  // clang checks for overlap at run time, and warns where it is told not to and cannot use it
 #pragma GCC ivdep
 #endif
     for (int i = 0; i < count; ++i) f(i);

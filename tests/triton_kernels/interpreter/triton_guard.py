@@ -40,6 +40,7 @@ _Builder = interpreter.InterpreterBuilder
 _original = {name: getattr(_Builder, name) for name in
              ("create_dot", "cast_impl", "binary_op", "create_masked_load", "create_masked_store")}  # fmt: skip
 _launch = interpreter.GridExecutor.__call__
+_patch_lang_tensor = interpreter._patch_lang_tensor
 
 
 def _widen(handle: interpreter.TensorHandle) -> np.ndarray:
@@ -140,6 +141,13 @@ def _call(self, *args, **kwargs):
         del _extents[before:]
 
 
+def _patch_tensor(tensor, *scope):
+    """Triton before 3.7 turns an array of one element into an index, which numpy 2.4 refuses."""
+    _patch_lang_tensor(tensor, *scope)
+    index = lambda self: int(self.handle.data.item())  # noqa: E731
+    scope[0].set_attr(tensor, "__index__", index) if scope else setattr(tensor, "__index__", index)
+
+
 def install() -> None:
     """Replace the interpreter's primitives; the process must have imported Triton with TRITON_INTERPRET=1."""
     _Builder.create_dot, _Builder.cast_impl, _Builder.binary_op = _dot, _cast, _binary
@@ -147,3 +155,4 @@ def install() -> None:
     _Builder.create_masked_load, _Builder.create_masked_store = _load, _store
     _Builder.create_atomic_rmw = _Builder.create_atomic_cas = _atomic
     interpreter.GridExecutor.__call__ = _call
+    interpreter._patch_lang_tensor = _patch_tensor
