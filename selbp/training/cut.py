@@ -24,6 +24,7 @@ from selbp.training.backward.rows.tensor import RowGradient, densify
 from selbp.training.budget import check_keep, kept_rows, random_error
 from selbp.training.cut_proxies import FlatProxies, Proxy, proxies_at_cut, statistics_at_cut
 from selbp.training.guards import without_autocast
+from selbp.training.in_place import Kept, hookable
 from selbp.training.proxies import HeadProxies
 from selbp.training.report import WeightFigures
 from selbp.training.scoring import DIAGNOSTIC_BYTES
@@ -94,7 +95,10 @@ class Cut:
     def attach(
         self, hidden: Tensor, features: Tensor | None, made: Callable[[CutReport], None] | None = None
     ) -> Tensor:
-        """Hook the choice to the gradient of ``hidden``, which is returned as it is; ``made`` hears of the choice."""
+        """Hook the choice to the gradient of ``hidden``, which is returned; ``made`` hears of the choice.
+
+        A view is returned as an alias that is none, see :func:`hookable`.
+        """
         n = hidden.shape[0] if hidden.dim() else 0
         if not torch.is_grad_enabled() or not hidden.requires_grad:
             return hidden
@@ -105,18 +109,19 @@ class Cut:
         if kept_rows(self.keep, n) >= n:
             return hidden
         refuse_forward([hidden])
-        # Detached: a closure over `hidden` would be a cycle through its own hook that nothing collects.
-        activation = hidden.detach() if features is None else features.detach()
+        # The value, not `hidden`: a closure over that would be a cycle through its own hook that nothing collects.
+        activation = Kept(hidden if features is None else features)
 
         def hook(delta: Tensor) -> Tensor | None:
             refuse_backward()
-            chosen = self.choose(delta, activation)
+            chosen = self.choose(delta, activation.take())
             if made is not None and self.last is not None and chosen is not None:
                 made(self.last)
             return chosen
 
-        hidden.register_hook(hook)
-        return hidden
+        out = hookable(hidden)
+        out.register_hook(hook)
+        return out
 
     @torch.no_grad()
     def choose(self, delta: Tensor, activation: Tensor) -> Tensor | None:

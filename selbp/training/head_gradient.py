@@ -47,7 +47,7 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, weight: Tensor, bias: Tensor | None, delivery: _Delivery) -> Tensor:
         ctx.delivery, ctx.dtypes = delivery, (weight.dtype, None if bias is None else bias.dtype)
-        return output.view_as(output)
+        return output.detach()  # the same memory, and no view: a model may edit its logits in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
