@@ -18,6 +18,7 @@ from selbp.training.backward.rows.refuse import refuse_backward
 from selbp.training.batch import Batch
 from selbp.training.budget import kept_rows
 from selbp.training.cut import Cut, CutReport
+from selbp.training.distributed import parallel_in
 from selbp.training.guards import (
     AutocastMode,
     RunningStatistics,
@@ -41,7 +42,7 @@ class RecomputedCut:
     """Feeds batches to a model with a cut at ``module``'s output, whose lower part is recomputed."""
 
     def __init__(self, model: nn.Module, module: nn.Module, name: str, cut: Cut, precision: str) -> None:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
+        if parallel_in(model) is not None:
             raise ValueError('cut= with backward="recompute" runs a backward inside the backward, which '
                              'DistributedDataParallel does not follow: use backward="rows"')  # fmt: skip
         self._model, self._module, self._name, self._cut, self._precision = model, module, name, cut, precision

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from selbp import ops
 from selbp.ops.types import BatchStatistics
 from selbp.training.batch import Batch
+from selbp.training.distributed import inner_outputs
 from selbp.training.guards import evaluating, scoring_autocast, without_autocast, without_autocast_cache
 from selbp.training.head import Captured, capture, listed_candidates
 from selbp.training.losses import Criterion, CrossEntropy, logits_of
@@ -79,26 +80,32 @@ def score(
     leaf = gradients and not keep_graph
     with evaluating(model, batch.device) if mode == "eval" else nullcontext():
         with nullcontext() if keep_graph else without_autocast_cache(), scoring_autocast(batch.device, precision):
-            with torch.set_grad_enabled(keep_graph), capture(head, leaf=leaf, optional=not gradients) as captured:
+            watch, whole = capture(head, leaf=leaf, optional=not gradients), inner_outputs(model, trains=keep_graph)
+            with torch.set_grad_enabled(keep_graph), watch as captured, whole as inner:
                 output = batch.feed(model)
+    returned = inner[-1] if inner else output  # in whose graph gradients may be read
     seen = head is not None and (gradients or captured.calls == 1)  # a rule that reads losses does without
     features, logits = captured.check(model) if seen else (None, None)
     edited = captured.edited  # then the loss reads other logits than the head gave
-    fused = isinstance(criterion, CrossEntropy) and (logits is None or (not edited and _is_head_output(output, logits)))
-    losses = None
+    fused = isinstance(criterion, CrossEntropy) and (
+        logits is None or (not edited and _is_head_output(returned, logits))
+    )
+    losses = read = None
     if keep_graph or not fused:
         with torch.set_grad_enabled(keep_graph or gradients):
-            losses = criterion.losses(output, batch.target)
+            losses = read = criterion.losses(output, batch.target)
+            if inner and gradients and not fused:
+                read = criterion.losses(returned, batch.target)
     with torch.no_grad(), without_autocast(batch.device):
         bias = getattr(head, "bias", None) is not None
         if fused:
             assert isinstance(criterion, CrossEntropy)
-            rows = _from_logits(criterion, logits_of(output).detach(), features, batch.target, bias)
+            rows = _from_logits(criterion, logits_of(returned).detach(), features, batch.target, bias)
         else:
-            assert losses is not None
+            assert read is not None
             hits = criterion.hits(output, batch.target, present)
             at = (captured, features) if gradients and features is not None else None
-            rows = _from_losses(losses, present, at, bias, hits, keep_graph)
+            rows = _from_losses(read, present, at, bias, hits, keep_graph)
             if at is not None and rows.residual is None:
                 raise RuntimeError(
                     "the loss does not depend on the head's output: pass head=, the last linear layer; "

@@ -15,7 +15,7 @@ from selbp.training.backward import STRATEGIES, Auto, resolve
 from selbp.training.batch import Batch
 from selbp.training.budget import Schedule, check_keep, kept_rows
 from selbp.training.cut_step import CutStepReport, PlacedCut
-from selbp.training.distributed import averaging
+from selbp.training.distributed import averaging, check_not_bypassed
 from selbp.training.guards import PRECISIONS, RunningStatistics, without_autocast
 from selbp.training.head import check_full_gradient, find_clear_head, find_head
 from selbp.training.head_gradient import FullHeadGradient
@@ -147,6 +147,7 @@ class SelectiveBackprop:
         self._reduce = averaging(model) if target == "global" else None
         self._running, self._choice = RunningStatistics(model), ChoiceState(selector, generator)
         self._step, self._auto_advance = 0, auto_advance
+        self._synchronised = False  # whether the gradients are known to reach the other ranks
         self._report: StepReport | None = None
 
     # ------------------------------------------------------------------------------------------------ the step
@@ -164,6 +165,7 @@ class SelectiveBackprop:
                 the model, the selector, the generator and the running statistics are left as they were.
         """
         batch = Batch.of(inputs, target, per_sample)
+        self._synchronised = self._synchronised or check_not_bypassed(self.model)
         restore = self._choice.snapshot(), self._running.snapshot()
         try:
             loss, report = self._run(batch)
