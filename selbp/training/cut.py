@@ -168,7 +168,7 @@ class Cut:
         needs = self.selector.needs
         if needs == "nothing":
             stats = BatchStatistics.unscored(torch.ones(m, dtype=torch.bool, device=delta.device))
-            if delta.dtype == torch.float64:  # weights have the losses' dtype
+            if delta.dtype in (torch.float64, torch.complex128):  # weights have the losses' dtype
                 stats = stats._replace(loss=stats.loss.double())
             return self.selector.select(stats, k, generator=self.generator), stats, None
         proxies = proxies_at_cut(delta, activation, self.proxy, greatest)
