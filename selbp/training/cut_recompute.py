@@ -27,7 +27,7 @@ from selbp.training.guards import (
     without_autocast_cache,
 )
 from selbp.training.hooks import COMPILED, is_compiled, watched
-from selbp.training.in_place import Kept, source
+from selbp.training.in_place import Kept, Untouched, source
 
 
 class _Reached(Exception):
@@ -46,7 +46,7 @@ class RecomputedCut:
             raise ValueError('cut= with backward="recompute" runs a backward inside the backward, which '
                              'DistributedDataParallel does not follow: use backward="rows"')  # fmt: skip
         self._model, self._module, self._name, self._cut, self._precision = model, module, name, cut, precision
-        self._running = RunningStatistics(model)
+        self._running, self._untouched = RunningStatistics(model), Untouched()
         self._checked = False
 
     def feed(self, batch: Batch, made: Callable[[CutReport], None]) -> Any:
@@ -85,7 +85,7 @@ class RecomputedCut:
         lowered = scoring_autocast(batch.device, self._precision)
         place = cut_at(self._module, self._name, leave, once=True)
         with torch.no_grad(), without_autocast_cache(), lowered, place as runs:
-            output = batch.feed(self._model)
+            output = self._untouched.feed(batch, self._model)
         check_reached(runs, self._model, self._name)
         return output
 

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from selbp.training.batch import Batch, map_tensors
 
 
 class Kept:
@@ -43,6 +46,42 @@ def _copy(tensor: Tensor) -> Tensor:
 def version_of(tensor: Tensor) -> int:
     """How often ``tensor``'s memory has been written to; 0 for an inference tensor, which does not count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+class Untouched:
+    """Calls a model that may edit its inputs in place, such that they can be used again.
+
+    The first call copies them, and finds out; later ones copy where the model does.
+    """
+
+    def __init__(self) -> None:
+        self._edits: bool | None = None  # None: not known yet
+
+    def feed(self, batch: Batch, model: nn.Module) -> Any:
+        """``batch.feed(model)``. Raises RuntimeError where the model has begun to edit its inputs."""
+        if self._edits is not False:
+            batch = replace(batch, inputs=map_tensors(batch.inputs, Tensor.clone))
+        before = _versions(batch.inputs)
+        output = batch.feed(model)
+        if edited := _versions(batch.inputs) != before:
+            if self._edits is False:
+                raise RuntimeError(
+                    "the model edits its inputs in place, which it did not in the first step: the rows that run again "
+                    'would be edited twice. Use backward="rows", or let the model edit a copy'
+                )
+        self._edits = bool(self._edits) or edited
+        return output
+
+
+def _versions(inputs: Any) -> list[int]:
+    found: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(version_of(tensor))
+        return tensor
+
+    map_tensors(inputs, note)
+    return found
 
 
 class _Alias(torch.autograd.Function):

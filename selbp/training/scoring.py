@@ -69,12 +69,13 @@ def score(
     precision: str = "same",
     keep_graph: bool,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    feed: Callable[[Batch, nn.Module], Any] = Batch.feed,
 ) -> Scored:
     """Run the forward on all rows; with ``gradients``, read gradient norms and proxies as well as losses.
 
     ``precision`` is the forward's, see :func:`scoring_autocast`. ``keep_graph`` records the forward for a backward
     through chosen rows of it; else nothing is recorded below the head. ``reduce`` averages the mean gradient over
-    ranks.
+    ranks. ``feed`` calls the model.
     """
     mass, present = criterion.mass(batch.target, batch.n, batch.device)
     leaf = gradients and not keep_graph
@@ -82,7 +83,7 @@ def score(
         with nullcontext() if keep_graph else without_autocast_cache(), scoring_autocast(batch.device, precision):
             watch, whole = capture(head, leaf=leaf, optional=not gradients), inner_outputs(model, trains=keep_graph)
             with torch.set_grad_enabled(keep_graph), watch as captured, whole as inner:
-                output = batch.feed(model)
+                output = feed(batch, model)
     returned = inner[-1] if inner else output  # in whose graph gradients may be read
     seen = head is not None and (gradients or captured.calls == 1)  # a rule that reads losses does without
     features, logits = captured.check(model) if seen else (None, None)

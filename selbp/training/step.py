@@ -19,6 +19,7 @@ from selbp.training.distributed import averaging, check_not_bypassed
 from selbp.training.guards import PRECISIONS, RunningStatistics, without_autocast
 from selbp.training.head import check_full_gradient, find_clear_head, find_head
 from selbp.training.head_gradient import FullHeadGradient
+from selbp.training.in_place import Untouched
 from selbp.training.losses import CrossEntropy, criterion_of
 from selbp.training.report import StepReport, Stopwatch
 from selbp.training.scoring import Scored, score, unscored, worth_keeping
@@ -147,6 +148,7 @@ class SelectiveBackprop:
         self._reduce = averaging(model) if target == "global" else None
         self._running, self._choice = RunningStatistics(model), ChoiceState(selector, generator)
         self._step, self._auto_advance = 0, auto_advance
+        self._untouched = Untouched()
         self._synchronised = False  # whether the gradients are known to reach the other ranks
         self._report: StepReport | None = None
 
@@ -255,7 +257,7 @@ class SelectiveBackprop:
         return score(
             batch, model, self.head, self._criterion,
             gradients=self._gradients, mode=self._scoring, precision=self._precision, keep_graph=keep_graph,
-            reduce=self._reduce,
+            reduce=self._reduce, feed=Batch.feed if keep_graph else self._untouched.feed,
         )  # fmt: skip
 
     def _select(self, rule: Selector, batch: Batch, scored: Scored, k: int) -> Selection:

@@ -267,3 +267,46 @@ def test_a_kept_value(lazy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(overwritten.take(), before)
     with pytest.raises(RuntimeError, match="overwritten in place"):
         untouched.take()
+
+
+class Normalised(nn.Module):
+    """Edits its input in place, and can be told when."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.body, self.head, self.inplace = nn.Linear(6, 8), nn.Linear(8, C), inplace
+        self.to(F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mul_(3).sub_(1) if self.inplace else x * 3 - 1
+        out: Tensor = self.head(self.body(x).relu())
+        return out
+
+
+@pytest.mark.parametrize(
+    ("place", "scoring"), [(None, "same"), (None, "eval"), ("body", "same")], ids=["head", "head, eval", "cut"]
+)
+def test_a_model_that_edits_its_inputs(place: str | None, scoring: Any) -> None:
+    """The chosen rows run again on what came in, not on what the first forward made of it."""
+    x, y = batch("vectors")
+    options: dict[str, Any] = {"keep": K, "cut": place, "backward": "recompute", "scoring": scoring}
+
+    def train(inplace: bool) -> list[tuple[Any, list[Tensor]]]:
+        model = Normalised(inplace)
+        step = selbp.SelectiveBackprop(model, selector=selbp.GradientMatching(), **options)
+        results = []
+        for _ in range(2):
+            model.zero_grad()
+            step(x.clone(), y).backward()
+            results.append(found(model, step.report))
+        return results
+
+    for got, want in zip(train(True), train(False), strict=True):
+        assert_equal(got, want)
+    model = Normalised(False)
+    step = selbp.SelectiveBackprop(model, selector=selbp.GradientMatching(), **options)
+    step(x, y)
+    model.inplace = True
+    with pytest.raises(RuntimeError, match="edits its inputs in place"):
+        step(x.clone(), y)
