@@ -194,9 +194,10 @@ def selective_backward(
     proxy: Proxy = "pooled",
     batchnorm: BatchNormPolicy = "exact",
 ) -> Tensor:
-    """``hidden`` itself; in the backward only k chosen rows of its gradient go on. See :class:`SelectiveBackward`.
+    """``hidden``; in the backward only k chosen rows of its gradient go on. See :class:`SelectiveBackward`.
 
-    Also active in evaluation mode (a function does not know the mode), unless gradients are off.
+    Go on with what is returned: ``hidden`` itself, or where that is a view an alias in the same memory. Also active in
+    evaluation mode (a function does not know the mode), unless gradients are off.
     """
     rule = GradientMatching() if selector is None else selector
     cut = Cut(keep, rule, generator=generator, losses=losses, proxy=proxy, batchnorm=batchnorm)

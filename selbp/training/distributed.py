@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -39,19 +39,22 @@ def parallel_in(model: nn.Module) -> DistributedDataParallel | None:
     return model
 
 
-@contextmanager
-def inner_outputs(model: nn.Module, *, trains: bool) -> Iterator[list[Any]]:
+def inner_outputs(model: nn.Module, *, trains: bool) -> AbstractContextManager[list[Any]]:
     """Inside, what the module in a ``DistributedDataParallel`` returns, before that puts a node of its own on top.
 
     A gradient that is read through that node counts as the backward: with ``static_graph=True`` the ranks' gradients
     would never be averaged. The list stays empty where there is no such node. With ``trains`` False, the wrapper does
     not hear of the forward, which no backward follows, though part of it is recorded.
     """
-    outputs: list[Any] = []
     parallel = parallel_in(model)
     if parallel is None or (trains and not (parallel.static_graph or parallel.find_unused_parameters)):
-        yield outputs
-        return
+        return nullcontext([])
+    return _kept_outputs(parallel.module, trains)
+
+
+@contextmanager
+def _kept_outputs(module: nn.Module, trains: bool) -> Iterator[list[Any]]:
+    outputs: list[Any] = []
 
     def keep(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         outputs.append(output)
@@ -59,7 +62,7 @@ def inner_outputs(model: nn.Module, *, trains: bool) -> Iterator[list[Any]]:
             torch.set_grad_enabled(False)
         return output
 
-    with watched(parallel.module, keep):
+    with watched(module, keep):
         yield outputs
 
 
