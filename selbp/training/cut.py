@@ -199,6 +199,11 @@ def selective_backward(
     Go on with what is returned: ``hidden`` itself, or where that is a view an alias in the same memory. Also active in
     evaluation mode (a function does not know the mode), unless gradients are off.
     """
+    if torch.compiler.is_compiling():
+        from selbp.training import untraced
+
+        options = dict(generator=generator, losses=losses, proxy=proxy, batchnorm=batchnorm)
+        return untraced.selective_backward(hidden, keep, selector, features=features, **options)
     rule = GradientMatching() if selector is None else selector
     cut = Cut(keep, rule, generator=generator, losses=losses, proxy=proxy, batchnorm=batchnorm)
     return cut.attach(hidden, features)
@@ -264,7 +269,13 @@ class SelectiveBackward(nn.Module):
 
     def forward(self, hidden: Tensor, features: Tensor | None = None) -> Tensor:
         """``hidden`` (n, ...), unchanged. ``features`` (n, ...) is the input of the layer below, where it is known."""
-        return self._cut.attach(hidden, features) if self.training else hidden
+        if not self.training:
+            return hidden
+        if torch.compiler.is_compiling():
+            from selbp.training import untraced
+
+            return untraced.attach(self._cut, hidden, features)
+        return self._cut.attach(hidden, features)
 
     def extra_repr(self) -> str:
         """Settings for ``print(model)``."""

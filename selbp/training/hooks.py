@@ -47,9 +47,19 @@ def _call_if_eager(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return output if torch.compiler.is_compiling() else _call(module, args, kwargs, output)
 
 
+def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which torch.compile runs as it is. Imports Dynamo: to be called where that is imported already."""
+    reason = "selbp chooses rows in Python, between two graphs: compile without fullgraph=True"
+    try:
+        untraced: Callable[..., Any] = torch.compiler.disable(function, reason=reason)
+    except TypeError:  # torch 2.6 asks for no reason
+        untraced = torch.compiler.disable(function)
+    return untraced
+
+
 @functools.cache
 def _untraced() -> Callable[..., Any]:
-    return torch.compiler.disable(_call)  # imports Dynamo: call it only where that is imported already
+    return outside_graphs(_call)
 
 
 @contextmanager

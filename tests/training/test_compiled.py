@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -125,6 +126,54 @@ def test_a_step_on_a_model_that_ran_before(kind: type[Net], compiled: Any, optio
 
 def hooks_of(model: nn.Module) -> Any:
     return getattr(model, "_orig_mod", model)
+
+
+class Cut(Net):
+    """A cut in the model itself, as a module or by the function, whose output is edited in place."""
+
+    def __init__(self, function: bool) -> None:
+        super().__init__()
+        self.choose = selbp.SelectiveBackward(K)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.cut(torch.tanh(self.first(x)))
+        h = selbp.selective_backward(h, K) if self.function else self.choose(h)
+        out: Tensor = self.head(torch.relu_(h))
+        return out
+
+
+@pytest.mark.filterwarnings("error:.*Dynamo does not know", "error:Graph break")
+@pytest.mark.parametrize("function", [False, True], ids=["module", "function"])
+def test_a_cut_in_a_compiled_model_runs_untraced(function: bool) -> None:
+    found = []
+    for compiled in (None, ahead):
+        model = Cut(function)
+        run = model if compiled is None else compiled(model)
+        for seed in range(2):
+            x, y = batch(seed)
+            model.zero_grad()
+            F.cross_entropy(run(x), y).backward()
+            found.append([p.grad for p in model.parameters()])
+    for got, want in zip(found[2:], found[:2], strict=True):
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [None, {}, {"cut": "cut"}], ids=["module", "head", "cut in a step"])
+def test_one_graph_is_refused_by_name(options: dict[str, Any] | None) -> None:
+    x, y = batch(0)
+    if options is None:
+        model = torch.compile(Cut(function=False), backend="eager", fullgraph=True)
+        run = lambda: model(x)  # noqa: E731
+    else:
+        model = torch.compile(Net(), backend="eager", fullgraph=True)
+        step = selbp.SelectiveBackprop(model, selector=selbp.GradientMatching(), keep=K, backward="rows", **options)
+        run = lambda: step(x, y)  # noqa: E731
+    with pytest.raises(torch._dynamo.exc.Unsupported) as error:
+        run()
+    if "reason" in inspect.signature(torch.compiler.disable).parameters:  # before, the message is torch's alone
+        assert "compile without fullgraph=True" in str(error.value)
 
 
 def test_nothing_is_compiled_anew_in_each_step() -> None:
