@@ -24,6 +24,7 @@ from selbp.training.backward.rows.tensor import RowGradient, densify
 from selbp.training.budget import check_keep, kept_rows, random_error
 from selbp.training.cut_proxies import FlatProxies, Proxy, proxies_at_cut, statistics_at_cut
 from selbp.training.guards import without_autocast
+from selbp.training.in_place import Kept, hookable
 from selbp.training.proxies import HeadProxies
 from selbp.training.report import WeightFigures
 from selbp.training.scoring import DIAGNOSTIC_BYTES
@@ -94,7 +95,10 @@ class Cut:
     def attach(
         self, hidden: Tensor, features: Tensor | None, made: Callable[[CutReport], None] | None = None
     ) -> Tensor:
-        """Hook the choice to the gradient of ``hidden``, which is returned as it is; ``made`` hears of the choice."""
+        """Hook the choice to the gradient of ``hidden``, which is returned; ``made`` hears of the choice.
+
+        A view is returned as an alias that is none, see :func:`hookable`.
+        """
         n = hidden.shape[0] if hidden.dim() else 0
         if not torch.is_grad_enabled() or not hidden.requires_grad:
             return hidden
@@ -105,18 +109,19 @@ class Cut:
         if kept_rows(self.keep, n) >= n:
             return hidden
         refuse_forward([hidden])
-        # Detached: a closure over `hidden` would be a cycle through its own hook that nothing collects.
-        activation = hidden.detach() if features is None else features.detach()
+        # The value, not `hidden`: a closure over that would be a cycle through its own hook that nothing collects.
+        activation = Kept(hidden if features is None else features)
 
         def hook(delta: Tensor) -> Tensor | None:
             refuse_backward()
-            chosen = self.choose(delta, activation)
+            chosen = self.choose(delta, activation.take())
             if made is not None and self.last is not None and chosen is not None:
                 made(self.last)
             return chosen
 
-        hidden.register_hook(hook)
-        return hidden
+        out = hookable(hidden)
+        out.register_hook(hook)
+        return out
 
     @torch.no_grad()
     def choose(self, delta: Tensor, activation: Tensor) -> Tensor | None:
@@ -163,7 +168,7 @@ class Cut:
         needs = self.selector.needs
         if needs == "nothing":
             stats = BatchStatistics.unscored(torch.ones(m, dtype=torch.bool, device=delta.device))
-            if delta.dtype == torch.float64:  # weights have the losses' dtype
+            if delta.dtype in (torch.float64, torch.complex128):  # weights have the losses' dtype
                 stats = stats._replace(loss=stats.loss.double())
             return self.selector.select(stats, k, generator=self.generator), stats, None
         proxies = proxies_at_cut(delta, activation, self.proxy, greatest)
@@ -189,10 +194,16 @@ def selective_backward(
     proxy: Proxy = "pooled",
     batchnorm: BatchNormPolicy = "exact",
 ) -> Tensor:
-    """``hidden`` itself; in the backward only k chosen rows of its gradient go on. See :class:`SelectiveBackward`.
+    """``hidden``; in the backward only k chosen rows of its gradient go on. See :class:`SelectiveBackward`.
 
-    Also active in evaluation mode (a function does not know the mode), unless gradients are off.
+    Go on with what is returned: ``hidden`` itself, or where that is a view an alias in the same memory. Also active in
+    evaluation mode (a function does not know the mode), unless gradients are off.
     """
+    if torch.compiler.is_compiling():
+        from selbp.training import untraced
+
+        options = dict(generator=generator, losses=losses, proxy=proxy, batchnorm=batchnorm)
+        return untraced.selective_backward(hidden, keep, selector, features=features, **options)
     rule = GradientMatching() if selector is None else selector
     cut = Cut(keep, rule, generator=generator, losses=losses, proxy=proxy, batchnorm=batchnorm)
     return cut.attach(hidden, features)
@@ -258,7 +269,13 @@ class SelectiveBackward(nn.Module):
 
     def forward(self, hidden: Tensor, features: Tensor | None = None) -> Tensor:
         """``hidden`` (n, ...), unchanged. ``features`` (n, ...) is the input of the layer below, where it is known."""
-        return self._cut.attach(hidden, features) if self.training else hidden
+        if not self.training:
+            return hidden
+        if torch.compiler.is_compiling():
+            from selbp.training import untraced
+
+            return untraced.attach(self._cut, hidden, features)
+        return self._cut.attach(hidden, features)
 
     def extra_repr(self) -> str:
         """Settings for ``print(model)``."""

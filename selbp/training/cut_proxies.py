@@ -63,8 +63,20 @@ def _positions_last(x: Tensor, image: bool) -> Tensor:
     return x.flatten(2).transpose(1, 2) if image else x.flatten(1, -2)
 
 
+def _real(delta: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Real factors (n, 2T, 2C), (n, 2T, d + 1) of delta (x) [conj(features), 1], of complex (n, T, C) and (n, T, d).
+
+    Torch's gradient of W in W a is delta conj(a)'. Its real and imaginary parts, side by side, are the sum over two
+    positions: [Re delta, Im delta] (x) Re a and [Im delta, -Re delta] (x) Im a.
+    """
+    one, zero = (fill(len(features), features.shape[1], 1) for fill in (delta.real.new_ones, delta.real.new_zeros))
+    turned = torch.cat([delta.imag, -delta.real], -1)
+    real, imaginary = torch.cat([features.real, one], -1), torch.cat([features.imag, zero], -1)
+    return torch.cat([torch.cat([delta.real, delta.imag], -1), turned], 1), torch.cat([real, imaginary], 1)
+
+
 def proxies_at_cut(
-    delta: Tensor,  # (n, ...) finite, floating
+    delta: Tensor,  # (n, ...) finite, floating or complex
     features: Tensor,  # (n, ...) of the same number of samples
     kind: Proxy,
     greatest: Tensor,  # () of delta's entries, in magnitude
@@ -72,17 +84,24 @@ def proxies_at_cut(
     """The per-sample gradients at a cut, in at least float32, scaled to a greatest entry of 1: rules are scale-free.
 
     With one position per sample, (n, C) and (n, d), the mean gradient's products are taken from whichever is smaller:
-    the Gram matrix or, at 2 n C d multiplications beside it, the mean gradient itself.
+    the Gram matrix or, at 2 n C d multiplications beside it, the mean gradient itself. Complex gradients compare as
+    vectors of their real and imaginary parts; under ``"flat"`` delta and the features do so each by itself.
     """
-    wide = torch.float64 if delta.dtype == torch.float64 else torch.float32
-    features = features.to(wide)
-    delta = delta.to(wide) / greatest.to(wide).clamp(min=torch.finfo(wide).tiny)
+    wide = torch.float64 if delta.dtype in (torch.float64, torch.complex128) else torch.float32
+    turns = delta.is_complex() or features.is_complex()
+    dtype = wide.to_complex() if turns else wide
+    features = features.to(dtype)
+    delta = delta.to(dtype) / greatest.to(wide).clamp(min=torch.finfo(wide).tiny)
     if kind == "flat":
-        return FlatProxies(delta.flatten(1), features.flatten(1))
+        flat = [x.flatten(1) for x in (delta, features)]
+        return FlatProxies(*(torch.view_as_real(x).flatten(1) if turns else x for x in flat))
     tokens = _positions_last(delta, delta.dim() >= 4)
     inputs = _positions_last(features, features.dim() >= 4)
     if kind == "pooled" or tokens.shape[1] != inputs.shape[1]:
         tokens, inputs = tokens.sum(1, keepdim=True), inputs.mean(1, keepdim=True)
+    if turns:
+        tokens, inputs = _real(tokens, inputs)
+        return HeadProxies(lambda: tokens, lambda: inputs, positions=tokens.shape[1], bias=False)
     n, positions, width = tokens.shape
     if positions == 1 and n * n < 2 * width * inputs.shape[2]:
         return FlatProxies(tokens[:, 0], inputs[:, 0])
@@ -98,7 +117,7 @@ def statistics_at_cut(proxies: FlatProxies | HeadProxies, loss: Tensor | None, g
     if gram:
         exact = proxies.gram().diagonal()
     elif isinstance(proxies, HeadProxies) and proxies.positions > 1:
-        exact = sequence_norm_sq(proxies.token_residual, proxies.token_features)
+        exact = sequence_norm_sq(proxies.token_residual, proxies.token_features, bias=proxies.bias)
     if exact is None:
         delta_sq, activation_sq = proxies.residual.square().sum(1), proxies.features.square().sum(1) + 1
     else:

@@ -6,7 +6,8 @@ run may be in lower precision, since only the choice and the layers above depend
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from selbp.training.backward.rows.refuse import refuse_backward
 from selbp.training.batch import Batch
 from selbp.training.budget import kept_rows
 from selbp.training.cut import Cut, CutReport
+from selbp.training.distributed import parallel_in
 from selbp.training.guards import (
     AutocastMode,
     RunningStatistics,
@@ -24,6 +26,8 @@ from selbp.training.guards import (
     scoring_autocast,
     without_autocast_cache,
 )
+from selbp.training.hooks import COMPILED, is_compiled, watched
+from selbp.training.in_place import Kept, Untouched, source
 
 
 class _Reached(Exception):
@@ -38,11 +42,11 @@ class RecomputedCut:
     """Feeds batches to a model with a cut at ``module``'s output, whose lower part is recomputed."""
 
     def __init__(self, model: nn.Module, module: nn.Module, name: str, cut: Cut, precision: str) -> None:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
+        if parallel_in(model) is not None:
             raise ValueError('cut= with backward="recompute" runs a backward inside the backward, which '
                              'DistributedDataParallel does not follow: use backward="rows"')  # fmt: skip
         self._model, self._module, self._name, self._cut, self._precision = model, module, name, cut, precision
-        self._running = RunningStatistics(model)
+        self._running, self._untouched = RunningStatistics(model), Untouched()
         self._checked = False
 
     def feed(self, batch: Batch, made: Callable[[CutReport], None]) -> Any:
@@ -61,13 +65,13 @@ class RecomputedCut:
             torch.set_grad_enabled(True)  # from here on the forward records; `no_grad` below puts it back
             mode.apply()
             leaf = hidden.float() if hidden.dtype in (torch.bfloat16, torch.float16) and not mode.enabled else hidden
-            leaf = leaf.detach().requires_grad_()
-            activation = (hidden if features is None else features).detach()
+            leaf = source(leaf)
+            activation = Kept(hidden if features is None else features)
 
             def hook(delta: Tensor) -> None:
                 refuse_backward()
                 with torch.no_grad():
-                    indices, rows, report = self._cut.pick(delta, activation, k)
+                    indices, rows, report = self._cut.pick(delta, activation.take(), k)
                 self._cut.last = report
                 made(report)
                 with torch.enable_grad(), mode.within(), self._running.paused():
@@ -79,8 +83,11 @@ class RecomputedCut:
             return leaf
 
         lowered = scoring_autocast(batch.device, self._precision)
-        with torch.no_grad(), without_autocast_cache(), lowered, CutHook(self._module, self._name, leave, once=True):
-            return batch.feed(self._model)
+        place = cut_at(self._module, self._name, leave, once=True)
+        with torch.no_grad(), without_autocast_cache(), lowered, place as runs:
+            output = self._untouched.feed(batch, self._model)
+        check_reached(runs, self._model, self._name)
+        return output
 
     def _rerun(self, batch: Batch) -> Tensor:
         """The cut's output on ``batch``, and nothing above it."""
@@ -89,11 +96,12 @@ class RecomputedCut:
             raise _Reached(hidden)
 
         try:
-            with CutHook(self._module, self._name, stop, once=True):
+            with cut_at(self._module, self._name, stop, once=True) as runs:
                 batch.feed(self._model)
         except _Reached as reached:
             return reached.hidden
-        raise RuntimeError(f"the forward did not reach the cut at {self._name!r}")
+        check_reached(runs, self._model, self._name)
+        raise AssertionError("the cut was reached, and the forward went on")
 
     def _check_bypass(self, batch: Batch) -> None:
         """Raise ValueError where a parameter reaches the output both through the cut and around it.
@@ -105,15 +113,16 @@ class RecomputedCut:
 
         def part(hidden: Tensor, features: Tensor | None) -> Tensor:
             kept.append(hidden)
-            return hidden.detach().requires_grad_()
+            return source(hidden)
 
         few = batch.take(torch.arange(min(2, batch.n), device=batch.device))
         with (
             evaluating(self._model, batch.device),
             torch.enable_grad(),
-            CutHook(self._module, self._name, part, once=True),
+            cut_at(self._module, self._name, part, once=True) as runs,
         ):
             output = few.feed(self._model)
+        check_reached(runs, self._model, self._name)
         above = _parameters([x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
         both = above & _parameters(kept)
         names = [name for name, parameter in self._model.named_parameters() if id(parameter) in both]
@@ -124,39 +133,38 @@ class RecomputedCut:
             )
 
 
-class CutHook:
-    """Within, the first tensor of ``module``'s output is what ``function(it, features)`` returns.
+@contextmanager
+def cut_at(
+    module: nn.Module, name: str, function: Callable[[Tensor, Tensor | None], Tensor], *, once: bool = False
+) -> Iterator[list[int]]:
+    """Inside, the first tensor of ``module``'s output is what ``function(it, features)`` returns.
 
     ``features`` is the input of a linear layer, which gives its per-sample gradients exactly; else None. With ``once``,
-    a forward that runs the module twice is refused.
+    a forward that runs the module twice is refused. Yields a list that grows with every run of the module.
     """
+    runs: list[int] = []
 
-    def __init__(
-        self,
-        module: nn.Module,
-        name: str,
-        function: Callable[[Tensor, Tensor | None], Tensor],
-        *,
-        once: bool = False,
-    ) -> None:
-        self._module, self._name, self._function, self._once, self._calls = module, name, function, once, 0
-
-    def __enter__(self) -> None:
-        self._handle = self._module.register_forward_hook(self._replace)
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
-
-    def _replace(self, module: nn.Module, args: Any, output: Any) -> Any:
-        self._calls += 1
-        if self._once and self._calls > 1:
-            raise ValueError(f'cut={self._name!r} runs more than once in a forward: use backward="rows"')
-        linear = isinstance(module, nn.Linear) and len(args) == 1
+    def replace(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        runs.append(len(runs))
+        if once and len(runs) > 1:
+            raise ValueError(f'cut={name!r} runs more than once in a forward: use backward="rows"')
+        given = [*args, *kwargs.values()]
         if isinstance(output, Tensor):
-            return self._function(output, args[0] if linear else None)
+            return function(output, given[0] if isinstance(module, nn.Linear) and len(given) == 1 else None)
         if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-            return type(output)([self._function(output[0], None), *output[1:]])
-        raise TypeError(f"cut={self._name!r} must return a Tensor or a tuple that starts with one")
+            values = [function(output[0], None), *output[1:]]
+            return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+        raise TypeError(f"cut={name!r} must return a Tensor or a tuple that starts with one")
+
+    with watched(module, replace):
+        yield runs
+
+
+def check_reached(runs: list[int], model: nn.Module, name: str) -> None:
+    """Raise RuntimeError where a forward has not run the module at the cut: nothing would have been chosen."""
+    if not runs:
+        cause = COMPILED if is_compiled(model) else ""
+        raise RuntimeError(f"the forward did not reach the cut at {name!r}{cause}")
 
 
 def _parameters(tensors: list[Tensor]) -> set[int]:

@@ -11,7 +11,8 @@ from torch import nn
 from selbp.selectors import Selector
 from selbp.training.batch import Batch
 from selbp.training.cut import Cut, CutReport
-from selbp.training.cut_recompute import CutHook, RecomputedCut
+from selbp.training.cut_recompute import RecomputedCut, check_reached, cut_at
+from selbp.training.head import unwrap
 from selbp.training.report import StepReport
 
 
@@ -71,12 +72,12 @@ class PlacedCut:
         recompute: bool,
         precision: str,
     ) -> None:
-        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        names = {name: module for name, module in inner.named_modules() if name}
+        names = {name: module for name, module in unwrap(model).named_modules() if name}
         if isinstance(place, str):
-            if place not in names:
+            outer = dict(model.named_modules())  # a wrapper's own name for the same module is as good
+            if place not in names and (not place or place not in outer):
                 raise ValueError(f"cut={place!r} names no module of the model; it has {', '.join(names)}")
-            self.name, self.module = place, names[place]
+            self.name, self.module = place, names[place] if place in names else outer[place]
         else:
             found = [name for name, module in names.items() if module is place]
             if not found:
@@ -102,5 +103,7 @@ class PlacedCut:
 
         if self._recomputed is not None:
             return self._recomputed.feed(batch, made)
-        with CutHook(self.module, self.name, lambda hidden, features: self._cut.attach(hidden, features, made)):
-            return batch.feed(self._model)
+        with cut_at(self.module, self.name, lambda hidden, features: self._cut.attach(hidden, features, made)) as runs:
+            output = batch.feed(self._model)
+        check_reached(runs, self._model, self.name)
+        return output

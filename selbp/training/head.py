@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from selbp.training.hooks import COMPILED, is_compiled, watched
+from selbp.training.in_place import Kept, edge_of, hookable, source, version_of
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -100,43 +104,54 @@ def check_full_gradient(model: nn.Module, head: nn.Module) -> None:
 class Captured:
     """What the head saw in one forward: its input (n, ..., d), detached, and its output (n, ..., C)."""
 
-    features: Tensor | None = None
-    logits: Tensor | None = None
+    features: Kept | None = None
+    logits: Tensor | None = None  # as the model goes on with them
+    edge: GradientEdge | None = None  # where their gradient is read, as the head gave them
     calls: int = 0
+    _version: int = 0
 
     def check(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         """Features and logits. Raises RuntimeError that lists ``model``'s candidates unless the head ran once."""
         if self.calls != 1 or self.features is None or self.logits is None:
+            cause = COMPILED if self.calls == 0 and is_compiled(model) else ""
             raise RuntimeError(
                 f"the head must run exactly once in a forward, it ran {self.calls} times: pass head=, the last linear "
-                f"layer; {listed_candidates(model)}"
+                f"layer; {listed_candidates(model)}{cause}"
             )
-        return self.features, self.logits
+        return self.features.take(), self.logits
+
+    @property
+    def edited(self) -> bool:
+        """Whether the model wrote into the head's output after the head."""
+        return self.logits is not None and version_of(self.logits) != self._version
+
+    def take(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, leaf: bool) -> Tensor:
+        """Remember one run of the head; returns the output that the model goes on with."""
+        self.calls += 1
+        self.features = Kept(args[0] if args else next(iter(kwargs.values())))
+        self.logits = source(output) if leaf else hookable(output)
+        self.edge, self._version = edge_of(self.logits), version_of(self.logits)
+        return self.logits
 
 
 @contextmanager
-def capture(head: nn.Module | None, *, leaf: bool = False) -> Iterator[Captured]:
+def capture(head: nn.Module | None, *, leaf: bool = False, optional: bool = False) -> Iterator[Captured]:
     """Watch ``head`` in the forward inside.
 
-    ``leaf`` makes its output a detached leaf and records what the model does to it afterwards, so that the gradient
-    with respect to the logits can be taken in a forward that records nothing else. To be used inside ``no_grad``,
-    whose end restores the grad mode.
+    ``leaf`` cuts its output off from the layers below and records what the model does to it afterwards, so that the
+    gradient with respect to the logits can be taken in a forward that records nothing else. To be used inside
+    ``no_grad``, whose end restores the grad mode. ``optional``: compiled code is left whole, and not watched.
     """
     captured = Captured()
     if head is None:
         yield captured
         return
 
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        captured.calls += 1
-        captured.features = (args[0] if args else next(iter(kwargs.values()))).detach()
-        captured.logits = output.detach().requires_grad_() if leaf else output
+    def watcher(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        logits = captured.take(args, kwargs, output, leaf)
         if leaf:
             torch.set_grad_enabled(True)
-        return captured.logits
+        return logits
 
-    handle = head.register_forward_hook(watch, with_kwargs=True)
-    try:
+    with watched(head, watcher, optional=optional):
         yield captured
-    finally:
-        handle.remove()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from selbp.ops.types import MeanGradient
+from selbp.training.hooks import watched
 
 
 @dataclass
@@ -47,7 +48,7 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, weight: Tensor, bias: Tensor | None, delivery: _Delivery) -> Tensor:
         ctx.delivery, ctx.dtypes = delivery, (weight.dtype, None if bias is None else bias.dtype)
-        return output.view_as(output)
+        return output.detach()  # the same memory, and no view: a model may edit its logits in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
@@ -60,7 +61,7 @@ class FullHeadGradient:
     """Replaces the gradient of ``head`` in the forward that trains."""
 
     def __init__(self, head: nn.Module) -> None:
-        self._head, self._delivery = head, _Delivery()
+        self._head, self._delivery, self._answers = head, _Delivery(), False
 
     @contextmanager
     def replacing(self) -> Iterator[None]:
@@ -72,8 +73,9 @@ class FullHeadGradient:
             for parameter in parameters:
                 parameter.requires_grad_(False)
 
-        def answer(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        def answer(args: Any, kwargs: Any, output: Tensor) -> Tensor:
             thaw()
+            self._answers = True
             result: Tensor = _Head.apply(output, weight, bias, delivery)
             return result
 
@@ -81,16 +83,24 @@ class FullHeadGradient:
             for parameter in parameters:
                 parameter.requires_grad_(True)
 
-        handles = [self._head.register_forward_pre_hook(freeze), self._head.register_forward_hook(answer)]
+        handle = self._head.register_forward_pre_hook(freeze)
         try:
-            yield
+            with watched(self._head, answer):
+                yield
         finally:
             thaw()
-            for handle in handles:
-                handle.remove()
+            handle.remove()
 
     def deliver(self, loss: Tensor, mean: MeanGradient) -> Tensor:
-        """``loss``, whose backward gives the head's parameters ``mean`` times the gradient it is called with."""
+        """``loss``, whose backward gives the head's parameters ``mean`` times the gradient it is called with.
+
+        Raises RuntimeError where no forward has run the head: its gradient would be that of the chosen rows.
+        """
+        if not self._answers:
+            raise RuntimeError(
+                'head_gradient="full": the forward did not reach the head. Under torch.compile, call '
+                "torch.compiler.reset() after building the step"
+            )
         self._delivery.mean = mean
         result: Tensor = _Loss.apply(loss, self._delivery)
         return result

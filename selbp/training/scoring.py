@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from selbp import ops
 from selbp.ops.types import BatchStatistics
 from selbp.training.batch import Batch
+from selbp.training.distributed import inner_outputs
 from selbp.training.guards import evaluating, scoring_autocast, without_autocast, without_autocast_cache
-from selbp.training.head import capture, listed_candidates
+from selbp.training.head import Captured, capture, listed_candidates
 from selbp.training.losses import Criterion, CrossEntropy, logits_of
 from selbp.training.proxies import HeadProxies, sequence_norm_sq
 
@@ -68,36 +69,44 @@ def score(
     precision: str = "same",
     keep_graph: bool,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    feed: Callable[[Batch, nn.Module], Any] = Batch.feed,
 ) -> Scored:
     """Run the forward on all rows; with ``gradients``, read gradient norms and proxies as well as losses.
 
     ``precision`` is the forward's, see :func:`scoring_autocast`. ``keep_graph`` records the forward for a backward
     through chosen rows of it; else nothing is recorded below the head. ``reduce`` averages the mean gradient over
-    ranks.
+    ranks. ``feed`` calls the model.
     """
     mass, present = criterion.mass(batch.target, batch.n, batch.device)
     leaf = gradients and not keep_graph
     with evaluating(model, batch.device) if mode == "eval" else nullcontext():
         with nullcontext() if keep_graph else without_autocast_cache(), scoring_autocast(batch.device, precision):
-            with torch.set_grad_enabled(keep_graph), capture(head, leaf=leaf) as captured:
-                output = batch.feed(model)
+            watch, whole = capture(head, leaf=leaf, optional=not gradients), inner_outputs(model, trains=keep_graph)
+            with torch.set_grad_enabled(keep_graph), watch as captured, whole as inner:
+                output = feed(batch, model)
+    returned = inner[-1] if inner else output  # in whose graph gradients may be read
     seen = head is not None and (gradients or captured.calls == 1)  # a rule that reads losses does without
     features, logits = captured.check(model) if seen else (None, None)
-    fused = isinstance(criterion, CrossEntropy) and (logits is None or _is_head_output(output, logits))
-    losses = None
+    edited = captured.edited  # then the loss reads other logits than the head gave
+    fused = isinstance(criterion, CrossEntropy) and (
+        logits is None or (not edited and _is_head_output(returned, logits))
+    )
+    losses = read = None
     if keep_graph or not fused:
         with torch.set_grad_enabled(keep_graph or gradients):
-            losses = criterion.losses(output, batch.target)
+            losses = read = criterion.losses(output, batch.target)
+            if inner and gradients and not fused:
+                read = criterion.losses(returned, batch.target)
     with torch.no_grad(), without_autocast(batch.device):
         bias = getattr(head, "bias", None) is not None
         if fused:
             assert isinstance(criterion, CrossEntropy)
-            rows = _from_logits(criterion, logits_of(output).detach(), features, batch.target, bias)
+            rows = _from_logits(criterion, logits_of(returned).detach(), features, batch.target, bias)
         else:
-            assert losses is not None
+            assert read is not None
             hits = criterion.hits(output, batch.target, present)
-            at = (logits, features) if gradients and logits is not None and features is not None else None
-            rows = _from_losses(losses, present, at, bias, hits, keep_graph)
+            at = (captured, features) if gradients and features is not None else None
+            rows = _from_losses(read, present, at, bias, hits, keep_graph)
             if at is not None and rows.residual is None:
                 raise RuntimeError(
                     "the loss does not depend on the head's output: pass head=, the last linear layer; "
@@ -153,7 +162,7 @@ def _from_logits(criterion: CrossEntropy, logits: Tensor, features: Tensor | Non
 def _from_losses(
     losses: Tensor,
     present: Tensor,
-    at: tuple[Tensor, Tensor] | None,  # the head's output and input
+    at: tuple[Captured, Tensor] | None,  # the head's output and input
     bias: bool,
     hits: tuple[Tensor, Tensor] | None,
     keep_graph: bool,
@@ -165,13 +174,14 @@ def _from_losses(
     without = _Rows(loss, unknown, unknown, unknown, never, valid, None, None, hits)
     if at is None:
         return without
-    logits, features = at
-    if len(logits) % n:
-        raise RuntimeError(f"the head's output must have the samples first, {n} of them: got {tuple(logits.shape)}")
+    captured, features = at
+    if captured.logits is not None and len(captured.logits) % n:
+        shape = tuple(captured.logits.shape)
+        raise RuntimeError(f"the head's output must have the samples first, {n} of them: got {shape}")
     gradient = None
-    if losses.requires_grad:
+    if losses.requires_grad and captured.edge is not None:
         ones = torch.ones_like(losses)
-        gradient = torch.autograd.grad(losses, logits, ones, retain_graph=keep_graph, allow_unused=True)[0]
+        gradient = torch.autograd.grad(losses, captured.edge, ones, retain_graph=keep_graph, allow_unused=True)[0]
     if gradient is None:
         return without
     residual = gradient.to(loss.dtype).reshape(n, -1, gradient.shape[-1])

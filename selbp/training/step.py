@@ -15,10 +15,11 @@ from selbp.training.backward import STRATEGIES, Auto, resolve
 from selbp.training.batch import Batch
 from selbp.training.budget import Schedule, check_keep, kept_rows
 from selbp.training.cut_step import CutStepReport, PlacedCut
-from selbp.training.distributed import averaging
+from selbp.training.distributed import averaging, check_not_bypassed
 from selbp.training.guards import PRECISIONS, RunningStatistics, without_autocast
 from selbp.training.head import check_full_gradient, find_clear_head, find_head
 from selbp.training.head_gradient import FullHeadGradient
+from selbp.training.in_place import Untouched
 from selbp.training.losses import CrossEntropy, criterion_of
 from selbp.training.report import StepReport, Stopwatch
 from selbp.training.scoring import Scored, score, unscored, worth_keeping
@@ -147,6 +148,8 @@ class SelectiveBackprop:
         self._reduce = averaging(model) if target == "global" else None
         self._running, self._choice = RunningStatistics(model), ChoiceState(selector, generator)
         self._step, self._auto_advance = 0, auto_advance
+        self._untouched = Untouched()
+        self._synchronised = False  # whether the gradients are known to reach the other ranks
         self._report: StepReport | None = None
 
     # ------------------------------------------------------------------------------------------------ the step
@@ -164,6 +167,7 @@ class SelectiveBackprop:
                 the model, the selector, the generator and the running statistics are left as they were.
         """
         batch = Batch.of(inputs, target, per_sample)
+        self._synchronised = self._synchronised or check_not_bypassed(self.model)
         restore = self._choice.snapshot(), self._running.snapshot()
         try:
             loss, report = self._run(batch)
@@ -253,7 +257,7 @@ class SelectiveBackprop:
         return score(
             batch, model, self.head, self._criterion,
             gradients=self._gradients, mode=self._scoring, precision=self._precision, keep_graph=keep_graph,
-            reduce=self._reduce,
+            reduce=self._reduce, feed=Batch.feed if keep_graph else self._untouched.feed,
         )  # fmt: skip
 
     def _select(self, rule: Selector, batch: Batch, scored: Scored, k: int) -> Selection:

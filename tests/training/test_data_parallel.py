@@ -1,5 +1,6 @@
 """Two processes over gloo: the head's exact gradient passes the reducer, and the global target is that of all ranks."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -46,6 +47,106 @@ def check_all(rank):
             full_head_passes_the_reducer(rank, find_unused, scoring)
     accumulation_and_scaling(rank)
     global_target(rank)
+    for kind in KINDS:
+        every_step_is_averaged(rank, "static_graph", kind)
+    for kind in ("logits edited", "full head"):
+        every_step_is_averaged(rank, "find_unused_parameters", kind)
+    a_step_that_bypasses_the_wrapper(rank)
+
+
+class Scaled(nn.Sequential):
+    """Changes its logits after the head, in place: the gradient at the head is read by autograd."""
+
+    def forward(self, x):
+        z = super().forward(x)
+        return z.mul_(1 + z.detach().square())
+
+
+def squares(output, target):
+    return (output - F.one_hot(target, 5)).square().mean(1)
+
+
+MATCHING = {"selector": selbp.GradientMatching(), "backward": "rows"}
+KINDS = {  # the model's class, and the step's options
+    "matching": (nn.Sequential, MATCHING),
+    "logits edited": (Scaled, MATCHING),
+    "full head": (nn.Sequential, {**MATCHING, "head_gradient": "full"}),
+    "own loss": (nn.Sequential, {**MATCHING, "loss": squares}),
+    "losses only": (nn.Sequential, {**MATCHING, "selector": selbp.TopLoss()}),
+    "recomputed": (nn.Sequential, {**MATCHING, "backward": "recompute"}),
+    "cut": (nn.Sequential, {**MATCHING, "cut": "0"}),
+}
+
+
+def every_step_is_averaged(rank, wrapped, kind):
+    """Each step's gradients are the average over ranks of what each rank's selection gives, by plain torch."""
+    network_class, options = KINDS[kind]
+    model = network_class(*network())
+    flag = wrapped.partition(",")[0]
+    ddp = DistributedDataParallel(model, **{flag: True})
+    if "compiled" in wrapped:
+        ddp = torch.compile(ddp, backend="eager")
+    step = selbp.SelectiveBackprop(ddp, keep=0.25, **options)
+    for turn in range(3):
+        model.zero_grad()
+        step(*data(rank, turn)).backward()
+        got = [p.grad.clone() for p in model.parameters()]
+        other = [g.clone() for g in got]
+        for g in other:
+            dist.broadcast(g, 0)
+        for a, b in zip(got, other, strict=True):
+            assert torch.equal(a, b), (wrapped, kind, turn)
+        plain = network_class(*network())
+        x, y = data(rank, turn)
+        losses = squares(plain(x), y) if "loss" in options else F.cross_entropy(plain(x), y, reduction="none")
+        if "cut" in options:
+            want = list(torch.autograd.grad(losses.mean(), list(plain.parameters())))
+            first = 2  # what is above the cut; below it is another selection's
+        else:
+            indices, weights = step.report.selection
+            want = list(torch.autograd.grad(losses[indices] @ weights, list(plain.parameters()), retain_graph=True))
+            first = 0
+        if "head_gradient" in options:
+            want[2:] = torch.autograd.grad(losses.mean(), [plain[2].weight, plain[2].bias])
+        for a, b in zip(got[first:], want[first:], strict=True):
+            dist.all_reduce(b)
+            try:
+                check_close(a, b / 2)
+            except AssertionError as error:
+                raise AssertionError(f"{wrapped}, {kind}, step {turn}") from error
+
+
+class Trainer(nn.Module):
+    """A module whose forward is the step, on a model that it holds: DDP goes around it, as trainers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+        self.step = selbp.SelectiveBackprop(self.net, selector=selbp.GradientMatching(), keep=0.25)
+
+    def forward(self, x, y):
+        return self.step(x, y)
+
+
+def a_step_that_bypasses_the_wrapper(rank):
+    model = network()
+    step = selbp.SelectiveBackprop(model, selector=selbp.GradientMatching(), keep=0.25)
+    ddp = DistributedDataParallel(model)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="Build the step after wrapping"):
+            step(*data(rank))
+    with ddp.no_sync():
+        step(*data(rank))
+    with pytest.raises(RuntimeError, match="Build the step after wrapping"):
+        step(*data(rank))
+    del ddp
+    step(*data(rank))  # on its own again
+    trainer = DistributedDataParallel(Trainer())
+    trainer(*data(rank)).backward()
+    grad = trainer.module.net[0].weight.grad
+    other = grad.clone()
+    dist.broadcast(other, 0)
+    assert torch.equal(grad, other)
 
 
 def full_head_passes_the_reducer(rank, find_unused, scoring):
@@ -101,3 +202,13 @@ def global_target(rank):
 
 def test_two_processes():
     in_two_processes(check_all)
+
+
+def check_compiled(rank):
+    for kind in ("matching", "recomputed", "cut"):
+        every_step_is_averaged(rank, "static_graph, compiled", kind)
+
+
+@pytest.mark.slow
+def test_compiled_in_two_processes():
+    in_two_processes(check_compiled)
