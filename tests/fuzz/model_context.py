@@ -27,11 +27,11 @@ class Operator(NamedTuple):
 OPERATORS: dict[str, Operator] = {}
 
 
-def step(kind: str, *, mixes: bool = False, draws: bool = False) -> Callable[[Any], Any]:
-    """Register a function of (context, x) under its own name."""
+def step(kind: str, **options: Any) -> Callable[[Any], Any]:
+    """Register a function of (context, x) under its own name; ``options`` are those of :func:`add`."""
 
     def register(function: Any) -> Any:
-        add(function.__name__, function, kind, mixes=mixes, draws=draws)
+        add(function.__name__, function, kind, **options)
         return function
 
     return register

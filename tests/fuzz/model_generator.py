@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import model_losses
 import model_ops_autograd  # noqa: F401  (each module registers its steps)
+import model_ops_backwards  # noqa: F401
 import model_ops_batch  # noqa: F401
 import model_ops_complex  # noqa: F401
 import model_ops_layers  # noqa: F401
@@ -97,7 +98,7 @@ def run(
     between: Callable[[int, Tensor], Tensor] | None = None,
     finish: bool = True,
 ) -> Outcome:
-    """One forward. ``rows``: with selbp's own functions where a step has one; ``between`` is given every step's result."""
+    """One forward. ``rows``: with selbp's own functions where a step has one. ``between`` is given each step's result."""
     torch.manual_seed(program.seed % 2**31)
     if x is None:
         x = store.keep("input", lambda: _input(program))

@@ -18,7 +18,9 @@ def linear(c: Context, x: Tensor) -> Tensor:
 @step("vector")
 def product(c: Context, x: Tensor) -> Tensor:
     d = x.shape[1]
-    how = c.pick("how", ["mm", "addmm", "left", "mv", "addmv", "bilinear", "vdot", "weight_t", "outer", "chain", "tensordot"])
+    how = c.pick(
+        "how", ["mm", "addmm", "left", "mv", "addmv", "bilinear", "vdot", "weight_t", "outer", "chain", "tensordot"]
+    )
     if how == "mm":
         return torch.mm(x, c.param(d, 4))
     if how == "addmm":

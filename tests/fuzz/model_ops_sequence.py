@@ -39,10 +39,9 @@ table(
         "solve": lambda x: torch.linalg.solve(
             torch.eye(2, dtype=x.dtype) * 3 + x[:, :4].reshape(-1, 2, 2).tanh(), x[:, :2, None]
         ).flatten(1),
-        "inverse_det": lambda x: torch.linalg.det(torch.eye(2, dtype=x.dtype) * 2 + x[:, :4].reshape(-1, 2, 2).tanh())[
-            :, None
-        ]
-        * x,
+        "inverse_det": lambda x: (
+            torch.linalg.det(torch.eye(2, dtype=x.dtype) * 2 + x[:, :4].reshape(-1, 2, 2).tanh())[:, None] * x
+        ),
         "matrix_exp": lambda x: torch.matrix_exp(x[:, :4].reshape(-1, 2, 2).tanh()).flatten(1),
         "cholesky": lambda x: torch.linalg.cholesky(
             torch.eye(2, dtype=x.dtype) + x[:, :2, None] * x[:, None, :2]
@@ -163,7 +162,9 @@ def cells(c: Context, x: Tensor) -> Tensor:
 def embedding(c: Context, x: Tensor) -> Tensor:
     """Rows of a table, chosen by the data."""
     table_, at = c.param(5, x.shape[2]), (x.detach()[..., 0] * 2).long().clamp(0, 4)
-    how = c.pick("how", ["embedding", "padding", "index", "pair", "one_hot", "bag", "bag_max", "bag_sum", "index_select"])
+    how = c.pick(
+        "how", ["embedding", "padding", "index", "pair", "one_hot", "bag", "bag_max", "bag_sum", "index_select"]
+    )
     if how == "embedding":
         return x + F.embedding(at, table_)
     if how == "padding":
@@ -190,12 +191,16 @@ def embedding_by_frequency(c: Context, x: Tensor) -> Tensor:
 @step("sequence", mixes=True)
 def embedding_bag_offsets(c: Context, x: Tensor) -> Tensor:
     at = c.ints(5, c.n * 2)
-    return x.mean(1) + F.embedding_bag(at, c.param(5, x.shape[2]), torch.arange(c.n) * 2, mode=c.pick("mode", ["sum", "mean"]))
+    return x.mean(1) + F.embedding_bag(
+        at, c.param(5, x.shape[2]), torch.arange(c.n) * 2, mode=c.pick("mode", ["sum", "mean"])
+    )
 
 
 @step("sequence")
 def positions(c: Context, x: Tensor) -> Tensor:
-    return x + c.param(*x.shape[1:]) if c.chance(0.5) else torch.cat([c.param(1, 1, x.shape[2]).expand(c.n, -1, -1), x], 1)
+    return (
+        x + c.param(*x.shape[1:]) if c.chance(0.5) else torch.cat([c.param(1, 1, x.shape[2]).expand(c.n, -1, -1), x], 1)
+    )
 
 
 @step("vector")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import selbp
 import torch
 import torch.nn.functional as F
 from model_context import F64, Context, Store
 from model_generator import Program, run
 from torch import Tensor, nn
+
+import selbp
 
 
 def step_selectors() -> dict[str, Any]:
