@@ -58,7 +58,7 @@ class Store:
     text: list[str] = field(default_factory=list)  # one line a step, of the last run
     mixes: bool = False
     draws: bool = False
-    largest: dict[Any, float] = field(default_factory=dict)  # of the gradients that passed each step's result
+    single: bool = False  # a part of it runs in single precision
 
     def keep(self, key: Any, make: Callable[[], Any]) -> Any:
         """The thing of that name, made in the first run."""

@@ -98,7 +98,7 @@ def run(
     between: Callable[[int, Tensor], Tensor] | None = None,
     finish: bool = True,
 ) -> Outcome:
-    """One forward. ``rows``: with selbp's own functions where a step has one. ``between`` is given each step's result."""
+    """One forward. ``rows``: by selbp's own functions where a step has one. ``between`` is given each step's result."""
     torch.manual_seed(program.seed % 2**31)
     if x is None:
         x = store.keep("input", lambda: _input(program))

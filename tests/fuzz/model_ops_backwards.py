@@ -83,7 +83,7 @@ BACKWARDS: dict[str, Any] = {
     "exp": lambda g, x: (g * 0.1).exp() * x,
     "std": lambda g, x: g / (g.std(correction=0) + 1),
     "deepcopy": lambda g, x: copy.deepcopy(g) * x,
-    "to": lambda g, x: g.to(torch.float32).to(g.dtype) * x,
+    "single": lambda g, x: g.to(torch.float32).to(g.dtype) * x,
     "detach": lambda g, x: g.detach() * x.cos(),
     "equal": lambda g, x: g * (2.0 if torch.equal(g, g.clone()) else 1.0),
     "allclose": lambda g, x: g * (2.0 if torch.allclose(g, torch.zeros_like(x)) else 1.0),
@@ -124,7 +124,9 @@ def _view_write(g: Tensor, x: Tensor) -> Tensor:
 
 @step("any", mixes=True, weight=12)
 def own_function(c: Context, x: Tensor) -> Tensor:
-    return Own.apply(x, c.pick("backward", BACKWARDS))
+    how = c.pick("backward", BACKWARDS)
+    c.store.single |= how == "single"
+    return Own.apply(x, how)
 
 
 class Pair(torch.autograd.Function):
@@ -168,7 +170,7 @@ HOOKS: dict[str, Any] = {
     "nan_to_num": lambda g: torch.nan_to_num(g),
     "finite": lambda g: g if bool(g.isfinite().all()) else g * 0,
     "mask_first": lambda g: g * (torch.arange(len(g)).view(-1, *[1] * (g.dim() - 1)) > 0),
-    "float": lambda g: g.float().double(),
+    "single": lambda g: g.float().double(),
     "relu": lambda g: torch.relu(g),
     "sum_all": lambda g: g + g.sum(),
     "max_scale": lambda g: g / (g.abs().max() + 1),
@@ -182,11 +184,17 @@ def _clone_write(g: Tensor) -> Tensor:
     return out
 
 
+def _pick(c: Context) -> Any:
+    how = c.pick("hook", HOOKS)
+    c.store.single |= how == "single"
+    return HOOKS[how]
+
+
 @step("any", mixes=True, weight=8)
 def hook(c: Context, x: Tensor) -> Tensor:
     if x.requires_grad:
         x = x * 1
-        x.register_hook(HOOKS[c.pick("hook", HOOKS)])
+        x.register_hook(_pick(c))
     return x
 
 
@@ -196,7 +204,7 @@ def hook_two(c: Context, x: Tensor) -> Tensor:
     if x.requires_grad:
         x = x * 1
         for _ in range(2):
-            x.register_hook(HOOKS[c.pick("hook", HOOKS)])
+            x.register_hook(_pick(c))
     return x * x.sin()
 
 

@@ -20,6 +20,7 @@ table(
         "batch_max": lambda x: x - x.max(0)[0],
         "batch_amax": lambda x: x * x.amax((0, 1)),
         "batch_median": lambda x: x - x.median(0)[0],
+        "batch_renorm": lambda x: x.renorm(2, 0, 1.5),
         "batch_norm_value": lambda x: x / (x.norm() + 1),
         "batch_prod": lambda x: x * x.prod(0),
         "batch_cumsum": lambda x: x.cumsum(0) * 0.3,

@@ -54,7 +54,6 @@ POINTWISE = {
     "digamma": lambda x: torch.digamma(x * x + 1),
     "asinh": lambda x: x.asinh(),
     "expm1": lambda x: (x * 0.3).expm1(),
-    "through_single": lambda x: x.float().sin().double(),
     "positive_negative": lambda x: -(+x),
     "dirac": lambda x: torch.copysign(x, x.detach().roll(1, -1) if x.dim() else x),
     "frac": lambda x: x.frac(),
@@ -90,6 +89,12 @@ LAST_DIM = {
     "rotary": lambda x: x * 0.6 + torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1) * 0.8,
 }
 table("any", {f"any_{name}": function for name, function in LAST_DIM.items()}, mixes=False)
+
+
+@step("any")
+def through_single(c: Context, x: Tensor) -> Tensor:
+    c.store.single = True
+    return x.float().sin().double()
 
 
 @step("any")

@@ -46,7 +46,7 @@ table(
         "diagonal": lambda x: x.unflatten(1, (2, -1)).diagonal(0, 1, 2).exp(),
         "diagonal_offset": lambda x: (x[:, :, None] * x[:, None]).diagonal(1, 1, 2),
         "unfold_windows": lambda x: x.unfold(1, 3, 1).flatten(1),
-        "squeeze_all": lambda x: x[:, None, :, None].squeeze() * 1 if len(x) > 1 else x.sin(),
+        "squeeze_dims": lambda x: x[:, None, :, None].squeeze((1, 3)).unsqueeze(1).squeeze(1) * x,
         "as_strided": lambda x: x.contiguous().as_strided((len(x), x.shape[1] // 2), (x.shape[1], 2)) * 1,
         "as_strided_overlap": lambda x: (x * 1).as_strided((len(x), x.shape[1] - 1, 2), (x.shape[1], 1, 1)).sin(),
         "select_scatter": lambda x: torch.select_scatter(x, x[:, 0] * 2, 1, 3),
@@ -84,6 +84,12 @@ table(
         "trace": lambda x: torch.einsum("bii->b", x[:, :2, :2])[:, None] * x.flatten(1),
     },
 )
+
+
+@step("vector", mixes=True)
+def squeeze_all(c: Context, x: Tensor) -> Tensor:
+    """Where there is one sample, its dim goes too."""
+    return x[:, None, :, None].squeeze().reshape(x.shape).sin()
 
 
 @step("vector")
