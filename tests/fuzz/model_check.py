@@ -1,7 +1,7 @@
 """Whether a random program has the gradients that plain torch computes. Run as a script to try seeds by hand:
 
-python tests/fuzz/model_check.py 1234        # one seed: the program, made as short as still fails
-python tests/fuzz/model_check.py 0 500       # 500 seeds from 0: those that fail, a line each
+python tests/fuzz/model_check.py 1234     # one seed: the program, made as short as still fails
+python tests/fuzz/model_check.py 0 500    # 500 seeds from 0: those that fail, a line each
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,115 +22,12 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     sys.path.insert(1, str(Path(__file__).parents[2]))
 
-from model_generator import Program, Store, build, describe, leaves, random_model, run
+from model_compare import Wrong, compare, differences, gradients, limit_of, scale_of
+from model_generator import Program, Store, build, describe, random_model
 from model_step import step_gradients, step_selectors
 
 import selbp
 from selbp.training.backward.rows.tensor import observers
-
-Total = Callable[[Any, Callable[[Any, Tensor], Any]], Tensor]  # (losses, how rows are chosen) -> a scalar
-Between = Callable[[int, Tensor], Tensor]
-TOLERANCE, SINGLE = (
-    1e-9,
-    1e-5,
-)  # of the greatest gradient: some 10^6 times the rounding of one operator in float64, 10^2 in float32
-SMALL = 1e-4  # losses have gradients of 1 to 2: what is left of them is not expected below 1e-9 of this
-NOISE = 1e-13  # of the greatest gradient of a step: far above rounding, see `amplified`
-
-
-class Wrong(AssertionError):
-    """Gradients that differ, or a state that was left behind."""
-
-
-Gradients = dict[str, Any]  # by name: a tensor, or None
-
-
-def plain_rows(losses: Any, index: Tensor) -> Any:
-    """What ``selbp.select`` stands for."""
-    return pytree.tree_map(lambda value: value[index] if isinstance(value, Tensor) else value, losses)
-
-
-def gradients(
-    program: Program, store: Store, total: Total, *, rows: bool, between: Between | None = None, times: int = 1
-) -> Gradients:
-    """Of every leaf, and what the hooks in the program saw; after ``times`` backwards of one forward."""
-    outcome = run(program, store, rows=rows, between=between)
-    loss = total(outcome.losses, selbp.select if rows else plain_rows)
-    for again in range(times):
-        for leaf in leaves(store):
-            leaf.grad = None
-        for values in outcome.seen.values():
-            values.clear()
-        loss.backward(retain_graph=again < times - 1)
-    found: Gradients = {f"leaf {i} {tuple(leaf.shape)}": leaf.grad for i, leaf in enumerate(leaves(store))}
-    for key, values in outcome.seen.items():
-        found.update({f"hook of step {key}, call {i}": value for i, value in enumerate(values)})
-    return found
-
-
-def differences(got: Gradients, want: Gradients) -> Iterator[tuple[str, float]]:
-    """Entries that are not alike: by how much, infinitely where they are not comparable."""
-    for name in sorted(got.keys() | want.keys()):
-        a, b = got.get(name), want.get(name)
-        if a is None and b is None:
-            continue
-        alike = a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype
-        if not alike or (name.startswith("leaf") and type(a) is not Tensor):
-            yield f"{name}: {_kind(a)} where {_kind(b)} was expected", float("inf")
-        elif a.numel():
-            yield name, _greatest(torch.as_tensor(a - b))
-
-
-def _kind(value: Any) -> str:
-    return "None" if value is None else f"{type(value).__name__} {tuple(value.shape)} {value.dtype}"
-
-
-def _greatest(value: Tensor) -> float:
-    worst = float(value.detach().abs().max()) if value.numel() else 0.0
-    return worst if worst == worst else float("inf")
-
-
-def scale_of(found: Gradients) -> float:
-    """The greatest entry of any of these gradients."""
-    return max((_greatest(value) for value in found.values() if value is not None), default=0.0)
-
-
-def amplified(program: Program, store: Store, total: Total, between: Between | None, want: Gradients) -> Gradients:
-    """How far plain gradients move if every step's gradient is off by NOISE: what rounding could do, and more."""
-    source = torch.Generator().manual_seed(0)
-
-    def shake(gradient: Tensor) -> Tensor:
-        size = NOISE * gradient.abs().max() if gradient.numel() else 0.0
-        noise = torch.randn(gradient.shape, dtype=torch.float64, generator=source)
-        return gradient + size * noise * (gradient != 0)
-
-    def noisy(position: int, x: Tensor) -> Tensor:
-        x = x if between is None else between(position, x)
-        if x.requires_grad:
-            x = x * 1
-            x.register_hook(shake)
-        return x
-
-    return gradients(program, store, total, rows=False, between=noisy)
-
-
-def compare(
-    what: str, program: Program, store: Store, total: Total, got: Gradients, between: Between | None = None,
-    want: Gradients | None = None,
-) -> None:  # fmt: skip
-    """Raise unless ``got`` is what plain torch computes, to rounding."""
-    want = gradients(program, store, total, rows=False, between=between) if want is None else want
-    scale = scale_of(want)
-    if scale == float("inf"):
-        return  # plain torch itself has NaN or Inf there: nothing to compare with
-    limit = (SINGLE if store.single else TOLERANCE) * max(scale, SMALL)
-    wrong = [(name, error) for name, error in differences(got, want) if error > limit]
-    if wrong:
-        moved = dict(differences(amplified(program, store, total, between, want), want))
-        wrong = [(name, error) for name, error in wrong if error > 10 * moved.get(name, 0.0)]
-    if wrong:
-        lines = [f"  {name}: off by {error:.3g}, greatest gradient {scale:.3g}" for name, error in wrong[:6]]
-        raise Wrong("\n".join([what, *lines]))
 
 
 # ------------------------------------------------------------------------------------------------------ what is tried
@@ -221,7 +118,7 @@ def check_step(program: Program, store: Store, rng: random.Random) -> None:
         got, want = step_gradients(program, store, name, backward)
         scale = scale_of(want)
         for entry, error in differences(got, want):
-            if error > (SINGLE if store.single else TOLERANCE) * max(scale, SMALL):
+            if error > limit_of(store, scale):
                 raise Wrong(
                     f"SelectiveBackprop({name}, backward={backward!r})\n  {entry}: off by {error:.3g} of {scale:.3g}"
                 )

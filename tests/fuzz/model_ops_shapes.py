@@ -80,7 +80,7 @@ table(
         "cumulative_steps": lambda x: x.cumsum(1) * 0.4,
         "tril_steps": lambda x: x.tril() + x.triu(1) * 2,
         "repeat_steps": lambda x: x.repeat_interleave(torch.tensor([2] + [1] * (x.shape[1] - 1)), 1),
-        "kron": lambda x: torch.kron(x, torch.tensor([[1.0, -0.5]], dtype=x.dtype)),
+        "kron": lambda x: torch.kron(x.contiguous(), torch.tensor([[1.0, -0.5]], dtype=x.dtype)),
         "trace": lambda x: torch.einsum("bii->b", x[:, :2, :2])[:, None] * x.flatten(1),
     },
 )
