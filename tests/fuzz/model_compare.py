@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 from model_context import Store
-from model_generator import Program, leaves, run
+from model_generator import Outcome, Program, leaves, run
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import selbp
 
-Total = Callable[[Any, Callable[[Any, Tensor], Any]], Tensor]  # (losses, how rows are chosen) -> a scalar
+Total = Callable[[Outcome, Callable[[Any, Tensor], Any]], Tensor]  # (a forward, how rows are chosen) -> a scalar
 Between = Callable[[int, Tensor], Tensor]
-# Of the greatest gradient: some 10^6 times the rounding of an operator in float64, some 10^2 times in float32. Losses
+# Of the greatest gradient: some 10^6 times the rounding of an operator in float64, some 10^3 times in float32. Losses
 # have gradients of 1 to 2, of which operators may leave next to nothing: hence the least that counts as greatest.
-DOUBLE, SINGLE = (1e-9, 1e-4), (1e-5, 1e-1)
+DOUBLE, SINGLE = (1e-9, 1e-4), (1e-4, 1e-1)
 NOISE = 1e-13  # of the greatest gradient of a step: far above rounding, see `amplified`
 
 
@@ -34,18 +34,27 @@ def plain_rows(losses: Any, index: Tensor) -> Any:
 
 
 def gradients(
-    program: Program, store: Store, total: Total, *, rows: bool, between: Between | None = None, times: int = 1
+    program: Program,
+    store: Store,
+    total: Total,
+    *,
+    rows: bool,
+    between: Between | None = None,
+    times: int = 1,
+    add_up: bool = False,
 ) -> Gradients:
     """Of every leaf, and what the hooks in the program saw; after ``times`` backwards of one forward."""
     outcome = run(program, store, rows=rows, between=between)
-    loss = total(outcome.losses, selbp.select if rows else plain_rows)
+    loss = total(outcome, selbp.select if rows else plain_rows)
     for again in range(times):
-        for leaf in leaves(store):
-            leaf.grad = None
+        for leaf in [*leaves(store), *outcome.retained.values()]:
+            leaf.grad = leaf.grad if add_up and again else None
         for values in outcome.seen.values():
             values.clear()
         loss.backward(retain_graph=again < times - 1)
     found: Gradients = {f"leaf {i} {tuple(leaf.shape)}": leaf.grad for i, leaf in enumerate(leaves(store))}
+    for key, hidden in outcome.retained.items():
+        found[f"retained by step {key}"] = None if hidden.grad is None else hidden.grad + 0
     for key, values in outcome.seen.items():
         found.update({f"hook of step {key}, call {i}": value for i, value in enumerate(values)})
     return found

@@ -74,6 +74,7 @@ class Context:
         self.store, self.n, self.rows = store, n, rows
         self.saved: list[Tensor] = []  # results of earlier steps
         self.seen: dict[Any, list[Tensor]] = {}  # what hooks were given, by step
+        self.retained: dict[Any, Tensor] = {}  # hidden tensors that keep their gradient
         self.key: Any = None
 
     def enter(self, key: Any) -> None:
@@ -115,7 +116,7 @@ class Context:
 
     def param(self, *shape: int, dtype: torch.dtype = F64) -> Tensor:
         """A parameter; now and then one that the program has already (tied), or a frozen one."""
-        source, tie, freeze = self.generator(), self.chance(0.15), self.chance(0.1)
+        source, tie, freeze, hooked = self.generator(), self.chance(0.15), self.chance(0.1), self.chance(0.1)
         scale = 1.0 / max(1, shape[-1] if shape else 1) ** 0.5
 
         def make() -> nn.Parameter:
@@ -124,6 +125,8 @@ class Context:
                     if other.shape == shape and other.dtype == dtype:
                         return other
             made = nn.Parameter(torch.randn(shape, dtype=dtype, generator=source) * scale, not freeze)
+            if hooked and not freeze:
+                made.register_hook(lambda gradient: gradient * 0.5)
             self.store.parameters.append(made)
             return made
 
@@ -136,12 +139,12 @@ class Context:
             self.store.parameters.append(made)
         return made
 
-    def module(self, make: Callable[[], nn.Module]) -> Any:
-        """A module in float64 whose parameters are of normal size."""
+    def module(self, make: Callable[[], nn.Module], dtype: torch.dtype = F64) -> Any:
+        """A module whose parameters are of normal size."""
         source, freeze = self.generator(), self.chance(0.1)
 
         def build() -> nn.Module:
-            made = make().to(F64)
+            made = make().to(dtype)
             for parameter in made.parameters():
                 scale = 1.0 / max(1, parameter.shape[-1] if parameter.dim() > 1 else 2) ** 0.5
                 noise = torch.randn(parameter.shape, dtype=parameter.dtype, generator=source)

@@ -19,6 +19,7 @@ import model_ops_batch  # noqa: F401
 import model_ops_complex  # noqa: F401
 import model_ops_layers  # noqa: F401
 import model_ops_pointwise  # noqa: F401
+import model_ops_rare  # noqa: F401
 import model_ops_sequence  # noqa: F401
 import model_ops_shapes  # noqa: F401
 import torch
@@ -74,6 +75,7 @@ class Outcome(NamedTuple):
     losses: Any
     last: Tensor  # the value that the losses were computed from
     seen: dict[Any, list[Tensor]]  # what hooks saw of gradients, once the backward has run
+    retained: dict[Any, Tensor]  # hidden tensors whose gradients are kept
 
 
 def build(program: Program) -> Store:
@@ -120,12 +122,14 @@ def run(
     c.enter(f"loss {program.seed}")
     losses = model_losses.losses(c, x) if finish else None
     store.text = [*text, f"  losses({', '.join(c.notes)})"]
-    return Outcome(losses, x, c.seen)
+    return Outcome(losses, x, c.seen, c.retained)
 
 
 def _input(program: Program) -> Tensor:
     source = torch.Generator().manual_seed(program.seed)
     made = torch.randn(program.n, *program.shape, dtype=F64, generator=source)
+    if program.seed % 4 == 0:  # with the samples last in memory
+        made = made.movedim(0, -1).contiguous().movedim(-1, 0)
     return nn.Parameter(made) if program.input_grad else made
 
 

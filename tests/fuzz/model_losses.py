@@ -56,6 +56,11 @@ def _one(c: Context, x: Tensor) -> Tensor:
         c.notes.append("loss=positions")
         losses = F.cross_entropy(classes, at, reduction="none").flatten(1)
         return losses.mean(1) if c.chance(0.5) else losses
+    if c.chance(0.04):
+        c.notes.append("loss=ctc")
+        scores = c.fit(x, 4, 3).transpose(0, 1).log_softmax(-1)
+        full = torch.full((c.n,), 4)
+        return F.ctc_loss(scores, c.ints(2, c.n, 2) + 1, full, torch.full((c.n,), 2), reduction="none")
     return LOSSES[c.pick("loss", LOSSES)](c.fit(x, 4), y, t)
 
 

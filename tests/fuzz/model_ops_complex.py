@@ -110,8 +110,10 @@ def _with_parameter(c: Context, z: Tensor) -> Tensor:
     return z @ c.param(3, d, dtype=C128).mH
 
 
-def _region(c: Context, x: Tensor) -> Tensor:
-    z = INTO[c.pick("into", INTO)](x)
+def _region(c: Context, x: Tensor, front: bool = True) -> Tensor:
+    into = c.pick("into", INTO)
+    c.store.mixes |= into == "fft2" and not front
+    z = INTO[into](x)
     for _ in range(c.pick("steps", [1, 2, 3])):
         z = _with_parameter(c, z) if c.chance(0.3) else AMONG[c.pick("of", AMONG)](z)
     return BACK[c.pick("back", BACK)](z)
@@ -129,7 +131,7 @@ def complex_sequence(c: Context, x: Tensor) -> Tensor:
 
 @step("sequence")
 def complex_steps_first(c: Context, x: Tensor) -> Tensor:
-    return _region(c, x.transpose(0, 1)).transpose(0, 1)
+    return _region(c, x.transpose(0, 1), front=False).transpose(0, 1)
 
 
 @step("sequence")

@@ -148,6 +148,18 @@ def recurrent(c: Context, x: Tensor) -> Tensor:
 
 
 @step("sequence")
+def lstm_single(c: Context, x: Tensor) -> Tensor:
+    """In float32 a CPU runs a fused layer."""
+    c.store.single = True
+    d, two, both = x.shape[2], c.pick("layers_2", [True, False]), c.pick("bidirectional", [True, False])
+    layer = c.module(lambda: nn.LSTM(d, 3, 1 + two, batch_first=True, bidirectional=both), torch.float32)
+    out, (state, cell) = layer(x.float())
+    return {"out": out, "state": state.transpose(0, 1), "cell": cell.transpose(0, 1)}[
+        c.pick("output", ["out", "state", "cell"])
+    ].double()
+
+
+@step("sequence")
 def cells(c: Context, x: Tensor) -> Tensor:
     kind = c.pick("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
     cell = c.module(lambda: kind(x.shape[2], 3))
