@@ -170,7 +170,7 @@ def cells(c: Context, x: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------- embeddings
-@step("sequence")
+@step("sequence", weight=10)
 def embedding(c: Context, x: Tensor) -> Tensor:
     """Rows of a table, chosen by the data."""
     table_, at = c.param(5, x.shape[2]), (x.detach()[..., 0] * 2).long().clamp(0, 4)

@@ -20,7 +20,7 @@ from model_generator import build, describe, random_model
 from model_kept import KEPT
 from torch import Tensor
 
-from selbp.training.backward.rows import registry
+from selbp.training.backward.rows import RowGradient, registry
 from selbp.training.backward.rows.registry import RULES, put
 from selbp.training.backward.rows.slices import Slices
 
@@ -123,17 +123,11 @@ def _other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Slices, "take", take)
 
 
-def _no_sum_of_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
-    from selbp.training.backward.rows.tensor import RowGradient
+def _dense_rows_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = RowGradient.to_dense
 
     def to_dense(self: RowGradient, *args: object, **kwargs: object) -> Tensor:
-        full = torch.zeros(tuple(self.shape), dtype=self._data.dtype)
-        layout, rows = self._layout, self._rows
-        parts = full.unflatten(layout.dim, (layout.pre, rows.n, layout.post))
-        parts.index_copy_(
-            layout.dim + 1, rows.indices, self._data.unflatten(layout.dim, (layout.pre, rows.k, layout.post))
-        )
-        return full
+        return right(self, *args, **kwargs).roll(1, self._layout.dim)
 
     monkeypatch.setattr(RowGradient, "to_dense", to_dense)
 
@@ -150,12 +144,12 @@ MUTANTS = {
     "embedding": ("embedding_dense_backward", "embedding"),
     "slice": ("slice_backward", ""),
     "gather": ("gather", ""),
-    "index_put": ("index_put", ""),
+    "index_put": ("index_put", "embedding"),
     "attention": ("_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
     "pooling": ("max_pool2d_with_indices_backward", "pool"),
     "no_conjugation": (_without_conjugation, "complex"),
     "other_rows": (_other_rows, ""),
-    "duplicates_not_summed": (_no_sum_of_duplicates, ""),
+    "dense_rows_elsewhere": (_dense_rows_elsewhere, ""),
 }
 
 
