@@ -88,7 +88,8 @@ def check_cut(program: Program, store: Store, rng: random.Random) -> None:
     keep = rng.randint(1, program.n)
     selected = rng.sample(range(program.n), rng.randint(1, program.n)) if rng.random() < 0.3 else None
     source = torch.Generator().manual_seed(program.seed)
-    cuts = {place: selbp.SelectiveBackward(keep, selbp.Random(), generator=source) for place in places}
+    rule = rng.choice([selbp.Random, selbp.Random, selbp.TopGradNorm, selbp.GradientMatching, selbp.GradNormImportance])
+    cuts = {place: selbp.SelectiveBackward(keep, rule(), generator=source) for place in places}
 
     def total(outcome: Outcome, choose: Any) -> Tensor:
         if selected is not None:
@@ -105,7 +106,8 @@ def check_cut(program: Program, store: Store, rng: random.Random) -> None:
         return x
 
     got = gradients(program, store, total, rows=True, between=cut)
-    what = f"a cut after step {' and '.join(map(str, places))} that keeps {keep}, losses {selected or 'all'}"
+    where = " and ".join(map(str, places))
+    what = f"a cut after step {where} that keeps {keep} ({rule.__name__}), losses {selected or 'all'}"
     compare(what, program, store, total, got, by_hand)
 
 

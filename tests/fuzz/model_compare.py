@@ -51,6 +51,7 @@ def gradients(
             leaf.grad = leaf.grad if add_up and again else None
         for values in outcome.seen.values():
             values.clear()
+        torch.manual_seed(program.seed % 2**31)  # for backwards that draw
         loss.backward(retain_graph=again < times - 1)
     found: Gradients = {f"leaf {i} {tuple(leaf.shape)}": leaf.grad for i, leaf in enumerate(leaves(store))}
     for key, hidden in outcome.retained.items():

@@ -173,9 +173,9 @@ def parametrized(c: Context, x: Tensor) -> Tensor:
 @step("any")
 def node_hooks(c: Context, x: Tensor) -> Tensor:
     """Hooks of graph nodes, before and after they run; both scale."""
+    x = (x * 1.5).sin()
     if not x.requires_grad:
         return x
-    x = (x * 1.5).sin()
     scale = lambda grads: tuple(None if g is None else g * 0.5 for g in grads)  # noqa: E731
     if c.pick("when", ["before", "after"]) == "before":
         x.grad_fn.register_prehook(scale)  # type: ignore[union-attr]
@@ -188,9 +188,9 @@ def node_hooks(c: Context, x: Tensor) -> Tensor:
 def hooks_that_meet(c: Context, x: Tensor) -> Tensor:
     """A gradient that one hook keeps, and another, further down, uses."""
     kept: list[Tensor] = []
-    if not x.requires_grad:
-        return x
     x = x * 1
+    if not x.requires_grad:
+        return x.tanh() * 1.1
     how = c.pick("how", ["add", "mul", "mean", "cat", "write"])
 
     def use(g: Tensor) -> Tensor:

@@ -48,7 +48,9 @@ table(
         "unfold_windows": lambda x: x.unfold(1, 3, 1).flatten(1),
         "squeeze_dims": lambda x: x[:, None, :, None].squeeze((1, 3)).unsqueeze(1).squeeze(1) * x,
         "as_strided": lambda x: x.contiguous().as_strided((len(x), x.shape[1] // 2), (x.shape[1], 2)) * 1,
-        "as_strided_overlap": lambda x: (x.contiguous() * 1).as_strided((len(x), x.shape[1] - 1, 2), (x.shape[1], 1, 1)).sin(),
+        "as_strided_overlap": lambda x: torch.as_strided(
+            x.contiguous() * 1, (len(x), x.shape[1] - 1, 2), (x.shape[1], 1, 1)
+        ).sin(),
         "select_scatter": lambda x: torch.select_scatter(x, x[:, 0] * 2, 1, 3),
         "slice_scatter": lambda x: torch.slice_scatter(x, x[:, :2] * 2, 1, 1, 3),
         "diagonal_scatter": lambda x: torch.diagonal_scatter(x.unflatten(1, (2, -1)), x[:, :2].sin(), 0, 1, 2),
