@@ -91,7 +91,7 @@ def _clone_write(g: Tensor) -> Tensor:
 def _pick(c: Context) -> Any:
     how = c.pick("hook", HOOKS)
     c.store.single |= how == "single"
-    return HOOKS[how]
+    return lambda gradient: None if gradient is None else HOOKS[how](gradient)
 
 
 @step("any", mixes=True, weight=8)
@@ -118,7 +118,7 @@ def spy(c: Context, x: Tensor) -> Tensor:
     seen = c.seen.setdefault(c.key, [])
     if x.requires_grad:
         x = x * 1
-        x.register_hook(lambda gradient: seen.append(gradient + 0))
+        x.register_hook(lambda gradient: seen.append(torch.zeros(()) if gradient is None else gradient + 0))
     return x
 
 

@@ -193,7 +193,9 @@ def hooks_that_meet(c: Context, x: Tensor) -> Tensor:
         return x.tanh() * 1.1
     how = c.pick("how", ["add", "mul", "mean", "cat", "write"])
 
-    def use(g: Tensor) -> Tensor:
+    def use(g: Tensor | None) -> Tensor | None:
+        if g is None or not kept:
+            return None
         other = kept[-1]
         if how == "add":
             return g + 0.5 * other
@@ -208,5 +210,5 @@ def hooks_that_meet(c: Context, x: Tensor) -> Tensor:
 
     x.register_hook(use)
     y = x.tanh() * 1.1
-    y.register_hook(lambda g: kept.append(g) if how != "write" else kept.append(g.clone()))
+    y.register_hook(lambda g: None if g is None else kept.append(g.clone() if how == "write" else g))
     return y

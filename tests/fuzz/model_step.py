@@ -88,7 +88,9 @@ def step_gradients(program: Program, store: Store, rule: str, backward: str, cut
 def only_rows(chosen: Any, n: int) -> Any:
     """A hook that does by hand what a cut does: chosen rows of the gradient, scaled by n times their weights."""
 
-    def hook(gradient: Tensor) -> Tensor:
+    def hook(gradient: Tensor | None) -> Tensor | None:
+        if gradient is None:
+            return None
         weights = (n * chosen.weights).to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
         return torch.zeros_like(gradient).index_add_(0, chosen.indices, gradient[chosen.indices] * weights)
 
