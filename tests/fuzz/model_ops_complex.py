@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from model_context import Context, step
 from torch import Tensor
@@ -166,3 +168,34 @@ def complex_batch(c: Context, x: Tensor) -> Tensor:
     if how == "adjoint":
         return (z @ (z.mH @ z)).imag * 0.1
     return x * torch.vdot(z[:, 0], z[:, 1]).abs() * 0.2
+
+
+def _written(face: Any) -> Any:
+    """A hook that writes through ``face`` of a copy of the gradient."""
+
+    def hook(gradient: Tensor) -> Tensor:
+        out = gradient.clone()
+        face(out).mul_(2.0)
+        return out
+
+    return hook
+
+
+FACES: dict[str, Any] = {
+    "conj": lambda g: g.conj().mul_(1j),
+    "conj_part": lambda g: g.conj()[:, :1].mul_(1j),
+    "imag": lambda g: g.imag,
+    "conj_imag": lambda g: g.conj().imag,
+    "adjoint": lambda g: g.mH.mul_(1j),
+    "as_real": lambda g: torch.view_as_real(g)[..., 0],
+}
+
+
+@step("vector", mixes=True)
+def complex_hook(c: Context, x: Tensor) -> Tensor:
+    """The gradient of a complex tensor, written to in place through its views."""
+    z = torch.complex(x, x.sin()) * (1 + 0.5j)
+    face = FACES[c.pick("face", FACES)]
+    if z.requires_grad:
+        z.register_hook(_written(face))
+    return torch.view_as_real(z * z).flatten(1) * 0.5
