@@ -31,10 +31,18 @@ class BatchStatistics(NamedTuple):
         return gradient_norm(self)
 
     @classmethod
-    def unscored(cls, valid: Tensor) -> BatchStatistics:
-        """Statistics of a batch that no forward has seen: everything but ``valid`` is NaN (or False)."""
-        unknown = torch.full(valid.shape, torch.nan, device=valid.device)
+    def unscored(cls, valid: Tensor, dtype: torch.dtype = torch.float32) -> BatchStatistics:
+        """Statistics of a batch that no forward has seen: everything but ``valid`` is NaN (or False).
+
+        ``dtype`` is float64 where the losses will be: weights have the losses' dtype.
+        """
+        unknown = torch.full(valid.shape, torch.nan, dtype=dtype, device=valid.device)
         return cls(unknown, unknown, unknown, unknown, torch.zeros_like(valid), valid)
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What weights and sums are kept in for losses or gradients of ``dtype``: float64 where that is as wide."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def gradient_norm(stats: BatchStatistics) -> Tensor:

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from selbp.ops.types import BatchStatistics, Selection
+from selbp.ops.types import BatchStatistics, Selection, real_dtype
 from selbp.selectors import GradientMatching, ReducibleLoss, Selector, TopLoss
 from selbp.training.backward.rows.layout import BatchNormPolicy, RowSet
 from selbp.training.backward.rows.refuse import refuse_backward, refuse_forward
@@ -112,8 +112,10 @@ class Cut:
         # The value, not `hidden`: a closure over that would be a cycle through its own hook that nothing collects.
         activation = Kept(hidden if features is None else features)
 
-        def hook(delta: Tensor) -> Tensor | None:
+        def hook(delta: Tensor | None) -> Tensor | None:
             refuse_backward()
+            if delta is None:  # what read `hidden` has no gradient for it
+                return None
             chosen = self.choose(delta, activation.take())
             if made is not None and self.last is not None and chosen is not None:
                 made(self.last)
@@ -167,9 +169,9 @@ class Cut:
         m = delta.shape[0]
         needs = self.selector.needs
         if needs == "nothing":
-            stats = BatchStatistics.unscored(torch.ones(m, dtype=torch.bool, device=delta.device))
-            if delta.dtype in (torch.float64, torch.complex128):  # weights have the losses' dtype
-                stats = stats._replace(loss=stats.loss.double())
+            stats = BatchStatistics.unscored(
+                torch.ones(m, dtype=torch.bool, device=delta.device), real_dtype(delta.dtype)
+            )
             return self.selector.select(stats, k, generator=self.generator), stats, None
         proxies = proxies_at_cut(delta, activation, self.proxy, greatest)
         loss = None if self.losses is None else self.losses()

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from selbp.ops.types import BatchStatistics, MeanGradient, Selection
+from selbp.ops.types import BatchStatistics, MeanGradient, Selection, real_dtype
 from selbp.selectors import GradientProxies
 from selbp.training.proxies import HeadProxies, sequence_norm_sq
 
@@ -87,7 +87,7 @@ def proxies_at_cut(
     the Gram matrix or, at 2 n C d multiplications beside it, the mean gradient itself. Complex gradients compare as
     vectors of their real and imaginary parts; under ``"flat"`` delta and the features do so each by itself.
     """
-    wide = torch.float64 if delta.dtype in (torch.float64, torch.complex128) else torch.float32
+    wide = real_dtype(delta.dtype)
     turns = delta.is_complex() or features.is_complex()
     dtype = wide.to_complex() if turns else wide
     features = features.to(dtype)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from selbp import ops
-from selbp.ops.types import BatchStatistics
+from selbp.ops.types import BatchStatistics, real_dtype
 from selbp.training.batch import Batch
 from selbp.training.distributed import inner_outputs
 from selbp.training.guards import evaluating, scoring_autocast, without_autocast, without_autocast_cache
@@ -226,11 +226,12 @@ def _scaled(
     return Scored(stats, scale, proxies, losses, rows.hits)
 
 
-def unscored(batch: Batch, criterion: Criterion) -> Scored:
+def unscored(batch: Batch, criterion: Criterion, model: nn.Module) -> Scored:
     """What is known without a forward: which samples have a target and are finite."""
+    first = next((p.dtype for p in model.parameters() if p.is_floating_point() or p.is_complex()), torch.float32)
     mass, present = criterion.mass(batch.target, batch.n, batch.device)
     valid = present & batch.finite()
-    return Scored(BatchStatistics.unscored(valid), scale_of(mass, valid), None, None, None)
+    return Scored(BatchStatistics.unscored(valid, real_dtype(first)), scale_of(mass, valid), None, None, None)
 
 
 def worth_keeping(proxies: HeadProxies | None, head: nn.Module | None, n: int) -> HeadProxies | None:

@@ -193,7 +193,9 @@ class SelectiveBackprop:
         full_head = FullHeadGradient(self.head) if scoring and self._full_head and self.head is not None else None
         trained = full_head.replacing if full_head is not None else nullcontext
         with trained() if strategy.keeps_graph else nullcontext():
-            scored = self._score(batch, strategy.keeps_graph) if scoring else unscored(batch, self._criterion)
+            scored = (
+                self._score(batch, strategy.keeps_graph) if scoring else unscored(batch, self._criterion, self.model)
+            )
         watch.lap("score")
         with torch.no_grad(), without_autocast(batch.device):
             rule = self.selector if chosen else Random() if drawn else Full()
@@ -233,7 +235,7 @@ class SelectiveBackprop:
 
     def _run_cut(self, batch: Batch, cut: PlacedCut, watch: Stopwatch, k: int) -> tuple[Tensor, StepReport]:
         """All rows forward, an ordinary mean loss; the choice comes with the backward."""
-        scored, made = unscored(batch, self._criterion), list[CutStepReport]()
+        scored, made = unscored(batch, self._criterion, self.model), list[CutStepReport]()
         selection = Full().select(scored.stats, batch.n)
         clean = batch.rows(None, scored.stats.valid)
         output = cut.feed(clean, made)
