@@ -13,10 +13,10 @@ from torch import Tensor
 
 from selbp import _native, reference
 from selbp.ops import _gemm
-from selbp.ops._checks import accumulate_dtype
+from selbp.ops._checks import accumulate_dtype, check_tensor, flag
 from selbp.ops._library import define
 from selbp.ops._threads import native_threads
-from selbp.ops.gram import check_factors, finite_rows
+from selbp.ops.gram import autocast_factors, check_factors, finite_rows
 from selbp.ops.types import MeanGradient
 
 
@@ -44,8 +44,9 @@ def mean_gradient(
         TypeError: an input is not a floating tensor, or their dtypes differ.
         ValueError: an input is not a matrix, or their rows or devices differ.
     """
-    check_factors(residual, features)
-    inner, target_sq, head_weight, head_bias = _mean_gradient(residual, features, bool(bias))
+    check_tensor("residual", residual)
+    check_tensor("features", features)
+    inner, target_sq, head_weight, head_bias = _mean_gradient(residual, features, flag("bias", bias))
     return MeanGradient(inner, target_sq, head_weight, head_bias if bias else None)
 
 
@@ -108,5 +109,5 @@ def _cuda(residual: Tensor, features: Tensor, bias: bool) -> tuple[Tensor, Tenso
 _mean_gradient = define(
     "mean_gradient(Tensor residual, Tensor features, bool bias)"
     " -> (Tensor inner, Tensor target_sq, Tensor head_weight, Tensor head_bias)",
-    fake=_fake, cpu=_cpu, cuda=_cuda,
+    check=check_factors, fake=_fake, cpu=_cpu, cuda=_cuda, autocast=autocast_factors,
 )  # fmt: skip
