@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 export PYTHON VENV TORCH PIP_ARGS
 
-.PHONY: help demo test test-all test-versions lint format bench study study-quick study-full study-explore study-confirm study-document gpu-check clean
+.PHONY: help demo test test-all test-versions sanitize lint format bench study study-quick study-full study-explore study-confirm study-document gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make test       install for development and run the fast tests"
 	@echo "make test-all   every test, the slow ones included; the kernels on every supported Triton, the rows' rules on torch"
 	@echo "make test-versions  the rows' rules on the oldest and newest torch, from PyPI's wheels (3 GB each)"
+	@echo "make sanitize   the CPU core under the address, undefined-behaviour and thread sanitizers (GCC); part of test-all"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make format     let ruff and clang-format rewrite the sources"
 	@echo "make bench      ours against peers and against this machine's roofline, in one run"
@@ -56,9 +57,15 @@ test-all: $(VENV)/.with-dev,frameworks
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(ARGS)
 	bash scripts/triton_versions.sh 3.8.0 3.9.0
 	@bash scripts/test_torch_versions.sh
+	bash scripts/sanitize.sh
 
 test-versions:
 	@TORCH_FULL=1 bash scripts/test_torch_versions.sh
+
+sanitize: export OMP_NUM_THREADS = 1
+
+sanitize: $(VENV)/.with-dev
+	bash scripts/sanitize.sh
 
 lint: $(VENV)/.with-dev
 	$(BIN)/ruff check .

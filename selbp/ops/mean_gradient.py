@@ -63,10 +63,10 @@ def _cpu(residual: Tensor, features: Tensor, bias: bool) -> tuple[Tensor, Tensor
     dtype = accumulate_dtype(residual.dtype)
     r, h = residual.to(dtype).contiguous(), features.to(dtype).contiguous()
     products = _products(r, h, len(r), bias)
-    if math.isfinite(products[1]):
+    if r.shape[1] and math.isfinite(products[1]):
         return products
     # Only now are the rows looked at: a NaN or an infinity in either factor makes some entry of M, and so its norm,
-    # a NaN or an infinity.
+    # a NaN or an infinity; an M of no entries shows nothing.
     finite = finite_rows(r, h)
     if finite.all():
         return products

@@ -193,12 +193,12 @@ class StatisticsPass:
         rows, columns = logits.shape
         if not rows:
             return
-        f = self.features
+        f = self.features  # of width 0 it has no address, which would say that there is none: any address serves
         loss, lse, residual_sq, feature_sq, correct, valid = self.outputs
         item = loss.element_size() * row
         bad = _native.statistics(
             logits.data_ptr(), self.code, logits.stride(0), rows, columns, first_class, self.n_classes,
-            0 if f is None else f.data_ptr() + row * f.stride(0) * f.element_size(),
+            0 if f is None else (f.data_ptr() or self.target.data_ptr()) + row * f.stride(0) * f.element_size(),
             0 if f is None else TYPE_CODE[f.dtype], 0 if f is None else f.stride(0), 0 if f is None else f.shape[1],
             self.bias, self.target.data_ptr() + 8 * row, address(self.weight), self.ignore_index,
             self.label_smoothing, self.softcap,
