@@ -55,8 +55,8 @@ void bind_cube(py::module_& m) {
       "cube",
       [](std::int64_t n, std::int64_t dimensions, Address x, Address probability, Address order, Address draws,
          Address scratch, Address group) {
-        SELBP_PICK(cube)({n, dimensions, at<double>(x), at<double>(probability), at<std::int64_t>(order),
-                          at<double>(draws), at<double>(scratch), at<std::int64_t>(group)});
+        return SELBP_PICK(cube)({n, dimensions, at<double>(x), at<double>(probability), at<std::int64_t>(order),
+                                 at<double>(draws), at<double>(scratch), at<std::int64_t>(group)});
       },
       py::call_guard<py::gil_scoped_release>());
 }

@@ -205,6 +205,8 @@ def matching_residual(
     residual, features = _finite_rows(residual.double(), features.double())
     if bias:
         features = torch.cat([features, features.new_ones(len(features), 1)], 1)
+    if not len(residual):
+        return residual.new_full((), torch.nan)
     w = torch.where(indices >= 0, weights, 0.0).double()
     rows = indices.clamp(min=0)
     mean = residual.T @ features / max(len(residual), 1)

@@ -59,8 +59,10 @@ void null_vector(double* a, double* u, Size* columns, Size q) {
 
 }  // namespace
 
-void cube(const CubeProblem& problem) {
+Size cube(const CubeProblem& problem) {
   const Size n = problem.n, most = problem.dimensions + 1;
+  for (Size place = 0; place < n; ++place)
+    if (problem.order[place] < 0 || problem.order[place] >= n) return place;
   double* pi = problem.probability;
   double* a = problem.scratch;
   double* u = a + most * (most + 1);
@@ -114,6 +116,7 @@ void cube(const CubeProblem& problem) {
     count = left;
   }
   for (Size j = 0; j < count; ++j) pi[group[j]] = pi[group[j]] < 0.5 ? 0 : 1;  // an integer up to rounding
+  return -1;
 }
 
 }  // namespace SELBP_LEVEL

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from selbp.ops._checks import (
-    check_finite,
+    check_dtype,
     check_floating,
-    check_integer,
+    check_range,
     check_same_device,
     check_same_dtype,
     check_shape,
+    integer,
+    number,
 )
 
+Options = tuple[int, float, float]  # ignore_index, label_smoothing, softcap
+
 TYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/statistics/cpu.hpp
+
+
+def loss_options(ignore_index: object, label_smoothing: object, softcap: object) -> Options:
+    """The options as the operators take them; TypeError for what is no number."""
+    return (
+        integer("ignore_index", ignore_index),
+        number("label_smoothing", label_smoothing),
+        number("softcap", softcap),
+    )
 
 
 def check_loss(
@@ -23,24 +38,21 @@ def check_loss(
     n_classes: int,
     target: Tensor,  # (n,)
     class_weight: Tensor | None,  # (C,)
-    ignore_index: int,
     label_smoothing: float,
     softcap: float,
 ) -> None:
     """Raise unless target and options fit ``n = len(rows)`` samples of ``n_classes`` classes."""
     if n_classes < 1:
         raise ValueError("logits must have at least one class, got C = 0")
-    check_integer("target", target)
+    check_dtype("target", target, torch.int64)
     check_shape("target", target, f"(n,) with n = {rows.shape[0]} as {rows_name}", (rows.shape[0],))
     check_same_device("target", target, rows_name, rows)
     if class_weight is not None:
         check_floating("class_weight", class_weight)
         check_shape("class_weight", class_weight, f"(C,) with C = {n_classes} classes", (n_classes,))
         check_same_device("class_weight", class_weight, rows_name, rows)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    check_finite("label_smoothing", label_smoothing, 0.0, 1.0)
-    check_finite("softcap", softcap, 0.0)
+    check_range("label_smoothing", label_smoothing, 0.0, 1.0)
+    check_range("softcap", softcap, 0.0)
 
 
 def check_head(features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -57,6 +69,18 @@ def check_head(features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, tensor in heads:
         check_same_dtype(name, tensor, "features", features)
         check_same_device(name, tensor, "features", features)
+
+
+def autocast_head(
+    features: Tensor, weight: Tensor, bias: Tensor | None, *others: Any
+) -> tuple[Tensor | Any | None, ...]:
+    """A head's operands in autocast's dtype, as ``torch.nn.functional.linear`` casts them: float64 stays."""
+    dtype = torch.get_autocast_dtype(features.device.type)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+    return cast(features), cast(weight), bias if bias is None else cast(bias), *others
 
 
 def contiguous_rows(tensor: Tensor) -> Tensor:

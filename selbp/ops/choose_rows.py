@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from selbp import _native
+from selbp.ops._checks import check_dtype, check_same_device, check_shape
 from selbp.ops._library import define, library
 from selbp.ops.types import Selection
 
@@ -169,6 +170,26 @@ def uniform(count: int, like: Tensor, generator: torch.Generator | None) -> Tens
     return torch.rand(count, dtype=torch.float64, device=like.device, generator=generator)
 
 
+def _check(score: Tensor, valid: Tensor, draws: Tensor | None, k: int, rule: str, weights: str) -> None:
+    check_dtype("score", score, torch.float64)
+    check_shape("score", score, "(n,)", (None,))
+    n = score.shape[0]
+    check_dtype("valid", valid, torch.bool)
+    check_shape("valid", valid, f"(n,) with n = {n} as score", (n,))
+    check_same_device("valid", valid, "score", score)
+    if k < 0:
+        raise ValueError(f"k must be at least 0, got {k}")
+    for name, value, known in (("rule", rule, RULES), ("weights", weights, WEIGHTS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    if draws is not None:
+        check_dtype("draws", draws, torch.float64)
+        check_shape("draws", draws, f"(n + 1,) with n = {n} as score", (n + 1,))
+        check_same_device("draws", draws, "score", score)
+    elif rule != "top":
+        raise ValueError(f"draws must be given for rule {rule!r}, got None")
+
+
 def _cpu(score: Tensor, valid: Tensor, draws: Tensor | None, k: int, rule: str, weights: str) -> _Pair:
     n = len(score)
     score, valid = score.contiguous(), valid.contiguous()
@@ -197,6 +218,7 @@ def _one_by_one(operator: Any, info: Any, dims: tuple[int | None, ...], *argumen
 
 _choose_rows = define(
     "choose_rows(Tensor score, Tensor valid, Tensor? draws, SymInt k, str rule, str weights) -> (Tensor, Tensor)",
+    check=_check,
     fake=_fake,
     cpu=_cpu,
     cuda=specified,
@@ -223,6 +245,13 @@ def specified_percentile(history: Tensor, loss: Tensor) -> _Pair:
     return torch.where(known, entered, torch.nan), below.double() / known.sum().clamp(min=1)
 
 
+def _check_percentile(history: Tensor, loss: Tensor) -> None:
+    for name, tensor, letter in (("history", history, "(length,)"), ("loss", loss, "(n,)")):
+        check_dtype(name, tensor, torch.float64)
+        check_shape(name, tensor, letter, (None,))
+    check_same_device("loss", loss, "history", history)
+
+
 def _cpu_percentile(history: Tensor, loss: Tensor) -> _Pair:
     history, loss = history.contiguous(), loss.contiguous()
     entered, share, scratch = torch.empty_like(history), torch.empty_like(loss), history.new_empty(4 * len(history))
@@ -235,6 +264,7 @@ def _cpu_percentile(history: Tensor, loss: Tensor) -> _Pair:
 
 _percentile = define(
     "percentile(Tensor history, Tensor loss) -> (Tensor, Tensor)",
+    check=_check_percentile,
     fake=lambda history, loss: (torch.empty_like(history), torch.empty_like(loss)),
     cpu=_cpu_percentile,
     cuda=specified_percentile,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from selbp import _native
-from selbp.ops._checks import check_floating, check_same_device, check_shape
+from selbp.ops._checks import check_dtype, check_floating, check_same_device, check_shape, check_tensor
 from selbp.ops._library import define
 
 DECIDED = 1e-9  # distance from 0 or 1 that is rounding
@@ -41,14 +41,33 @@ def cube_sample(
         TypeError: an input is not a floating tensor.
         ValueError: shapes or devices do not fit.
     """
+    check_tensor("balance", balance)
+    check_tensor("probability", probability)
     check_floating("balance", balance)
     check_floating("probability", probability)
     check_shape("balance", balance, "(n, p)", (None, None))
     check_shape("probability", probability, f"({len(balance)},)", (len(balance),))
     check_same_device("probability", probability, "balance", balance)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
     draws = torch.rand(2, len(balance), dtype=torch.float64, device=balance.device, generator=generator)
     chosen: Tensor = _cube(balance.double(), probability.double(), draws[0].argsort(), draws[1])
     return chosen
+
+
+def _check(balance: Tensor, probability: Tensor, order: Tensor, draws: Tensor) -> None:
+    check_shape("balance", balance, "(n, p)", (None, None))
+    n = balance.shape[0]
+    for name, tensor, dtype in (
+        ("balance", balance, torch.float64),
+        ("probability", probability, torch.float64),
+        ("order", order, torch.int64),
+        ("draws", draws, torch.float64),
+    ):
+        check_dtype(name, tensor, dtype)
+        if tensor is not balance:
+            check_shape(name, tensor, f"(n,) with n = {n} rows as balance", (n,))
+            check_same_device(name, tensor, "balance", balance)
 
 
 def _cpu(balance: Tensor, probability: Tensor, order: Tensor, draws: Tensor) -> Tensor:
@@ -56,9 +75,11 @@ def _cpu(balance: Tensor, probability: Tensor, order: Tensor, draws: Tensor) -> 
     x, point = balance.t().contiguous(), probability.clone(memory_format=torch.contiguous_format)
     order, draws = order.contiguous(), draws.contiguous()
     scratch, group = x.new_empty((p + 2) * (p + 3)), order.new_empty(2 * p + 4)
-    _native.cube(
+    bad = _native.cube(
         n, p, x.data_ptr(), point.data_ptr(), order.data_ptr(), draws.data_ptr(), scratch.data_ptr(), group.data_ptr()
     )
+    if bad >= 0:
+        raise ValueError(f"order must lie in [0, {n}), got {int(order[bad])} at {bad}")
     return point > 0.5
 
 
@@ -105,5 +126,5 @@ def _fake(balance: Tensor, probability: Tensor, order: Tensor, draws: Tensor) ->
 
 _cube = define(
     "cube_sample(Tensor balance, Tensor probability, Tensor order, Tensor draws) -> Tensor",
-    fake=_fake, cpu=_cpu, cuda=walk,
+    check=_check, fake=_fake, cpu=_cpu, cuda=walk,
 )  # fmt: skip

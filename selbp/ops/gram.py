@@ -6,12 +6,22 @@ write to the block's place and to its mirror image, so K is symmetric bit for bi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from selbp import _native, reference
 from selbp.ops import _triton
-from selbp.ops._checks import accumulate_dtype, check_floating, check_same_device, check_same_dtype, check_shape
+from selbp.ops._checks import (
+    accumulate_dtype,
+    check_floating,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    check_tensor,
+    flag,
+)
 from selbp.ops._library import define
 from selbp.ops._threads import native_threads
 
@@ -40,11 +50,12 @@ def gradient_gram(
         TypeError: an input is not a floating tensor, or their dtypes differ.
         ValueError: an input is not a matrix, or their rows or devices differ.
     """
-    check_factors(residual, features)
-    return _gradient_gram(residual, features, bool(bias))
+    check_tensor("residual", residual)
+    check_tensor("features", features)
+    return _gradient_gram(residual, features, flag("bias", bias))
 
 
-def check_factors(residual: Tensor, features: Tensor) -> None:
+def check_factors(residual: Tensor, features: Tensor, *_: object) -> None:
     """Raise unless ``residual`` (n, C) and ``features`` (n, d) are floating matrices of one dtype and device."""
     check_floating("residual", residual)
     check_floating("features", features)
@@ -52,6 +63,13 @@ def check_factors(residual: Tensor, features: Tensor) -> None:
     check_shape("features", features, f"(n, d) with n = {len(residual)} rows as residual", (len(residual), None))
     check_same_dtype("features", features, "residual", residual)
     check_same_device("features", features, "residual", residual)
+
+
+def autocast_factors(a: Tensor, b: Tensor, *others: Any) -> tuple[Any, ...]:
+    """Two tensors of different 16- and 32-bit types as float32: what an operator here accumulates in anyway."""
+    if a.dtype != b.dtype and all(x.is_floating_point() and x.dtype != torch.float64 for x in (a, b)):
+        a, b = a.float(), b.float()
+    return a, b, *others
 
 
 def finite_rows(residual: Tensor, features: Tensor) -> Tensor:
@@ -101,5 +119,6 @@ def _cuda(residual: Tensor, features: Tensor, bias: bool) -> Tensor:
 
 
 _gradient_gram = define(
-    "gradient_gram(Tensor residual, Tensor features, bool bias) -> Tensor", fake=_fake, cpu=_cpu, cuda=_cuda
-)
+    "gradient_gram(Tensor residual, Tensor features, bool bias) -> Tensor",
+    check=check_factors, fake=_fake, cpu=_cpu, cuda=_cuda, autocast=autocast_factors,
+)  # fmt: skip

@@ -8,6 +8,7 @@ rows of that tile. Three products of k rows; nothing of size n x C exists at any
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -16,15 +17,27 @@ from torch import Tensor
 from selbp import _native
 from selbp.ops import _gemm
 from selbp.ops import _linear_cross_entropy_cuda as _cuda
-from selbp.ops._checks import accumulate_dtype, check_integer, check_same_device
-from selbp.ops._library import define, define_differentiable
+from selbp.ops import _linear_cross_entropy_torch as _torch
+from selbp.ops._checks import (
+    accumulate_dtype,
+    check_dtype,
+    check_floating,
+    check_optional_tensor,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    flag,
+)
+from selbp.ops._library import define_differentiable
 from selbp.ops._linear_cross_entropy_cuda import Forward, Gradients, empty_gradients
 from selbp.ops._loss import (
     TYPE_CODE,
     address,
+    autocast_head,
     check_head,
     check_loss,
     contiguous_rows,
+    loss_options,
     native_class_weight,
     raise_bad_target,
     weight_sum,
@@ -67,15 +80,16 @@ def linear_cross_entropy(
     rows: Tensor | None = None,  # (k,)
     return_statistics: bool = False,
 ) -> Tensor | tuple[Tensor, BatchStatistics]:
-    """Cross-entropy of ``features @ weight.T + bias`` per row, differentiable once; the logits are never stored.
+    """Cross-entropy of ``features @ weight.T + bias`` per row, differentiable; the logits are never stored.
 
     The gradients of features, weight and bias cost three products of the rows that have one: on the CPU those whose
     incoming gradient is not 0, found in the backward; on a GPU, where looking would wait for the device, all rows or
-    those that ``rows`` names. The weight's gradient is accumulated in float32 and written once.
+    those that ``rows`` names. The weight's gradient is accumulated in float32 and written once. Forward mode
+    (``torch.func.jvp``) and derivatives of the gradients run in torch's own operators, which store the logits.
 
     Args:
         features: (n, d), float32, float64, bfloat16 or float16.
-        weight: (C, d) of the dtype of ``features``.
+        weight: (C, d) of the dtype of ``features``; autocast casts both, and ``bias``, as for a linear layer.
         bias: (C,) or None.
         target: (n,) int64 class indices, or ``ignore_index``.
         class_weight: (C,) weights of the classes, as torch's ``weight``; not differentiated.
@@ -92,26 +106,63 @@ def linear_cross_entropy(
 
     Raises:
         TypeError: an argument has the wrong type, or the dtypes differ.
-        ValueError: a shape, device or option is wrong, or (CPU) a target lies outside [0, C).
-        RuntimeError: in the backward, where a second derivative is asked for.
+        ValueError: a shape, device or option is wrong, or (CPU) a target lies outside [0, C) or an entry of ``rows``
+            outside [0, n).
     """
-    check_head(features, weight, bias)
-    check_loss("features", features, weight.shape[0], target, class_weight, ignore_index, label_smoothing, softcap)
-    if rows is not None:
-        check_integer("rows", rows)
-        if rows.dim() != 1:
-            raise ValueError(f"rows must be (k,), got {tuple(rows.shape)}")
-        check_same_device("rows", rows, "features", features)
+    check_tensor("features", features)
+    check_tensor("weight", weight)
+    check_optional_tensor("bias", bias)
+    check_tensor("target", target)
+    check_optional_tensor("class_weight", class_weight)
+    check_optional_tensor("rows", rows)
+    flag("return_statistics", return_statistics)
     loss, *statistics, _ = _linear_cross_entropy(
-        features, weight, bias, target, class_weight, rows, ignore_index, float(label_smoothing), float(softcap)
+        features, weight, bias, target, class_weight, rows, *loss_options(ignore_index, label_smoothing, softcap)
     )
     return (loss, BatchStatistics(loss.detach(), *statistics)) if return_statistics else loss
+
+
+def _check(
+    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None,
+    rows: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
+) -> None:  # fmt: skip
+    check_head(features, weight, bias)
+    check_loss("features", features, weight.shape[0], target, class_weight, label_smoothing, softcap)
+    if rows is not None:
+        check_dtype("rows", rows, torch.int64)
+        check_shape("rows", rows, "(k,)", (None,))
+        check_same_device("rows", rows, "features", features)
+
+
+def _check_backward(
+    grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, others: Tensor,
+    valid: Tensor, class_weight: Tensor | None, rows: Tensor | None, ignore_index: int, label_smoothing: float,
+    softcap: float, need_features: bool, need_weight: bool, need_bias: bool,
+) -> None:  # fmt: skip
+    _check(features, weight, bias, target, class_weight, rows, ignore_index, label_smoothing, softcap)
+    check_floating("grad", grad)
+    check_dtype("lse", lse, accumulate_dtype(features.dtype))
+    check_dtype("others", others, accumulate_dtype(features.dtype))
+    check_dtype("valid", valid, torch.bool)
+    n = features.shape[0]
+    for name, tensor in (("grad", grad), ("lse", lse), ("others", others), ("valid", valid)):
+        check_shape(name, tensor, f"(n,) with n = {n} as features", (n,))
+        check_same_device(name, tensor, "features", features)
+
+
+def _check_rows(rows: Tensor | None, n: int) -> None:
+    """ValueError unless ``rows``, on the CPU, lie in [0, n)."""
+    if rows is not None and len(rows):
+        least, most = (int(x) for x in rows.aminmax())
+        if least < 0 or most >= n:
+            raise ValueError(f"rows must lie in [0, {n}), got values from {least} to {most}")
 
 
 def _cpu(
     features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None,
     rows: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
 ) -> Forward:  # fmt: skip
+    _check_rows(rows, features.shape[0])
     one = StatisticsPass(
         weight.shape[0], features.dtype, target, features, bias is not None, class_weight, ignore_index,
         label_smoothing, softcap,
@@ -140,6 +191,7 @@ def _backward_cpu(
     softcap: float, need_features: bool, need_weight: bool, need_bias: bool,
 ) -> Gradients:  # fmt: skip
     n, n_classes, accumulate = features.shape[0], weight.shape[0], accumulate_dtype(features.dtype)
+    _check_rows(rows, n)
     live = valid & (grad != 0)
     if rows is not None:
         live &= torch.zeros_like(live).index_fill_(0, rows, True)
@@ -200,27 +252,59 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
     ctx.options = options
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, needed: Sequence[bool], grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 9
-    if torch.is_grad_enabled():
-        raise RuntimeError("linear_cross_entropy is differentiable once: its backward was called with create_graph")
     features, weight, bias, *rest = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
+    needs = needed[:3]
     gradients = _linear_cross_entropy_backward(grad, features, weight, bias, *rest, *ctx.options, *needs)
-    return *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), *(None,) * 6
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *(None,) * 6
+
+
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
+    needs = inputs[-3:]
+    ctx.mark_non_differentiable(*(gradient for gradient, needed in zip(output, needs, strict=True) if not needed))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:10])
+    ctx.options = inputs[10:]
+
+
+def _backward_second(ctx: Any, needed: Sequence[bool], *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The derivatives of the gradients, of the same formula in torch's operators.
+
+    By torch.func.vjp, which nests: the incoming gradient may itself depend on the weight, and vmap may be at work.
+    """
+    inputs, places = list(ctx.saved_tensors), [i for i, need in enumerate(needed) if need]
+    given = [i for i, u in enumerate(upstream) if u is not None]
+
+    def chosen(*wanted: Tensor) -> tuple[Tensor, ...]:
+        for i, x in zip(places, wanted, strict=True):
+            inputs[i] = x
+        gradients = _torch.gradients(*inputs, *ctx.options)
+        return tuple(gradients[i] for i in given)
+
+    found: list[Tensor | None] = [None] * len(needed)
+    if given:
+        with torch._C._DisableAutocast():
+            pull: Any = torch.func.vjp(chosen, *(inputs[i] for i in places))[1]
+            gradients = pull(tuple(u for u in upstream if u is not None))
+        for i, gradient in zip(places, gradients, strict=True):
+            found[i] = gradient
+    return tuple(found)
 
 
 _linear_cross_entropy = define_differentiable(
     "linear_cross_entropy(Tensor features, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
-    "Tensor? rows, int ignore_index, float label_smoothing, float softcap) "
+    "Tensor? rows, SymInt ignore_index, float label_smoothing, float softcap) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",  # BatchStatistics, then (n,) 1 - p_y
-    fake=_fake, cpu=_cpu, cuda=_cuda.forward, setup_context=_setup_context, backward=_backward,
+    check=_check, fake=_fake, cpu=_cpu, cuda=_cuda.forward, setup_context=_setup_context, backward=_backward,
+    composed=_torch.outputs, autocast=autocast_head,
 )  # fmt: skip
-_linear_cross_entropy_backward = define(
+_linear_cross_entropy_backward = define_differentiable(
     "linear_cross_entropy_backward(Tensor grad, Tensor features, Tensor weight, Tensor? bias, Tensor target, "
-    "Tensor lse, Tensor others, Tensor valid, Tensor? class_weight, Tensor? rows, int ignore_index, "
+    "Tensor lse, Tensor others, Tensor valid, Tensor? class_weight, Tensor? rows, SymInt ignore_index, "
     "float label_smoothing, float softcap, bool need_features, bool need_weight, bool need_bias) "
     "-> (Tensor, Tensor, Tensor)",
-    fake=_backward_fake, cpu=_backward_cpu, cuda=_cuda.backward,
+    check=_check_backward, fake=_backward_fake, cpu=_backward_cpu, cuda=_cuda.backward,
+    setup_context=_setup_second, backward=_backward_second, composed=lambda _, *inputs: _torch.gradients(*inputs),
 )  # fmt: skip

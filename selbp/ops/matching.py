@@ -14,21 +14,66 @@ from torch import Tensor
 from selbp import _native
 from selbp.ops._checks import (
     accumulate_dtype,
-    check_finite,
+    autocast_enabled,
+    check_dtype,
     check_floating,
-    check_integer,
+    check_optional_tensor,
+    check_range,
+    check_same_device,
     check_same_dtype,
     check_shape,
+    check_tensor,
+    flag,
+    integer,
+    number,
 )
 from selbp.ops._cuda_core import cuda_core
 from selbp.ops._library import define
 from selbp.ops._threads import native_threads
+from selbp.ops.gram import autocast_factors
 from selbp.ops.types import Matching
 
 RULES = ("ols", "normalized", "raw")  # in the order of csrc/matching/matching.hpp
 _GRAIN = 1 << 17  # multiply-adds that are worth waking a thread for: about 20 us
 
+_MOST = (1 << 31) - 1  # the solver counts in 32 bits
+
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _check(
+    gram: Tensor, inner: Tensor, target_sq: Tensor, k: int, rule: str, ridge: float, nonnegative: bool,
+    valid: Tensor | None, tolerance: float,
+) -> None:  # fmt: skip
+    _check_problem(gram, inner, valid)
+    check_floating("target_sq", target_sq)
+    if target_sq.shape != gram.shape[:-2]:
+        raise ValueError(f"target_sq must be (...) = {tuple(gram.shape[:-2])}, got {tuple(target_sq.shape)}")
+    check_same_device("target_sq", target_sq, "gram", gram)
+    if k < 0:
+        raise ValueError(f"k must be at least 0, got {k}")
+    if k > _MOST:
+        raise ValueError(f"k must be at most {_MOST}, got {k}")
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
+    check_range("ridge", ridge, 0.0)
+    check_range("tolerance", tolerance, 0.0)
+
+
+def _check_problem(gram: Tensor, inner: Tensor, valid: Tensor | None) -> None:
+    check_floating("gram", gram)
+    check_floating("inner", inner)
+    if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2]:
+        raise ValueError(f"gram must be (..., n, n), got {tuple(gram.shape)}")
+    if inner.shape != gram.shape[:-1]:
+        raise ValueError(f"inner must be (..., n) = {tuple(gram.shape[:-1])}, got {tuple(inner.shape)}")
+    check_same_dtype("inner", inner, "gram", gram)
+    check_same_device("inner", inner, "gram", gram)
+    if valid is not None:
+        check_dtype("valid", valid, torch.bool)
+        if valid.shape != inner.shape and valid.shape != inner.shape[-1:]:
+            raise ValueError(f"valid must be (n,) or (..., n) = {tuple(inner.shape)}, got {tuple(valid.shape)}")
+        check_same_device("valid", valid, "gram", gram)
 
 
 def _fake(
@@ -119,9 +164,11 @@ def _cuda(
 _match = define(
     "match(Tensor gram, Tensor inner, Tensor target_sq, SymInt k, str rule, float ridge, bool nonnegative, "
     "Tensor? valid, float tolerance) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    check=_check,
     fake=_fake,
     cpu=_cpu,
     cuda=_cuda,
+    autocast=autocast_factors,
 )
 
 
@@ -159,33 +206,17 @@ def match(
 
     Raises TypeError or ValueError, naming the argument, for a wrong type, shape or range.
     """
-    _check_problem(gram, inner, valid)
-    check_floating("target_sq", target_sq)
-    if target_sq.shape != gram.shape[:-2]:
-        raise ValueError(f"target_sq must be (...) = {tuple(gram.shape[:-2])}, got {tuple(target_sq.shape)}")
-    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-        raise TypeError(f"k must be an int, got {k!r}")
-    if k < 0:
-        raise ValueError(f"k must be at least 0, got {k}")
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
-    check_finite("ridge", ridge, 0.0)
-    check_finite("tolerance", tolerance, 0.0)
-    return Matching(*_match(gram, inner, target_sq, k, rule, float(ridge), nonnegative, valid, float(tolerance)))
-
-
-def _check_problem(gram: Tensor, inner: Tensor, valid: Tensor | None) -> None:
-    check_floating("gram", gram)
-    check_floating("inner", inner)
-    if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2]:
-        raise ValueError(f"gram must be (..., n, n), got {tuple(gram.shape)}")
-    if inner.shape != gram.shape[:-1]:
-        raise ValueError(f"inner must be (..., n) = {tuple(gram.shape[:-1])}, got {tuple(inner.shape)}")
-    check_same_dtype("inner", inner, "gram", gram)
-    if valid is not None:
-        check_integer("valid", valid, torch.bool)
-        if valid.shape not in (inner.shape, inner.shape[-1:]):
-            raise ValueError(f"valid must be (n,) or (..., n) = {tuple(inner.shape)}, got {tuple(valid.shape)}")
+    check_tensor("gram", gram)
+    check_tensor("inner", inner)
+    check_tensor("target_sq", target_sq)
+    check_optional_tensor("valid", valid)
+    if not isinstance(rule, str):
+        raise TypeError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
+    found = _match(
+        gram, inner, target_sq, integer("k", k), rule, number("ridge", ridge), flag("nonnegative", nonnegative), valid,
+        number("tolerance", tolerance),
+    )  # fmt: skip
+    return Matching(*found)
 
 
 def nnls(
@@ -200,11 +231,14 @@ def nnls(
     the span of the others) count as dependent. A problem with an entry that is not finite gives NaN. float64 in:
     float64 out, else float32. Source: Lawson & Hanson (1974), chapter 23; what ``scipy.optimize.nnls`` computes.
     """
+    check_tensor("a", a)
+    check_tensor("b", b)
     check_floating("a", a)
     check_floating("b", b)
     if a.dim() < 2:
         raise ValueError(f"a must be (..., m, n), got {tuple(a.shape)}")
     check_shape("b", b, f"(..., m) = {tuple(a.shape[:-1])}", a.shape[:-1])
+    check_same_device("b", b, "a", a)
     matrix, target = a.double(), b.double()
     gram = matrix.mT @ matrix
     inner = (matrix.mT @ target[..., None])[..., 0]
@@ -222,6 +256,11 @@ def nnls_gram(
 
     :func:`nnls` for who has ``gram = a^T a`` and ``inner = a^T b`` already. Rows that are not ``valid`` get x = 0.
     """
+    check_tensor("gram", gram)
+    check_tensor("inner", inner)
+    check_optional_tensor("valid", valid)
+    if autocast_enabled(gram):
+        gram, inner = autocast_factors(gram, inner)
     _check_problem(gram, inner, valid)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     explained = (inner.square() / diagonal).masked_fill_(diagonal <= 0, 0.0)  # by each row alone

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from selbp import reference
-from selbp.ops._checks import check_floating, check_integer, check_same_device, check_shape
+from selbp.ops._checks import check_dtype, check_floating, check_same_device, check_shape, check_tensor, flag
 from selbp.ops._library import define
-from selbp.ops.gram import check_factors, finite_rows
+from selbp.ops.gram import autocast_factors, check_factors, finite_rows
 from selbp.ops.mean_gradient import row_dots
 
 _BLOCK = 1 << 21  # float64 entries of one block of M (16 MiB)
@@ -56,18 +56,25 @@ def matching_residual(
         TypeError: an input or a part of ``selection`` has the wrong type.
         ValueError: a shape or a device does not fit; on the CPU also an index outside [-1, n).
     """
-    check_factors(residual, features)
+    check_tensor("residual", residual)
+    check_tensor("features", features)
     for part in ("indices", "weights"):
         if not hasattr(selection, part):
             raise TypeError(f"selection must have .indices and .weights, got {type(selection).__name__}")
     indices, weights = selection.indices, selection.weights
-    check_integer("selection.indices", indices)
+    check_tensor("selection.indices", indices)
+    check_tensor("selection.weights", weights)
+    return _matching_residual(residual, features, indices, weights, flag("bias", bias))
+
+
+def _check(residual: Tensor, features: Tensor, indices: Tensor, weights: Tensor, bias: bool) -> None:
+    check_factors(residual, features)
+    check_dtype("selection.indices", indices, torch.int64)
     check_shape("selection.indices", indices, "(k,)", (None,))
     check_floating("selection.weights", weights)
-    check_shape("selection.weights", weights, "(k,) as selection.indices", (len(indices),))
+    check_shape("selection.weights", weights, f"(k,) with k = {len(indices)} as selection.indices", (len(indices),))
     check_same_device("selection.indices", indices, "residual", residual)
     check_same_device("selection.weights", weights, "residual", residual)
-    return _matching_residual(residual, features, indices, weights, bool(bias))
 
 
 def _cpu(residual: Tensor, features: Tensor, indices: Tensor, weights: Tensor, bias: bool) -> Tensor:
@@ -114,9 +121,11 @@ def _fake(residual: Tensor, features: Tensor, indices: Tensor, weights: Tensor, 
 
 _matching_residual = define(
     "matching_residual(Tensor residual, Tensor features, Tensor indices, Tensor weights, bool bias) -> Tensor",
+    check=_check,
     fake=_fake,
     cpu=_cpu,
     cuda=lambda residual, features, indices, weights, bias: reference.matching_residual(
         residual, features, indices, weights, bias=bias
     ),
+    autocast=autocast_factors,
 )

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from selbp import _native, reference
 from selbp.ops import _gemm
-from selbp.ops._checks import accumulate_dtype
+from selbp.ops._checks import accumulate_dtype, check_tensor, flag
 from selbp.ops._library import define
 from selbp.ops._threads import native_threads
-from selbp.ops.gram import check_factors, finite_rows
+from selbp.ops.gram import autocast_factors, check_factors, finite_rows
 from selbp.ops.types import MeanGradient
 
 
@@ -44,8 +44,9 @@ def mean_gradient(
         TypeError: an input is not a floating tensor, or their dtypes differ.
         ValueError: an input is not a matrix, or their rows or devices differ.
     """
-    check_factors(residual, features)
-    inner, target_sq, head_weight, head_bias = _mean_gradient(residual, features, bool(bias))
+    check_tensor("residual", residual)
+    check_tensor("features", features)
+    inner, target_sq, head_weight, head_bias = _mean_gradient(residual, features, flag("bias", bias))
     return MeanGradient(inner, target_sq, head_weight, head_bias if bias else None)
 
 
@@ -62,10 +63,10 @@ def _cpu(residual: Tensor, features: Tensor, bias: bool) -> tuple[Tensor, Tensor
     dtype = accumulate_dtype(residual.dtype)
     r, h = residual.to(dtype).contiguous(), features.to(dtype).contiguous()
     products = _products(r, h, len(r), bias)
-    if math.isfinite(products[1]):
+    if r.shape[1] and math.isfinite(products[1]):
         return products
     # Only now are the rows looked at: a NaN or an infinity in either factor makes some entry of M, and so its norm,
-    # a NaN or an infinity.
+    # a NaN or an infinity; an M of no entries shows nothing.
     finite = finite_rows(r, h)
     if finite.all():
         return products
@@ -108,5 +109,5 @@ def _cuda(residual: Tensor, features: Tensor, bias: bool) -> tuple[Tensor, Tenso
 _mean_gradient = define(
     "mean_gradient(Tensor residual, Tensor features, bool bias)"
     " -> (Tensor inner, Tensor target_sq, Tensor head_weight, Tensor head_bias)",
-    fake=_fake, cpu=_cpu, cuda=_cuda,
+    check=check_factors, fake=_fake, cpu=_cpu, cuda=_cuda, autocast=autocast_factors,
 )  # fmt: skip

@@ -7,13 +7,21 @@ from torch import Tensor
 
 from selbp import _native, reference
 from selbp.ops import _triton
-from selbp.ops._checks import accumulate_dtype, check_floating, check_same_device, check_shape
+from selbp.ops._checks import (
+    accumulate_dtype,
+    check_floating,
+    check_optional_tensor,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
 from selbp.ops._library import define
 from selbp.ops._loss import (
     TYPE_CODE,
     address,
     check_loss,
     contiguous_rows,
+    loss_options,
     native_class_weight,
     raise_bad_target,
     weight_sum,
@@ -50,13 +58,23 @@ def residual(
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, device or option is wrong, or (CPU) a target lies outside [0, C).
     """
+    check_tensor("logits", logits)
+    check_tensor("target", target)
+    check_tensor("lse", lse)
+    check_optional_tensor("class_weight", class_weight)
+    return _residual(logits, target, lse, class_weight, *loss_options(ignore_index, label_smoothing, softcap))
+
+
+def _check(
+    logits: Tensor, target: Tensor, lse: Tensor, class_weight: Tensor | None,
+    ignore_index: int, label_smoothing: float, softcap: float,
+) -> None:  # fmt: skip
     check_floating("logits", logits)
     check_shape("logits", logits, "(n, C)", (None, None))
-    check_loss("logits", logits, logits.shape[1], target, class_weight, ignore_index, label_smoothing, softcap)
+    check_loss("logits", logits, logits.shape[1], target, class_weight, label_smoothing, softcap)
     check_floating("lse", lse)
     check_shape("lse", lse, f"(n,) with n = {logits.shape[0]} as logits", (logits.shape[0],))
     check_same_device("lse", lse, "logits", logits)
-    return _residual(logits, target, lse, class_weight, ignore_index, float(label_smoothing), float(softcap))
 
 
 def _cpu(
@@ -102,7 +120,7 @@ def _cuda(
 
 
 _residual = define(
-    "residual(Tensor logits, Tensor target, Tensor lse, Tensor? class_weight, int ignore_index, float label_smoothing, "
-    "float softcap) -> Tensor",
-    fake=_fake, cpu=_cpu, cuda=_cuda,
+    "residual(Tensor logits, Tensor target, Tensor lse, Tensor? class_weight, SymInt ignore_index, "
+    "float label_smoothing, float softcap) -> Tensor",
+    check=_check, fake=_fake, cpu=_cpu, cuda=_cuda,
 )  # fmt: skip

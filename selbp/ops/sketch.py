@@ -17,7 +17,7 @@ finds the statistics, 2 n T C (d + p) flops; only the CPU takes a second one, 2 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -25,14 +25,27 @@ from torch import Tensor
 
 from selbp import _native, reference
 from selbp.ops import _gemm, _triton
-from selbp.ops._checks import accumulate_dtype, check_floating, check_integer, check_same_device, check_shape
+from selbp.ops._checks import (
+    FLOATING,
+    accumulate_dtype,
+    autocast_enabled,
+    check_dtype,
+    check_floating,
+    check_optional_tensor,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    integer,
+)
 from selbp.ops._library import define
 from selbp.ops._loss import (
     TYPE_CODE,
     address,
+    autocast_head,
     check_head,
     check_loss,
     contiguous_rows,
+    loss_options,
     raise_bad_target,
     weight_sum,
 )
@@ -62,13 +75,23 @@ def sketch_projections(
         device: where they are wanted.
 
     Raises:
-        ValueError: ``kind`` is not one of the two, or a dimension is below 1.
+        TypeError: a size or the seed is not an int, or ``dtype`` is no floating type.
+        ValueError: ``kind`` is not one of the two, or a size is negative or a dimension below 1.
     """
     if kind not in ("sign", "gaussian"):
         raise ValueError(f"kind must be sign or gaussian, got {kind!r}")
-    if len(dimensions) != 2 or min(dimensions) < 1:
+    if not isinstance(dimensions, Sequence) or len(dimensions) != 2:
+        raise ValueError(f"dimensions must be two positive integers (p, q), got {dimensions!r}")
+    p, q = integer("dimensions[0]", dimensions[0]), integer("dimensions[1]", dimensions[1])
+    n_classes, width = integer("n_classes", n_classes), integer("width", width)
+    if min(p, q) < 1:
         raise ValueError(f"dimensions must be two positive integers (p, q), got {dimensions}")
-    generator = torch.Generator().manual_seed(seed)
+    for name, value in (("n_classes", n_classes), ("width", width)):
+        if value < 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    if dtype not in FLOATING:
+        raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
+    generator = torch.Generator().manual_seed(integer("seed", seed))
 
     def draw(rows: int, columns: int) -> Tensor:
         if kind == "gaussian":
@@ -77,7 +100,7 @@ def sketch_projections(
             entries = torch.randint(0, 2, (rows, columns), generator=generator, dtype=torch.float32).mul_(2).sub_(1)
         return (entries / columns**0.5).to(device=device, dtype=dtype)
 
-    return draw(n_classes, dimensions[0]), draw(width, dimensions[1])
+    return draw(n_classes, p), draw(width, q)
 
 
 def sketch(
@@ -113,22 +136,38 @@ def sketch(
         TypeError: an argument has the wrong type, or the dtypes differ.
         ValueError: a shape, device or option is wrong, or (CPU) a target lies outside [0, C).
     """
+    for name, tensor in (("features", features), ("weight", weight), ("target", target)):
+        check_tensor(name, tensor)
+    check_optional_tensor("bias", bias)
+    check_optional_tensor("class_weight", class_weight)
+    if not isinstance(projections, Sequence) or len(projections) != 2:
+        raise TypeError(f"projections must be a pair of Tensors, got {type(projections).__name__}")
+    left, right = projections
+    check_tensor("projections[0]", left)
+    check_tensor("projections[1]", right)
+    options = loss_options(ignore_index, label_smoothing, softcap)
+    return _sketch(features, weight, bias, target, left, right, class_weight, *options)
+
+
+def _check(
+    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, left: Tensor, right: Tensor,
+    class_weight: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
+) -> None:  # fmt: skip
     check_floating("features", features)
     check_shape("features", features, "(n, T, d)", (None, None, None))
     n, length, d = features.shape
-    check_integer("target", target)
+    check_dtype("target", target, torch.int64)
     check_shape("target", target, f"(n, T) = {(n, length)} as features", (n, length))
-    flat, y = features.reshape(n * length, d), target.reshape(n * length)
+    flat = features.new_empty(()).expand(n * length, d)  # of the shape alone: reshaping might copy
+    y = target.new_empty(()).expand(n * length)
+    check_same_device("target", target, "features", features)
     check_head(flat, weight, bias)
-    check_loss("features", flat, weight.shape[0], y, class_weight, ignore_index, label_smoothing, softcap)
-    left, right = projections
+    check_loss("features", flat, weight.shape[0], y, class_weight, label_smoothing, softcap)
     width = d + (bias is not None)
     for name, projection, rows in (("projections[0]", left, weight.shape[0]), ("projections[1]", right, width)):
         check_floating(name, projection)
         check_shape(name, projection, f"of {rows} rows", (rows, None))
         check_same_device(name, projection, "features", features)
-    options = ignore_index, float(label_smoothing), float(softcap)
-    return _sketch(features, weight, bias, target, left, right, class_weight, *options)
 
 
 def sketch_gram(sketches: Tensor) -> Tensor:
@@ -140,9 +179,13 @@ def sketch_gram(sketches: Tensor) -> Tensor:
         TypeError: ``sketches`` is not a floating tensor.
         ValueError: ``sketches`` is not (n, p, q).
     """
+    check_tensor("sketches", sketches)
     check_floating("sketches", sketches)
     check_shape("sketches", sketches, "(n, p, q)", (None, None, None))
     flat = sketches.detach().flatten(1).to(accumulate_dtype(sketches.dtype))
+    if autocast_enabled(flat):
+        with torch.autocast(flat.device.type, enabled=False):
+            return flat @ flat.t()
     return flat @ flat.t()
 
 
@@ -187,7 +230,7 @@ def _project_once(
             sums[part] *= torch.where(before == m, 1.0, (before - m).exp()).to(accumulate)[:, None]
         e = _residual_tile(one, z, part, c, m.to(accumulate).contiguous(), nothing, None, 0.0)
         sums[part] += _gemm.linear(e, left[c : c + z.shape[1]].t())
-    y = one.target.clamp(min=0)
+    y = torch.where(one.target == one.ignore_index, 0, one.target)
     mass = one.others if class_weight is None else one.others * class_weight[y].to(accumulate)
     s, slope = one.state[:, 1], one.state[:, 8]
     own = left.index_select(0, y).mul_((mass * slope).to(accumulate)[:, None])
@@ -262,6 +305,6 @@ def _cuda(
 
 _sketch = define(
     "sketch(Tensor features, Tensor weight, Tensor? bias, Tensor target, Tensor left, Tensor right, "
-    "Tensor? class_weight, int ignore_index, float label_smoothing, float softcap) -> Tensor",
-    fake=_fake, cpu=_cpu, cuda=_cuda,
+    "Tensor? class_weight, SymInt ignore_index, float label_smoothing, float softcap) -> Tensor",
+    check=_check, fake=_fake, cpu=_cpu, cuda=_cuda, autocast=autocast_head,
 )  # fmt: skip

@@ -12,14 +12,24 @@ from torch import Tensor
 
 from selbp import _native, reference
 from selbp.ops import _gemm, _triton
-from selbp.ops._checks import accumulate_dtype, check_floating, check_same_device, check_shape
+from selbp.ops._checks import (
+    accumulate_dtype,
+    check_floating,
+    check_optional_tensor,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    flag,
+)
 from selbp.ops._library import define
 from selbp.ops._loss import (
     TYPE_CODE,
     address,
+    autocast_head,
     check_head,
     check_loss,
     contiguous_rows,
+    loss_options,
     native_class_weight,
     raise_bad_target,
 )
@@ -69,17 +79,13 @@ def cross_entropy_statistics(
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, device or option is wrong, or (CPU) a target lies outside [0, C).
     """
-    check_floating("logits", logits)
-    check_shape("logits", logits, "(n, C)", (None, None))
-    check_loss("logits", logits, logits.shape[1], target, class_weight, ignore_index, label_smoothing, softcap)
-    if features is not None:
-        check_floating("features", features)
-        check_shape("features", features, f"(n, d) with n = {logits.shape[0]} as logits", (logits.shape[0], None))
-        check_same_device("features", features, "logits", logits)
+    check_tensor("logits", logits)
+    check_tensor("target", target)
+    check_optional_tensor("features", features)
+    check_optional_tensor("class_weight", class_weight)
+    options = loss_options(ignore_index, label_smoothing, softcap)
     return BatchStatistics(
-        *_cross_entropy_statistics(
-            logits, target, features, class_weight, ignore_index, float(label_smoothing), float(softcap), bool(bias)
-        )
+        *_cross_entropy_statistics(logits, target, features, class_weight, *options, flag("bias", bias))
     )
 
 
@@ -104,13 +110,34 @@ def linear_cross_entropy_statistics(
         TypeError: an argument has the wrong type, or the dtypes differ.
         ValueError: a shape, device or option is wrong, or (CPU) a target lies outside [0, C).
     """
+    check_tensor("features", features)
+    check_tensor("weight", weight)
+    check_optional_tensor("bias", bias)
+    check_tensor("target", target)
+    check_optional_tensor("class_weight", class_weight)
+    options = loss_options(ignore_index, label_smoothing, softcap)
+    return BatchStatistics(*_linear_cross_entropy_statistics(features, weight, bias, target, class_weight, *options))
+
+
+def _check(
+    logits: Tensor, target: Tensor, features: Tensor | None, class_weight: Tensor | None,
+    ignore_index: int, label_smoothing: float, softcap: float, bias: bool,
+) -> None:  # fmt: skip
+    check_floating("logits", logits)
+    check_shape("logits", logits, "(n, C)", (None, None))
+    check_loss("logits", logits, logits.shape[1], target, class_weight, label_smoothing, softcap)
+    if features is not None:
+        check_floating("features", features)
+        check_shape("features", features, f"(n, d) with n = {logits.shape[0]} as logits", (logits.shape[0], None))
+        check_same_device("features", features, "logits", logits)
+
+
+def _linear_check(
+    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None,
+    ignore_index: int, label_smoothing: float, softcap: float,
+) -> None:  # fmt: skip
     check_head(features, weight, bias)
-    check_loss("features", features, weight.shape[0], target, class_weight, ignore_index, label_smoothing, softcap)
-    return BatchStatistics(
-        *_linear_cross_entropy_statistics(
-            features, weight, bias, target, class_weight, ignore_index, float(label_smoothing), float(softcap)
-        )
-    )
+    check_loss("features", features, weight.shape[0], target, class_weight, label_smoothing, softcap)
 
 
 def _outputs(like: Tensor, n: int, dtype: torch.dtype) -> _Tensors:
@@ -166,12 +193,12 @@ class StatisticsPass:
         rows, columns = logits.shape
         if not rows:
             return
-        f = self.features
+        f = self.features  # of width 0 it has no address, which would say that there is none: any address serves
         loss, lse, residual_sq, feature_sq, correct, valid = self.outputs
         item = loss.element_size() * row
         bad = _native.statistics(
             logits.data_ptr(), self.code, logits.stride(0), rows, columns, first_class, self.n_classes,
-            0 if f is None else f.data_ptr() + row * f.stride(0) * f.element_size(),
+            0 if f is None else (f.data_ptr() or self.target.data_ptr()) + row * f.stride(0) * f.element_size(),
             0 if f is None else TYPE_CODE[f.dtype], 0 if f is None else f.stride(0), 0 if f is None else f.shape[1],
             self.bias, self.target.data_ptr() + 8 * row, address(self.weight), self.ignore_index,
             self.label_smoothing, self.softcap,
@@ -278,12 +305,12 @@ def _linear_cuda(
 _OUTPUTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"  # the fields of BatchStatistics, in order
 
 _cross_entropy_statistics = define(
-    "cross_entropy_statistics(Tensor logits, Tensor target, Tensor? features, Tensor? class_weight, int ignore_index, "
-    f"float label_smoothing, float softcap, bool bias) -> {_OUTPUTS}",
-    fake=_fake, cpu=_cpu, cuda=_cuda,
+    "cross_entropy_statistics(Tensor logits, Tensor target, Tensor? features, Tensor? class_weight, "
+    f"SymInt ignore_index, float label_smoothing, float softcap, bool bias) -> {_OUTPUTS}",
+    check=_check, fake=_fake, cpu=_cpu, cuda=_cuda,
 )  # fmt: skip
 _linear_cross_entropy_statistics = define(
     "linear_cross_entropy_statistics(Tensor features, Tensor weight, Tensor? bias, Tensor target, "
-    f"Tensor? class_weight, int ignore_index, float label_smoothing, float softcap) -> {_OUTPUTS}",
-    fake=_linear_fake, cpu=_linear_cpu, cuda=_linear_cuda,
+    f"Tensor? class_weight, SymInt ignore_index, float label_smoothing, float softcap) -> {_OUTPUTS}",
+    check=_linear_check, fake=_linear_fake, cpu=_linear_cpu, cuda=_linear_cuda, autocast=autocast_head,
 )  # fmt: skip

@@ -162,7 +162,7 @@ def test_compiles_in_one_graph(backend):
             torch.zeros(2, 3, dtype=torch.int64),
             torch.zeros(2, 3),
             TypeError,
-            "residual must be float32.*got torch.int64",
+            "residual must be float32.*got int64",
         ),
         (torch.zeros(2, 3), torch.zeros(2, 3).double(), TypeError, "features must have the dtype of residual"),
         (torch.zeros(2, 3, 4), torch.zeros(2, 3), ValueError, r"residual must be \(n, C\), got \(2, 3, 4\)"),

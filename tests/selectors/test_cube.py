@@ -77,7 +77,7 @@ def test_a_planted_bug_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.ops.selbp.cube_sample
 
     def even(x: Tensor, probability: Tensor, order: Tensor, draws: Tensor) -> Tensor:
-        return real(x, probability, order, torch.where(draws < 0.5, 0.0, 0.999999))
+        return real(x, probability, order, torch.where(draws < 0.5, 0.0, 0.999999).to(draws))
 
     n, draws = 8, 3000
     x, probability = problem(n, 2, 3, seed=1)
