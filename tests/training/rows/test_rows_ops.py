@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from rows_cases import ACTIVATIONS, F64, POINTWISE, PRODUCTS, REDUCTIONS, SHAPES, Function, N
+from rows_cases_complex import COMPLEX
 from rows_cases_layers import COUPLED, IMAGES, LOSSES, SEQUENCES
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from selbp.training.backward.rows import RowGradient
 VECTOR, IMAGE, SEQUENCE = (8,), (4, 8, 8), (5, 8)
 CASES: dict[str, tuple[tuple[int, ...], Function]] = {}
 for shape, group in (
-    *((VECTOR, group) for group in (ACTIVATIONS, POINTWISE, REDUCTIONS, SHAPES, PRODUCTS, LOSSES, COUPLED)),
+    *((VECTOR, group) for group in (ACTIVATIONS, POINTWISE, REDUCTIONS, SHAPES, PRODUCTS, LOSSES, COUPLED, COMPLEX)),
     (IMAGE, IMAGES),
     (SEQUENCE, SEQUENCES),
 ):
@@ -84,7 +85,8 @@ DENSIFY: dict[str, set[str]] = {
     "select_scatter": {"aten.add.Tensor", "aten.select_scatter.default"},
     "slice_scatter": {"aten.add.Tensor", "aten.slice_scatter.default"},
     "chunked_in_place": {"aten.add.Tensor", "aten.copy_.default"},
-    "complex": {"aten.copy_.default"},
+    "fft_samples": {"aten._fft_c2c.default"},
+    "stft": {"aten.index_add_.default"},
     "bilinear": {"aten._trilinear.default"},
     "batch_norm": {"aten.native_batch_norm_backward.default"},
     "batch_mean": {"aten.add.Tensor"},

@@ -123,7 +123,7 @@ class _Checkpoint(torch.autograd.Function):
             for i, x in enumerate(ctx.saved_tensors[: ctx.count]):
                 result = results[i]
                 if result is not None and x.shape[0] == n:
-                    results[i] = wrap(result, layout)
+                    results[i] = wrap(result.resolve_conj().resolve_neg(), layout)
         return None, None, None, *results
 
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from selbp.training.backward.rows.layout import BatchNormPolicy, RowSet
 from selbp.training.backward.rows.refuse import refuse_backward, refuse_forward
 from selbp.training.backward.rows.tensor import densify, wrap
+from selbp.training.backward.rows.views import current_task
 
 
 def enter(rows: RowSet, gradient: Tensor) -> Tensor:
@@ -21,8 +22,9 @@ def enter(rows: RowSet, gradient: Tensor) -> Tensor:
     if gradient.shape[0] == 0:  # nothing chosen: one row of zeros, which every kernel accepts
         data = gradient.new_zeros((1, *gradient.shape[1:]))
     else:
-        data = gradient
+        data = rows.merged(gradient.resolve_conj().resolve_neg())
     torch.autograd.Variable._execution_engine.queue_callback(rows.slices.clear)
+    rows.task = current_task()
     return wrap(data, rows.layout(0))
 
 
@@ -94,7 +96,9 @@ def select(
     if len(sizes) > 1:
         raise ValueError(f"losses must agree about the number of samples, got {sorted(sizes)}")
     refuse_forward(found)
-    chosen = indices if indices.numel() else indices.new_zeros(1)  # for none, see `enter`
+    chosen = indices
+    if not indices.numel():  # see `enter`; the row that stands for none may hold NaN
+        chosen, live = indices.new_zeros(1), torch.zeros((), dtype=torch.bool, device=indices.device)
     rows = RowSet(chosen, sizes.pop(), batchnorm=batchnorm, dense=dense, live=live)
     out: list[Any] = []
     for leaf in leaves:

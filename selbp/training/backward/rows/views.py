@@ -12,6 +12,8 @@ from selbp.training.backward.rows.registry import NoRuleError, need, rule
 from selbp.training.backward.rows.tensor import RowGradient, wrap, wrap_view
 
 aten = torch.ops.aten
+_current_node = getattr(torch._C, "_current_autograd_node", lambda: None)
+current_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 
 def follow(shape: Any, layout: Layout, size: Any) -> tuple[list[int], tuple[int, int, int]]:
@@ -188,3 +190,21 @@ def same_samples(func: Any, gradient: RowGradient) -> Any:
     layout = gradient._layout
     need(func is not aten.view_as_complex.default or layout.dim < gradient.dim() - 1, "the samples are complex parts")
     return wrap_view(func(gradient._data), layout, gradient, func, ())
+
+
+@rule("detach")
+def detach(func: Any, gradient: RowGradient) -> Any:
+    """Not where it becomes the ``.grad`` of a leaf, which is an ordinary tensor (but for a checkpoint's own leaves)."""
+    need(not _becomes_a_leafs(gradient), "a leaf's gradient is an ordinary tensor")
+    return wrap_view(gradient._data.detach(), gradient._layout, gradient, func, ())
+
+
+def _becomes_a_leafs(gradient: RowGradient) -> bool:
+    """Whether the engine is about to store it as ``.grad`` of a parameter or of a leaf of the user's own.
+
+    Reentrant checkpointing runs a backward within the backward, and reads there the ``.grad`` of leaves that it made.
+    """
+    leaf = getattr(_current_node(), "variable", None)
+    if leaf is None:
+        return False
+    return isinstance(leaf, torch.nn.Parameter) or current_task() == gradient._rows.task
