@@ -19,6 +19,8 @@ def enter(rows: RowSet, gradient: Tensor) -> Tensor:
     """The (k, ...) gradient of the chosen samples as the gradient of all n."""
     if rows.n == 0:
         return gradient.new_zeros((0, *gradient.shape[1:]))
+    if rows.n == 1 and rows.live is None:  # nothing to leave out
+        return gradient.sum(0, keepdim=True)
     if gradient.shape[0] == 0:  # nothing chosen: one row of zeros, which every kernel accepts
         data = gradient.new_zeros((1, *gradient.shape[1:]))
     else:

@@ -115,6 +115,7 @@ class Slices:
             return self.take(torch._neg_view(tensor), layout, dim).neg()
         try:
             key = (dim, tensor.shape, tensor.stride(), tensor.storage_offset())
+            storage = tensor.untyped_storage()
         except (RuntimeError, NotImplementedError):  # sparse, nested, oneDNN's own
             raise NoRuleError(f"an operand's memory is {tensor.layout}, not strided") from None
         plans = layout.plans
@@ -124,7 +125,6 @@ class Slices:
         size, expanded, blocks, whole, strides, within, start, end, outer, step = plan
         if expanded:
             return self._rows.alive(tensor.narrow(dim, 0, 1)).expand(size)
-        storage = tensor.untyped_storage()
         if not blocks or end * tensor.itemsize > storage.nbytes():
             return self._alone(tensor, layout, dim)
         place = (storage._cdata, start, outer, step, tensor.dtype, tensor._version)
