@@ -22,6 +22,9 @@ _make_wrapper = torch.Tensor._make_wrapper_subclass
 _guard_pointer = getattr(torch._C, "_set_throw_on_mutable_data_ptr", lambda tensor: None)
 _disabled_torch_function = torch._C._disabled_torch_function_impl
 
+# The selections whose rows are being recomputed, innermost last: operators meet k rows in plain tensors.
+recomputing: list[RowSet] = []
+
 FAILED = "its rule failed"  # a reason
 
 # Called with (func, args, result, reason or None) after every operator, while `diagnose` or a test listens.
