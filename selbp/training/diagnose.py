@@ -276,7 +276,7 @@ def diagnose(
 
     Raises:
         TypeError, ValueError: for a batch or an option that does not fit.
-        NotImplementedError: for a sharded model, for reentrant checkpointing, and for what :func:`selbp.select` refuses.
+        NotImplementedError: for a sharded model, reentrant checkpointing, and what :func:`selbp.select` refuses.
         RuntimeError: where the model or the loss fails on the few samples.
     """
     inputs, target = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
