@@ -81,10 +81,10 @@ def compare(name: str, indices: list[int]) -> Counter[str]:
 DENSIFY: dict[str, set[str]] = {
     "cumprod": {"aten.where.self"},
     "logcumsumexp": {"aten.gt.Scalar", "aten.log.default", "aten.lt.Scalar"},
-    "pad_circular": {"aten.copy_.default"},
     "select_scatter": {"aten.add.Tensor", "aten.select_scatter.default"},
     "slice_scatter": {"aten.add.Tensor", "aten.slice_scatter.default"},
-    "chunked_in_place": {"aten.add.Tensor", "aten.copy_.default"},
+    "part_of_the_samples": {"aten.as_strided.default"},
+    "one_sample_assigned": {"aten.as_strided.default"},
     "fft_samples": {"aten._fft_c2c.default"},
     "stft": {"aten.index_add_.default"},
     "bilinear": {"aten._trilinear.default"},
@@ -102,7 +102,6 @@ DENSIFY: dict[str, set[str]] = {
     "split_samples": {"aten.view.default"},
     "frequency_embedding": {"aten.embedding_dense_backward.default"},
     "masked_select": {"aten.masked_scatter_backward.default"},
-    "conv2d_circular": {"aten.copy_.default"},
 }
 
 

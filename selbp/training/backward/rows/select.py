@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from selbp.training.backward.rows.engine import current_task
 from selbp.training.backward.rows.layout import BatchNormPolicy, RowSet
 from selbp.training.backward.rows.refuse import refuse_backward, refuse_forward
 from selbp.training.backward.rows.tensor import densify, wrap
-from selbp.training.backward.rows.views import current_task
 
 
 def enter(rows: RowSet, gradient: Tensor) -> Tensor:

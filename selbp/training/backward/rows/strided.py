@@ -91,23 +91,28 @@ def copy(func: Any, gradient: Any, source: Any, non_blocking: bool = False) -> A
 @rule("as_strided")
 def strided(func: Any, gradient: RowGradient, size: Any, stride: Any, offset: int | None = None) -> Any:
     """Of memory that is nothing but the samples' blocks, and all of the samples."""
-    memory = gradient._layout
-    need(gradient.dim() == 1 and memory.rows.n > 1 and not offset, "not of memory that holds nothing else")
-    layout, found = _reading(memory, size, stride)
+    layout, data = gradient._layout, gradient._data
+    memory = blocks_of(gradient.shape, gradient.stride(), 0, layout, layout.dim)
+    need(gradient._parent is None, "the strides are of another tensor's memory")
+    need(memory is not None and layout.rows.n > 1, "the samples' memory is not made of blocks")
+    assert memory is not None
+    alike = zip(data.shape, data.stride(), memory.stride, strict=True)
+    need(all(length == 1 or own == outer for length, own, outer in alike), "the rows lie otherwise in memory")
+    layout, found = _reading(layout, memory, size, stride, offset or 0)
     kept = list(size)
     kept[layout.dim] = layout.kept
-    data = gradient._data.as_strided(kept, found.stride, gradient._data.storage_offset() + found.within)
-    return wrap_view(data, layout, gradient, func, (size, stride, offset))
+    out = data.as_strided(kept, found.stride, data.storage_offset() + found.within)
+    return wrap_view(out, layout, gradient, func, (size, stride, offset))
 
 
-def _reading(memory: Layout, size: Any, stride: Any) -> tuple[Layout, Blocks]:
-    """Which dim walks from sample to sample of ``memory``, (outer, n, step) flattened."""
-    n, step = memory.rows.n, memory.post
+def _reading(rows: Layout, memory: Blocks, size: Any, stride: Any, offset: int) -> tuple[Layout, Blocks]:
+    """Which dim walks from sample to sample of ``memory``."""
+    n, step = rows.rows.n, memory.step
     for dim, (length, apart) in enumerate(zip(size, stride, strict=True)):
-        if apart > 0 and step % apart == 0 and length % (n * (step // apart)) == 0:
+        if length and apart > 0 and step % apart == 0 and length % (n * (step // apart)) == 0:
             post = step // apart
-            layout = memory.rows.layout(dim, length // (n * post), post)
-            found = blocks_of(size, stride, 0, layout, dim)
-            if found is not None and length and found.outer <= memory.pre:
+            layout = rows.rows.layout(dim, length // (n * post), post)
+            found = blocks_of(size, stride, offset, layout, dim)
+            if found is not None and found.start == 0 and found.outer <= memory.outer:
                 return layout, found
     raise NoRuleError("the strides do not walk from sample to sample")

@@ -7,7 +7,7 @@ the gradient is scattered back to n rows ("densified", counted by operator name)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -120,7 +120,7 @@ class RowGradient(Wrapper):
                 return self._data
         layout, rows, data = self._layout, self._rows, self._data
         full = torch.empty_strided(
-            tuple(self.shape), _dense_strides(self), dtype=data.dtype, device=data.device
+            tuple(self.shape), _dense_strides(self.shape, self.stride()), dtype=data.dtype, device=data.device
         ).zero_()
         dim, pre, post = layout.dim, layout.pre, layout.post
         if pre == post == 1:
@@ -161,7 +161,8 @@ class Zeros(Wrapper):
         if layout.dim >= len(size) or size[layout.dim] != layout.full:
             raise NoRuleError("the zeros do not have the gradient's samples in that dim")
         size[layout.dim] = layout.kept
-        return torch.zeros(size, dtype=self.dtype, device=self.device)
+        strides = _dense_strides(size, self.stride())
+        return torch.empty_strided(size, strides, dtype=self.dtype, device=self.device).zero_()
 
 
 def wrap(data: Tensor, layout: Layout) -> RowGradient:
@@ -208,9 +209,8 @@ def wrap_zeros(like: Wrapper, size: list[int], dtype: torch.dtype, device: torch
     return out
 
 
-def _dense_strides(tensor: Tensor) -> list[int]:
-    """Strides without gaps, in the tensor's own order of dims."""
-    size, stride = tensor.shape, tensor.stride()
+def _dense_strides(size: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """Strides without gaps, in the order of dims that ``stride`` has."""
     out, apart = [0] * len(size), 1
     for axis in sorted(range(len(size)), key=lambda axis: (stride[axis], -axis)):
         out[axis] = apart

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
+from selbp.training.backward.rows.engine import becomes_a_leafs
 from selbp.training.backward.rows.layout import Layout
 from selbp.training.backward.rows.registry import NoRuleError, need, rule
 from selbp.training.backward.rows.tensor import RowGradient, wrap, wrap_view
 
 aten = torch.ops.aten
-_current_node = getattr(torch._C, "_current_autograd_node", lambda: None)
-current_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 
 def follow(shape: Any, layout: Layout, size: Any) -> tuple[list[int], tuple[int, int, int]]:
@@ -195,16 +194,5 @@ def same_samples(func: Any, gradient: RowGradient) -> Any:
 @rule("detach")
 def detach(func: Any, gradient: RowGradient) -> Any:
     """Not where it becomes the ``.grad`` of a leaf, which is an ordinary tensor (but for a checkpoint's own leaves)."""
-    need(not _becomes_a_leafs(gradient), "a leaf's gradient is an ordinary tensor")
+    need(not becomes_a_leafs(gradient), "a leaf's gradient is an ordinary tensor")
     return wrap_view(gradient._data.detach(), gradient._layout, gradient, func, ())
-
-
-def _becomes_a_leafs(gradient: RowGradient) -> bool:
-    """Whether the engine is about to store it as ``.grad`` of a parameter or of a leaf of the user's own.
-
-    Reentrant checkpointing runs a backward within the backward, and reads there the ``.grad`` of leaves that it made.
-    """
-    leaf = getattr(_current_node(), "variable", None)
-    if leaf is None:
-        return False
-    return isinstance(leaf, torch.nn.Parameter) or current_task() == gradient._rows.task
