@@ -185,7 +185,7 @@ def _outer(data: Tensor, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ..
         raise AssertionError(f"a rule returned {tuple(size)} for {layout}")
     size[dim] = layout.full
     if contiguous:
-        return tuple(size), torch._prims_common.make_contiguous_strides_for(size)
+        return tuple(size), tuple(_dense_strides(size, range(len(size), 0, -1)))
     if max(stride) != stride[dim] and stride[dim]:  # dims outside the samples' lie further apart in the full tensor
         n, k, own = layout.rows.n, layout.rows.k, stride[dim]
         stride = tuple(-(-apart // k) * n if apart > own else apart for apart in stride)
