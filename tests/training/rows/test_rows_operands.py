@@ -241,3 +241,43 @@ def test_nested_operands(layout: torch.layout, what: str) -> None:
     if why is not None:
         pytest.skip(f"torch itself does not train it: {why}")
     compare(losses, torch.tensor([2, 0, 5]), parameters)
+
+
+def _lazy(z: Tensor, bits: str) -> Tensor:
+    """Real or complex, with the bits of a conjugate or a negative view."""
+    out = {"conj": lambda: z.conj(), "neg": lambda: z.conj().imag, "neg of complex": lambda: torch._neg_view(z)}[bits]()
+    assert out.is_conj() or out.is_neg()
+    return out
+
+
+@pytest.mark.parametrize("bits", ["conj", "neg", "neg of complex"])
+def test_rows_of_lazy_views_are_those_of_their_values(bits: str) -> None:
+    """Two guises of one storage, of which one has the bit: a checkpoint's input and a cut's activation are such."""
+    torch.manual_seed(0)
+    z, index = torch.randn(N, 4, dtype=torch.complex128), torch.tensor([4, 1])
+    rows = RowSet(index, N)
+    for tensor in (_lazy(z, bits), z, _lazy(z, bits), _lazy(z.t().contiguous().t(), bits)):
+        assert torch.equal(rows.layout(0).take(tensor), tensor.clone()[index])
+
+
+@pytest.mark.parametrize("bits", ["conj", "neg", "neg of complex"])
+def test_a_lazy_gradient_enters_as_its_values(bits: str) -> None:
+    torch.manual_seed(0)
+    z, w = torch.randn(N, 4, dtype=torch.complex128), torch.randn(4, dtype=torch.complex128, requires_grad=True)
+    seen: list[bool] = []
+
+    def run(choose: Callable[[Tensor], Tensor]) -> Tensor:
+        def hook(g: Tensor) -> Tensor:
+            out = _lazy(g if g.is_complex() else torch.complex(g, g * 2), bits)
+            seen.append(out.is_conj() or out.is_neg())
+            return out
+
+        hidden = (z * w).sin()
+        chosen = choose(hidden.real * 2 if bits == "neg" else hidden)
+        chosen.register_hook(hook)
+        return torch.autograd.grad((chosen.abs() ** 2).sum(), w)[0]
+
+    index = torch.tensor([4, 1])
+    got, want = run(lambda h: selbp.select(h, index)), run(lambda h: h[index])
+    assert all(seen)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
