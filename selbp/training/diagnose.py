@@ -136,9 +136,12 @@ class _Flops(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         formula = self._formulas.get(func._overloadpacket)
         flops = float(formula(*args, **(kwargs or {}), out_val=out)) if formula is not None else 0.0
-        flops *= self._scale
+        scale, runs, why = self._scale, "plain", ""
+        if row_tensor.recomputing:
+            rows = row_tensor.recomputing[-1]
+            scale, runs = scale * rows.n / rows.k, "rows"
+        flops *= scale
         self.total += flops
-        runs, why = "plain", ""
         if self._reasons:
             why = next((reason for reason in self._reasons if reason is not None), "")
             runs = "dense" if why else "rows"
@@ -146,7 +149,7 @@ class _Flops(TorchDispatchMode):
         operator = self.found.setdefault(key, Operator(*key))
         operator.calls += 1
         operator.flops += flops
-        moved = 0.0 if func.is_view else self._scale * self._bytes((*args, out))
+        moved = 0.0 if func.is_view else scale * self._bytes((*args, out))
         operator.seconds += self.work.add(flops, moved, "convolution" in operator.name, self._threads)
         return out
 
@@ -176,6 +179,7 @@ def analyse(
     scale = n / samples
     with torch.enable_grad(), _Flops(scale, wanted) as ahead, torch.autograd.graph.saved_tensors_hooks(saved, _same):
         losses = forward()
+    _refuse_reentrant(losses)
     chosen = select(losses, torch.arange((samples + 1) // 2, device=losses.device), **options).sum()
     behind = _Flops(scale, wanted)
     row_tensor.observers.append(behind.heard)
@@ -195,6 +199,35 @@ def analyse(
     )  # fmt: skip
 
 
+def _refuse_reentrant(losses: Tensor) -> None:
+    """Raise where a part of the backward is no part of the graph, so that it cannot be looked at."""
+    seen: set[Any] = set()
+    stack = [losses.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            raise NotImplementedError(
+                "selbp: the backward of torch.utils.checkpoint(..., use_reentrant=True) cannot be looked at ahead; "
+                "checkpoint with use_reentrant=False, or by selbp.checkpoint"
+            )
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """Raise where a forward on few samples would leave the machinery of a sharded model in the middle of a step."""
+    kinds = {type(p).__name__ for p in model.parameters()}
+    kinds |= {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    kinds &= {"DTensor", "FlatParameter", "FSDPModule", "FullyShardedDataParallel"}
+    if kinds:
+        raise NotImplementedError(
+            f"selbp: the model is sharded ({', '.join(sorted(kinds))}), and is not run ahead on a few samples; look at "
+            "the model before it is sharded"
+        )
+
+
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
@@ -202,6 +235,7 @@ def _same(tensor: Tensor) -> Tensor:
 def analyse_batch(model: nn.Module, batch: Batch, k: int, losses: Callable[[Any], Tensor], **options: Any) -> Diagnosis:
     """:func:`analyse` on the first samples of ``batch``, leaving buffers and random state as they were."""
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    _refuse_sharded(inner)
     some = torch.arange(min(batch.n, SAMPLES), device=batch.device)
     few = batch.rows(some, torch.ones_like(some, dtype=torch.bool))
     saved = [(buffer, buffer.clone()) for buffer in inner.buffers()]
@@ -242,6 +276,8 @@ def diagnose(
 
     Raises:
         TypeError, ValueError: for a batch or an option that does not fit.
+        NotImplementedError: for a sharded model, reentrant checkpointing, and what :func:`selbp.select` refuses.
+        RuntimeError: where the model or the loss fails on the few samples.
     """
     inputs, target = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
     whole = Batch.of(inputs, target, {})
@@ -251,4 +287,13 @@ def diagnose(
         few, output = pair
         return criterion.losses(output, few.target)
 
-    return analyse_batch(model, whole, kept_rows(check_keep(keep), whole.n), losses, batchnorm=batchnorm)
+    k = kept_rows(check_keep(keep), whole.n)
+    try:
+        return analyse_batch(model, whole, k, losses, batchnorm=batchnorm)
+    except (NotImplementedError, TypeError, ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise RuntimeError(
+            f"selbp.diagnose runs the model forward and backward on the first {min(whole.n, SAMPLES)} of the batch's "
+            f"{whole.n} samples, and there met {type(error).__name__}: {error}"
+        ) from error

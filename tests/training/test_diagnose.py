@@ -7,9 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import selbp
 from benchmarks.row_models import SMALL, TIMED
+from selbp.training.backward.rows import tensor as row_tensor
+from selbp.training.batch import Batch
 from selbp.training.cost import Rates, Work, modelled
 
 
@@ -118,3 +121,108 @@ def test_auto_decides_once_there_is_something_to_differentiate():
     assert not step(x, y).requires_grad and step.report.backward == "recompute"
     model.requires_grad_(True)
     assert step(x, y).requires_grad and "modelled time" in step.report.backward_reason
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first, self.last = nn.Linear(12, 16), nn.Linear(16, 3)
+        self.block = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        if self.how == "selbp":
+            x = selbp.checkpoint(self.block, x)
+        elif self.how == "none":
+            x = self.block(x)
+        else:
+            x = checkpoint(self.block, x, use_reentrant=self.how == "reentrant")
+        out: torch.Tensor = self.last(x)
+        return out
+
+
+def test_a_checkpoint_is_counted_as_what_it_recomputes() -> None:
+    x, y = torch.randn(32, 12), torch.randint(3, (32,))
+    plain, found = (selbp.diagnose(Checkpointed(how), (x, y), 8) for how in ("none", "selbp"))
+    assert not found.dense and found.dense_flops == plain.dense_flops == 0
+    assert found.forward_flops == plain.forward_flops
+    block = 2 * 32 * 2 * (16 * 32)  # its forward, which runs again on the chosen rows
+    assert found.row_flops == plain.row_flops + block
+    assert found.cost["rows"] == found.cost["bound"] < plain.cost["rows"]
+    assert not row_tensor.recomputing
+
+
+class Eight(nn.Linear):
+    """Refuses a batch of 8; its running statistics come before that."""
+
+    error: BaseException = RuntimeError("8 is not my size")
+
+    def __init__(self) -> None:
+        super().__init__(12, 3)
+        self.norm = nn.BatchNorm1d(12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.dropout(self.norm(x), 0.1)
+        if len(x) == 8 and torch.is_grad_enabled():
+            raise self.error
+        return super().forward(x)
+
+
+REFUSALS = {
+    "reentrant checkpointing": (lambda: Checkpointed("reentrant"), "use_reentrant=True"),
+    "a batch of 8": (Eight, "RuntimeError: 8 is not my size"),
+    "out of memory": (lambda: failing(torch.OutOfMemoryError("no more")), "OutOfMemoryError: no more"),
+    "an assertion": (lambda: failing(AssertionError("shapes")), "AssertionError: shapes"),
+    "an index": (lambda: failing(IndexError("positions")), "IndexError: positions"),
+    "a value": (lambda: failing(ValueError("size 8")), "ValueError: size 8"),
+}
+
+
+def failing(error: BaseException) -> nn.Module:
+    model = Eight()
+    model.error = error
+    return model
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_auto_recomputes_where_it_cannot_look_ahead(name: str) -> None:
+    build, why = REFUSALS[name]
+    torch.manual_seed(0)
+    model = build()
+    x, y = torch.randn(40, 12), torch.randint(3, (40,))
+    step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=0.25)
+    state, buffers = torch.get_rng_state(), [buffer.clone() for buffer in model.buffers()]
+    step._strategy.decide(model, Batch.of(x, y, {}), 10, step._criterion, "train")
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
+    assert all(p.grad is None for p in model.parameters()) and not row_tensor.observers
+    step(x, y).backward()
+    assert step.report.backward == "recompute" and why in step.report.backward_reason
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_auto_does_not_hide_an_interrupt() -> None:
+    step = selbp.SelectiveBackprop(failing(KeyboardInterrupt()), selector=selbp.TopLoss(), keep=0.25)
+    with pytest.raises(KeyboardInterrupt):
+        step(torch.randn(40, 12), torch.randint(3, (40,)))
+
+
+@pytest.mark.parametrize("fault", ["model", "loss"])
+def test_a_fault_of_the_model_shows_the_shapes_of_the_whole_batch(fault: str) -> None:
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (output.view(40, 3) @ torch.ones(7, 1)).squeeze(1)
+
+    x, y = torch.randn(40, 5 if fault == "model" else 12), torch.randint(3, (40,))
+    kind = "cross_entropy" if fault == "model" else loss
+    step = selbp.SelectiveBackprop(nn.Linear(12, 3), loss=kind, selector=selbp.TopLoss(), keep=0.25)
+    with pytest.raises(RuntimeError, match="40x5" if fault == "model" else "40x3"):
+        step(x, y)
+
+
+def test_what_diagnose_cannot_look_at_it_says() -> None:
+    x, y = torch.randn(40, 12), torch.randint(3, (40,))
+    with pytest.raises(RuntimeError, match="first 8 of the batch's 40 samples, .* RuntimeError: 8 is not my size"):
+        selbp.diagnose(Eight(), (x, y))
+    with pytest.raises(NotImplementedError, match="use_reentrant=False"):
+        selbp.diagnose(Checkpointed("reentrant"), (x, y))

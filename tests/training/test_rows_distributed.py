@@ -1,4 +1,4 @@
-"""Two processes over gloo: DDP's reducer meets ordinary gradients, whatever each rank has chosen; FSDP is refused."""
+"""Two processes over gloo: DDP's reducer meets ordinary gradients, whatever each rank has chosen; what FSDP does."""
 
 from __future__ import annotations
 
@@ -71,23 +71,76 @@ def check_cut(rank: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def check_fsdp() -> None:
+def sharded(blocks: bool) -> tuple[nn.Module, nn.Module]:
+    """A model under FSDP2, as a whole or block by block, and the same one that is not."""
     from torch.distributed.fsdp import fully_shard
 
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    fully_shard(model, mesh=dist.init_device_mesh("cpu", (2,)))
-    values = model(torch.randn(6, 4)).square().sum(1)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        layers = [nn.Linear(4, 8), nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU()), nn.Linear(8, 3)]
+        models.append(nn.Sequential(*layers).double())
+    mesh = dist.init_device_mesh("cpu", (2,))
+    for block in models[0][1:] if blocks else ():
+        fully_shard(block, mesh=mesh)
+    fully_shard(models[0], mesh=mesh)
+    return models[0], models[1]
+
+
+def check_sharded_as_a_whole(rank: int) -> None:
+    """No mark in the graph says so, and the gradients are exact, step after step, with other rows on every rank."""
+    model, plain = sharded(blocks=False)
+    for step in range(3):
+        torch.manual_seed(step)
+        x, y = torch.randn(2, 6, 4, dtype=torch.float64), torch.randint(3, (2, 6))
+        chosen = [torch.tensor([4, 1]), torch.tensor([0, 5, 3])]
+        model.zero_grad()
+        plain.zero_grad()
+        selbp.select(F.cross_entropy(model(x[rank]), y[rank], reduction="none"), chosen[rank]).sum().backward()
+        for who in range(2):
+            (F.cross_entropy(plain(x[who]), y[who], reduction="none")[chosen[who]].sum() / 2).backward()
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad.full_tensor(), b.grad, rtol=1e-11, atol=1e-13)
+
+
+def check_sharded_by_blocks() -> None:
+    """Refused where the graph at hand is sharded, and only there."""
+    model, plain = sharded(blocks=True)
+    x, y = torch.randn(16, 4, dtype=torch.float64), torch.randint(3, (16,))
     with pytest.raises(NotImplementedError, match="FSDP"):
-        selbp.select(values, torch.tensor([1, 2]))
+        selbp.select(F.cross_entropy(model(x), y, reduction="none"), torch.tensor([1, 2]))
+    selbp.select(F.cross_entropy(plain(x), y, reduction="none"), torch.tensor([1, 2])).sum().backward()
+    assert all(p.grad is not None for p in plain.parameters())
+
+
+def check_auto_of_a_sharded_model(rank: int) -> None:
+    model, _ = sharded(blocks=True)
+    x, y = torch.randn(16, 4, dtype=torch.float64), torch.randint(3, (16,))
+    with pytest.raises(NotImplementedError, match="sharded"):
+        selbp.diagnose(model, (x, y))
+    step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=0.25)
+    for _ in range(2):
+        step(x, y).backward()
+    assert step.report.backward == "recompute" and "sharded" in step.report.backward_reason
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def check_all(rank: int) -> None:
     check_ddp(rank, unused=False)
     check_ddp(rank, unused=True)
     check_cut(rank)
-    check_fsdp()
+
+
+def check_sharded(rank: int) -> None:
+    check_sharded_as_a_whole(rank)
+    check_sharded_by_blocks()
+    check_auto_of_a_sharded_model(rank)
 
 
 def test_two_processes() -> None:
     in_two_processes(check_all)
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_sharded_model() -> None:
+    in_two_processes(check_sharded)

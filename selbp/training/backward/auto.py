@@ -80,7 +80,9 @@ class Auto:
         try:
             found = analyse_batch(model, batch, k, losses)
         except NotImplementedError as error:
-            return Recompute(), f"rows are refused: {error}"
+            return Recompute(), f"no rows: {str(error).removeprefix('selbp: ')}"
+        except Exception as error:  # of the probe's few samples, or out of memory; a fault of the model comes up again
+            return Recompute(), f"the look ahead failed: {type(error).__name__}: {error}"
         share = {name: seconds / max(found.seconds["full"], 1e-12) for name, seconds in found.seconds.items()}
         reason = f"modelled time {share['rows']:.2f} on rows, {share['recompute']:.2f} by recomputing, of a full step's"
         if found.dense:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+
+from selbp.training.backward.rows.tensor import FAILED, observers
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +17,18 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_rule_fails() -> Iterator[None]:
+    """An operator whose rule raises runs on n rows instead, which would hide a fault of the rule."""
+    failures: list[str] = []
+
+    def heard(func: Any, args: Any, out: Any, reason: str | None) -> None:
+        if reason is not None and reason.startswith(FAILED):
+            failures.append(f"{func}: {reason}")
+
+    observers.append(heard)
+    yield
+    observers.remove(heard)
+    assert not failures

@@ -166,9 +166,29 @@ SHAPES: dict[str, Function] = {
     "select_scatter": lambda x: torch.select_scatter(x, x[:, 0] * 2, 1, 3),
     "slice_scatter": lambda x: torch.slice_scatter(x, x[:, :2] * 2, 1, 3, 5),
     "chunked_in_place": lambda x: _assign(x),
+    "part_zeroed": lambda x: _after(x, lambda y: y[:, 2:5].zero_()),
+    "part_filled": lambda x: _after(x, lambda y: y[:, 2].fill_(3.0)),
+    "part_scaled": lambda x: _after(x, lambda y: y[:, ::2].mul_(3)),
+    "part_by_another": lambda x: _after(x, lambda y: y[:, :4].mul_(y[:, 4:].clone())),
+    "part_activated": lambda x: _after(x, lambda y: F.relu_(y[:, 1:6])),
+    "part_of_a_view": lambda x: _after(x, lambda y: y.view(N, 2, 4)[:, 1].add_(x[:, :4].sin())),
+    "part_transposed": lambda x: _after(x, lambda y: y.t()[3].copy_(x[:, 0])),
+    "part_of_heads": lambda x: _after(x, lambda y: y.view(N * 2, 4)[:, 1].mul_(2)),
+    "part_masked": lambda x: _after(x, lambda y: y[:, 2:7].masked_fill_(x[:, :5].detach() > 0, 0.0)),
+    "part_indexed": lambda x: _after(x, lambda y: y[:, 2:7].index_add_(1, torch.tensor([0, 2]), x[:, :2])),
+    "part_of_the_samples": lambda x: _after(x, lambda y: y[2:4].mul_(3)),
+    "one_sample_assigned": lambda x: _after(x, lambda y: y[1].copy_(x[3])),
+    "every_part": lambda x: _after(torch.empty_like(x), lambda y: [y[:, i].copy_(x[:, i] * i) for i in range(8)]),
     "complex": lambda x: torch.fft.rfft(x, dim=-1).abs(),
     "view_as_complex": lambda x: torch.view_as_real(torch.view_as_complex(x.view(N, 4, 2)) * (1 + 2j)).flatten(1),
 }
+
+
+def _after(x: Tensor, write: Callable[[Tensor], object]) -> Tensor:
+    """A copy of ``x`` after a write in place to a part of it."""
+    out = x * 1
+    write(out)
+    return out * _ramp(8)
 
 
 def _assign(x: Tensor) -> Tensor:

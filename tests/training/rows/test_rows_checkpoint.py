@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -136,3 +140,47 @@ def test_what_cannot_be_recomputed_is_refused() -> None:
 
     with pytest.raises(TypeError, match="Tensor"):
         selbp.checkpoint(Two(), x)
+
+
+class PerSample(nn.Module):
+    """A parameter that looks like a batch, so that its gradient is one of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.linspace(-1, 1, 8 * 16, dtype=F64).view(8, 16))
+        self.layer = nn.Linear(16, 16).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer((x + self.own).tanh())
+        return out
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["one inside the other", "one after the other"])
+def test_reentrant_checkpoints_hand_rows_on(nested: bool) -> None:
+    """Each runs a backward within the backward, whose own leaves keep rows; every other leaf gets a plain gradient."""
+    torch.manual_seed(0)
+    first, second, head = PerSample(), PerSample(), nn.Linear(16, 5).double()
+    x, y = torch.randn(8, 16, dtype=F64, requires_grad=True), torch.randint(5, (8,))
+
+    def run(module: Callable[..., Tensor], x: Tensor) -> Tensor:
+        out: Tensor = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=True)
+        return out
+
+    def forward() -> Tensor:
+        if nested:
+            return run(lambda h: second(run(first, h * 2)), x)
+        return run(second, run(first, x).sin())
+
+    def gradients(choose: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        leaves = [x, *first.parameters(), *second.parameters(), *head.parameters()]
+        for leaf in leaves:
+            leaf.grad = None
+        choose(F.cross_entropy(head(forward()), y, reduction="none")).sum().backward()
+        assert all(type(leaf.grad) is Tensor for leaf in leaves)
+        return [leaf.grad for leaf in leaves]
+
+    dense: Counter[str] = Counter()
+    got = gradients(lambda values: selbp.select(values, torch.tensor([1, 4, 6]), dense=dense))
+    for a, b in zip(got, gradients(lambda values: values[torch.tensor([1, 4, 6])]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert dense.total() == 3  # the gradients of x and of the two parameters of one row a sample

@@ -55,6 +55,20 @@ OUT_OF_PLACE: dict[str, Callable[[Tensor], Any]] = {
     "mv_samples": lambda g: OTHER[:, :, 0].t() @ g[:, 0, 0],
     "mv": lambda g: g[:, :, 0] @ OTHER[0, :, 0],
     "conj": lambda g: torch.view_as_complex(g[:, :, :2].contiguous()).conj().resolve_conj().real,
+    "conj_physical": lambda g: aten._conj_physical(torch.view_as_complex(torch.stack([g, g * 2], 3))).imag,
+    "irfft": lambda g: torch.fft.irfft(torch.view_as_complex(torch.stack([g, g], 3)), dim=2),
+    "irfft_samples": lambda g: torch.fft.irfft(torch.view_as_complex(torch.stack([g, g], 3)), dim=0),
+    "conj_saved": lambda g: torch.complex(g, g)[:, 0].mT @ torch.complex(OTHER, -OTHER)[:, 1].conj(),
+    "negative_view": lambda g: torch._neg_view(g) * 2,
+    "negative_saved": lambda g: g[:, 0].mT @ torch.complex(OTHER, OTHER)[:, 1].conj().imag,
+    "detach": lambda g: g.detach(),
+    "data": lambda g: g.data,
+    "as_strided_zeros": lambda g: g.new_zeros(N * 20).as_strided((N, 4, 5), (20, 1, 4)).copy_(g),
+    "slice_of_zeros": lambda g: g.new_zeros(N, 4, 9)[:, :, 2:7].copy_(g),
+    "select_of_zeros": lambda g: g.new_zeros(N, 3, 4, 5)[:, 1].copy_(g),
+    "zeros_then_view": lambda g: _written(g, lambda z: z[:, :, 1:6]),
+    "zeros_then_strides": lambda g: _written(g, lambda z: z.as_strided((N, 4, 5), (36, 9, 1))),
+    "copied_zeros": lambda g: g.new_zeros(N, 4, 5).copy_(g),
     "index_add": lambda g: OTHER[:2].index_add(0, torch.arange(N) % 2, g),
     "index_put": lambda g: aten._unsafe_index_put(torch.zeros(9, 4, 5, dtype=F64), [torch.arange(N)], g, True),
     "divide": lambda g: g / 3,
@@ -70,6 +84,16 @@ OUT_OF_PLACE: dict[str, Callable[[Tensor], Any]] = {
     "stack_list": lambda g: torch.stack([g, g], 0).flatten(0, 1),
     "foreach": lambda g: torch._foreach_mul([g, g * 2], 3.0)[1],
 }
+
+
+def _written(g: Tensor, face: Callable[[Tensor], Tensor]) -> Tensor:
+    """Zeros with ``g`` written into a part, and that part read again, and another."""
+    zeros = g.new_zeros(N, 4, 9)
+    part, other = face(zeros), zeros[:, :, 5:7]
+    part.copy_(g)
+    return torch.cat([zeros, part, other], 2)
+
+
 IN_PLACE: dict[str, Callable[[Tensor], Any]] = {
     "mul_": lambda g: g.mul_(OTHER),
     "mul_scalar": lambda g: g.mul_(2.0),
@@ -85,8 +109,33 @@ IN_PLACE: dict[str, Callable[[Tensor], Any]] = {
     "fill_": lambda g: g.fill_(1.5),
     "zero_": lambda g: g.zero_(),
     "clamp_": lambda g: g.clamp_(-1, 1),
+    "copy_": lambda g: g.copy_(g * 2),
+    "copy_dense_": lambda g: g.copy_(OTHER),
+    "copy_other_layout_": lambda g: g.copy_((g * 2).sum(2, keepdim=True)),
+    "index_put_": lambda g: g.index_put_([torch.tensor([0, 1])], torch.tensor(2.0, dtype=F64)),
+    "index_fill_": lambda g: g.index_fill_(0, torch.tensor([0, 1]), 3.0),
+    "setitem": lambda g: g.__setitem__((slice(None), 1), 4.0),
+    "setitem_mask": lambda g: g.__setitem__(OTHER > 1.5, 0.0),
+    "detached_": lambda g: g.detach().mul_(2),
+    "data_": lambda g: g.data.mul_(2),
+    "abs_": lambda g: g.abs_(),
+    "apply_": lambda g: g.apply_(lambda value: value + 1),
+    "map_": lambda g: g.map_(OTHER, lambda a, b: a + b),
+    "numpy_": lambda g: g.numpy().__imul__(3),
+    "pointer_": lambda g: _by_pointer(g),
+    "as_strided_": lambda g: g.as_strided((2, 3), g.stride()[:2]).fill_(7.0),
     "foreach_": lambda g: torch._foreach_mul_([g], 3.0),
 }
+
+
+def _by_pointer(g: Tensor) -> None:
+    import ctypes
+
+    if g.is_contiguous():
+        memory = (ctypes.c_double * g.numel()).from_address(g.data_ptr())
+        memory[7] = 5.0
+    else:
+        g.mul_(1)
 
 
 def pair() -> tuple[RowGradient, Tensor]:

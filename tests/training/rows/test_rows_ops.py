@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from rows_cases import ACTIVATIONS, F64, POINTWISE, PRODUCTS, REDUCTIONS, SHAPES, Function, N
+from rows_cases_complex import COMPLEX
 from rows_cases_layers import COUPLED, IMAGES, LOSSES, SEQUENCES
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from selbp.training.backward.rows import RowGradient
 VECTOR, IMAGE, SEQUENCE = (8,), (4, 8, 8), (5, 8)
 CASES: dict[str, tuple[tuple[int, ...], Function]] = {}
 for shape, group in (
-    *((VECTOR, group) for group in (ACTIVATIONS, POINTWISE, REDUCTIONS, SHAPES, PRODUCTS, LOSSES, COUPLED)),
+    *((VECTOR, group) for group in (ACTIVATIONS, POINTWISE, REDUCTIONS, SHAPES, PRODUCTS, LOSSES, COUPLED, COMPLEX)),
     (IMAGE, IMAGES),
     (SEQUENCE, SEQUENCES),
 ):
@@ -80,11 +81,12 @@ def compare(name: str, indices: list[int]) -> Counter[str]:
 DENSIFY: dict[str, set[str]] = {
     "cumprod": {"aten.where.self"},
     "logcumsumexp": {"aten.gt.Scalar", "aten.log.default", "aten.lt.Scalar"},
-    "pad_circular": {"aten.copy_.default"},
     "select_scatter": {"aten.add.Tensor", "aten.select_scatter.default"},
     "slice_scatter": {"aten.add.Tensor", "aten.slice_scatter.default"},
-    "chunked_in_place": {"aten.add.Tensor", "aten.copy_.default"},
-    "complex": {"aten.copy_.default"},
+    "part_of_the_samples": {"aten.as_strided.default"},
+    "one_sample_assigned": {"aten.as_strided.default"},
+    "fft_samples": {"aten._fft_c2c.default"},
+    "stft": {"aten.index_add_.default"},
     "bilinear": {"aten._trilinear.default"},
     "batch_norm": {"aten.native_batch_norm_backward.default"},
     "batch_mean": {"aten.add.Tensor"},
@@ -100,7 +102,6 @@ DENSIFY: dict[str, set[str]] = {
     "split_samples": {"aten.view.default"},
     "frequency_embedding": {"aten.embedding_dense_backward.default"},
     "masked_select": {"aten.masked_scatter_backward.default"},
-    "conv2d_circular": {"aten.copy_.default"},
 }
 
 

@@ -9,6 +9,7 @@ from selbp.training.backward.rows import (  # noqa: F401  (each module registers
     recurrent,
     scatter,
     shapes,
+    strided,
     views,
 )
 from selbp.training.backward.rows.checkpoint import checkpoint

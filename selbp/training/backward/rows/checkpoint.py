@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from selbp.training.backward.rows.layout import Layout
 from selbp.training.backward.rows.refuse import refuse_backward
-from selbp.training.backward.rows.tensor import RowGradient, densify, wrap
+from selbp.training.backward.rows.tensor import RowGradient, densify, recomputing, wrap
 
 _DROPOUTS = {torch.nn.functional.dropout, torch.dropout, torch.nn.functional.dropout1d}
 _CHANNEL_DROPOUTS = {torch.nn.functional.dropout2d, torch.nn.functional.dropout3d, torch.feature_dropout}
@@ -82,6 +82,19 @@ def _as_in_forward(device: str, autocast: tuple[bool, torch.dtype], masks: _Mask
         yield
 
 
+@contextmanager
+def _heard(layout: Layout | None) -> Iterator[None]:
+    """What runs inside runs on k rows, where a layout says so: for ``diagnose``, which sees plain tensors."""
+    if layout is None:
+        yield
+        return
+    recomputing.append(layout.rows)
+    try:
+        yield
+    finally:
+        recomputing.pop()
+
+
 class _Checkpoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, module: nn.Module, names: list[str], count: int, *tensors: Tensor) -> Any:
@@ -112,18 +125,19 @@ class _Checkpoint(torch.autograd.Function):
         needs = ctx.needs_input_grad[3:]
         leaves = [t.detach().requires_grad_(need) for t, need in zip((*inputs, *parameters), needs, strict=True)]
         masks = _Masks(n, ctx.masks, index)
-        with _as_in_forward(gradient.device.type, ctx.autocast, masks):
-            out = torch.func.functional_call(
-                ctx.module, dict(zip(ctx.names, leaves[ctx.count :], strict=True)), tuple(leaves[: ctx.count])
-            )
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad(out, wanted, gradient, allow_unused=True))
+        with _heard(layout):
+            with _as_in_forward(gradient.device.type, ctx.autocast, masks):
+                out = torch.func.functional_call(
+                    ctx.module, dict(zip(ctx.names, leaves[ctx.count :], strict=True)), tuple(leaves[: ctx.count])
+                )
+            found = iter(torch.autograd.grad(out, wanted, gradient, allow_unused=True))
         results: list[Tensor | None] = [next(found) if leaf.requires_grad else None for leaf in leaves]
         if layout is not None:
             for i, x in enumerate(ctx.saved_tensors[: ctx.count]):
                 result = results[i]
                 if result is not None and x.shape[0] == n:
-                    results[i] = wrap(result, layout)
+                    results[i] = wrap(result.resolve_conj().resolve_neg(), layout)
         return None, None, None, *results
 
 

@@ -36,7 +36,7 @@ def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = 
     for position, value in enumerate(args):
         if isinstance(value, Tensor) and type(value) is not RowGradient:
             dim = value.dim() + end
-            if dim >= 0 and value.shape[dim] != 1:
+            if dim >= 0 and (value.shape[dim] != 1 or layout.full == 1):
                 operands[position] = layout.take(value, dim)
     out = func(*operands, **kwargs) if kwargs else func(*operands)
     if isinstance(out, Tensor):
@@ -54,7 +54,7 @@ def linear(func: Any, gradient: RowGradient, args: tuple[Any, ...], kwargs: dict
             if type(value) is RowGradient:
                 raise NoRuleError("not linear in a second gradient")
             dim = value.dim() + end
-            if dim >= 0 and value.shape[dim] != 1:
+            if dim >= 0 and (value.shape[dim] != 1 or layout.full == 1):
                 value = layout.take(value, dim)
         operands.append(value)
     return wrap(func(*operands, **kwargs), layout)
@@ -186,16 +186,17 @@ def masked_fill(func: Any, gradient: Any, mask: Any, value: Any) -> Any:
     return pointwise(aten.masked_fill.Scalar, (gradient, mask, 0))
 
 
-@rule("neg", "clone", "_to_copy", "zeros_like")
+@rule("neg", "clone", "_to_copy", "zeros_like", "_conj_physical")
 def copy(func: Any, gradient: RowGradient, *args: Any, **kwargs: Any) -> Any:
     """Always."""
     return wrap(func(gradient._data, *args, **kwargs), gradient._layout)
 
 
-@rule("_conj")
-def conjugate(func: Any, gradient: RowGradient) -> Any:
-    """Always; at once, since the wrapper has no conjugate bit."""
-    return wrap(gradient._data.conj().resolve_conj(), gradient._layout)
+@rule("_conj", "_neg_view")
+def resolved(func: Any, gradient: RowGradient) -> Any:
+    """Always; at once, since below dispatch torch resolves neither bit."""
+    data = gradient._data
+    return wrap(data.conj_physical() if func is aten._conj.default else data.neg(), gradient._layout)
 
 
 @rule("abs", "sgn", "sign")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from selbp.training.backward.rows.exposed import refuse_reshaping
 from selbp.training.backward.rows.registry import NoRuleError
 from selbp.training.backward.rows.tensor import Dense, RowGradient, Wrapper, Zeros, densify, observers, run_rule
 
@@ -27,6 +28,8 @@ def tensors(args: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
 
 def run_dense(func: Any, args: Any, kwargs: dict[str, Any], reason: str) -> Any:
     """Run ``func`` on n rows."""
+    if func._schema.is_mutable:
+        refuse_reshaping(func)
     source = next((value for value in tensors(args, kwargs) if isinstance(value, RowGradient)), None)
     if source is not None:  # else nothing row-sparse is lost, and nothing is counted
         source._rows.dense[str(func)] += 1
@@ -50,8 +53,7 @@ def run_mixed(func: Any, types: tuple[type, ...], args: Any, kwargs: dict[str, A
             )
         if not issubclass(kind, Wrapper):  # a tensor subclass of somebody else's: n rows are what it knows
             return run_dense(func, args, kwargs, f"an operand is a {kind.__name__}")
-    if Wrapper._stale:
-        catch_up(args, kwargs)
+    catch_up(args, kwargs)
     kinds = {type(value) for value in tensors(args, kwargs) if isinstance(value, Wrapper)}
     if kinds == {RowGradient}:
         return run_rule(func, args, kwargs)
@@ -88,20 +90,22 @@ def _share(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         value = args[position] if position < len(args) else kwargs.get(argument.name)
         for item in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(item, (RowGradient, Zeros)):
-                _become_dense(item)
+                become_dense(item)
 
 
-def _become_dense(item: Any) -> None:
+def become_dense(item: Any) -> None:
     """Give ``item`` its n rows for good, as a view of its parent's n rows where it is a view."""
+    if isinstance(item, Dense):
+        return
     parent = item._parent
+    item._rows.stale |= item._viewed
     if parent is None:
-        Wrapper._stale |= item._viewed
         item._data = item.to_dense()
     else:
         if not isinstance(parent, Dense):
-            _become_dense(parent)
+            become_dense(parent)
         func, args, which = item._view
-        view = func(parent._data, *args)
+        view = func(getattr(parent, "_before", parent._data), *args)
         item._data = view if which is None else view[which]
     item.__class__ = Dense
 
@@ -109,9 +113,9 @@ def _become_dense(item: Any) -> None:
 def catch_up(args: Any, kwargs: dict[str, Any]) -> None:
     """Make dense the views whose parent has become so."""
     for item in tensors(args, kwargs):
-        if isinstance(item, RowGradient):
+        if type(item) is RowGradient and item._rows.stale:
             ancestor: Any = item._parent
             while isinstance(ancestor, RowGradient):
                 ancestor = ancestor._parent
             if ancestor is not None:
-                _become_dense(item)
+                become_dense(item)

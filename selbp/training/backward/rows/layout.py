@@ -82,6 +82,9 @@ class RowSet:
         self.batchnorm, self.live = batchnorm, live
         self.dense: Counter[str] = Counter() if dense is None else dense
         self.slices = Slices(self)
+        self.stale = False  # some tensor with views has become dense, which they follow when next used
+        self.task = -1  # the engine's backward in which these rows entered
+        self._all_differ: bool | None = None
         self._layouts: dict[tuple[int, int, int], Layout] = {}
         self._indices = {indices.device: indices}
 
@@ -96,13 +99,38 @@ class RowSet:
     def cut(self, tensor: Tensor, dim: int) -> Tensor:
         """A copy of the chosen rows of ``tensor``, whose dim ``dim`` holds the n samples and nothing else.
 
-        Where no row counts, the gradients are 0 but the forward may have left NaN, and 0 * NaN is NaN: such a copy is
-        filled with what no backward divides by zero for. The device decides, so that nobody waits for it.
+        Where no row counts, see :meth:`alive`.
         """
-        copy = tensor.index_select(dim, self.on(tensor.device))
-        if self.live is None or not copy.is_floating_point():
+        return self.alive(tensor.index_select(dim, self.on(tensor.device)))
+
+    def alive(self, copy: Tensor) -> Tensor:
+        """``copy``, filled with 0.5 where no row counts.
+
+        There the gradients are 0 but the forward may have left NaN, and 0 * NaN is NaN: 0.5 is what no backward divides
+        by zero for. The device decides, so that nobody waits for it.
+        """
+        if self.live is None or not (copy.is_floating_point() or copy.is_complex()):
             return copy
         return torch.where(self.live.to(copy.device), copy, 0.5)
+
+    def merged(self, gradient: Tensor) -> Tensor:
+        """The (k, ...) ``gradient`` with the sum of an index's rows in one of its slots, and 0 in its others.
+
+        An operator that is not linear in the gradient (``abs``, a product of two gradients) is then right as well: it
+        maps 0 to 0, and meets each sample's gradient whole. On a CPU the indices are looked at, elsewhere all are
+        taken to repeat, so that nobody waits.
+        """
+        device = gradient.device
+        if self.k == 1 or (device.type == "cpu" and self._distinct()):
+            return gradient
+        indices, slots = self.on(device), torch.arange(self.k, device=device)
+        owner = slots.new_empty(self.n).scatter_(0, indices, slots).index_select(0, indices)
+        return gradient.new_zeros(gradient.shape).index_add_(0, owner, gradient)
+
+    def _distinct(self) -> bool:
+        if self._all_differ is None:
+            self._all_differ = len(set(self.on(torch.device("cpu")).tolist())) == self.k
+        return self._all_differ
 
     def on(self, device: torch.device) -> Tensor:
         """(k,) the indices on ``device``: a model may span several."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selbp.training.backward.rows.engine import copies
 from selbp.training.backward.rows.fallback import ZERO_RULES
 from selbp.training.backward.rows.layout import Layout
 from selbp.training.backward.rows.registry import Rule, need, overloads, rule
@@ -27,7 +28,9 @@ def new_zeros(func: Any, gradient: RowGradient, size: Any, dtype: Any = None, de
 
 @rule("new_empty", "new_empty_strided", "empty_like", "new_full", "new_ones", "full_like", "ones_like")
 def unrelated(func: Any, gradient: RowGradient, *args: Any, **kwargs: Any) -> Any:
-    """Always: an ordinary tensor of the full size."""
+    """Always: an ordinary tensor of the full size, unless the engine made it for a copy of the gradient."""
+    if func is aten.new_empty_strided.default and tuple(args[0]) == tuple(gradient.shape) and copies(gradient):
+        return wrap_zeros(gradient, list(args[0]), gradient.dtype, gradient.device, list(args[1]))
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     kwargs.setdefault("dtype", gradient.dtype)
     kwargs.setdefault("device", gradient.device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from selbp.training.backward.rows.engine import current_task
 from selbp.training.backward.rows.layout import BatchNormPolicy, RowSet
 from selbp.training.backward.rows.refuse import refuse_backward, refuse_forward
 from selbp.training.backward.rows.tensor import densify, wrap
@@ -18,11 +19,14 @@ def enter(rows: RowSet, gradient: Tensor) -> Tensor:
     """The (k, ...) gradient of the chosen samples as the gradient of all n."""
     if rows.n == 0:
         return gradient.new_zeros((0, *gradient.shape[1:]))
+    if rows.n == 1 and rows.live is None:  # nothing to leave out
+        return gradient.sum(0, keepdim=True)
     if gradient.shape[0] == 0:  # nothing chosen: one row of zeros, which every kernel accepts
         data = gradient.new_zeros((1, *gradient.shape[1:]))
     else:
-        data = gradient
+        data = rows.merged(gradient.resolve_conj().resolve_neg())
     torch.autograd.Variable._execution_engine.queue_callback(rows.slices.clear)
+    rows.task = current_task()
     return wrap(data, rows.layout(0))
 
 
@@ -94,7 +98,9 @@ def select(
     if len(sizes) > 1:
         raise ValueError(f"losses must agree about the number of samples, got {sorted(sizes)}")
     refuse_forward(found)
-    chosen = indices if indices.numel() else indices.new_zeros(1)  # for none, see `enter`
+    chosen = indices
+    if not indices.numel():  # see `enter`; the row that stands for none may hold NaN
+        chosen, live = indices.new_zeros(1), torch.zeros((), dtype=torch.bool, device=indices.device)
     rows = RowSet(chosen, sizes.pop(), batchnorm=batchnorm, dense=dense, live=live)
     out: list[Any] = []
     for leaf in leaves:

@@ -107,6 +107,13 @@ def along(func: Any, gradient: RowGradient, amount: Any, dims: Any = None, **kwa
     return wrap(func(gradient._data, *args, **kwargs), gradient._layout)
 
 
+@rule("_fft_c2c", "_fft_r2c", "_fft_c2r")
+def fourier(func: Any, gradient: RowGradient, dims: list[int], *args: Any) -> Any:
+    """Not along the samples."""
+    need(all(dim % gradient.dim() != gradient._layout.dim for dim in dims), "transforms the samples")
+    return wrap(func(gradient._data, dims, *args), gradient._layout)
+
+
 @rule("tril", "triu")
 def triangle(func: Any, gradient: RowGradient, diagonal: int = 0) -> Any:
     """The samples are not one of the matrix dims."""

@@ -11,8 +11,10 @@ from step to step: what a step's Python does for a tensor is to look the plan up
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -40,17 +42,23 @@ class Plan(NamedTuple):
     step: int  # elements from one sample to the next
 
 
-def plan_of(tensor: Tensor, layout: Layout, dim: int) -> Plan:
-    """The plan for ``tensor``, whose dim ``dim`` is (pre, n, post) flattened. Raises NoRuleError where it is not."""
-    shape, stride = tuple(tensor.shape), tensor.stride()
-    if shape[dim] != layout.full:
-        raise NoRuleError(f"an operand has {shape[dim]} entries where the gradient's samples make {layout.full}")
-    size = (*shape[:dim], layout.kept, *shape[dim + 1 :])
+class Blocks(NamedTuple):
+    """Memory of which every sample has blocks of ``step`` consecutive elements. Elements, not bytes."""
+
+    stride: tuple[int, ...]  # of the k rows, once the memory holds (outer, k, step)
+    within: int  # where the tensor begins in its block
+    start: int  # where the blocks begin in the storage
+    outer: int  # the blocks are (outer, n, step)
+    step: int  # elements from one sample to the next
+
+
+def blocks_of(shape: Sequence[int], stride: Sequence[int], offset: int, layout: Layout, dim: int) -> Blocks | None:
+    """The blocks of a tensor whose dim ``dim`` has this layout; None where the samples' memory is not made of any."""
     n, k = layout.rows.n, layout.rows.k
     step = stride[dim] * layout.post
     if step == 0:
-        return Plan(size, True, False, False, (), 0, 0, 0, 0, 0)
-    outer, inner, blocks = layout.pre, 1 + (layout.post - 1) * stride[dim], True
+        return None
+    outer, inner = layout.pre, 1 + (layout.post - 1) * stride[dim]
     strides = list(stride)
     for axis, (length, apart) in enumerate(zip(shape, stride, strict=True)):
         if axis == dim or length == 1 or apart == 0:
@@ -61,14 +69,26 @@ def plan_of(tensor: Tensor, layout: Layout, dim: int) -> Plan:
             outer += (length - 1) * (apart // (n * step))
             strides[axis] = apart // n * k
         else:
-            blocks = False
-    offset = int(tensor.storage_offset())
+            return None
     within = offset % step
-    start = offset - within
-    span = outer * n * step
-    blocks = blocks and within + inner <= step and span <= WORTHWHILE * tensor.numel()
-    whole = blocks and dim == 0 and layout.post == outer == 1 and span == tensor.numel() and tensor.is_contiguous()
-    return Plan(size, False, blocks, whole, tuple(strides), within, start, start + span, outer, step)
+    return Blocks(tuple(strides), within, offset - within, outer, step) if within + inner <= step else None
+
+
+def plan_of(tensor: Tensor, layout: Layout, dim: int) -> Plan:
+    """The plan for ``tensor``, whose dim ``dim`` is (pre, n, post) flattened. Raises NoRuleError where it is not."""
+    shape, stride = tuple(tensor.shape), tensor.stride()
+    if shape[dim] != layout.full:
+        raise NoRuleError(f"an operand has {shape[dim]} entries where the gradient's samples make {layout.full}")
+    size = (*shape[:dim], layout.kept, *shape[dim + 1 :])
+    if stride[dim] == 0:
+        return Plan(size, True, False, False, (), 0, 0, 0, 0, 0)
+    found = blocks_of(shape, stride, int(tensor.storage_offset()), layout, dim)
+    span = 0 if found is None else found.outer * layout.rows.n * found.step
+    if found is None or span > WORTHWHILE * tensor.numel():
+        return Plan(size, False, False, False, (), 0, 0, 0, 0, 0)
+    whole = dim == 0 and layout.post == found.outer == 1 and span == tensor.numel() and tensor.is_contiguous()
+    start = found.start
+    return Plan(size, False, True, whole, found.stride, found.within, start, start + span, found.outer, found.step)
 
 
 class Slices:
@@ -89,14 +109,22 @@ class Slices:
 
     def take(self, tensor: Tensor, layout: Layout, dim: int) -> Tensor:
         """Rows of ``tensor``, whose dim ``dim`` is (pre, n, post) flattened; same strides order as ``tensor``."""
-        plans, key = layout.plans, (dim, tensor.shape, tensor.stride(), tensor.storage_offset())
+        if tensor.is_conj():  # the storage holds the conjugate; below dispatch torch would not resolve a lazy one
+            return self.take(tensor.conj(), layout, dim).conj_physical()
+        if tensor.is_neg():
+            return self.take(torch._neg_view(tensor), layout, dim).neg()
+        try:
+            key = (dim, tensor.shape, tensor.stride(), tensor.storage_offset())
+            storage = tensor.untyped_storage()
+        except (RuntimeError, NotImplementedError):  # sparse, nested, oneDNN's own
+            raise NoRuleError(f"an operand's memory is {tensor.layout}, not strided") from None
+        plans = layout.plans
         plan = plans.get(key)
         if plan is None:
             plan = plans[key] = plan_of(tensor, layout, dim)
         size, expanded, blocks, whole, strides, within, start, end, outer, step = plan
         if expanded:
-            return tensor.narrow(dim, 0, 1).expand(size)
-        storage = tensor.untyped_storage()
+            return self._rows.alive(tensor.narrow(dim, 0, 1)).expand(size)
         if not blocks or end * tensor.itemsize > storage.nbytes():
             return self._alone(tensor, layout, dim)
         place = (storage._cdata, start, outer, step, tensor.dtype, tensor._version)

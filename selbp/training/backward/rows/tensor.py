@@ -7,30 +7,38 @@ the gradient is scattered back to n rows ("densified", counted by operator name)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from selbp.training.backward.rows.exposed import Exposed
 from selbp.training.backward.rows.layout import Layout, RowSet
 from selbp.training.backward.rows.registry import RULE_OF, NoRuleError
 
 _make_wrapper = torch.Tensor._make_wrapper_subclass
+# Code in C++ that asks for a pointer gets an error, not a null one.
+_guard_pointer = getattr(torch._C, "_set_throw_on_mutable_data_ptr", lambda tensor: None)
 _disabled_torch_function = torch._C._disabled_torch_function_impl
+
+# The selections whose rows are being recomputed, innermost last: operators meet k rows in plain tensors.
+recomputing: list[RowSet] = []
+
+FAILED = "its rule failed"  # a reason
 
 # Called with (func, args, result, reason or None) after every operator, while `diagnose` or a test listens.
 observers: list[Callable[[Any, Any, Any, str | None], None]] = []
 
 
-class Wrapper(torch.Tensor):
+class Wrapper(Exposed, torch.Tensor):
     """What the three kinds of row-sparse tensors share.
 
     A GEMM leaves nothing of Python in the processor's caches, so what counts here is how much memory a dispatch
     touches: slots instead of a dict, one frame from torch to the rule, look-ups by id.
     """
 
-    __slots__ = ("_data", "_layout", "_rows", "_parent", "_view", "_viewed")
+    __slots__ = ("_data", "_layout", "_rows", "_parent", "_view", "_viewed", "_before")
     __torch_function__ = _disabled_torch_function  # type: ignore[assignment]
 
     _data: Tensor  # (…, pre * k * post, …) the k rows; for Dense all n rows
@@ -39,7 +47,7 @@ class Wrapper(torch.Tensor):
     _parent: RowGradient | None  # the tensor that this one is a view of
     _view: tuple[Any, tuple[Any, ...], int | None]  # by which operator, and which of its results; where _parent is set
     _viewed: bool  # it has views
-    _stale = False  # of the class: some tensor with views has become dense, which they follow when next used
+    _before: Tensor  # of a Dense whose ``data`` was exchanged: what its views still share
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
         """An ordinary tensor of the full shape, zero in the rows that were not chosen."""
@@ -71,6 +79,10 @@ def run_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) ->
             out = rule(func, *args, **kwargs) if kwargs else rule(func, *args)
         except NoRuleError as error:
             reason = str(error)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+            reason = f"{FAILED}: {error}"  # what is wrong with the call itself, n rows will say as well
         else:
             if observers:
                 for observer in observers:
@@ -90,13 +102,17 @@ class RowGradient(Wrapper):
     def __torch_dispatch__(  # type: ignore[override]
         func: Any, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if len(types) == 1 and not Wrapper._stale:  # nothing but row gradients
-            return run_rule(func, args, kwargs)
+        if len(types) == 1:  # nothing but row gradients; rules apply to those of one selection
+            for value in args:
+                if type(value) is RowGradient:
+                    if value._rows.stale:
+                        break
+                    return run_rule(func, args, kwargs)
         return Wrapper.__torch_dispatch__(func, types, args, kwargs)
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
         """Scatter the k rows to n; a row chosen twice gets the sum."""
-        if Wrapper._stale:
+        if self._rows.stale:
             from selbp.training.backward.rows import fallback
 
             fallback.catch_up((self,), {})
@@ -104,7 +120,7 @@ class RowGradient(Wrapper):
                 return self._data
         layout, rows, data = self._layout, self._rows, self._data
         full = torch.empty_strided(
-            tuple(self.shape), _dense_strides(self), dtype=data.dtype, device=data.device
+            tuple(self.shape), _dense_strides(self.shape, self.stride()), dtype=data.dtype, device=data.device
         ).zero_()
         dim, pre, post = layout.dim, layout.pre, layout.post
         if pre == post == 1:
@@ -131,7 +147,12 @@ class Zeros(Wrapper):
     __slots__ = ()
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The zeros themselves."""
+        """The zeros themselves, or what was written to what they are a view of."""
+        if self._parent is not None and not isinstance(self._parent, Zeros):
+            from selbp.training.backward.rows import fallback
+
+            fallback.become_dense(self)
+            return self._data
         return torch.zeros(tuple(self.shape), dtype=self.dtype, device=self.device)
 
     def laid_out(self, layout: Layout) -> Tensor:
@@ -140,7 +161,8 @@ class Zeros(Wrapper):
         if layout.dim >= len(size) or size[layout.dim] != layout.full:
             raise NoRuleError("the zeros do not have the gradient's samples in that dim")
         size[layout.dim] = layout.kept
-        return torch.zeros(size, dtype=self.dtype, device=self.device)
+        strides = _dense_strides(size, self.stride())
+        return torch.empty_strided(size, strides, dtype=self.dtype, device=self.device).zero_()
 
 
 def wrap(data: Tensor, layout: Layout) -> RowGradient:
@@ -150,6 +172,7 @@ def wrap(data: Tensor, layout: Layout) -> RowGradient:
     if outer is None:
         outer = layout.outer[key] = _outer(data, layout)
     out: RowGradient = _make_wrapper(RowGradient, outer[0], outer[1], dtype=data.dtype, device=data.device)
+    _guard_pointer(out)
     out._data, out._layout, out._rows, out._parent, out._viewed = data, layout, layout.rows, None, False
     return out
 
@@ -157,9 +180,12 @@ def wrap(data: Tensor, layout: Layout) -> RowGradient:
 def _outer(data: Tensor, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Size and strides of the tensor of n samples that ``data`` stands for."""
     size, stride, dim = list(data.shape), data.stride(), layout.dim
+    contiguous = data.is_contiguous()
     if size[dim] != layout.kept:
         raise AssertionError(f"a rule returned {tuple(size)} for {layout}")
     size[dim] = layout.full
+    if contiguous:
+        return tuple(size), tuple(_dense_strides(size, range(len(size), 0, -1)))
     if max(stride) != stride[dim] and stride[dim]:  # dims outside the samples' lie further apart in the full tensor
         n, k, own = layout.rows.n, layout.rows.k, stride[dim]
         stride = tuple(-(-apart // k) * n if apart > own else apart for apart in stride)
@@ -175,16 +201,16 @@ def wrap_view(
     return out
 
 
-def wrap_zeros(like: Wrapper, size: list[int], dtype: torch.dtype, device: torch.device) -> Zeros:
+def wrap_zeros(like: Wrapper, size: list[int], dtype: torch.dtype, device: torch.device, stride: Any = None) -> Zeros:
     """``new_zeros`` of a row gradient."""
-    out: Zeros = _make_wrapper(Zeros, size, dtype=dtype, device=device)
+    out: Zeros = _make_wrapper(Zeros, size, stride, dtype=dtype, device=device)
+    _guard_pointer(out)
     out._rows, out._parent, out._viewed = like._rows, None, False
     return out
 
 
-def _dense_strides(tensor: Tensor) -> list[int]:
-    """Strides without gaps, in the tensor's own order of dims."""
-    size, stride = tensor.shape, tensor.stride()
+def _dense_strides(size: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """Strides without gaps, in the order of dims that ``stride`` has."""
     out, apart = [0] * len(size), 1
     for axis in sorted(range(len(size)), key=lambda axis: (stride[axis], -axis)):
         out[axis] = apart

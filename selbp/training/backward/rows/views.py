@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from selbp.training.backward.rows.engine import becomes_a_leafs
 from selbp.training.backward.rows.layout import Layout
 from selbp.training.backward.rows.registry import NoRuleError, need, rule
 from selbp.training.backward.rows.tensor import RowGradient, wrap, wrap_view
@@ -188,3 +189,10 @@ def same_samples(func: Any, gradient: RowGradient) -> Any:
     layout = gradient._layout
     need(func is not aten.view_as_complex.default or layout.dim < gradient.dim() - 1, "the samples are complex parts")
     return wrap_view(func(gradient._data), layout, gradient, func, ())
+
+
+@rule("detach")
+def detach(func: Any, gradient: RowGradient) -> Any:
+    """Not where it becomes the ``.grad`` of a leaf, which is an ordinary tensor (but for a checkpoint's own leaves)."""
+    need(not becomes_a_leafs(gradient), "a leaf's gradient is an ordinary tensor")
+    return wrap_view(gradient._data.detach(), gradient._layout, gradient, func, ())
