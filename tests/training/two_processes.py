@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import socket
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,17 +13,17 @@ from torch import multiprocessing
 
 
 def in_two_processes(check: Callable[[int], None]) -> None:
-    """``check(rank)`` in each of two processes of one thread; what one raises is raised here."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(_work, (check, port), nprocs=2)
+    """``check(rank)`` in each of two processes of one thread; what one raises is raised here.
+
+    They meet in a file of their own: a port that is free now may be taken when the first of them binds it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_work, (check, Path(folder, "meeting").as_uri()), nprocs=2)
 
 
-def _work(rank: int, check: Callable[[int], None], port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _work(rank: int, check: Callable[[int], None], meeting: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     check(rank)
     dist.barrier()
     dist.destroy_process_group()
