@@ -26,6 +26,7 @@ COPIED = [
     "LICENSE",
 ]
 OUTER = sorted({sysconfig.get_path("purelib"), str(Path(torch.__file__).parents[1])})  # where torch is
+NO_INDEX = ("No matching distribution found for", "Could not fetch URL", "NewConnectionError", "Read timed out")
 SMOKE = """
 import sys, torch, selbp, selbp._native, selbp.triton_kernels
 assert "triton" not in sys.modules, "importing selbp must not import triton"
@@ -38,7 +39,10 @@ print(selbp.__file__, selbp.__version__, selbp._native.level())
 def run(*command, cwd):
     env = {**os.environ, "SELBP_CUDA": "0"}  # minutes of nvcc, which the build under test has spent already
     result = subprocess.run(list(map(str, command)), cwd=cwd, text=True, capture_output=True, timeout=600, env=env)
-    assert result.returncode == 0, result.stdout + result.stderr
+    said = result.stdout + result.stderr
+    if result.returncode != 0 and any(reason in said for reason in NO_INDEX):
+        pytest.skip("needs a package index that answers: a build in isolation fetches what it builds with")
+    assert result.returncode == 0, said
     return result.stdout
 
 
