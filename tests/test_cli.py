@@ -14,7 +14,8 @@ import torch
 
 import selbp
 from selbp import commands
-from selbp.cli import build_parser, keep_argument, list_argument, main, seeds_argument
+from selbp.arguments import keep_argument, list_argument, seeds_argument
+from selbp.cli import build_parser, main
 from selbp.data.idx import write_idx
 from selbp.study.rules import RULES
 
@@ -78,11 +79,7 @@ BAD = {
     "unknown selector": (["train", "--selector", "best"], "there is no selector 'best'"),
     "unknown option": (["train", "--selector", "random:colour=red"], "colour"),
     "selector value": (["train", "--selector", "loss-percentile:beta=-1"], "beta"),
-    "keep": (["train", "--keep", "1.5"], "keep"),
     "rows": (["train", "--batch-size", "100000"], "--batch-size"),
-    "epochs": (["train", "--epochs", "0"], "--epochs"),
-    "steps": (["train", "--steps", "0"], "steps"),
-    "rate": (["train", "--lr", "-1"], "lr"),
     "device": (["train", "--device", "abacus"], "--device abacus"),
     "arm": (["compare", "--arms", "random,best"], "there is no selector 'best'"),
     "twice": (["compare", "--arms", "random,random"], "random is given twice"),
@@ -116,6 +113,10 @@ USAGE = [
     "fly",
     "train --kep 3 x",
     "train --keep half",
+    "train --keep 1.5",
+    "train --epochs 0",
+    "train --steps 0",
+    "train --lr -1",
     "compare --seeds a",
     "compare --seeds 4-2",
     "compare --tune x",

@@ -12,8 +12,8 @@ import pytest
 from selbp.data import Dataset, load
 from selbp.study import pool as module
 from selbp.study.config import RunConfig
+from selbp.study.journal import Journal
 from selbp.study.pool import Pool, cached, carry_out, pool
-from selbp.study.storage import Journal
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from selbp.cli import main
 from selbp.data import Dataset, Split
 from selbp.data.idx import write_idx
 from selbp.study.config import RunConfig
-from selbp.study.run import Diverged, Order, Run, evaluate, read_config, read_result
+from selbp.study.run import PHASES, Diverged, Order, Run, evaluate, read_config, read_result
 from selbp.study.storage import JsonLines
 
 RULES = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching")
@@ -211,10 +211,12 @@ def write_set(folder: Path, data: Dataset) -> Path:
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, types
 from selbp.cli import main
+from selbp.study import journal
 from selbp.study.storage import JsonLines
 
+journal.time = types.SimpleNamespace(monotonic=lambda: 0.0)  # no durable copies by the clock: all writes are counted
 left = int(sys.argv.pop(1))
 
 
@@ -264,7 +266,7 @@ def test_sigkill_within_a_line_of_the_log(tmp_path: Path, dataset: Dataset) -> N
     command = ["train", "--data", str(folder), "--selector", "random", "--steps", "60", "--batch-size", "32",
                "--threads", "1", "--quiet", "--evaluate-every", "60", "--model", "mlp", "--out"]  # fmt: skip
     assert main([*command, str(tmp_path / "whole")]) == 0
-    writes = 49 * 4 + 1  # 49 saved steps, and the row of the first 50
+    writes = 50 * 4 + 1  # the state before the first step, 49 saved steps, and the row of the first 50
     line = [sys.executable, "-c", KILLED, str(writes), *command, str(tmp_path / "parts"), "--resume"]
     assert subprocess.run(line, timeout=600).returncode == -signal.SIGKILL
     assert _step(tmp_path / "parts") == 49
@@ -275,7 +277,7 @@ def test_sigkill_within_a_line_of_the_log(tmp_path: Path, dataset: Dataset) -> N
 
 
 def _step(folder: Path) -> int:
-    from selbp.study.storage import Journal
+    from selbp.study.journal import Journal
 
     found = Journal(folder).read()
     assert found is not None
@@ -285,6 +287,10 @@ def _step(folder: Path) -> int:
 def test_time_runs_on_between_log_rows(tmp_path: Path, dataset: Dataset, config: RunConfig) -> None:
     """Evaluations inside a window of steps are charged for the steps that it holds so far."""
     ticks = itertools.count()
-    run = Run(config, dataset, tmp_path, clock=lambda: float(next(ticks)))  # a step reads it three times
+    run = Run(config, dataset, tmp_path, clock=lambda: float(next(ticks)))  # a step reads it six times, see below
     run.open()
-    assert [point["seconds"] for point in run.execute()["curve"]] == [0.0, 20.0, 40.0, 60.0]
+    result = run.execute()
+    assert [point["seconds"] for point in result["curve"]] == [0.0, 50.0, 100.0, 150.0]
+    # Begin, choosing, chosen, forward's end, backward's end, the step's end: each of its phases is one tick.
+    assert result["seconds"] == {phase: 150.0 if phase == "total" else 30.0 for phase in PHASES}
+    assert result["clock"] == "process"

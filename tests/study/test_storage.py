@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selbp.study.storage import HEADER, Journal, JsonLines, StorageError, decode, encode, write_text
+from selbp.study.journal import HEADER, Journal, decode, encode
+from selbp.study.storage import JsonLines, StorageError, write_text
 
 
 def same(a, b) -> bool:
