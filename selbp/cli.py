@@ -10,45 +10,18 @@ from pathlib import Path
 from typing import NoReturn
 
 from selbp._version import __version__
+from selbp.arguments import (
+    above_zero,
+    count_argument,
+    keep_argument,
+    list_argument,
+    name_argument,
+    rates_argument,
+    seed_argument,
+    seeds_argument,
+    threads_argument,
+)  # fmt: skip
 from selbp.study.protocols import PROTOCOLS  # plain data
-
-
-def keep_argument(text: str) -> float | int:
-    """``0.25`` is a share, ``32`` a number of samples; ``1`` is one sample and ``1.0`` all of them."""
-    try:
-        return int(text)
-    except ValueError:
-        try:
-            return float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"a share such as 0.25 or a number of samples, got {text!r}") from None
-
-
-def list_argument(text: str) -> list[str]:
-    """``a,b`` as a list; a comma inside a selector's options is written ``;``."""
-    return [part.strip().replace(";", ",") for part in text.split(",") if part.strip()]
-
-
-def rates_argument(text: str) -> list[float]:
-    """``0.02,0.05`` as floats."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"rates such as 0.02,0.05,0.1, got {text!r}") from None
-
-
-def seeds_argument(text: str) -> list[int]:
-    """``0,1,4`` or ``0-4`` as a list of numbers."""
-    seeds: list[int] = []
-    try:
-        for part in text.split(","):
-            first, dash, last = part.partition("-")
-            seeds += range(int(first), int(last) + 1) if dash else [int(first)]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"seeds such as 0-4 or 0,1,7, got {text!r}") from None
-    if not seeds:
-        raise argparse.ArgumentTypeError(f"seeds such as 0-4, the lower one first, got {text!r}")
-    return seeds
 
 
 def _training_options(parser: argparse.ArgumentParser) -> None:
@@ -68,18 +41,26 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
                      "sample, 1.0 all (default: 0.25)")  # fmt: skip
     length = run.add_mutually_exclusive_group()
     length.add_argument(
-        "--epochs", type=float, metavar="E", help="length in passes over the data (default: 4; the demo: 3)"
+        "--epochs", type=above_zero, metavar="E", help="length in passes over the data (default: 4; the demo: 3)"
     )
-    length.add_argument("--steps", type=int, metavar="N", help="length in optimizer steps")
-    run.add_argument("--batch-size", type=int, metavar="N", help="samples of a minibatch (default: 128)")
+    length.add_argument("--steps", type=count_argument, metavar="N", help="length in optimizer steps")
+    run.add_argument("--batch-size", type=count_argument, metavar="N", help="samples of a minibatch (default: 128)")
     run.add_argument("--backward", choices=["auto", "rows", "recompute"], help="how the chosen rows run backward "
                      "(default: auto)")  # fmt: skip
     run.add_argument("--scoring", choices=["same", "eval"], help="mode of the scoring forward (default: same)")
     run.add_argument("--head-gradient", choices=["subset", "full"], help="full gives the last layer its exact "
                      "full-batch gradient (default: subset)")  # fmt: skip
-    run.add_argument("--evaluate-every", type=int, metavar="N", help="steps between evaluations (default: a tenth)")
+    run.add_argument(
+        "--evaluate-every", type=count_argument, metavar="N", help="steps between evaluations (default: a tenth)"
+    )
     run.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    run.add_argument("--threads", type=int, default=0, metavar="N", help="torch's threads (default: as torch decides)")
+    run.add_argument(
+        "--threads",
+        type=threads_argument,
+        default=0,
+        metavar="N",
+        help="torch's threads (default: as torch decides)",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--debug", action="store_true", help="on an error, show where it came from")
 
@@ -114,8 +95,10 @@ def build_parser() -> argparse.ArgumentParser:
         f"selectors (options as name:option=value,...):\n{_selector_help()}",
     )  # fmt: skip
     train.add_argument("--selector", default="matching", metavar="RULE", help="see below (default: %(default)s)")
-    train.add_argument("--lr", type=float, help="peak learning rate (default: the rule's own)")
-    train.add_argument("--seed", type=int, default=0, help="weights, order of samples, draws (default: %(default)s)")
+    train.add_argument("--lr", type=above_zero, help="peak learning rate (default: the rule's own)")
+    train.add_argument(
+        "--seed", type=seed_argument, default=0, help="weights, order of samples, draws (default: %(default)s)"
+    )
     train.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/DATA-RULE-seedN)")
     train.add_argument("--resume", action="store_true", help="go on with the run that --out holds")
     _training_options(train)
@@ -139,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
                          help="what arms share: steps, samples run backward, or time, by the measured cost of each "
                          "arm's step (default: %(default)s)")  # fmt: skip
     rates = compare.add_mutually_exclusive_group()
-    rates.add_argument("--lr", type=float, help="one peak learning rate for every arm (default: each rule's own)")
+    rates.add_argument("--lr", type=above_zero, help="one peak learning rate for every arm (default: each rule's own)")
     rates.add_argument("--tune", type=rates_argument, metavar="R,R,...",
                        help="choose each arm's rate among these, on a tenth of the training data held out")  # fmt: skip
     compare.add_argument(
@@ -163,9 +146,11 @@ def build_parser() -> argparse.ArgumentParser:
                        help="which, see below (default: %(default)s)")  # fmt: skip
     study.add_argument("--arms", type=list_argument, metavar="A,B,...", help="other arms than the protocol's")
     study.add_argument("--seeds", "--seed", type=seeds_argument, metavar="S", help="other seeds")
-    study.add_argument("--steps", type=int, metavar="N", help="another length, for every cell")
-    study.add_argument("--name", help="another name of the result, for a protocol that was changed")
-    study.add_argument("--workers", type=int, metavar="W", help="processes of one thread (default: all cores)")
+    study.add_argument("--steps", type=count_argument, metavar="N", help="another length, for every cell")
+    study.add_argument("--name", type=name_argument, help="another name of the result, for a protocol that was changed")
+    study.add_argument(
+        "--workers", type=threads_argument, metavar="W", help="processes of one thread (default: all cores)"
+    )
     study.add_argument("--data", type=Path, metavar="DIR", help="folder with Fashion-MNIST's four IDX files")
     study.add_argument("--out", type=Path, metavar="DIR", help="folder of all runs (default: runs/study)")
     study.add_argument("--results", type=Path, metavar="DIR", help="where the result file goes (default: --out)")
@@ -183,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="examples:\n  selbp bench --out runs/bench\n  selbp bench selection throughput --quick\n"
         "  selbp bench --peers          # what is installed, and how to get the rest",
     )  # fmt: skip
-    bench.add_argument("--seed", type=int, help="seed of the inputs")
+    bench.add_argument("--seed", type=seed_argument, help="seed of the inputs")
     bench.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
     bench.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
 
@@ -227,8 +212,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
     from selbp import commands
 
-    if arguments.command == "study" and arguments.workers is not None and arguments.workers < 0:
-        build_parser().error(f"--workers must be at least 0, got {arguments.workers}")
     handlers = {"train": commands.train, "compare": commands.compare, "info": commands.info, "study": commands.study}
     try:
         if arguments.command == "bench":

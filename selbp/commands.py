@@ -9,8 +9,8 @@ import math
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,12 +18,15 @@ import torch
 
 from selbp.data import DataError, Dataset, load
 from selbp.study.arms import Arm, build_selector, keep_for, parse
-from selbp.study.compare import Comparison, Outcome, run_all, tune
+from selbp.study.compare import Comparison, run_all, tune
 from selbp.study.config import RunConfig
 from selbp.study.costs import Costs, measure
+from selbp.study.folder import read_config, read_result
 from selbp.study.models import model_for
-from selbp.study.run import Diverged, Run, read_config, read_result
-from selbp.study.storage import StorageError, write_text
+from selbp.study.run import Diverged, Run
+from selbp.study.show import Bar, Show, say
+from selbp.study.storage import Lock, LockedError, StorageError, write_text
+from selbp.study.timing import CLOCKS, clock_for
 
 DEMO_ARMS = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching")
 DEFAULT_EPOCHS = 4.0
@@ -40,12 +43,7 @@ EXPECTED = (UsageError, ValueError, DataError, StorageError, Diverged, NotImplem
 
 def status_of(error: Exception) -> int:
     """Exit status of an expected error: 1 where the run failed, 2 where it was asked for wrongly."""
-    return FAILED if isinstance(error, (Diverged, OSError)) else BAD_INPUT
-
-
-def say(text: str) -> None:
-    """One line for the reader, at once."""
-    print(text, flush=True)
+    return FAILED if isinstance(error, (Diverged, OSError, LockedError)) else BAD_INPUT
 
 
 # ------------------------------------------------------------------------------------------------------ shared
@@ -59,6 +57,15 @@ def _check_device(name: str) -> None:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
+@contextmanager
+def asked_by(option: str) -> Iterator[None]:
+    """What is wrong with an option's value names the option too."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UsageError(f"{option}: {error}") from error
+
+
 def _load(arguments: argparse.Namespace, *, fallback: bool = False) -> Dataset:
     _check_device(arguments.device)
     return load(arguments.dataset, arguments.data, fallback=fallback, say=say)
@@ -68,13 +75,11 @@ def _base(arguments: argparse.Namespace, data: Dataset, selector: str, lr: float
     """The configuration that the arguments describe; what was not given keeps its default."""
     batch_size = 128 if arguments.batch_size is None else arguments.batch_size
     if not 1 <= batch_size <= len(data.train):
-        raise UsageError(f"--batch-size must lie in 1..{len(data.train)}, got {batch_size}")
+        raise UsageError(f"--batch-size must lie in 1..{len(data.train)}, the training samples, got {batch_size}")
     steps = arguments.steps
     if steps is None:
         default = DEMO_EPOCHS if getattr(arguments, "preset", None) == "demo" else DEFAULT_EPOCHS
         epochs = default if arguments.epochs is None else arguments.epochs
-        if not (math.isfinite(epochs) and epochs > 0):
-            raise UsageError(f"--epochs must be above 0, got {epochs}")
         steps = max(1, round(epochs * (len(data.train) // batch_size)))
     given = {
         name: getattr(arguments, name)
@@ -87,31 +92,7 @@ def _base(arguments: argparse.Namespace, data: Dataset, selector: str, lr: float
         batch_size=batch_size, device=arguments.device, threads=arguments.threads,
         **{"model": model_for(data.train), "evaluate_every": max(1, math.ceil(steps / 10)), **given},
     )  # fmt: skip
-    build_selector(selector)
     return config
-
-
-class Bar:
-    """A progress bar of one run: samples a second and the last loss."""
-
-    def __init__(self, name: str, config: RunConfig, done: int, quiet: bool) -> None:
-        from tqdm import tqdm
-
-        self.bar = tqdm(
-            total=config.steps * config.batch_size, initial=done * config.batch_size, desc=name, unit=" samples",
-            unit_scale=True, disable=quiet, mininterval=0.2 if sys.stderr.isatty() else 15.0, leave=False,
-            dynamic_ncols=True,
-        )  # fmt: skip
-
-    def __call__(self, samples: int, loss: float) -> None:
-        """Advance."""
-        if not math.isnan(loss):
-            self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-        self.bar.update(samples)
-
-    def close(self) -> None:
-        """Take it off the screen."""
-        self.bar.close()
 
 
 # ------------------------------------------------------------------------------------------------------- train
@@ -119,7 +100,9 @@ class Bar:
 
 def train(arguments: argparse.Namespace) -> int:
     """``selbp train``."""
-    lr = parse(arguments.selector)[0].lr if arguments.lr is None else arguments.lr
+    with asked_by(f"--selector {arguments.selector}"):
+        lr = parse(arguments.selector)[0].lr if arguments.lr is None else arguments.lr
+        build_selector(arguments.selector)
     data = _load(arguments)
     config = _base(arguments, data, arguments.selector, lr, arguments.seed)
     name = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in arguments.selector)
@@ -139,7 +122,7 @@ def train(arguments: argparse.Namespace) -> int:
         done = run.open()
         say(f"{'going on at step ' + str(done) if done else 'training'} in {folder}: {config.steps} steps, "
             f"{config.kept()} of {config.batch_size} samples run backward")  # fmt: skip
-        bar = Bar(config.selector, config, done, arguments.quiet)
+        bar = Bar(config.selector, arguments.quiet).add(config, done)
         try:
             result = run.execute(bar)
         except KeyboardInterrupt:
@@ -149,7 +132,8 @@ def train(arguments: argparse.Namespace) -> int:
         finally:
             bar.close()
     seconds = result["seconds"]
-    say(f"test accuracy {result['accuracy']:.2f} %, {result['backward_samples']} backward samples, seconds: "
+    processor = "processor " if result.get("clock") == "process" else ""
+    say(f"test accuracy {result['accuracy']:.2f} %, {result['backward_samples']} backward samples, {processor}seconds: "
         f"forward {seconds['score'] + seconds['forward']:.1f}, select {seconds['select']:.1f}, "
         f"backward {seconds['backward']:.1f}, total {seconds['total']:.1f}")  # fmt: skip
     say(f"log {folder / 'log.jsonl'}, weights {folder / 'model.pt'}, result {folder / 'result.json'}")
@@ -162,8 +146,8 @@ def train(arguments: argparse.Namespace) -> int:
 def _timed(comparison: Comparison, data: Dataset, folder: Path) -> Comparison:
     """The comparison at equal time: each arm's step is measured first, alone, in turn with the others'."""
     configs = {arm.name: arm.config(comparison.base, 0) for arm in comparison.arms}
-    base, alone = comparison.base, comparison.base.device == "cpu" and comparison.base.threads == 1
-    clock = time.process_time if alone else time.perf_counter  # of several threads, or a GPU, the clock is the measure
+    base = comparison.base
+    clock = CLOCKS[clock_for(base.device)]
     costs = Costs(folder / f"costs-{base.device}-{base.threads}.json")
     say("measuring a step of each arm ...")
     costs.add(list(configs.values()), lambda wanted: measure(wanted, data, clock=clock, threads=base.threads))
@@ -176,61 +160,53 @@ def compare(arguments: argparse.Namespace) -> int:
     """``selbp compare``."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError('the plots need matplotlib: pip install "selbp[demo]"')
-    from selbp.study.report import write_report
-
     demo = arguments.preset == "demo"
     names = arguments.arms or list(DEMO_ARMS)
-    arms = [Arm.parse(name) for name in names]
-    arms = [arm if arguments.lr is None else replace(arm, lr=arguments.lr) for arm in arms]
-    rates = [arm.rate() for arm in arms]  # also checks the names
+    arms = []
+    for name in names:
+        with asked_by(f"--arms {name}"):
+            arm = Arm.parse(name)
+            build_selector(arm.selector)
+            arms.append(arm if arguments.lr is None else replace(arm, lr=arguments.lr))
     data = _load(arguments, fallback=demo)
-    base = _base(arguments, data, arms[0].selector, rates[0], 0)
+    base = _base(arguments, data, arms[0].selector, parse(arms[0].selector)[0].lr, 0)  # each arm sets its own rate
     base = replace(base, keep=0.25 if arguments.keep is None else arguments.keep)
-    for arm in arms:
-        build_selector(arm.selector)
+    for name, arm in zip(names, arms, strict=True):
+        with asked_by(f"--arms {name}"):
+            Run(arm.config(base, 0), data, Path())  # its training options, before any arm trains
     timed = arguments.budget == "time"
     comparison = Comparison(base, arms, arguments.seeds or [0, 1, 2], "steps" if timed else arguments.budget)
     folder = arguments.out or Path("runs") / ("demo" if demo else "compare")
     folder.mkdir(parents=True, exist_ok=True)
-    if timed:
-        comparison = _timed(comparison, data, folder)
+    with Lock(folder):
+        if timed:
+            comparison = _timed(comparison, data, folder)
+        return _compare(comparison, data, folder, arguments)
+
+
+def _compare(comparison: Comparison, data: Dataset, folder: Path, arguments: argparse.Namespace) -> int:
+    """Tune where that is asked for, run, and write the report; the folder is this process's."""
+    from selbp.study.report import write_report
+
     command = "selbp " + shlex.join(sys.argv[1:])
-    outcomes: list[Outcome] = []
-    bars: list[Bar] = []
-
-    def close() -> None:
-        while bars:
-            bars.pop().close()
-
-    def progress(index: int, total: int, arm: Arm, config: RunConfig, done: int) -> Callable[[int, float], None]:
-        bars.append(Bar(f"{index + 1}/{total} {arm.label}, seed {config.seed}", config, done, arguments.quiet))
-        return bars[-1]
-
-    def finished(so_far: list[Outcome]) -> None:
-        close()
-        outcomes[:] = so_far
-        last = so_far[-1]
-        where = f"{len(so_far)}/{len(arms) * len(comparison.seeds)} {last.arm.label}, seed {last.config.seed}"
-        if last.result is None:
-            say(f"{where}: failed: {last.error}")
-        else:
-            say(f"{where}: {last.result['accuracy']:.2f} % in {last.result['seconds']['total']:.1f} s"
-                f"{' (from before)' if last.cached else ''}")  # fmt: skip
-
+    show = Show(comparison, arguments.quiet)
     try:
         if arguments.tune:
-            comparison, scores = tune(comparison, arguments.tune, data, folder, progress=progress)
+            comparison, scores = tune(comparison, arguments.tune, data, folder, progress=show.progress)
+            show.close()
             write_text(folder / "tuning.json", json.dumps(scores, indent=1) + "\n")
             for arm in comparison.arms:
                 tried = ", ".join(f"{rate:g}: {score:.2f} %" for rate, score in scores[arm.name].items())
                 say(f"{arm.label}: rate {arm.rate():g} (held-out accuracy by rate: {tried})")
-        run_all(comparison, data, folder, progress=progress, finished=finished)
+        outcomes = run_all(comparison, data, folder, progress=show.progress, finished=show.finished)
     except KeyboardInterrupt:
-        close()
+        outcomes = show.outcomes
         if outcomes:
             write_report(comparison, data, outcomes, folder, command)
-        say(f"\nstopped with {len(outcomes)} runs finished; the same command goes on from the step in flight")
+        say(f"\nstopped with {len(outcomes)} runs finished; the same command goes on from the steps in flight")
         return INTERRUPTED
+    finally:
+        show.close()
     report, table = write_report(comparison, data, outcomes, folder, command)
     say(f"\n{table}\npage: {report.resolve()}\nalso: table.md, results.jsonl, samples.png, seconds.png, time.png there")
     return FAILED if any(outcome.result is None for outcome in outcomes) else OK

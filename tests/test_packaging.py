@@ -26,6 +26,8 @@ COPIED = [
     "LICENSE",
 ]
 OUTER = sorted({sysconfig.get_path("purelib"), str(Path(torch.__file__).parents[1])})  # where torch is
+OUTSIDE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # it may name these sources
+NO_INDEX = ("No matching distribution found for", "Could not fetch URL", "NewConnectionError", "Read timed out")
 SMOKE = """
 import sys, torch, selbp, selbp._native, selbp.triton_kernels
 assert "triton" not in sys.modules, "importing selbp must not import triton"
@@ -36,9 +38,12 @@ print(selbp.__file__, selbp.__version__, selbp._native.level())
 
 
 def run(*command, cwd):
-    env = {**os.environ, "SELBP_CUDA": "0"}  # minutes of nvcc, which the build under test has spent already
+    env = {**OUTSIDE, "SELBP_CUDA": "0"}  # minutes of nvcc, which the build under test has spent already
     result = subprocess.run(list(map(str, command)), cwd=cwd, text=True, capture_output=True, timeout=600, env=env)
-    assert result.returncode == 0, result.stdout + result.stderr
+    said = result.stdout + result.stderr
+    if result.returncode != 0 and any(reason in said for reason in NO_INDEX):
+        pytest.skip("needs a package index that answers: a build in isolation fetches what it builds with")
+    assert result.returncode == 0, said
     return result.stdout
 
 
@@ -63,7 +68,8 @@ def empty(tmp_path):
     python = folder / "bin" / "python"
     purelib = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
     Path(purelib, "outer.pth").write_text("\n".join(OUTER))  # its own path files are not read: no editable selbp
-    missing = subprocess.run([python, "-c", "import torch, selbp"], capture_output=True, text=True, cwd=tmp_path)
+    command = [python, "-c", "import torch, selbp"]
+    missing = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=OUTSIDE)
     assert "No module named 'selbp'" in missing.stderr
     return python
 

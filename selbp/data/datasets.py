@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,8 +93,7 @@ class Dataset:
 
     def with_label_noise(self, share: float, seed: int = 0) -> Dataset:
         """The data set with ``share`` of its *training* labels turned into another class, each as likely."""
-        if not 0.0 < share < 1.0:
-            raise ValueError(f"share must lie in (0, 1), got {share}")
+        check_share("share", share)
         # Not the stream that held_out permutes by: it would hold out the samples with wrong labels, and no other.
         generator = torch.Generator().manual_seed(seed + NOISE_STREAM)
         wrong = torch.randperm(len(self.train), generator=generator)[: round(share * len(self.train))]
@@ -107,14 +107,19 @@ class Dataset:
 
     def held_out(self, fraction: float = 0.1, seed: int = 0) -> Dataset:
         """A data set for tuning: its test part is cut from *this training part*; the real test part is not in it."""
-        if not 0.0 < fraction < 1.0:
-            raise ValueError(f"fraction must lie in (0, 1), got {fraction}")
+        check_share("fraction", fraction)
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
         cut = max(1, round(fraction * len(order)))
         source = f"{self.source}, {cut} of its training samples held out (seed {seed})"
         return Dataset(
             self.name + HELD_OUT, self.train.take(order[cut:]), self.train.take(order[:cut]), self.n_classes, source
         )
+
+
+def check_share(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is a number in (0, 1)."""
+    if not isinstance(value, (int, float, np.integer, np.floating)) or not 0.0 < value < 1.0:
+        raise ValueError(f"{name} must be a number in (0, 1), got {value!r}")
 
 
 def make_dataset(
@@ -190,7 +195,10 @@ def resolve(text: str, folder: Path | None = None) -> Dataset:
     name, plus, noise = name.partition("+noise=")
     data = load(name, folder, say=lambda _text: None)
     if plus:
-        data = data.with_label_noise(float(noise))
+        try:
+            data = data.with_label_noise(float(noise))
+        except ValueError as error:
+            raise DataError(f"{text}: noise must be a share in (0, 1), got {noise!r}") from error
     return data.held_out() if held_out else data
 
 
@@ -227,7 +235,7 @@ def load(
     """
     if name == DIGITS:
         if folder is not None:
-            raise DataError("the digits come with scikit-learn and are read from no folder")
+            raise DataError(f"the digits come with scikit-learn and are read from no folder, got {folder}")
         return load_digits()
     if name not in SOURCES:
         raise DataError(f"there is no data set {name!r}; there are {', '.join(NAMES)}")

@@ -9,17 +9,24 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from selbp.study.arms import Arm, build_selector
 from selbp.study.document import document, page, read_result_file, result_files, section
 from selbp.study.pool import pool
 from selbp.study.protocols import PROTOCOLS, Protocol
-from selbp.study.storage import write_text
+from selbp.study.storage import Lock, write_text
 from selbp.study.study import run_study
 
 
 def protocol_of(arguments: argparse.Namespace) -> Protocol:
     """The protocol that was named, with what was given in its place."""
     protocol = PROTOCOLS[arguments.protocol]
+    for name in arguments.arms or ():
+        try:
+            build_selector(Arm.parse(name).selector)
+        except ValueError as error:
+            raise ValueError(f"--arms {name}: {error}") from error
     if arguments.arms:
         protocol = replace(protocol, arms=tuple(arguments.arms))
     if arguments.seeds:
@@ -39,25 +46,29 @@ def study(arguments: argparse.Namespace) -> int:
 
     protocol, folder = protocol_of(arguments), arguments.out or Path("runs/study")
     workers = os.cpu_count() or 1 if arguments.workers is None else arguments.workers
+    folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    bar = tqdm(unit=" runs", disable=arguments.quiet, dynamic_ncols=True,
-               mininterval=0.2 if sys.stderr.isatty() else 30.0, desc=f"study {protocol.name}")  # fmt: skip
+    bars: list[Any] = []
 
     def progress(done: int, known: int) -> None:
-        bar.total = known
-        bar.update(done - bar.n)
+        if not bars:  # not before the first run: what is wrong with the call is said on a line of its own
+            bars.append(tqdm(unit=" runs", disable=arguments.quiet, dynamic_ncols=True, desc=f"study {protocol.name}",
+                             mininterval=0.2 if sys.stderr.isatty() else 30.0))  # fmt: skip
+        bars[0].total = known
+        bars[0].update(done - bars[0].n)
 
     def say(text: str) -> None:
-        bar.write(text, file=sys.stdout)
+        tqdm.write(text, file=sys.stdout)
 
     try:
-        with pool(workers, folder, arguments.data) as runs:
+        with Lock(folder), pool(workers, folder, arguments.data) as runs:
             result = run_study(protocol, runs, progress=progress, say=say)
     except KeyboardInterrupt:
-        bar.close()
         print("\nstopped; the same command goes on from there", flush=True)
         return 130
-    bar.close()
+    finally:
+        for bar in bars:
+            bar.close()
     home = arguments.results or folder
     home.mkdir(parents=True, exist_ok=True)
     path = home / f"study-{protocol.name}.json"
@@ -81,7 +92,7 @@ def render(source: Path, out: Path | None) -> int:
     """Write ``docs/study.md`` (``out``) from a folder of results, or one result file."""
     files = result_files(source) if source.is_dir() else [source]
     if not files:
-        raise ValueError(f"{source} has no study-*.json")
+        raise ValueError(f"--render {source}: must be a study's result or a folder with some; it has no study-*.json")
     target = out or Path("docs/study.md")
     write_text(target, document([read_result_file(path) for path in files]))
     print(f"{target}: {', '.join(path.name for path in files)}")

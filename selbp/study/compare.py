@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 from selbp.data import Dataset
 from selbp.study.arms import Arm
 from selbp.study.config import RunConfig
-from selbp.study.run import Diverged, Run, read_config, read_result
+from selbp.study.folder import finished as finished_result
+from selbp.study.run import Diverged, Run
 from selbp.study.storage import StorageError, write_text
 
 BUDGETS = ("steps", "samples", "time")
@@ -96,20 +98,54 @@ def run_folder(folder: Path, arm: Arm, config: RunConfig) -> Path:
     return folder / "runs" / f"{name}-seed{config.seed}-{config.key()}"
 
 
-def run_one(arm: Arm, config: RunConfig, data: Dataset, folder: Path, advance: Callable[[int], Any]) -> Outcome:
-    """Carry one run to its end, from where it stands; what it raises becomes the outcome's error."""
-    home = run_folder(folder, arm, config)
+def failure(arm: Arm, config: RunConfig, home: Path, error: Exception) -> Outcome:
+    """The outcome of a run that raised ``error``; where it came from is kept beside it, if the folder takes it."""
+    trace = "".join(traceback.format_exception(error))
     try:
-        result = read_result(home)
-        if result is not None and read_config(home) == config:
-            return Outcome(arm, config, result, cached=True)
-        run = Run(config, data, home)
-        return Outcome(arm, config, run.execute(advance(run.open())))
-    except Exception as error:  # a failed arm is a line of the table, not the end of the others
         home.mkdir(parents=True, exist_ok=True)
-        write_text(home / "error.txt", traceback.format_exc())
-        known = isinstance(error, (ValueError, Diverged, StorageError))
-        return Outcome(arm, config, error=str(error) if known else f"{type(error).__name__}: {error}")
+        write_text(home / "error.txt", trace)
+    except OSError:
+        pass  # a folder that is none: the reason says so
+    known = isinstance(error, (ValueError, Diverged, StorageError))
+    return Outcome(arm, config, error=str(error) if known else f"{type(error).__name__}: {error}")
+
+
+def side_by_side(
+    runs: Sequence[tuple[Arm, RunConfig]],
+    data: Dataset,
+    folder: Path,
+    advance: Callable[[Arm, RunConfig, int], Callable[[int, float], None]],
+) -> Iterator[Outcome]:
+    """Carry ``runs`` to their ends, a few steps of each in turn; the outcome of each as it ends.
+
+    In turn, so that whatever else the machine does slows all of them alike. A run's result does not depend on who
+    takes the other turns. One that raises is out; KeyboardInterrupt ends them all, and all can be resumed.
+    """
+    going: deque[tuple[Arm, RunConfig, Path, Generator[None, None, dict[str, Any]]]] = deque()
+    try:
+        for arm, config in runs:
+            home = run_folder(folder, arm, config)
+            try:
+                result = finished_result(home, config)
+                if result is None:
+                    run = Run(config, data, home)
+                    going.append((arm, config, home, run.turns(advance(arm, config, run.open()))))
+                    continue
+                yield Outcome(arm, config, result, cached=True)
+            except Exception as error:  # a failed arm is a line of the table, not the end of the others
+                yield failure(arm, config, home, error)
+        while going:
+            arm, config, home, turns = going.popleft()
+            try:
+                next(turns)
+                going.append((arm, config, home, turns))
+            except StopIteration as end:
+                yield Outcome(arm, config, end.value)
+            except Exception as error:
+                yield failure(arm, config, home, error)
+    finally:
+        for _, _, _, turns in going:
+            turns.close()
 
 
 def run_all(
@@ -118,23 +154,27 @@ def run_all(
     folder: Path,
     *,
     progress: Progress = no_progress,
-    finished: Callable[[list[Outcome]], None] = lambda outcomes: None,
+    finished: Callable[[list[Outcome], Outcome], None] = lambda outcomes, last: None,
 ) -> list[Outcome]:
     """Every run of ``comparison``; those that are finished in ``folder`` are read, the rest carried on.
 
-    ``finished`` is called with what there is after each run. KeyboardInterrupt passes through: the next call goes on
-    from the step that was in flight.
+    The arms of a seed train in turn (:func:`side_by_side`). ``finished`` is called after each run with what there is,
+    in the order of :meth:`Comparison.runs`, and with the newest of it. KeyboardInterrupt passes through: the next call
+    goes on from the steps that were in flight.
     """
     runs = list(comparison.runs())
-    outcomes: list[Outcome] = []
-    for index, (arm, config) in enumerate(runs):
+    places = {(arm.name, config.seed): place for place, (arm, config) in enumerate(runs)}
+    found: dict[int, Outcome] = {}
 
-        def advance(done: int, index: int = index, arm: Arm = arm, config: RunConfig = config) -> Any:
-            return progress(index, len(runs), arm, config, done)
+    def advance(arm: Arm, config: RunConfig, done: int) -> Callable[[int, float], None]:
+        return progress(places[arm.name, config.seed], len(runs), arm, config, done)
 
-        outcomes.append(run_one(arm, config, data, folder, advance))
-        finished(outcomes)
-    return outcomes
+    for seed in comparison.seeds:
+        group = [(arm, config) for arm, config in runs if config.seed == seed]
+        for outcome in side_by_side(group, data, folder, advance):
+            found[places[outcome.arm.name, outcome.config.seed]] = outcome
+            finished([found[place] for place in sorted(found)], outcome)
+    return [found[place] for place in sorted(found)]
 
 
 def tune(

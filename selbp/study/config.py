@@ -8,6 +8,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+import numpy as np
+
 from selbp.study.models import MODELS
 
 LATER = {"precision": "float32"}  # fields that runs of this format may lack, and what those ran with
@@ -42,8 +44,15 @@ class RunConfig:
     precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: forward and backward under autocast
 
     def __post_init__(self) -> None:
+        for field in fields(self):  # numbers of NumPy are numbers: kept as Python's, as JSON gives them back
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, field.name, value.item())
+        for name in ("dataset", "fingerprint", "selector", "model", "cut", "options", "device"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a text, got {getattr(self, name)!r}")
         for name, least in (
-            ("steps", 1), ("batch_size", 1), ("evaluate_every", 1), ("journal_every", 1), ("threads", 0)
+            ("steps", 1), ("batch_size", 1), ("evaluate_every", 1), ("journal_every", 1), ("threads", 0), ("seed", 0)
         ):  # fmt: skip
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -51,16 +60,17 @@ class RunConfig:
         for name, low, high in (("lr", 0.0, math.inf), ("momentum", 0.0, 1.0), ("weight_decay", 0.0, math.inf),
                                 ("warmup", 0.0, 1.0)):  # fmt: skip
             value = getattr(self, name)
-            if not (low <= value < high and math.isfinite(value)) or (name == "lr" and value == 0):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (number and low <= value < high) or (name == "lr" and value == 0):
                 raise ValueError(f"{name} must be a number in [{low}, {high}), above 0 for lr, got {value!r}")
-        if not 0 <= self.seed < 1 << 32:
+        if self.seed >= 1 << 32:
             raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
         if self.model not in MODELS:
             raise ValueError(f"model must be one of {', '.join(MODELS)}, got {self.model!r}")
         for name, choices in (("backward", ("auto", "rows", "recompute")), ("scoring", ("same", "eval")),
                               ("head_gradient", ("subset", "full")),
                               ("precision", ("float32", "bfloat16"))):  # fmt: skip
-            if getattr(self, name) not in choices:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         self.kept()
 

@@ -12,7 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ import torch
 from selbp.data import Dataset
 from selbp.info import machine
 from selbp.study.config import RunConfig
+from selbp.study.folder import is_number, short
 from selbp.study.run import PHASES, Run, thread_limit, typical
-from selbp.study.storage import write_text
+from selbp.study.storage import checked, read_object, write_text
 from selbp.training.memory import keep_freed_memory
 
 WARM = 30  # steps of each arm before the first that counts
@@ -33,9 +34,9 @@ TOTAL = PHASES.index("total")
 
 @dataclass(frozen=True)
 class Cost:
-    """Milliseconds of a step: median and quartiles of processor time, and the phases' medians by the clock.
+    """Milliseconds of a step: median and quartiles of processor time, and the medians of its phases.
 
-    The phases "read" and "read kept", of processor time, are no part of the step: a minibatch, and k rows of one.
+    The phases "read" and "read kept" are no part of the step: a minibatch, and k rows of one.
     """
 
     median: float
@@ -68,8 +69,12 @@ def measure(
     """The cost of a step of each of ``configs``, which train as they are measured; ``advance`` hears of each round."""
     keep_freed_memory()
     with thread_limit(threads):
-        runs = {name: Run(replace(config, steps=10_000, warmup=0.002), data, Path(), clock)
-                for name, config in configs.items()}  # fmt: skip
+        runs = {}
+        for name, config in configs.items():
+            try:
+                runs[name] = Run(replace(config, steps=10_000, warmup=0.002), data, Path(), clock)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
         rows: dict[str, list[torch.Tensor]] = {name: [] for name in runs}
         reads: dict[str, dict[str, list[float]]] = {name: {"read": [], "read kept": []} for name in runs}
         for turn in range(-1, rounds):
@@ -98,6 +103,22 @@ def _reading(run: Run, kept: bool) -> float:
     return run.clock() - started
 
 
+def wrong_costs(content: dict[str, Any]) -> str | None:
+    """What is wrong with a file of costs; None where nothing is."""
+    machine_, costs = content.get("machine"), content.get("costs")
+    if not isinstance(machine_, dict) or not all(isinstance(value, str) for value in machine_.values()):
+        return f"machine must be an object of texts, got {short(machine_)}"
+    if not isinstance(costs, dict):
+        return f"costs must be an object, got {short(costs)}"
+    for name, cost in costs.items():
+        good = isinstance(cost, dict) and set(cost) == {field.name for field in fields(Cost)}
+        times = [cost["median"], cost["low"], cost["high"]] if good else []
+        phases = list(cost["phases"].values()) if good and isinstance(cost["phases"], dict) else [None]
+        if not times or not all(map(is_number, times + phases)) or min(times) <= 0:
+            return f"the cost of {short(name)} must be positive numbers and its phases', got {short(cost)}"
+    return None
+
+
 class Costs:
     """The measured costs of a study, kept in ``path``: what is there is not measured again.
 
@@ -108,8 +129,9 @@ class Costs:
         self.path = path
         self.costs: dict[str, Cost] = {}
         self.machine: dict[str, str] = {}
-        if path.exists():
-            content = json.loads(path.read_text())
+        content = read_object(path)
+        if content is not None:
+            checked(path, content, wrong_costs)
             self.machine = content["machine"]
             self.costs = {name: Cost(**cost) for name, cost in content["costs"].items()}
 

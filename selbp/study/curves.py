@@ -10,6 +10,7 @@ import numpy as np
 from selbp.study.findings import Findings
 from selbp.study.plots import COLOURS, DASHES, PHASE_COLOURS, _figure, _png, _style, spread_labels
 from selbp.study.table import PHASES
+from selbp.study.text import label
 
 UNITS = {"steps": "optimizer steps", "samples": "samples that ran backward (thousands)", "seconds": "seconds"}
 
@@ -25,7 +26,9 @@ def curves_plot(findings: Findings, entries: Sequence[dict[str, Any]], axis: str
         colour = COLOURS[index % len(COLOURS)]
         axes.plot(steps * scale, accuracy, color=colour, linestyle=DASHES[index % len(DASHES)], linewidth=1.8,
                   marker="o", markersize=3)  # fmt: skip
-        ends.append((float(steps[-1] * scale), float(accuracy[-1]), f"{entry['label']} {accuracy[-1]:.1f}", colour))
+        ends.append(
+            (float(steps[-1] * scale), float(accuracy[-1]), f"{label(entry['label'])} {accuracy[-1]:.1f}", colour)
+        )
     values = [point[1] for entry in entries for point in entry["curve"][1:]]
     top, bottom = max(values), max(min(values), max(values) - 15)
     axes.set_ylim(bottom - 0.04 * (top - bottom) - 0.01, top + 0.06 * (top - bottom) + 0.01)
@@ -40,24 +43,26 @@ def curves_plot(findings: Findings, entries: Sequence[dict[str, Any]], axis: str
         )  # fmt: skip
     axes.set_xlabel(UNITS[axis])
     axes.set_ylabel("test accuracy (%)")
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(label(title), loc="left", fontsize=11)
     _style(axes)
     return _png(figure)
 
 
 def split_plot(findings: Findings, entries: Sequence[dict[str, Any]]) -> bytes:
-    """PNG: milliseconds of a step by phase, medians by the clock, and the processor time beside them."""
+    """PNG: milliseconds of a step by phase, and those of the whole step beside them; medians."""
     figure, axes = _figure(0.9 + 0.42 * max(2, len(entries)))
-    labels, left = [entry["label"] for entry in entries], np.zeros(len(entries))
+    labels, left = [label(entry["label"]) for entry in entries], np.zeros(len(entries))
+    places = np.arange(len(entries))
     for phase in PHASES:
         width = np.array([findings.cost(entry)["phases"].get(phase, 0.0) for entry in entries])
-        axes.barh(labels, width, left=left, color=PHASE_COLOURS[phase], height=0.66, label=phase)
+        axes.barh(places, width, left=left, color=PHASE_COLOURS[phase], height=0.66, label=phase)
         left += width
     for place, entry in enumerate(entries):
         axes.text(left[place], place, f"  {findings.cost(entry)['median']:.2f}", va="center", fontsize=9)
+    axes.set_yticks(places, labels)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * float(left.max(initial=1e-9)))
-    axes.set_xlabel("milliseconds a step (medians; the figure is processor time)")
+    axes.set_xlabel("milliseconds of processor time a step (medians)")
     axes.legend(ncols=len(PHASES), loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=10)
     _style(axes)
     axes.grid(visible=False)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from selbp.study.findings import Findings, answer, cell_table, summary_table, table, title_of
+from selbp.study.folder import short
 from selbp.study.protocols import PROTOCOLS
+from selbp.study.storage import StorageError, read_object
 from selbp.study.study import FORMAT
+from selbp.study.text import cells, code, inline, one_line, plain
 
 HEADING = """# The study: does choosing samples beat choosing them at random?
 
@@ -41,19 +43,19 @@ are about accuracy.
 """
 
 
-class ResultError(ValueError):
-    """A result file that is not one."""
-
-
 def read_result_file(path: Path) -> dict[str, Any]:
-    """A study's result. ResultError names the file that is none."""
+    """A study's result, whole enough to be shown. StorageError names the file that is none."""
+    result = read_object(path)
+    if result is None:
+        raise StorageError(f"{path}: there is no such file")
+    if result.get("format") != FORMAT:
+        raise StorageError(f"{path}: not a study's result of format {FORMAT}, but of {short(result.get('format'))}")
     try:
-        result = json.loads(path.read_text())
-        if not isinstance(result, dict) or result.get("format") != FORMAT:
-            raise ResultError(f"{path}: not a study's result of format {FORMAT}")
-        return result
-    except json.JSONDecodeError as error:
-        raise ResultError(f"{path}: {error}") from error
+        section(result)
+    except Exception as error:  # whatever is missing, or of another type than the study writes
+        reason = one_line(error) or "it is damaged"
+        raise StorageError(f"{path}: not a whole result of a study ({type(error).__name__}: {reason})") from error
+    return result
 
 
 def result_files(folder: Path) -> list[Path]:
@@ -66,7 +68,7 @@ def costs_table(result: dict[str, Any]) -> str:
     """Every measured step, its quartiles and where its time goes."""
     phases = ("score", "select", "forward", "backward", "optimizer")
     rows = [
-        [f"`{name}`", f"{cost['median']:.2f}", f"{cost['low']:.2f} – {cost['high']:.2f}",
+        [code(name), f"{cost['median']:.2f}", f"{cost['low']:.2f} – {cost['high']:.2f}",
          *(f"{cost['phases'].get(phase, 0.0):.2f}" for phase in phases)]
         for name, cost in sorted(result["costs"].items())
     ]  # fmt: skip
@@ -88,12 +90,13 @@ def section(result: dict[str, Any]) -> str:
     """One study in Markdown."""
     findings = Findings(result)
     protocol = result["protocol"]
-    parts = [f"## {protocol['name']}: {protocol['title']}", *filter(None, [protocol.get("note")]), answer(findings)]
+    note = plain(protocol.get("note") or "")
+    parts = [f"## {plain(protocol['name'])}: {plain(protocol['title'])}", *filter(None, [note]), answer(findings)]
     if protocol["claim"]:
         parts.append("Verdicts are Holm-corrected over all arms and cells of a budget; the intervals are not.")
     parts += [f"Seeds {', '.join(map(str, protocol['seeds']))}.", summary_table(findings)]
     for place in findings.places:
-        parts.append(f"### {title_of(place)}")
+        parts.append(f"### {plain(title_of(place))}")
         steps = next(
             cell["steps"]
             for cell in protocol["cells"]
@@ -102,9 +105,9 @@ def section(result: dict[str, Any]) -> str:
         budget = f", {findings.seconds(place):.1f} s" if "time" in findings.budgets else ""
         parts += [f"{steps} steps{budget}.", cell_table(findings, place)]
     for name, error in result["failed"].items():
-        parts.append(f"Failed: {name}: {error}")
-    machine = "; ".join(f"{name}: {value}" for name, value in result["machine"].items() if name != "threads")
-    parts += [f"### What a step costs ({protocol['name']})", f"{machine}; one thread.", costs_table(result)]
+        parts.append(f"Failed: {plain(name)}: {plain(error)}")
+    machine = plain("; ".join(f"{name}: {value}" for name, value in result["machine"].items() if name != "threads"))
+    parts += [f"### What a step costs ({plain(protocol['name'])})", f"{machine}; one thread.", costs_table(result)]
     return "\n\n".join(parts)
 
 
@@ -152,23 +155,15 @@ def to_html(markdown: str) -> str:
         lines = block.split("\n")
         if block.startswith("#"):
             level = len(block) - len(block.lstrip("#"))
-            parts.append(f"<h{level}>{_inline(block.lstrip('# '))}</h{level}>")
+            parts.append(f"<h{level}>{inline(block.lstrip('# '))}</h{level}>")
         elif block.startswith("|"):
-            cells = [line.strip("| ").split(" | ") for line in lines if not line.startswith("|---")]
-            head = "".join(f"<th>{_inline(cell)}</th>" for cell in cells[0])
-            rows = "".join(f"<tr>{''.join(f'<td>{_inline(cell)}</td>' for cell in row)}</tr>" for row in cells[1:])
+            rows_ = [cells(line) for line in lines if not line.startswith("|---")]
+            head = "".join(f"<th>{inline(cell)}</th>" for cell in rows_[0])
+            rows = "".join(f"<tr>{''.join(f'<td>{inline(cell)}</td>' for cell in row)}</tr>" for row in rows_[1:])
             table_ = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
             parts.append(f'<div class="wide">{table_}</div>')
         elif block.startswith("* "):
-            parts.append(f"<ul>{''.join(f'<li>{_inline(line[2:])}</li>' for line in lines)}</ul>")
+            parts.append(f"<ul>{''.join(f'<li>{inline(line[2:])}</li>' for line in lines)}</ul>")
         else:
-            parts.append(f"<p>{_inline(block)}</p>")
+            parts.append(f"<p>{inline(block)}</p>")
     return "\n".join(parts)
-
-
-def _inline(text: str) -> str:
-    text = html.escape(text)
-    for mark, tag in (("**", "b"), ("`", "code")):
-        pieces = text.split(mark)
-        text = "".join(piece if index % 2 == 0 else f"<{tag}>{piece}</{tag}>" for index, piece in enumerate(pieces))
-    return text

@@ -9,6 +9,7 @@ from typing import Any
 
 from selbp.study.protocols import OWN_KEEP
 from selbp.study.statistics import Difference, Verdict, holm, paired
+from selbp.study.text import plain
 
 FIRST = {"full": 0, "random": 1, OWN_KEEP: 2}  # in tables; the others as the protocol has them
 Entry = dict[str, Any]
@@ -158,13 +159,13 @@ def cell_table(findings: Findings, place: Place) -> str:
         first = next(iter(rows.values())).entry
         keep = first["keep"]
         keep = "all" if keep == 1.0 and isinstance(keep, float) else f"{keep}"
-        line = [label, keep, f"{findings.cost(first)['median']:.2f}", *([gain_of(first)] if gains else [])]
+        line = [plain(label), keep, f"{findings.cost(first)['median']:.2f}", *([gain_of(first)] if gains else [])]
         known, extra = len(line), list[str]()
         for budget in shown:
             line += _cells(rows.get(budget), budget != "steps")
         samples, steps_row = rows.get("samples"), rows.get("steps")
         if samples is not None and steps_row is not None and samples.entry["key"] != steps_row.entry["key"]:
-            extra = [f"{label}, {samples.entry['steps']} steps (equal samples)", *line[1:known]]
+            extra = [f"{plain(label)}, {samples.entry['steps']} steps (equal samples)", *line[1:known]]
             for budget in shown:
                 extra += _cells(samples if budget == "steps" else None, budget != "steps")
         lines += [line, extra] if extra else [line]
@@ -197,7 +198,7 @@ def summary_table(findings: Findings) -> str:
                          if found.count(word)).replace("- ", "")  # fmt: skip
 
     return table(["arm", *(words[budget] for budget in budgets)],
-                 ([label, *(count(label, budget) for budget in budgets)] for label in labels))  # fmt: skip
+                 ([plain(label), *(count(label, budget) for budget in budgets)] for label in labels))  # fmt: skip
 
 
 def answer(findings: Findings) -> str:
@@ -212,6 +213,6 @@ def answer(findings: Findings) -> str:
         sentences.append(
             f"At {words[budget]}, of {len(pairs)} pairs of an arm and a cell {pairs.count('ahead')} are ahead of "
             f"random, {pairs.count('behind')} behind it, {pairs.count('no difference')} show no difference; "
-            + (f"ahead in every cell: {', '.join(always)}." if always else "no arm is ahead in every cell.")
+            + (f"ahead in every cell: {', '.join(map(plain, always))}." if always else "no arm is ahead in every cell.")
         )
     return "\n".join(f"* {sentence}" for sentence in sentences)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from selbp.study.table import PHASES, Line
+from selbp.study.text import label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,7 +83,7 @@ def accuracy_plot(lines: Sequence[Line], axis: str, title: str) -> bytes:
         style = DASHES[index % len(DASHES)]
         axes.plot(x, mean, color=colour, linestyle=style, linewidth=2, marker="o", markersize=3)
         axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-        ends.append((float(x[-1]), float(mean[-1]), f"{line.label} {mean[-1]:.1f}", colour))
+        ends.append((float(x[-1]), float(mean[-1]), f"{label(line.label)} {mean[-1]:.1f}", colour))
         finals += [float(low.max()), float(high.max())]
         firsts.append(float(mean[1]) if len(mean) > 1 else float(mean[0]))
     if not ends:
@@ -100,7 +101,10 @@ def accuracy_plot(lines: Sequence[Line], axis: str, title: str) -> bytes:
             text, (x_end, y_end), (right * 1.03, place), color=colour, fontsize=10, va="center", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 2},
         )  # fmt: skip
-    units = {"backward_samples": "samples that ran backward (thousands)", "seconds": "seconds of training"}
+    units = {
+        "backward_samples": "samples that ran backward (thousands)",
+        "seconds": "seconds of training (processor time)",
+    }
     axes.set_xlabel(units[axis])
     axes.set_ylabel("test accuracy (%)")
     axes.set_title(title, loc="left", fontsize=11)
@@ -112,20 +116,21 @@ def time_plot(lines: Sequence[Line]) -> bytes:
     """PNG: milliseconds of a step, by phase."""
     lines = [line for line in lines if line.results]
     figure, axes = _figure(0.9 + 0.42 * max(2, len(lines)))
-    left = np.zeros(len(lines))
-    labels = [line.label for line in lines]
+    left, places = np.zeros(len(lines)), np.arange(len(lines))
+    labels = [label(line.label) for line in lines]
     for phase in PHASES:
         width = np.array([1e3 * line.seconds(phase) / line.results[0]["steps"] for line in lines])
-        bars = axes.barh(labels, width, left=left, color=PHASE_COLOURS[phase], height=0.66, label=phase)
+        bars = axes.barh(places, width, left=left, color=PHASE_COLOURS[phase], height=0.66, label=phase)
         shown = [f"{value:.1f}" if value > 0.06 * _longest(lines) else "" for value in width]
         dark = phase in ("backward", "select")
         axes.bar_label(bars, shown, label_type="center", fontsize=9, color="white" if dark else "black")
         left += width
     for place, total in enumerate(left):
         axes.text(total, place, f"  {total:.1f}", va="center", fontsize=10)
+    axes.set_yticks(places, labels)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.1 * float(left.max(initial=1e-9)))
-    axes.set_xlabel("milliseconds a step (medians)")
+    axes.set_xlabel("milliseconds a step (medians; processor time)")
     axes.legend(ncols=len(PHASES), loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=10)
     _style(axes)
     axes.grid(visible=False)

@@ -16,7 +16,8 @@ from typing import Any
 
 from selbp.data import FASHION_MNIST, DataError, Dataset, resolve
 from selbp.study.config import RunConfig
-from selbp.study.run import Diverged, Run, read_config, read_result
+from selbp.study.folder import finished as finished_result
+from selbp.study.run import Diverged, Run
 from selbp.study.storage import StorageError, write_text
 
 ATTEMPTS = 3  # of a run whose worker dies; it goes on from its last saved state
@@ -37,10 +38,12 @@ def folder_of(folder: Path, config: RunConfig) -> Path:
 
 
 def cached(config: RunConfig, folder: Path) -> Finished | None:
-    """The finished run, if ``folder`` has it."""
-    home = folder_of(folder, config)
-    result = read_result(home)
-    return Finished(config, result) if result is not None and read_config(home) == config else None
+    """The finished run, if ``folder`` has it; its error, if what it has cannot be believed."""
+    try:
+        result = finished_result(folder_of(folder, config), config)
+    except StorageError as error:
+        return Finished(config, None, str(error))
+    return None if result is None else Finished(config, result)
 
 
 def carry_out(config: RunConfig, data: Dataset, folder: Path) -> Finished:
@@ -49,12 +52,19 @@ def carry_out(config: RunConfig, data: Dataset, folder: Path) -> Finished:
     try:
         if config.fingerprint != data.fingerprint:
             raise ValueError(f"{config.dataset} is not the data that this run was planned with")
-        run = Run(config, data, home)
-        run.open()
-        result = run.execute()
-    except Exception as error:  # a failed run is a line of the table, not the end of the others
         home.mkdir(parents=True, exist_ok=True)
-        write_text(home / "error.txt", traceback.format_exc())
+        run = Run(config, data, home)
+        with run.lock.acquire(wait=True):  # a worker whose study was killed may still be at it
+            result = finished_result(home, config)
+            if result is None:
+                run.open()
+                result = run.execute()
+    except Exception as error:  # a failed run is a line of the table, not the end of the others
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            write_text(home / "error.txt", traceback.format_exc())
+        except OSError:
+            pass  # a folder that is none: the reason says so
         known = isinstance(error, (ValueError, Diverged, StorageError))
         return Finished(config, None, str(error) if known else f"{type(error).__name__}: {error}")
     for name in ("model.pt", "log.jsonl", "error.txt"):  # hundreds of runs: the result is what is kept

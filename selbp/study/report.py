@@ -15,6 +15,8 @@ from selbp.study.compare import Comparison, Outcome
 from selbp.study.plots import accuracy_plot, time_plot
 from selbp.study.storage import write_bytes, write_text
 from selbp.study.table import HEADINGS, Line, lines_of, markdown, rows_of
+from selbp.study.text import label, plain
+from selbp.study.timing import clock_for
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1080px; margin: 2rem auto;
@@ -39,9 +41,10 @@ COLUMNS = {
     "included), and the forward of the chosen samples where they run again. The random arm scores nothing.",
     "select": "seconds in choosing: what the rule reads of the gradients, and the rule itself.",
     "backward": "seconds in the backward pass of the chosen samples.",
-    "total": "seconds of the whole steps, the optimizer's part included. Each phase's time is the median of "
-    "every 50 steps times their number, so that a busy machine does not tip the scale; loading, evaluation and saving "
-    "are not in it.",
+    "total": "seconds of the whole steps, the optimizer's part included; loading, evaluation and saving are not in "
+    "it. All seconds are processor time, summed over the threads (on a GPU: by its clock), the median of every 50 "
+    "steps times their number; the arms of a seed train in turn, a few steps each. So other programs on the machine do "
+    "not tip the scale.",
 }
 
 
@@ -93,6 +96,13 @@ def caveats(comparison: Comparison, lines: Sequence[Line]) -> list[str]:
         )
     else:
         notes.append("Arms have learning rates of their own. The test part evaluates; it chooses nothing.")
+    clock = clock_for(comparison.base.device)
+    other = [line.label for line in lines if any(result.get("clock", "wall") != clock for result in line.results)]
+    if other:
+        notes.append(
+            f"Runs of an earlier version, whose seconds are by the wall clock and compare with no others here: "
+            f"{', '.join(other)}."
+        )
     failed = [line.label for line in lines if line.errors]
     if failed:
         notes.append(f"Failed, wholly or in part: {', '.join(failed)}; the reasons stand below the table.")
@@ -154,12 +164,12 @@ def write_report(
             row |= {name: value for name, value in outcome.result.items() if name != "config"}
         rows.append(json.dumps(row, sort_keys=True))
     write_text(folder / "results.jsonl", "\n".join(rows) + "\n")
-    notes = "\n\n".join(caveats(comparison, lines))
+    notes = "\n\n".join(map(plain, caveats(comparison, lines)))
     write_text(folder / "table.md", f"{table}\n{notes}\n")
     name = f"{data.name}, {comparison.base.model}"
     plots = {
-        "samples": accuracy_plot(lines, "backward_samples", f"{name}: accuracy against samples run backward"),
-        "seconds": accuracy_plot(lines, "seconds", f"{name}: accuracy against time"),
+        "samples": accuracy_plot(lines, "backward_samples", f"{label(name)}: accuracy against samples run backward"),
+        "seconds": accuracy_plot(lines, "seconds", f"{label(name)}: accuracy against time"),
         "time": time_plot(lines),
     }
     for plot, png in plots.items():

@@ -1,125 +1,69 @@
 """One training run: the loop, its log, and a state that is whole after every step.
 
-The evaluation split is read by :func:`evaluate` and by nothing else; nothing that it returns flows back into training.
+The evaluation split is read by :func:`selbp.study.samples.evaluate` and by nothing else; nothing that it returns flows
+back into training.
 """
 
 from __future__ import annotations
 
-import json
+import io
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from selbp.data import Dataset, Split
-from selbp.study.arms import build_selector, options_of
+from selbp.data import Dataset
 from selbp.study.config import RunConfig
-from selbp.study.models import HEAD, build_model, place_of
-from selbp.study.storage import Journal, JsonLines, StorageError, write_text
-from selbp.training import Schedule, SelectiveBackprop
+from selbp.study.folder import ANEW, check_log, is_number, read_config, read_result, short, to_json
+from selbp.study.journal import Journal
+from selbp.study.models import build_model
+from selbp.study.samples import Order, evaluate
+from selbp.study.storage import JsonLines, Lock, StorageError, write_bytes, write_text
+from selbp.study.timing import CLOCKS, PHASES, clock_for, phases_of, thread_limit, typical, wrapper_of
 
-PHASES = ("score", "select", "forward", "backward", "optimizer", "total")
+__all__ = ["PHASES", "Diverged", "Order", "Run", "evaluate", "read_config", "read_result", "thread_limit", "typical"]
+
 WINDOW = 50  # steps a log row sums up
+TURN = 10  # steps of a run before the next run's turn, where several go side by side
 
 
 class Diverged(Exception):
     """The loss is no longer finite: the run cannot go on."""
 
 
-def evaluate(model: nn.Module, split: Split, device: torch.device, rows: int = 250) -> tuple[float, float]:
-    """Accuracy in per cent and mean loss over all labels of ``split``; the model's mode is put back.
-
-    Logits are (n, C) for labels (n,), or (n, T, C) for a text's (n, T): then it is the next character's accuracy.
-    """
-    training = model.training
-    model.eval()
-    correct, loss, labels = 0, 0.0, split.labels.numel()
-    with torch.no_grad():
-        for part in torch.arange(len(split), device=device).split(rows):
-            inputs, target = split.batch(part)
-            logits, target = model(inputs).flatten(0, -2), target.flatten()
-            correct += int((logits.argmax(1) == target).sum())
-            loss += float(nn.functional.cross_entropy(logits, target, reduction="sum"))
-    model.train(training)
-    return 100.0 * correct / labels, loss / labels
-
-
-class Order:
-    """Which samples step t reads: a fresh permutation each epoch, drawn from (seed, epoch) alone.
-
-    The position in the data is a function of the step, so a resumed run needs no more than its number. The last,
-    incomplete batch of an epoch is dropped.
-    """
-
-    def __init__(self, n: int, batch_size: int, seed: int) -> None:
-        if batch_size > n:
-            raise ValueError(f"batch_size must be at most the {n} training samples, got {batch_size}")
-        self.n, self.batch_size, self.seed = n, batch_size, seed
-        self.per_epoch = n // batch_size
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
-
-    def indices(self, step: int) -> Tensor:
-        """(batch_size,) int64 sample numbers of step ``step``."""
-        epoch, position = divmod(step, self.per_epoch)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.n, generator=generator)
-        return self._order[position * self.batch_size : (position + 1) * self.batch_size]
-
-
-def wrapper_of(config: RunConfig, model: nn.Module, generator: torch.Generator) -> SelectiveBackprop:
-    """The training step that ``config`` describes. ValueError for options that do not exist or do not go together."""
-    options: dict[str, Any] = {"keep": config.keep, "backward": config.backward, "scoring": config.scoring}
-    options |= {"head_gradient": config.head_gradient, **options_of(config.options)}
-    options |= {"cut": place_of(config.model, config.cut)} if config.cut else {"head": HEAD}
-    schedule = {name: options.pop(name) for name in ("start", "end", "every", "between") if name in options}
-    try:
-        options["schedule"] = Schedule(**schedule)
-        return SelectiveBackprop(model, selector=build_selector(config.selector), generator=generator, **options)
-    except TypeError as error:
-        raise ValueError(f"training options {config.options!r}: {error}") from error
-
-
-def typical(steps: Tensor) -> Tensor:
-    """(len(PHASES),) seconds of a step: the medians of the (m, len(PHASES) + 1) rows of a window.
-
-    Where the rule chose on some steps only (the last column), the two kinds' medians, weighted by how many they are.
-    """
-    chose = steps[:, -1] > 0
-    kinds = [kind[:, :-1] for kind in (steps[chose], steps[~chose]) if len(kind)]
-    return torch.stack([kind.median(0).values * (len(kind) / len(steps)) for kind in kinds]).sum(0)
-
-
 class Run:
     """A run in ``folder``: created or resumed by :meth:`open`, carried through by :meth:`execute`.
 
     The folder holds config.json, log.jsonl, the journal's slots while it runs, and, once it is finished, model.pt and
-    result.json.
+    result.json. One process at a time may open it. ``clock`` is :mod:`selbp.study.timing`'s for the device.
     """
 
     def __init__(
-        self, config: RunConfig, data: Dataset, folder: Path, clock: Callable[[], float] = time.perf_counter
+        self, config: RunConfig, data: Dataset, folder: Path, clock: Callable[[], float] | None = None
     ) -> None:
-        self.config, self.folder, self.clock = config, folder, clock
+        self.config, self.folder, self.lock = config, folder, Lock(folder)
+        self.clock = CLOCKS[clock_for(config.device)] if clock is None else clock
         self.device = torch.device(config.device)
         self.train, self.evaluation = data.train.to(self.device), data.test.to(self.device)
         self.order = Order(len(data.train), config.batch_size, config.seed)
         self.model = build_model(config.model, data.train, data.n_classes, config.seed).to(self.device)
         self.generator = torch.Generator(self.device).manual_seed(config.seed + 1)
         self.wrapper = wrapper_of(config, self.model, self.generator)
+        self.wrapper.clock = self.clock
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
             nesterov=config.momentum > 0, fused=self.device.type in ("cpu", "cuda"),
         )  # fmt: skip
         self.weights = self.model.state_dict()  # once: its tensors are the model's own, and gathering them takes 0.1 ms
         self.log = JsonLines(folder / "log.jsonl")
-        self.journal = Journal(folder)
+        self.journal = Journal(folder, before_durable=self.log.sync)
         self.step = 0
+        self.random = torch.get_rng_state()  # torch's global generator, as this run has left it
         self.backward_samples = 0
         self.seconds = dict.fromkeys(PHASES, 0.0)  # medians of each window x its steps: robust against a busy machine
         self.journal_seconds = 0.0
@@ -137,7 +81,17 @@ class Run:
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state`."""
+        """The inverse of :meth:`state`. ValueError, or what torch raises, for a state that is none of this run's."""
+        times, window = state["seconds"], state["window"]
+        wrong = [name for name, good in (
+            ("step", type(state["step"]) is int and 0 <= state["step"] <= self.config.steps),
+            ("backward_samples", is_number(state["backward_samples"])),
+            ("journal_seconds", is_number(state["journal_seconds"])),
+            ("seconds", times.keys() == self.seconds.keys() and all(map(is_number, times.values()))),
+            ("window", (window.shape, window.dtype) == (self.window.shape, self.window.dtype)),
+        ) if not good]  # fmt: skip
+        if wrong:
+            raise ValueError(f"{wrong[0]} is {short(state[wrong[0]])}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.wrapper.load_state_dict(state["wrapper"])
@@ -147,37 +101,117 @@ class Run:
         self.seconds, self.journal_seconds, self.window = state["seconds"], state["journal_seconds"], state["window"]
 
     def open(self) -> int:
-        """Continue from the newest whole state in the folder, else start afresh; returns the step it stands at."""
+        """Continue from the newest whole state in the folder, else start afresh; returns the step it stands at.
+
+        Raises:
+            LockedError: Another process has it open.
+            StorageError: The folder holds a run that was begun, and no state of it can be read.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        found = self.journal.read()
-        if found is None:
-            write_text(self.folder / "config.json", _json(self.config.as_dict()))
-            torch.manual_seed(self.config.seed)
-        else:
-            self.load_state(found[0])
-        self.log.cut(self.step)
+        self.lock.acquire()
+        try:
+            found = self._found()
+            if found is None:
+                torch.manual_seed(self.config.seed)
+                self.journal.begin(self.state())
+                write_text(self.folder / "config.json", to_json(self.config.as_dict()))
+            else:
+                self._restore(found)
+            self.log.cut(self.step)
+            check_log(self.log, self.config, self.step)
+        except BaseException:
+            self.close()
+            raise
+        self.random = torch.get_rng_state()
         return self.step
+
+    def _found(self) -> Any:
+        """The state to go on from; None where the folder holds no run that was begun."""
+        known = read_config(self.folder)
+        begun = known is not None
+        if known is not None and known != self.config:
+            raise StorageError(f"{self.folder} holds another run: {'; '.join(known.differences(self.config))}")
+        try:
+            found = self.journal.read()
+        except StorageError as error:
+            if begun or self.log.read():
+                raise StorageError(f"{error}; {ANEW}") from error
+            return None  # killed before its first state was whole
+        if found is not None:
+            if not begun and found[1] > 0:
+                raise StorageError(f"{self.folder}: holds the state after step {found[1]}, and no config.json; {ANEW}")
+            return found[0] if begun else None
+        steps = [row["step"] for row in self.log.read()]
+        if steps and steps[-1] >= self.config.journal_every:
+            raise StorageError(f"{self.folder}: step {steps[-1]} is in its log, and no saved state is there; {ANEW}")
+        return None
+
+    def _restore(self, state: Any) -> None:
+        try:
+            self.load_state(state)
+        except Exception as error:  # whatever torch's loaders raise at what is not theirs
+            reason = (str(error).splitlines() or [""])[0]
+            raise StorageError(
+                f"{self.folder}: its saved state is none of this run ({type(error).__name__}: {reason}); {ANEW}"
+            ) from error
+
+    def close(self) -> None:
+        """Let another process open the folder; what is saved stays."""
+        self.journal.close()
+        self.lock.release()
 
     # -------------------------------------------------------------------------------------------------- loop
 
     def execute(self, advance: Callable[[int, float], None] = lambda samples, loss: None) -> dict[str, Any]:
         """Run to the end and return the result, which is also written. ``advance(samples, loss)`` shows progress."""
+        turns = self.turns(advance)
+        while True:
+            try:
+                next(turns)
+            except StopIteration as end:
+                return end.value
+
+    def turns(
+        self, advance: Callable[[int, float], None] = lambda samples, loss: None
+    ) -> Generator[None, None, dict[str, Any]]:
+        """As :meth:`execute`, in turns of :data:`TURN` steps: another run may train before each next one.
+
+        torch's global generator is this run's own in its turns, so that who else trains changes nothing.
+        """
+        loss = float("nan")
+        try:
+            while True:
+                with self._turn():
+                    if self.step == 0 and self.config.evaluate_every < self.config.steps and not self.log.read():
+                        self._evaluate()
+                    for _ in range(min(TURN, self.config.steps - self.step)):
+                        loss = self._advance(loss)
+                        advance(self.config.batch_size, loss)
+                if self.step >= self.config.steps:
+                    return self._finish()
+                yield
+        finally:
+            self.close()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        torch.set_rng_state(self.random)
         with thread_limit(self.config.threads):
-            if self.step == 0 and self.config.evaluate_every < self.config.steps and not self.log.read():
-                self._evaluate()
-            loss = float("nan")
-            while self.step < self.config.steps:
-                self.train_step()
-                if self.step % WINDOW == 0 or self.step == self.config.steps:
-                    loss = self._close_window()
-                if self.step % self.config.evaluate_every == 0 or self.step == self.config.steps:
-                    self._evaluate()
-                if self.step % self.config.journal_every == 0:
-                    started = time.perf_counter()
-                    self.journal.write(self.state(), self.step)
-                    self.journal_seconds += time.perf_counter() - started
-                advance(self.config.batch_size, loss)
-        return self._finish()
+            yield
+        self.random = torch.get_rng_state()
+
+    def _advance(self, loss: float) -> float:
+        """One step and what is due after it; the loss of the newest window, ``loss`` where that was before."""
+        self.train_step()
+        if self.step % WINDOW == 0 or self.step == self.config.steps:
+            loss = self._close_window()
+        if self.step % self.config.evaluate_every == 0 or self.step == self.config.steps:
+            self._evaluate()
+        if self.step % self.config.journal_every == 0:
+            started = time.perf_counter()
+            self.journal.write(self.state(), self.step)
+            self.journal_seconds += time.perf_counter() - started
+        return loss
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -185,20 +219,24 @@ class Run:
         return self.clock()
 
     def train_step(self) -> None:
-        """One optimizer step; its times are the newest row of the window, by the run's clock or the wrapper's."""
+        """One optimizer step; its times are the newest row of the window, by the run's clock (on a GPU, by events)."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(self.step)
         inputs, target = self.train.batch(self.order.indices(self.step).to(self.device))
+        self.wrapper.choice = None
         started = self._now()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             loss = self.wrapper(inputs, target)
+        forward = self._now()
         loss.backward()
         before = self._now()
         self.optimizer.step()
         self.optimizer.zero_grad()
         now = self._now()
         report = self.wrapper.report
-        seconds = {**report.seconds, "optimizer": now - before, "total": now - started}
+        events = self.device.type == "cuda"
+        split = report.seconds if events else phases_of(self.wrapper.choice, started, forward, before)
+        seconds = {**split, "optimizer": now - before, "total": now - started}
         phases = [seconds.get(phase, 0.0) for phase in PHASES]
         self.window[self.step % WINDOW] = torch.tensor([*phases, report.selected])
         self.step += 1
@@ -241,63 +279,21 @@ class Run:
         })  # fmt: skip
 
     def _finish(self) -> dict[str, Any]:
-        rows = self.log.read()
-        curve = [row for row in rows if row["kind"] == "evaluation"]
+        rows = check_log(self.log, self.config, self.step)
+        curve = [row for row in rows if row.get("kind") == "evaluation"]
         gains = {name: [row[name] for row in rows if row.get(name) is not None] for name in ("gain", "gain_at_cost")}
         result = {
             "key": self.config.key(), "config": self.config.as_dict(), "accuracy": curve[-1]["accuracy"],
             "loss": curve[-1]["loss"], "steps": self.step, "backward_samples": self.backward_samples,
             "seconds": self.seconds,
-            "journal_seconds": self.journal_seconds,
+            "journal_seconds": self.journal_seconds, "clock": clock_for(self.device),
             **{name: statistics.median(found) if found else None for name, found in gains.items()},
             "curve": [{name: row[name] for name in ("step", "accuracy", "backward_samples", "seconds")}
                       for row in curve],
         }  # fmt: skip
-        partial = self.folder / ".model.pt.partial"
-        torch.save(self.model.state_dict(), partial)
-        partial.replace(self.folder / "model.pt")
-        write_text(self.folder / "result.json", _json(result))
+        weights = io.BytesIO()
+        torch.save(self.model.state_dict(), weights)
+        write_bytes(self.folder / "model.pt", weights.getvalue())
+        write_text(self.folder / "result.json", to_json(result))
         self.journal.remove()
         return result
-
-
-def read_config(folder: Path) -> RunConfig | None:
-    """The configuration of the run in ``folder``; None where there is none. StorageError when it cannot be read."""
-    path = folder / "config.json"
-    if not path.exists():
-        return None
-    try:
-        return RunConfig.from_dict(_load(path))
-    except (ValueError, TypeError) as error:
-        raise StorageError(f"{path}: {error}") from error
-
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """The result of the finished run in ``folder``; None where it is not finished."""
-    path = folder / "result.json"
-    try:
-        return _load(path) if path.exists() else None
-    except ValueError as error:
-        raise StorageError(f"{path}: {error}") from error
-
-
-@contextmanager
-def thread_limit(threads: int) -> Iterator[None]:
-    """Let torch use ``threads`` threads inside the block; 0 leaves it alone."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1, sort_keys=True) + "\n"
-
-
-def _load(path: Path) -> dict[str, Any]:
-    value = json.loads(path.read_text())
-    if not isinstance(value, dict):
-        raise ValueError(f"holds a {type(value).__name__}, not an object")
-    return value

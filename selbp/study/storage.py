@@ -1,60 +1,176 @@
-"""Files that a kill cannot spoil: whole-file writes, a log that can be cut back, and the journal of a run's state.
+"""Files that a kill cannot spoil: whole-file writes, reads that believe nothing, a log that can be cut back, a lock.
 
-The journal keeps the state after *every* step, so that a killed run loses only the step in flight. Two slots are
-written in turn. A slot's header is cleared, the body written, then the header, which carries the sequence number and a
-checksum: at any instant one slot is whole. Writing stops at the page cache, which survives the process but not the
-machine, so a third slot is written and fsynced every so many seconds; reading takes the newest slot whose checksum
-holds. The format is JSON and raw bytes: loading executes nothing.
+Every file is read through :func:`read_bytes`: what is no regular file, or cannot be read, is a :class:`StorageError`
+that names it. What is written goes to a temporary file, is fsynced and takes the old one's place. The journal of a
+run's state is :mod:`selbp.study.journal`.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
-import struct
-import time
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-Block = np.ndarray[Any, np.dtype[np.uint8]]
-MAGIC = b"SELBPJ01"
-HEADER = struct.Struct("<8sQQQQ")  # magic, sequence number, bytes of JSON, bytes of tensors, checksum
-ALIGN = 64
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.bool,
-)}  # fmt: skip
+FOLLOW_NOTHING = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # not blocking: a pipe has no end to wait for
 
 
 class StorageError(Exception):
-    """A file of a run that cannot be read back; the message names it."""
+    """A file of a run that cannot be read back or written; the message names it."""
+
+
+class LockedError(StorageError):
+    """Another process writes to the folder."""
 
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` so that a reader sees the old content or the new, never a part."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """As :func:`write_text`, for bytes."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        file = partial.open("wb")
+        partial.unlink(missing_ok=True)  # of an earlier process of this number
+        file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | FOLLOW_NOTHING, 0o666)
     except OSError as error:  # name the file that was asked for
         raise OSError(error.errno, error.strerror, str(path)) from error
-    with file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with os.fdopen(file, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-# ------------------------------------------------------------------------------------------------------ JSON lines
+def read_bytes(path: Path, *, follow: bool = True) -> bytes | None:
+    """What ``path`` holds; None where there is nothing. StorageError for anything else than a readable regular file.
+
+    Without ``follow``, a symbolic link is refused.
+    """
+    flags = os.O_RDONLY | (FOLLOW_NOTHING & ~os.O_NOFOLLOW if follow else FOLLOW_NOTHING)
+    try:
+        file = os.open(path, flags)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise StorageError(f"{path}: is a symbolic link to nothing") from None
+        return None
+    except OSError as error:
+        why = "is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+        raise StorageError(f"{path}: {why}") from error
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise StorageError(f"{path}: is not a regular file")
+    with os.fdopen(file, "rb") as stream:
+        try:
+            return stream.read()
+        except (OSError, MemoryError) as error:
+            raise StorageError(f"{path}: {getattr(error, 'strerror', None) or 'is too large to read'}") from error
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in ``path``; None where there is no file. StorageError where it holds anything else."""
+    data = read_bytes(path)
+    if data is None:
+        return None
+    try:
+        value = json.loads(data)
+    except RecursionError:
+        raise StorageError(f"{path}: is not JSON: it is nested too deeply") from None
+    except UnicodeDecodeError:
+        raise StorageError(f"{path}: is not JSON: it is not UTF-8") from None
+    except ValueError as error:
+        raise StorageError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise StorageError(f"{path}: must hold a JSON object, got a {type(value).__name__}")
+    return value
+
+
+def checked(path: Path, value: dict[str, Any], check: Callable[[dict[str, Any]], str | None]) -> dict[str, Any]:
+    """``value`` of ``path``, if ``check`` finds nothing wrong with it; else StorageError with what it says."""
+    wrong = check(value)
+    if wrong is not None:
+        raise StorageError(f"{path}: {wrong}")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------------- lock
+
+
+class Lock:
+    """That no second process writes to ``folder``: an advisory lock (flock) on a file in it, released by any end.
+
+    The file goes when the lock does; one that a kill has left holds nobody up. Where the file system knows no locks,
+    there is none.
+    """
+
+    NAME = ".lock"
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.file = folder / self.NAME, -1
+
+    def acquire(self, wait: bool = False) -> Lock:
+        """Take it; LockedError where another process has it, unless ``wait``. The folder must exist.
+
+        Who has it already keeps it.
+        """
+        while self.file < 0:
+            try:
+                file = os.open(self.path, os.O_RDWR | os.O_CREAT | FOLLOW_NOTHING, 0o666)
+            except OSError as error:
+                raise StorageError(f"{self.path}: cannot be opened to lock its folder: {error.strerror}") from error
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                os.close(file)
+                raise LockedError(
+                    f"{self.path.parent}: another process is writing to this folder: wait for it, or name another"
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    os.close(file)
+                    raise
+            if self._still_there(file):
+                self.file = file
+            else:  # whoever had it has removed the file meanwhile
+                os.close(file)
+        return self
+
+    def _still_there(self, file: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file), os.lstat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Give it back; a second call does nothing."""
+        if self.file >= 0:
+            self.path.unlink(missing_ok=True)  # while it is ours: nobody else can have locked this very file
+            os.close(self.file)
+            self.file = -1
+
+    def __del__(self) -> None:
+        self.release()
+
+    def __enter__(self) -> Lock:
+        return self.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+# ------------------------------------------------------------------------------------------------------- JSON lines
 
 
 class JsonLines:
@@ -65,166 +181,38 @@ class JsonLines:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add one row, as one write."""
-        with self.path.open("ab") as file:
-            file.write(json.dumps(row, allow_nan=True).encode() + b"\n")
+        try:
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | FOLLOW_NOTHING, 0o666)
+        except OSError as error:
+            why = "is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+            raise StorageError(f"{self.path}: {why}") from error
+        with os.fdopen(file, "ab") as stream:
+            stream.write(json.dumps(row, allow_nan=True).encode() + b"\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """Every whole row."""
-        if not self.path.exists():
-            return []
-        rows = []
-        for line in self.path.read_bytes().split(b"\n")[:-1]:
+        """Every whole row. StorageError names the line that is none."""
+        data = read_bytes(self.path, follow=False)
+        rows: list[dict[str, Any]] = []
+        for line in (data or b"").split(b"\n")[:-1]:
             try:
-                rows.append(json.loads(line))
-            except ValueError as error:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
                 raise StorageError(f"{self.path}: line {len(rows) + 1} is not JSON") from error
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise StorageError(f"{self.path}: line {len(rows) + 1} is no row of a log: it has no step")
+            rows.append(row)
         return rows
+
+    def sync(self) -> None:
+        """Have what was appended survive the machine too."""
+        if self.path.exists():
+            file = os.open(self.path, os.O_RDONLY | FOLLOW_NOTHING)
+            try:
+                os.fsync(file)
+            finally:
+                os.close(file)
 
     def cut(self, step: int) -> None:
         """Drop the rows that were written after ``step``: the resumed run writes them again."""
-        kept = [row for row in self.read() if row.get("step", 0) <= step]
+        kept = [row for row in self.read() if row["step"] <= step]
         write_text(self.path, "".join(json.dumps(row, allow_nan=True) + "\n" for row in kept))
-
-
-# ------------------------------------------------------------------------------------------------- nested state
-
-
-def encode(state: Any, reuse: Block | None = None) -> tuple[bytes, Block]:
-    """A nest of dicts, lists, tuples, tensors and JSON scalars as JSON and one block of bytes.
-
-    Tensors keep dtype, shape and, for images, the channels-last layout. Anything else is a TypeError. ``reuse`` is a
-    block of an earlier call that may be written over, so that its pages are warm.
-    """
-    pieces: list[tuple[int, Tensor]] = []
-    size = 0
-
-    def walk(value: Any) -> Any:
-        nonlocal size
-        if isinstance(value, Tensor):
-            flat = value.detach().cpu()
-            last = flat.ndim == 4 and not flat.is_contiguous() and flat.is_contiguous(memory_format=torch.channels_last)
-            shape = list(flat.shape)
-            flat = (flat.permute(0, 2, 3, 1) if last else flat.contiguous()).reshape(-1).view(torch.uint8)
-            entry = {"T": [str(value.dtype).removeprefix("torch."), shape, size, bool(last)]}
-            pieces.append((size, flat))
-            size += -(-flat.numel() // ALIGN) * ALIGN
-            return entry
-        if isinstance(value, Mapping):
-            return {"D": [[walk(key), walk(item)] for key, item in value.items()]}
-        if isinstance(value, (list, tuple)):
-            return {"L" if isinstance(value, list) else "U": [walk(item) for item in value]}
-        if value is None or type(value) in (bool, int, float, str):
-            return value
-        raise TypeError(f"state may hold tensors, numbers, strings, dicts and lists, got {type(value).__name__}")
-
-    text = json.dumps(walk(state), allow_nan=True).encode()
-    block = reuse if reuse is not None and reuse.nbytes == size else np.zeros(size, np.uint8)
-    for offset, flat in pieces:
-        block[offset : offset + flat.numel()] = flat.numpy()
-    return text, block
-
-
-def decode(text: bytes, block: bytes) -> Any:
-    """The inverse of :func:`encode`."""
-
-    def walk(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        ((kind, content),) = value.items()
-        if kind == "D":
-            return {walk(key): walk(item) for key, item in content}
-        if kind in ("L", "U"):
-            items = [walk(item) for item in content]
-            return items if kind == "L" else tuple(items)
-        name, shape, offset, last = content
-        dtype = DTYPES[name]
-        shape = [shape[0], shape[2], shape[3], shape[1]] if last else shape
-        count = int(np.prod(shape, dtype=np.int64))
-        if count == 0:
-            tensor = torch.empty(shape, dtype=dtype)
-        else:
-            tensor = torch.frombuffer(bytearray(block[offset : offset + count * dtype.itemsize]), dtype=dtype)
-            tensor = tensor.reshape(shape).clone()  # clone: torch's own alignment, as in the run that was stopped
-        return tensor.permute(0, 3, 1, 2) if last else tensor
-
-    return walk(json.loads(text))
-
-
-# ----------------------------------------------------------------------------------------------------- journal
-
-
-def checksum(sequence: int, text: bytes, block: Block) -> int:
-    """``sequence`` and the sum of the 64-bit words, mod 2^64: fast, and enough to tell a torn page from a whole one."""
-    padded = np.frombuffer(text + bytes(-len(text) % 8), np.uint64)
-    return (sequence + int(padded.sum(dtype=np.uint64)) + int(block.view(np.uint64).sum(dtype=np.uint64))) % (1 << 64)
-
-
-class Journal:
-    """The state after each step, in ``folder``. Call :meth:`write` after every step and :meth:`read` to resume."""
-
-    SLOTS = ("state-a.bin", "state-b.bin", "state-durable.bin")
-
-    def __init__(self, folder: Path, durable_every: float = 20.0) -> None:
-        self.paths = [folder / name for name in self.SLOTS]
-        self.durable_every = durable_every  # seconds between fsynced copies
-        self.last_durable = time.monotonic()
-        self.files: list[int] = []
-        self.block: Block | None = None
-
-    def write(self, state: Any, sequence: int) -> None:
-        """Keep ``state`` under ``sequence`` (increasing): a kill from now on loses nothing of it."""
-        if not self.files:
-            self.files = [os.open(path, os.O_RDWR | os.O_CREAT, 0o644) for path in self.paths]
-        text, self.block = encode(state, self.block)
-        block = self.block
-        header = HEADER.pack(MAGIC, sequence, len(text), block.nbytes, checksum(sequence, text, block))
-        self._write_slot(self.files[sequence % 2], header, text, block)
-        if time.monotonic() - self.last_durable >= self.durable_every:
-            self._write_slot(self.files[2], header, text, block)
-            os.fsync(self.files[2])
-            self.last_durable = time.monotonic()
-
-    @staticmethod
-    def _write_slot(file: int, header: bytes, text: bytes, block: Block) -> None:
-        os.pwrite(file, bytes(HEADER.size), 0)
-        body = memoryview(text + bytes(-(HEADER.size + len(text)) % ALIGN)), memoryview(block.data)
-        offset = HEADER.size
-        for part in body:
-            while len(part):  # a regular file takes it at once; a full disk raises
-                written = os.pwrite(file, part, offset)
-                part, offset = part[written:], offset + written
-        os.pwrite(file, header, 0)
-
-    def close(self) -> None:
-        """Close the slots' files."""
-        for file in self.files:
-            os.close(file)
-        self.files = []
-
-    def remove(self) -> None:
-        """Delete the slots: the run is finished."""
-        self.close()
-        for path in self.paths:
-            path.unlink(missing_ok=True)
-
-    def read(self) -> tuple[Any, int] | None:
-        """The newest whole state and its sequence number; None where there is none."""
-        found = [slot for slot in map(self._read_slot, self.paths) if slot is not None]
-        if not found:
-            return None
-        sequence, text, block = max(found, key=lambda slot: slot[0])
-        return decode(text, block), sequence
-
-    @staticmethod
-    def _read_slot(path: Path) -> tuple[int, bytes, bytes] | None:
-        if not path.exists():
-            return None
-        data = path.read_bytes()
-        if len(data) < HEADER.size:
-            return None
-        magic, sequence, n_text, n_block, expected = HEADER.unpack_from(data)
-        start = -(-(HEADER.size + n_text) // ALIGN) * ALIGN
-        text, block = data[HEADER.size : HEADER.size + n_text], data[start : start + n_block]
-        if magic != MAGIC or len(text) != n_text or len(block) != n_block:
-            return None
-        return (sequence, text, block) if checksum(sequence, text, np.frombuffer(block, np.uint8)) == expected else None

@@ -208,6 +208,8 @@ def drive(
                         asked.add(key)
                     else:
                         results[key] = found
+                        if found.error is not None:
+                            say(f"{name}: {found.error}")
             if any(config.key() not in results for config in wanted):
                 waiting[name] = (job, wanted)
                 return

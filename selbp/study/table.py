@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from selbp.study.compare import Outcome
+from selbp.study.text import plain
 
 PHASES = ("score", "select", "forward", "backward", "optimizer")
 BASELINE = "random"
@@ -115,8 +116,8 @@ def rows_of(lines: Sequence[Line]) -> list[list[str]]:
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    """The table in Markdown, columns aligned."""
-    rows = [list(HEADINGS), *rows_of(lines)]
+    """The table in Markdown, columns aligned; marks in names and errors are escaped."""
+    rows = [list(HEADINGS), *([plain(cell) for cell in row] for row in rows_of(lines))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
 
     def text(row: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def written(tmp_path):
+def written(tmp_path, ticker):
     contenders = {
-        "ours": time.sleep,
-        "twice": lambda s: time.sleep(2 * s),
+        "ours": ticker.work,
+        "twice": lambda s: ticker.work(2 * s),
         "peer": Unavailable("peer is not installed"),
     }
     case = Case("sleep", lambda device: (0.002,), contenders, nbytes=1 << 20, limits={"twice": 0.1}, rounds=2)

@@ -46,7 +46,7 @@ def compile_unit(source, flags, folders):
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
     def finish():
-        _, errors = job.communicate(timeout=300)
+        _, errors = job.communicate(timeout=600)
         assert job.returncode == 0, errors
         os.replace(scratch, target)
 
@@ -65,7 +65,7 @@ def link(name, units, flags):
     program = CACHE / f"{name}-{hashlib.sha256(repr((names, flags)).encode()).hexdigest()[:24]}"
     if not program.exists():
         scratch = program.with_name(f"{program.name}.{os.getpid()}")
-        subprocess.run([COMPILER, *flags, *names, "-o", str(scratch)], check=True, timeout=300)
+        subprocess.run([COMPILER, *flags, *names, "-o", str(scratch)], check=True, timeout=600)
         os.replace(scratch, program)
     return program
 
@@ -84,7 +84,7 @@ def build(main, *, csrc=ROOT / "csrc", sanitizer=None, defines=(), host=False):
     return link(Path(main).stem, units, (*kernels, *(["-lgomp"] if host else [])))
 
 
-def run(program, *arguments, text="", seconds=120):
+def run(program, *arguments, text="", seconds=600):
     """(exit status, standard output, standard error)."""
     options = {
         "ASAN_OPTIONS": "detect_leaks=0",

@@ -17,7 +17,7 @@ def case(kernel, n, k, *, dtype="f32", rule=0, nonnegative=1, ridge=1e-3, tolera
 def outcomes(program, cases, schedules):
     """What the program says of each case under each schedule; the last line is what stopped it, if anything did."""
     lines = [one(schedule) for one in cases for schedule in schedules]
-    status, output, errors = run(program, text="\n".join(lines) + "\n", seconds=300)
+    status, output, errors = run(program, text="\n".join(lines) + "\n", seconds=600)
     said = output.splitlines()
     assert status in (0, 3) and (status == 3 or len(said) == len(lines)), (output, errors)
     return said
@@ -157,7 +157,7 @@ def test_clean_under_sanitizers(sanitizer):
     for kernel in KERNELS:
         cases = [case(kernel, n, k, dtype=t, masked=n % 2, batch=2, seed=n) for n, k, t in SANITIZED]
         for one in cases:
-            status, output, errors = run(program, text=one(2) + "\n", seconds=300)
+            status, output, errors = run(program, text=one(2) + "\n", seconds=600)
             assert (status, output) == (0, "equal\n"), errors
 
 

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from selbp.data import Dataset, Split
 from selbp.study import compare as module
@@ -45,21 +46,21 @@ def test_arms_and_budgets(comparison: Comparison) -> None:
 def test_a_failed_arm_takes_no_other_with_it(
     tmp_path: Path, dataset: Dataset, comparison: Comparison, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    carry_out = Run.execute
+    carry_out = Run.train_step
 
-    def fails(self: Run, *arguments):
+    def fails(self: Run):
         if self.config.selector == "random" and self.config.seed == 0:
             raise RuntimeError("bad luck")
-        return carry_out(self, *arguments)
+        return carry_out(self)
 
-    monkeypatch.setattr(Run, "execute", fails)
+    monkeypatch.setattr(Run, "train_step", fails)
     outcomes = run_all(comparison, dataset, tmp_path)
     assert [outcome.error for outcome in outcomes] == [None, "RuntimeError: bad luck", None, None, None, None]
     failed = run_folder(tmp_path, outcomes[1].arm, outcomes[1].config)
     assert "bad luck" in (failed / "error.txt").read_text() and "Traceback" in (failed / "error.txt").read_text()
     page, table = write_report(comparison, dataset, outcomes, tmp_path, "selbp compare")
     assert "1 of 2 seeds failed" in table and "bad luck" in page.read_text()
-    monkeypatch.setattr(Run, "execute", carry_out)
+    monkeypatch.setattr(Run, "train_step", carry_out)
     again = run_all(comparison, dataset, tmp_path)  # the failed run is tried again, the others are read
     assert [outcome.cached for outcome in again] == [True, False, True, True, True, True]
     assert all(outcome.result for outcome in again)
@@ -91,6 +92,63 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
     assert starts[0] == (1, 5) and [done for _, done in starts[1:]] == [0] * 4  # the first was finished
     for a, b in zip(whole, parts, strict=True):
         assert a.result and b.result and a.result["accuracy"] == b.result["accuracy"]
+
+
+def test_arms_train_in_turn_and_end_as_each_does_alone(
+    tmp_path: Path, dataset: Dataset, comparison: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison = dataclasses.replace(
+        comparison, base=dataclasses.replace(comparison.base, steps=25, evaluate_every=7),
+        arms=[*ARMS, Arm("loss-percentile")], seeds=(0,),
+    )  # fmt: skip
+    order: list[str] = []
+    drawn: dict[str, list[list[float]]] = {}
+    train_step = Run.train_step
+
+    def noting(self: Run) -> None:
+        order.append(self.config.selector)
+        drawn.setdefault(self.config.selector, []).append(torch.rand(3).tolist())  # as dropout does
+        train_step(self)
+
+    monkeypatch.setattr(Run, "train_step", noting)
+    together = run_all(comparison, dataset, tmp_path / "together")
+    names = [arm.selector for arm in comparison.arms]
+    assert order == [name for turn in (10, 10, 5) for name in names for _ in range(turn)]
+    in_turn = dict(drawn)
+    drawn.clear()
+    for outcome in together:
+        run = Run(outcome.config, dataset, tmp_path / "alone" / outcome.arm.selector)
+        run.open()
+        run.execute()
+        mine, theirs = (torch.load(folder / "model.pt", weights_only=True) for folder in (
+            run.folder, run_folder(tmp_path / "together", outcome.arm, outcome.config)))  # fmt: skip
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert drawn == in_turn
+
+
+def test_a_comparison_that_is_stopped_in_the_middle_of_turns_resumes_every_arm(
+    tmp_path: Path, dataset: Dataset, comparison: Comparison
+) -> None:
+    comparison = dataclasses.replace(comparison, base=dataclasses.replace(comparison.base, steps=25), seeds=(0,))
+
+    def stopping(index: int, _total: int, _arm: Arm, _config: RunConfig, _done: int):
+        left = [13]
+
+        def advance(_samples: int, _loss: float) -> None:
+            left[0] -= 1
+            if index == 1 and left[0] == 0:
+                raise KeyboardInterrupt
+
+        return advance
+
+    whole = run_all(comparison, dataset, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run_all(comparison, dataset, tmp_path / "parts", progress=stopping)
+    starts: list[int] = []
+    parts = run_all(comparison, dataset, tmp_path / "parts",
+                    progress=lambda *run: starts.append(run[-1]) or (lambda _samples, _loss: None))  # fmt: skip
+    assert starts == [20, 13, 10]
+    assert [one.result["accuracy"] for one in parts] == [one.result["accuracy"] for one in whole]
 
 
 def test_the_cache_follows_the_configuration_and_the_data(

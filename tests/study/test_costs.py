@@ -27,10 +27,11 @@ def test_measured_by_the_clock_that_is_handed_in(config: RunConfig, dataset: Dat
     configs = {"a": dataclasses.replace(config, selector="random"), "b": config}
     costs = measure(configs, dataset, rounds=2, clock=lambda: next(ticks) / 1000, advance=lambda: turns.append(1))
     assert len(turns) == 3  # the warm-up's and two
-    for cost in costs.values():  # three readings a step: its start, the optimizer's, its end
-        assert (cost.median, cost.low, cost.high) == pytest.approx((2.0, 2.0, 2.0))
-        assert cost.phases["optimizer"] == pytest.approx(1.0)
-        assert (cost.phases["read"], cost.phases["read kept"]) == pytest.approx((1.0, 1.0))  # not in the step's 2
+    for cost in costs.values():  # six readings a step, one between each two of its phases
+        assert (cost.median, cost.low, cost.high) == pytest.approx((5.0, 5.0, 5.0))
+        for phase in PHASES[:-1]:
+            assert cost.phases[phase] == pytest.approx(1.0)
+        assert (cost.phases["read"], cost.phases["read kept"]) == pytest.approx((1.0, 1.0))  # not in the step's 5
 
 
 def test_a_schedule_of_two_kinds_of_steps_costs_their_weighted_medians() -> None:

@@ -12,6 +12,7 @@ import pytest
 from selbp.data import Dataset, load
 from selbp.study import pool as module
 from selbp.study.config import RunConfig
+from selbp.study.journal import Journal
 from selbp.study.pool import Pool, cached, carry_out, pool
 
 
@@ -50,30 +51,31 @@ def test_runs_in_processes_end_as_runs_in_this_one(tmp_path: Path, run: RunConfi
     assert cached(configs[3], tmp_path / "2") is None and cached(dataclasses.replace(run, seed=9), tmp_path) is None
 
 
-def test_a_killed_worker_is_replaced_and_its_run_goes_on(tmp_path: Path, run: RunConfig) -> None:
-    run = dataclasses.replace(run, steps=4000, evaluate_every=4000, journal_every=50)
-    journal = tmp_path / "runs" / run.key() / "state-a.bin"
+def _dies_once(pipe, folder: Path, data_folder) -> None:
+    """A worker that is killed at its second saved state, unless one was."""
+    write, marker, calls = Journal.write, folder / "killed", []
+
+    def dying(journal: Journal, state, sequence: int) -> None:
+        calls.append(sequence)
+        write(journal, state, sequence)
+        if len(calls) == 2 and not marker.exists():
+            marker.write_text(str(sequence))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Journal.write = dying
+    module._work(pipe, folder, data_folder)
+
+
+def test_a_killed_worker_is_replaced_and_its_run_goes_on(
+    tmp_path: Path, run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = dataclasses.replace(run, steps=400, evaluate_every=400, journal_every=50)
+    monkeypatch.setattr(module, "_work", _dies_once)
     with pool(1, tmp_path) as made:
         made.submit(run)
-        pids = []
-
-        def kill(wanted):
-            while not journal.exists():  # it has come some way
-                os.sched_yield()
-            (process,) = made.processes.values()
-            pids.append(process.pid)
-            os.kill(process.pid, signal.SIGKILL)
-            module.wait = waiting
-            return waiting(wanted)
-
-        waiting = module.wait
-        module.wait = kill
-        try:
-            finished = made.next()
-        finally:
-            module.wait = waiting
-        assert finished.error is None and finished.result["steps"] == 4000
-        assert [process.pid for process in made.processes.values()] != pids
+        finished = made.next()
+    assert (tmp_path / "killed").read_text() == "100"
+    assert finished.error is None and finished.result["steps"] == 400
     with pool(0, tmp_path / "whole") as made:
         made.submit(run)
         assert made.next().result["accuracy"] == finished.result["accuracy"]

@@ -10,16 +10,16 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from selbp.cli import main
 from selbp.data import Dataset, Split
 from selbp.data.idx import write_idx
 from selbp.study.config import RunConfig
-from selbp.study.run import Diverged, Order, Run, evaluate, read_config, read_result
+from selbp.study.run import PHASES, Diverged, Order, Run, evaluate, read_config, read_result
 from selbp.study.storage import JsonLines
 
 RULES = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching")
@@ -210,46 +210,87 @@ def write_set(folder: Path, data: Dataset) -> Path:
     return folder
 
 
-def test_sigkill_at_a_random_moment_costs_the_step_in_flight_only(tmp_path: Path, dataset: Dataset) -> None:
+KILLED = """
+import os, signal, sys, types
+from selbp.cli import main
+from selbp.study import journal
+from selbp.study.storage import JsonLines
+
+journal.time = types.SimpleNamespace(monotonic=lambda: 0.0)  # no durable copies by the clock: all writes are counted
+left = int(sys.argv.pop(1))
+
+
+def dying(call):
+    def counted(*arguments):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments)
+    return counted
+
+
+def half_a_line(log, row):
+    with log.path.open("ab") as file:
+        file.write(b'{"kind": "tra')
+
+
+os.pwrite = dying(os.pwrite)  # four a step
+whole = JsonLines.append
+JsonLines.append = lambda log, row: (half_a_line(log, row) if left == 1 else None, dying(whole)(log, row))
+sys.exit(main())
+"""
+
+
+def test_sigkill_at_any_write_costs_the_step_in_flight_only(tmp_path: Path, dataset: Dataset) -> None:
     folder = write_set(tmp_path / "set", dataset)
     command = [
-        sys.executable, "-m", "selbp.cli", "train", "--data", str(folder), "--selector", "loss-percentile", "--steps",
-        "150", "--batch-size", "32", "--threads", "1", "--quiet", "--evaluate-every", "50", "--model", "cnn", "--out",
+        "train", "--data", str(folder), "--selector", "loss-percentile", "--steps", "150", "--batch-size", "32",
+        "--threads", "1", "--quiet", "--evaluate-every", "50", "--model", "cnn", "--out",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment, timeout=120)
-    chance = random.Random()
-    steps = []
-    for _ in range(2):
-        process = subprocess.Popen([*command, str(tmp_path / "parts"), "--resume"], env=environment)
-        slots = [tmp_path / "parts" / name for name in ("state-a.bin", "state-b.bin")]
-        before = [slot.stat().st_mtime_ns if slot.exists() else 0 for slot in slots]
-        deadline = time.monotonic() + 60
-        while all(
-            slot.exists() is False or slot.stat().st_mtime_ns == old for slot, old in zip(slots, before, strict=True)
-        ):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.15))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    chance, steps = random.Random(7), []
+    for writes in (chance.randrange(10, 150) for _ in range(3)):
+        line = [sys.executable, "-c", KILLED, str(writes), *command, str(tmp_path / "parts"), "--resume"]
+        assert subprocess.run(line, env=environment, timeout=600).returncode == -signal.SIGKILL
         steps.append(_step(tmp_path / "parts"))
-    assert 0 < steps[0] <= steps[1]
-    subprocess.run([*command, str(tmp_path / "parts"), "--resume"], check=True, env=environment, timeout=120)
+    assert 0 < steps[0] < steps[1] < steps[2] < 150
+    assert main([*command, str(tmp_path / "parts"), "--resume"]) == 0
     assert same_weights(tmp_path / "whole", tmp_path / "parts"), f"killed after steps {steps}"
     assert log_without_times(tmp_path / "whole") == log_without_times(tmp_path / "parts")
 
 
+def test_sigkill_within_a_line_of_the_log(tmp_path: Path, dataset: Dataset) -> None:
+    folder = write_set(tmp_path / "set", dataset)
+    command = ["train", "--data", str(folder), "--selector", "random", "--steps", "60", "--batch-size", "32",
+               "--threads", "1", "--quiet", "--evaluate-every", "60", "--model", "mlp", "--out"]  # fmt: skip
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    writes = 50 * 4 + 1  # the state before the first step, 49 saved steps, and the row of the first 50
+    line = [sys.executable, "-c", KILLED, str(writes), *command, str(tmp_path / "parts"), "--resume"]
+    assert subprocess.run(line, timeout=600).returncode == -signal.SIGKILL
+    assert _step(tmp_path / "parts") == 49
+    assert (tmp_path / "parts" / "log.jsonl").read_bytes().endswith(b'{"kind": "tra')
+    assert main([*command, str(tmp_path / "parts"), "--resume"]) == 0
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+    assert log_without_times(tmp_path / "whole") == log_without_times(tmp_path / "parts")
+
+
 def _step(folder: Path) -> int:
-    from selbp.study.storage import Journal
+    from selbp.study.journal import Journal
 
     found = Journal(folder).read()
-    return found[1] if found else 400  # finished before the kill arrived
+    assert found is not None
+    return found[1]
 
 
 def test_time_runs_on_between_log_rows(tmp_path: Path, dataset: Dataset, config: RunConfig) -> None:
     """Evaluations inside a window of steps are charged for the steps that it holds so far."""
     ticks = itertools.count()
-    run = Run(config, dataset, tmp_path, clock=lambda: float(next(ticks)))  # a step reads it three times
+    run = Run(config, dataset, tmp_path, clock=lambda: float(next(ticks)))  # a step reads it six times, see below
     run.open()
-    assert [point["seconds"] for point in run.execute()["curve"]] == [0.0, 20.0, 40.0, 60.0]
+    result = run.execute()
+    assert [point["seconds"] for point in result["curve"]] == [0.0, 50.0, 100.0, 150.0]
+    # Begin, choosing, chosen, forward's end, backward's end, the step's end: each of its phases is one tick.
+    assert result["seconds"] == {phase: 150.0 if phase == "total" else 30.0 for phase in PHASES}
+    assert result["clock"] == "process"

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selbp.study.storage import HEADER, Journal, JsonLines, StorageError, decode, encode, write_text
+from selbp.study.journal import HEADER, Journal, decode, encode
+from selbp.study.storage import JsonLines, StorageError, write_text
 
 
 def same(a, b) -> bool:
@@ -30,8 +31,9 @@ def same(a, b) -> bool:
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
 tensors = st.builds(
-    lambda shape, dtype: (torch.randn(shape) * 9).to(dtype), st.lists(st.integers(0, 4), max_size=4), dtypes
-)
+    lambda shape, dtype, seed: (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 9).to(dtype),
+    st.lists(st.integers(0, 4), max_size=4), dtypes, st.integers(0, 99),
+)  # fmt: skip
 states = st.recursive(
     scalars | tensors,
     lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers(), inner),

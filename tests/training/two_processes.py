@@ -13,14 +13,17 @@ from torch import multiprocessing
 
 
 def in_two_processes(check: Callable[[int], None]) -> None:
-    """``check(rank)`` in each of two processes of one thread; what one raises is raised here."""
-    with tempfile.TemporaryDirectory() as directory:  # they meet at a file: no port is chosen that another may take
-        multiprocessing.spawn(_work, (check, (Path(directory) / "store").as_uri()), nprocs=2)
+    """``check(rank)`` in each of two processes of one thread; what one raises is raised here.
+
+    They meet in a file of their own: a port that is free now may be taken when the first of them binds it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_work, (check, Path(folder, "meeting").as_uri()), nprocs=2)
 
 
-def _work(rank: int, check: Callable[[int], None], store: str) -> None:
+def _work(rank: int, check: Callable[[int], None], meeting: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     check(rank)
     dist.barrier()
     dist.destroy_process_group()

@@ -40,7 +40,7 @@ def test_gpu_checks_of_all_operators_run_on_a_cpu(tmp_path):
         "gpu_check.reproducible('cpu', 'aot_eager')\nassert gpu_check.failures == []\n"
         "gpu_check.throughput([(16, 50, 8)], 'cpu')"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     for kernel in ("statistics", "sketch", "linear_cross_entropy", "gram", "logits_statistics", "residual"):
         assert f" {kernel} " in done.stdout, kernel
@@ -73,4 +73,4 @@ def test_importing_and_running_on_a_cpu_does_not_import_triton():
         "ops.cross_entropy_statistics(torch.randn(3, 4), torch.zeros(3, dtype=torch.int64))\n"
         "assert 'triton' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
