@@ -68,8 +68,10 @@ class RecomputedCut:
             leaf = source(leaf)
             activation = Kept(hidden if features is None else features)
 
-            def hook(delta: Tensor) -> None:
+            def hook(delta: Tensor | None) -> None:
                 refuse_backward()
+                if delta is None:  # what read the cut has no gradient for it
+                    return
                 with torch.no_grad():
                     indices, rows, report = self._cut.pick(delta, activation.take(), k)
                 self._cut.last = report

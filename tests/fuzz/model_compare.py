@@ -98,7 +98,9 @@ def amplified(program: Program, store: Store, total: Total, between: Between | N
     """How far plain gradients move if every step's gradient is off by NOISE: what rounding could do, and more."""
     source = torch.Generator().manual_seed(0)
 
-    def shake(gradient: Tensor) -> Tensor:
+    def shake(gradient: Tensor | None) -> Tensor | None:
+        if gradient is None:  # the step's only reader has none for it
+            return None
         size = NOISE * gradient.abs().max() if gradient.numel() else 0.0
         noise = torch.randn(gradient.shape, dtype=torch.float64, generator=source)
         return gradient + size * noise * (gradient != 0)

@@ -185,7 +185,6 @@ FACES: dict[str, Any] = {
     "conj": lambda g: g.conj().mul_(1j),
     "conj_part": lambda g: g.conj()[:, :1].mul_(1j),
     "imag": lambda g: g.imag,
-    "conj_imag": lambda g: g.conj().imag,
     "adjoint": lambda g: g.mH.mul_(1j),
     "as_real": lambda g: torch.view_as_real(g)[..., 0],
 }

@@ -223,3 +223,35 @@ def test_a_dense_tensor_with_views_slows_its_own_backward_only() -> None:
     assert rows._rows.stale and (view == 1).all()
     assert not gradient()[0]._rows.stale
     assert type(gradient()[0] * 2) is RowGradient
+
+
+@pytest.mark.parametrize("part", [torch.real, torch.imag], ids=["real", "imag"])
+def test_a_write_to_a_part_of_a_conjugate_is_refused_by_name(part: Callable[[Tensor], Tensor]) -> None:
+    """torch writes through to the gradient; a wrapper cannot, and to write to a copy would be silently wrong."""
+
+    def hook(gradient: Tensor) -> Tensor:
+        own = gradient.clone()
+        part(own.conj()).mul_(2.0)
+        return own
+
+    x = torch.ones(4, 3, dtype=torch.complex128, requires_grad=True)
+    hidden = x * 2
+    hidden.register_hook(hook)
+    with pytest.raises(NotImplementedError, match="fence"):
+        selbp.select(hidden.abs().sum(1), torch.tensor([1, 2])).sum().backward()
+
+
+def test_a_write_to_a_conjugate_reaches_the_gradient() -> None:
+    def hook(gradient: Tensor) -> Tensor:
+        own = gradient.clone()
+        own.conj().mul_(0.5 + 1j)
+        return own
+
+    found = []
+    for pick in (lambda losses: losses[[1, 2]], lambda losses: selbp.select(losses, torch.tensor([1, 2]))):
+        x = torch.linspace(1, 2, 12, dtype=torch.float64).reshape(4, 3).to(torch.complex128).requires_grad_()
+        hidden = x * (1 + 2j)
+        hidden.register_hook(hook)
+        pick(hidden.abs().sum(1)).sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(found[1], found[0])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from selbp.training.backward.rows.layout import Layout
 from selbp.training.backward.rows.registry import RULES, NoRuleError, need, overloads, rule
-from selbp.training.backward.rows.tensor import RowGradient, wrap
+from selbp.training.backward.rows.tensor import RowGradient, base_of, wrap, wrap_view, writable
 
 aten = torch.ops.aten
 
@@ -151,7 +151,7 @@ def multiply_add(func: Any, gradient: Any, first: Any, second: Any, **kwargs: An
 )
 def in_place(func: Any, gradient: Any, *args: Any, **kwargs: Any) -> Any:
     """As its out-of-place form; the result keeps the gradient's shape."""
-    need(isinstance(gradient, RowGradient), "written to a dense tensor")
+    need(isinstance(gradient, RowGradient) and writable(gradient), "written to a dense tensor, or to a copy")
     name = f"{func._overloadpacket.__name__[:-1]}.{func._overloadname}".removesuffix(".default")
     (other,) = overloads(name)
     out = RULES[other](other, gradient, *args, **kwargs)
@@ -196,7 +196,9 @@ def copy(func: Any, gradient: RowGradient, *args: Any, **kwargs: Any) -> Any:
 def resolved(func: Any, gradient: RowGradient) -> Any:
     """Always; at once, since below dispatch torch resolves neither bit."""
     data = gradient._data
-    return wrap(data.conj_physical() if func is aten._conj.default else data.neg(), gradient._layout)
+    data = data.conj_physical() if func is aten._conj.default else data.neg()
+    gradient._rows.copied.add(id(base_of(gradient)))
+    return wrap_view(data, gradient._layout, gradient, func, ())
 
 
 @rule("abs", "sgn", "sign")

@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from selbp.training.backward.rows.exposed import refuse_reshaping
 from selbp.training.backward.rows.registry import NoRuleError
 from selbp.training.backward.rows.tensor import Dense, RowGradient, Wrapper, Zeros, densify, observers, run_rule
+
+_Excluding, _Keys = torch._C._SetExcludeDispatchKeyGuard, torch._C.DispatchKey
 
 # Operators on ``gradient.new_zeros(...)``, see ``scatter``.
 ZERO_RULES: dict[Any, Callable[..., Any]] = {}
@@ -34,7 +38,7 @@ def run_dense(func: Any, args: Any, kwargs: dict[str, Any], reason: str) -> Any:
     if source is not None:  # else nothing row-sparse is lost, and nothing is counted
         source._rows.dense[str(func)] += 1
     _share(func, args, kwargs)
-    out = func(*densify(args), **{name: densify(value) for name, value in kwargs.items()})
+    out = _resolving(func, densify(args), {name: densify(value) for name, value in kwargs.items()})
     if func._schema.is_mutable and args and isinstance(args[0], Dense):
         out = args[0]
     if source is not None:
@@ -79,7 +83,19 @@ def _again(func: Any, args: Any, kwargs: dict[str, Any], kind: type[Wrapper]) ->
             return [plain(item) for item in value]
         return value.to_dense() if isinstance(value, kind) else value
 
-    return func(*[plain(value) for value in args], **{name: plain(value) for name, value in kwargs.items()})
+    return _resolving(func, [plain(value) for value in args], {name: plain(value) for name, value in kwargs.items()})
+
+
+def _resolving(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Call ``func`` on tensors that may have a conjugate or negative bit, which torch ignores inside a dispatch."""
+    with _Excluding(_Keys.Conjugate, False), _Excluding(_Keys.Negative, False):
+        if func is torch.ops.aten.view_as_real.default and args[0].is_conj():
+            # Asked of a wrapper, which has no conjugate bit: what torch would have asked instead is not known.
+            raise NotImplementedError(
+                "selbp: the real or imaginary part of a gradient's conjugate is written to in place, or aliased, below "
+                "a row selection: write out of place, or put selbp.fence() around the tensor"
+            )
+        return func(*args, **kwargs)
 
 
 def _share(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -105,7 +121,7 @@ def become_dense(item: Any) -> None:
         if not isinstance(parent, Dense):
             become_dense(parent)
         func, args, which = item._view
-        view = func(getattr(parent, "_before", parent._data), *args)
+        view = _resolving(func, (getattr(parent, "_before", parent._data), *args), {})
         item._data = view if which is None else view[which]
     item.__class__ = Dense
 

@@ -83,6 +83,7 @@ class RowSet:
         self.dense: Counter[str] = Counter() if dense is None else dense
         self.slices = Slices(self)
         self.stale = False  # some tensor with views has become dense, which they follow when next used
+        self.copied: set[int] = set()  # ids of gradients of which a view is a copy, which a write would not reach
         self.task = -1  # the engine's backward in which these rows entered
         self._all_differ: bool | None = None
         self._layouts: dict[tuple[int, int, int], Layout] = {}

@@ -34,21 +34,25 @@ class _Select(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, indices: Tensor, rows: RowSet) -> Tensor:
         ctx.rows = rows
+        ctx.set_materialize_grads(False)  # no gradient stays none, as below an ordinary operator
         return tensor.index_select(0, indices)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, gradient: Tensor | None) -> Any:
         refuse_backward()
+        if gradient is None:
+            return None, None, None
         return enter(ctx.rows, densify(gradient)), None, None
 
 
 class _Fence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor | None) -> Any:
         return densify(gradient)
 
 

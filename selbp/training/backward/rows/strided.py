@@ -16,7 +16,7 @@ from selbp.training.backward.rows.layout import Layout
 from selbp.training.backward.rows.registry import NoRuleError, need, rule
 from selbp.training.backward.rows.scatter import zero_rule
 from selbp.training.backward.rows.slices import Blocks, blocks_of
-from selbp.training.backward.rows.tensor import RowGradient, Zeros, wrap_view, wrap_zeros
+from selbp.training.backward.rows.tensor import RowGradient, Zeros, wrap_view, wrap_zeros, writable
 
 aten = torch.ops.aten
 
@@ -82,7 +82,7 @@ def _become(zeros: Any, data: Tensor, layout: Layout) -> None:
 @rule("copy_")
 def copy(func: Any, gradient: Any, source: Any, non_blocking: bool = False) -> Any:
     """From a gradient of the same selection, laid out alike."""
-    both = isinstance(gradient, RowGradient) and isinstance(source, RowGradient)
+    both = isinstance(gradient, RowGradient) and isinstance(source, RowGradient) and writable(gradient)
     need(both and gradient._layout is source._layout and gradient.shape == source.shape, "not rows laid out alike")
     gradient._data.copy_(source._data)
     return gradient

@@ -165,12 +165,16 @@ class Zeros(Wrapper):
         return torch.empty_strided(size, strides, dtype=self.dtype, device=self.device).zero_()
 
 
-def wrap(data: Tensor, layout: Layout) -> RowGradient:
-    """``data``, whose dim ``layout.dim`` holds (pre, k, post), as the gradient of all n samples."""
-    key = (data.shape, data.stride())
-    outer = layout.outer.get(key)
+def wrap(data: Tensor, layout: Layout, outer: Any = None) -> RowGradient:
+    """``data``, whose dim ``layout.dim`` holds (pre, k, post), as the gradient of all n samples.
+
+    ``outer`` is the size and strides of the gradient of all n samples, where they are known.
+    """
     if outer is None:
-        outer = layout.outer[key] = _outer(data, layout)
+        key = (data.shape, data.stride())
+        outer = layout.outer.get(key)
+        if outer is None:
+            outer = layout.outer[key] = _outer(data, layout)
     out: RowGradient = _make_wrapper(RowGradient, outer[0], outer[1], dtype=data.dtype, device=data.device)
     _guard_pointer(out)
     out._data, out._layout, out._rows, out._parent, out._viewed = data, layout, layout.rows, None, False
@@ -186,6 +190,8 @@ def _outer(data: Tensor, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ..
     size[dim] = layout.full
     if contiguous:
         return tuple(size), tuple(_dense_strides(size, range(len(size), 0, -1)))
+    if layout.kept == 1:  # the stride of a single row says nothing
+        return tuple(size), tuple(_dense_strides(size, stride))
     if max(stride) != stride[dim] and stride[dim]:  # dims outside the samples' lie further apart in the full tensor
         n, k, own = layout.rows.n, layout.rows.k, stride[dim]
         stride = tuple(-(-apart // k) * n if apart > own else apart for apart in stride)
@@ -196,9 +202,32 @@ def wrap_view(
     data: Tensor, layout: Layout, parent: RowGradient, func: Any, args: tuple[Any, ...], which: int | None = None
 ) -> RowGradient:
     """``wrap`` for the result of ``func(parent, *args)`` that shares the parent's memory."""
-    out = wrap(data, layout)
+    out = wrap(data, layout, None if layout.rows.k > 1 else _outer_of_view(parent, func, args, which))
     out._parent, out._view, parent._viewed = parent, (func, args, which), True
     return out
+
+
+def base_of(gradient: RowGradient) -> RowGradient:
+    """What ``gradient`` is a view of, in the end; itself where it is none."""
+    while gradient._parent is not None:
+        gradient = gradient._parent
+    return gradient
+
+
+def writable(gradient: RowGradient) -> bool:
+    """Whether a write to ``gradient``'s rows reaches all that share its memory on n rows."""
+    copied = gradient._rows.copied
+    return not copied or id(base_of(gradient)) not in copied
+
+
+def _outer_of_view(
+    parent: RowGradient, func: Any, args: tuple[Any, ...], which: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """As :func:`_outer`, from the parent's: one row has any stride, so that the rows' own do not tell."""
+    whole = torch.empty_strided(parent.shape, parent.stride(), dtype=parent.dtype, device="meta")
+    view = func(whole, *args)
+    view = view if which is None else view[which]
+    return tuple(view.shape), view.stride()
 
 
 def wrap_zeros(like: Wrapper, size: list[int], dtype: torch.dtype, device: torch.device, stride: Any = None) -> Zeros:
