@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -169,14 +170,12 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [x for part in parts for x in _tensors(part)] if isinstance(tree, (Mapping, tuple, list)) else []
 
 
-def _elementwise(function: Callable[..., Tensor]) -> Callable[[Any, Any], Tensor]:
-    def mean_over_sample(output: Any, target: Tensor) -> Tensor:
-        values = logits_of(output)
-        if values.shape != target.shape:
-            raise ValueError(f"target must have the output's shape {tuple(values.shape)}, got {tuple(target.shape)}")
-        return function(values, target.to(values.dtype), reduction="none").reshape(len(target), -1).mean(1)
-
-    return mean_over_sample
+def _mean_over_sample(function: Callable[..., Tensor], output: Any, target: Tensor) -> Tensor:
+    """(n,) means of an elementwise loss over each sample's entries."""
+    values = logits_of(output)
+    if values.shape != target.shape:
+        raise ValueError(f"target must have the output's shape {tuple(values.shape)}, got {tuple(target.shape)}")
+    return function(values, target.to(values.dtype), reduction="none").reshape(len(target), -1).mean(1)
 
 
 def criterion_of(
@@ -200,9 +199,9 @@ def criterion_of(
     if class_weight is not None or ignore_index != -100 or label_smoothing:
         raise ValueError('class_weight, ignore_index and label_smoothing apply to "cross_entropy" and "causal_lm" only')
     if loss == "mse":
-        return PerSample(_elementwise(F.mse_loss), "mse")
+        return PerSample(partial(_mean_over_sample, F.mse_loss), "mse")
     if loss == "bce":
-        return PerSample(_elementwise(F.binary_cross_entropy_with_logits), "bce")
+        return PerSample(partial(_mean_over_sample, F.binary_cross_entropy_with_logits), "bce")
     if not callable(loss):
         raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))} or a callable, got {loss!r}")
     name = getattr(loss, "__name__", type(loss).__name__)
