@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from selbp.ops.types import Selection
 from selbp.selectors import Full, Random, Selector
 from selbp.training.backward import STRATEGIES, Auto, resolve
+from selbp.training.backward.rows.layout import BatchNormPolicy
 from selbp.training.batch import Batch
 from selbp.training.budget import Schedule, check_keep, kept_rows
 from selbp.training.cut_step import CutStepReport, PlacedCut
@@ -69,6 +70,9 @@ class SelectiveBackprop:
             run forward; layers above the cut get their full-batch gradients. See :class:`selbp.SelectiveBackward`.
             With ``backward="recompute"`` the layers below keep no graph of that forward, and run again, in the
             backward, on the chosen rows.
+        batchnorm: what a backward through rows does at BatchNorm in training mode, which couples the samples:
+            ``"exact"`` runs it, and all below, on n rows; ``"subset"`` runs it on k rows with the statistics of the n,
+            an approximation, see :func:`selbp.select`. A second forward has k rows' statistics either way.
 
     Raises:
         TypeError, ValueError: at construction, for anything that could not work later.
@@ -94,6 +98,7 @@ class SelectiveBackprop:
         target: Literal["local", "global"] = "local",
         auto_advance: bool = True,
         cut: nn.Module | str | None = None,
+        batchnorm: BatchNormPolicy = "exact",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -104,6 +109,7 @@ class SelectiveBackprop:
             ("head_gradient", head_gradient, ("subset", "full")),
             ("target", target, ("local", "global")),
             ("scoring_precision", scoring_precision, PRECISIONS),
+            ("batchnorm", batchnorm, ("exact", "subset")),
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
@@ -118,13 +124,15 @@ class SelectiveBackprop:
         self._criterion = criterion_of(
             loss, class_weight=class_weight, ignore_index=ignore_index, label_smoothing=label_smoothing
         )
-        self._strategy, self._reason = resolve(backward)
+        self._strategy, self._reason = resolve(backward, batchnorm)
         if scoring == "eval" and self._strategy.keeps_graph:
             raise ValueError('scoring="eval" is for backward="recompute": the rows of a forward that trains are in use')
         if scoring_precision != "same":
             if self._strategy.keeps_graph or backward == "rows":
                 raise ValueError(f'scoring_precision={scoring_precision!r} is for backward="recompute"')
             self._strategy, self._reason = STRATEGIES["recompute"], "the scoring forward has another precision"
+        if batchnorm != "exact" and self._strategy is STRATEGIES["recompute"]:
+            raise ValueError(f'batchnorm={batchnorm!r} is for a backward through rows: backward="recompute" has none')
         self._scoring: Literal["same", "eval"] = scoring
         self._precision = scoring_precision
         self._full_head = head_gradient == "full"
@@ -132,8 +140,9 @@ class SelectiveBackprop:
         if cut is not None:
             recompute = self._strategy is STRATEGIES["recompute"]
             self._cut = PlacedCut(
-                model, cut, keep, selector, generator, recompute=recompute, precision=scoring_precision
-            )
+                model, cut, keep, selector, generator,
+                recompute=recompute, precision=scoring_precision, batchnorm=batchnorm,
+            )  # fmt: skip
         if self._cut is not None and (self._full_head or scoring == "eval" or target == "global" or head is not None):
             raise ValueError("cut= goes with none of head, head_gradient, scoring and target: it needs no scoring")
         self._gradients = (selector.needs in ("statistics", "gradients") or self._full_head) and self._cut is None
