@@ -249,6 +249,6 @@ def diagnose(
 
     def losses(pair: Any) -> Tensor:
         few, output = pair
-        return criterion.losses(output, few.target)
+        return criterion.losses(output, few.target, few.n)
 
     return analyse_batch(model, whole, kept_rows(check_keep(keep), whole.n), losses, batchnorm=batchnorm)

@@ -34,7 +34,7 @@ def logits_of(output: Any) -> Tensor:
 class Criterion(Protocol):
     """What the step needs to know of a loss."""
 
-    def losses(self, output: Any, target: Any) -> Tensor:
+    def losses(self, output: Any, target: Any, n: int) -> Tensor:
         """(n,) differentiable losses, unscaled; at least float32."""
         ...
 
@@ -105,7 +105,7 @@ class CrossEntropy:
             )
         return x
 
-    def losses(self, output: Any, target: Any) -> Tensor:
+    def losses(self, output: Any, target: Any, n: int) -> Tensor:
         """See :class:`Criterion`."""
         labels = self.labels(target)
         logits = logits_of(output)
@@ -145,10 +145,9 @@ class PerSample:
     function: Callable[[Any, Any], Tensor]
     name: str
 
-    def losses(self, output: Any, target: Any) -> Tensor:
+    def losses(self, output: Any, target: Any, n: int) -> Tensor:
         """See :class:`Criterion`. Raises ValueError unless the function returns (n,)."""
         losses = self.function(output, target)
-        n = next(len(x) for x in _tensors(target))
         if not isinstance(losses, Tensor) or losses.shape != (n,):
             got = f"a tensor {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(f"loss {self.name} must return {HINT}; got {got} for n = {n}")
@@ -161,13 +160,6 @@ class PerSample:
     def hits(self, output: Any, target: Any, live: Tensor) -> tuple[Tensor, Tensor] | None:
         """None."""
         return None
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    parts = tree.values() if isinstance(tree, Mapping) else tree
-    return [x for part in parts for x in _tensors(part)] if isinstance(tree, (Mapping, tuple, list)) else []
 
 
 def _mean_over_sample(function: Callable[..., Tensor], output: Any, target: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def score(
     losses = None
     if keep_graph or not fused:
         with torch.set_grad_enabled(keep_graph or gradients):
-            losses = criterion.losses(output, batch.target)
+            losses = criterion.losses(output, batch.target, batch.n)
     with torch.no_grad(), without_autocast(batch.device):
         bias = getattr(head, "bias", None) is not None
         if fused:

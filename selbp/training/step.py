@@ -164,7 +164,9 @@ class SelectiveBackprop:
         """One minibatch: returns the scalar to call ``backward()`` on.
 
         Args:
-            inputs: a tensor, a tuple or a dict whose tensors have n rows.
+            inputs: a tensor, a tuple or a dict whose tensors have n rows. Beside tensors, or in them, a list, tuple or
+                array of n entries that are not tensors of n rows (strings, ragged tensors, dicts of boxes) is one entry
+                a sample, and the chosen ones are taken; what has another length is a constant.
             target: n rows; for a dict, its ``"labels"`` where None.
             per_sample: tensors (n,) that the selector knows by name.
 
@@ -216,7 +218,7 @@ class SelectiveBackprop:
             if not scoring:
                 with torch.no_grad():
                     hits = self._criterion.hits(output, rows.target, selection.weights != 0)
-            return self._criterion.losses(output, rows.target)
+            return self._criterion.losses(output, rows.target, rows.n)
 
         pause = scoring and self._scoring == "same" and not strategy.keeps_graph
         with trained(), self._running.paused() if pause else nullcontext():
@@ -244,7 +246,7 @@ class SelectiveBackprop:
         output = cut.feed(clean, made)
         with torch.no_grad():
             hits = self._criterion.hits(output, batch.target, scored.stats.valid)
-        scaled = self._criterion.losses(output, clean.target) * scored.scale
+        scaled = self._criterion.losses(output, clean.target, clean.n) * scored.scale
         loss = torch.where(selection.weights != 0, scaled * selection.weights.to(scaled.dtype), 0).sum()
         watch.lap("forward")
         watch.follow(loss)

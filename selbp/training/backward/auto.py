@@ -77,7 +77,7 @@ class Auto:
 
         def losses(pair: Any) -> Tensor:
             few, output = pair
-            return criterion.losses(output, few.target)
+            return criterion.losses(output, few.target, few.n)
 
         try:
             found = analyse_batch(model, batch, k, losses, batchnorm=self.batchnorm)
