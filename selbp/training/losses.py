@@ -10,12 +10,15 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral, Real
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+BOOLS = (bool, np.bool_)
 LOSSES = ("cross_entropy", "mse", "bce", "causal_lm")
 HINT = 'one loss per sample, (n,): use reduction="none" and sum or average over every other dimension'
 
@@ -54,14 +57,18 @@ class Criterion(Protocol):
 class CrossEntropy:
     """Cross-entropy of logits (n, C), or of token logits (n, ..., C) with targets (n, ...) summed over tokens.
 
-    ``shift`` makes it the causal language-modelling loss: logits at position t predict the label at t + 1.
+    Logits may be (n, C, ...) as well, as torch's ``cross_entropy`` has them: the target's shape tells which.
+    ``class_dim``, 1 or -1, does where both fit, and so does an earlier minibatch. ``shift`` makes it the causal
+    language-modelling loss: logits (n, T, C) at position t predict the label at t + 1.
     """
 
     class_weight: Tensor | None = None
     ignore_index: int = -100
     label_smoothing: float = 0.0
     shift: bool = False
+    class_dim: int | None = None
     _moved: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+    _last: list[bool] = field(default_factory=list, repr=False)  # what the first unambiguous minibatch told
 
     def weight_on(self, device: torch.device) -> Tensor | None:
         """The class weights on ``device``, copied there once."""
@@ -93,15 +100,41 @@ class CrossEntropy:
             return target[:, 1:]
         return target.reshape(len(target), -1)
 
-    def tokens(self, x: Tensor, target: Tensor) -> Tensor:
+    def classes_last(self, logits: Tensor, target: Tensor) -> bool:
+        """Whether the classes are the last dim of ``logits`` (n, ...), not dim 1. Raises ValueError where both fit."""
+        if self.shift or logits.dim() < 3 or logits[0].numel() == 1:
+            return True
+        if self.class_dim is not None:
+            return self.class_dim != 1
+        ahead, behind, places = logits.shape[1:-1], logits.shape[2:], target.shape[1:]
+        last, second = ahead == places, behind == places
+        if not last and not second:  # a target with its positions in one dim
+            last, second = ahead.numel() == places.numel(), behind.numel() == places.numel()
+            if not (last and second):
+                return True
+        if last != second:
+            self._last[:] = [last]
+        elif not self._last:
+            raise ValueError(
+                f"logits {tuple(logits.shape)} fit target {tuple(target.shape)} with the classes in dim 1, as torch "
+                "has them, and with the classes in the last dim: pass class_dim=1 or class_dim=-1"
+            )
+        return self._last[0]
+
+    def tokens(self, logits: Tensor, target: Tensor) -> Tensor:
+        """(n, T, C) the entries of ``logits``, (n, ..., C) or (n, C, ...), that predict :meth:`labels`."""
+        return self.positions(logits if self.classes_last(logits, target) else logits.movedim(1, -1), target)
+
+    def positions(self, x: Tensor, target: Tensor) -> Tensor:
         """(n, T, .) the entries of ``x`` (n, ..., .), logits or the head's input, that predict :meth:`labels`."""
+        shape = tuple(x.shape)
         if self.shift and x.dim() == 3 and x.shape[1] == target.shape[1]:
             x = x[:, :-1]
         x, labels = x.reshape(len(target), -1, x.shape[-1]), self.labels(target)
         if x.shape[1] != labels.shape[1]:
             raise ValueError(
-                f"logits must be (n, C) for target (n,) or (n, T, C) for target (n, T): "
-                f"got {x.shape[1]} positions for {labels.shape[1]} targets per sample"
+                "logits must be (n, C) for target (n,), and (n, T, C) or (n, C, T) for target (n, T): "
+                f"got logits {shape} for target {tuple(target.shape)}"
             )
         return x
 
@@ -111,8 +144,8 @@ class CrossEntropy:
         logits = logits_of(output)
         if logits.dim() < 2 or logits.shape[0] != len(target):
             raise ValueError(f"logits must have n = {len(target)} rows of classes, got {tuple(logits.shape)}")
-        self.check_classes(logits.shape[-1], "the model")
         logits = self.tokens(logits, target)
+        self.check_classes(logits.shape[-1], "the model")
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         weight = self.weight_on(logits.device)
         entries = F.cross_entropy(
@@ -176,20 +209,29 @@ def criterion_of(
     class_weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    class_dim: int | None = None,
 ) -> Criterion:
     """The criterion for a ``loss=`` of the contract. Raises TypeError or ValueError for what cannot give (n,)."""
-    if loss in ("cross_entropy", "causal_lm"):
+    if isinstance(loss, str) and loss in ("cross_entropy", "causal_lm"):
         if class_weight is not None:
             _check_class_weight(class_weight)
-        if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+        if isinstance(label_smoothing, BOOLS) or not isinstance(label_smoothing, Real):
             raise TypeError(f"label_smoothing must be a number, got {label_smoothing!r}")
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        if isinstance(ignore_index, BOOLS) or not isinstance(ignore_index, Integral):
             raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-        return CrossEntropy(class_weight, ignore_index, label_smoothing, shift=loss == "causal_lm")
-    if class_weight is not None or ignore_index != -100 or label_smoothing:
-        raise ValueError('class_weight, ignore_index and label_smoothing apply to "cross_entropy" and "causal_lm" only')
+        if isinstance(class_dim, BOOLS) or class_dim not in (None, 1, -1):
+            raise ValueError(f"class_dim must be 1, -1 or None, got {class_dim!r}")
+        if loss == "causal_lm" and class_dim == 1:
+            raise ValueError('class_dim=1 is for "cross_entropy": "causal_lm" has logits (n, T, C)')
+        return CrossEntropy(
+            class_weight, int(ignore_index), float(label_smoothing), shift=loss == "causal_lm", class_dim=class_dim
+        )
+    if class_weight is not None or ignore_index != -100 or label_smoothing or class_dim is not None:
+        raise ValueError(
+            'class_weight, ignore_index, label_smoothing and class_dim apply to "cross_entropy" and "causal_lm" only'
+        )
     if loss == "mse":
         return PerSample(partial(_mean_over_sample, F.mse_loss), "mse")
     if loss == "bce":

@@ -83,7 +83,9 @@ def score(
                 output = batch.feed(model)
     seen = head is not None and (gradients or captured.calls == 1)  # a rule that reads losses does without
     features, logits = captured.check(model) if seen else (None, None)
-    fused = isinstance(criterion, CrossEntropy) and (logits is None or _is_head_output(output, logits))
+    fused = isinstance(criterion, CrossEntropy) and (
+        logits is None or (_is_head_output(output, logits) and criterion.classes_last(logits_of(output), batch.target))
+    )
     losses = None
     if keep_graph or not fused:
         with torch.set_grad_enabled(keep_graph or gradients):
@@ -121,9 +123,9 @@ def _is_head_output(output: Any, logits: Tensor) -> bool:
 def _from_logits(criterion: CrossEntropy, logits: Tensor, features: Tensor | None, target: Tensor, bias: bool) -> _Rows:
     """Cross-entropy of the head's output, by the fused operator over all tokens."""
     labels = criterion.labels(target)
-    criterion.check_classes(logits.shape[-1], "the model")
     z = criterion.tokens(logits, target)
-    h = None if features is None else criterion.tokens(features.reshape(*logits.shape[:-1], -1), target)
+    criterion.check_classes(z.shape[-1], "the model")
+    h = None if features is None else criterion.positions(features.reshape(*logits.shape[:-1], -1), target)
     n, length, _ = z.shape
     y, flat = labels.reshape(-1), z.flatten(0, 1)
     options: dict[str, Any] = dict(

@@ -48,8 +48,8 @@ class SelectiveBackprop:
         keep: a share in (0, 1] (float, k = max(1, round(keep n))) or a number of samples (int of at least 1):
             ``keep=1`` is one sample, ``keep=1.0`` all of them.
         head: the last linear layer, or its name. Found by itself when no layer with parameters follows it.
-        loss: ``"cross_entropy"`` (also of token outputs (n, T, C)), ``"mse"``, ``"bce"`` (of logits), ``"causal_lm"``
-            (targets are shifted by one) or a callable (output, target) -> (n,).
+        loss: ``"cross_entropy"`` (also of (n, T, C) or (n, C, T, ...)), ``"mse"``, ``"bce"`` (of logits),
+            ``"causal_lm"`` (targets are shifted by one) or a callable (output, target) -> (n,).
         backward: ``"rows"`` differentiates the chosen rows of the forward that scored; ``"recompute"`` runs a second
             forward on them; ``"auto"`` models both on the first minibatch and takes the cheaper, see :func:`diagnose`.
         scoring: ``"same"`` scores with the forward as it trains: dropout is active, and batch norm updates its running
@@ -73,6 +73,8 @@ class SelectiveBackprop:
         batchnorm: what a backward through rows does at BatchNorm in training mode, which couples the samples:
             ``"exact"`` runs it, and all below, on n rows; ``"subset"`` runs it on k rows with the statistics of the n,
             an approximation, see :func:`selbp.select`. A second forward has k rows' statistics either way.
+        class_dim: where the classes of ``"cross_entropy"`` are in the logits: 1 as in torch, (n, C, ...), or -1, (n,
+            ..., C). By default the target's shape (n, ...) tells, and where both fit an earlier minibatch's.
 
     Raises:
         TypeError, ValueError: at construction, for anything that could not work later.
@@ -99,6 +101,7 @@ class SelectiveBackprop:
         auto_advance: bool = True,
         cut: nn.Module | str | None = None,
         batchnorm: BatchNormPolicy = "exact",
+        class_dim: Literal[1, -1] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -122,8 +125,9 @@ class SelectiveBackprop:
         self.model, self.selector, self.keep = model, selector, check_keep(keep)
         self.generator, self.schedule = generator, schedule or Schedule()
         self._criterion = criterion_of(
-            loss, class_weight=class_weight, ignore_index=ignore_index, label_smoothing=label_smoothing
-        )
+            loss, class_weight=class_weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
+            class_dim=class_dim,
+        )  # fmt: skip
         self._strategy, self._reason = resolve(backward, batchnorm)
         if scoring == "eval" and self._strategy.keeps_graph:
             raise ValueError('scoring="eval" is for backward="recompute": the rows of a forward that trains are in use')
