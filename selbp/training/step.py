@@ -20,6 +20,7 @@ from selbp.training.distributed import averaging
 from selbp.training.guards import PRECISIONS, RunningStatistics, without_autocast
 from selbp.training.head import check_full_gradient, find_clear_head, find_head
 from selbp.training.head_gradient import FullHeadGradient
+from selbp.training.interaction import FirstComparison, SamplesInteractError
 from selbp.training.losses import CrossEntropy, criterion_of
 from selbp.training.report import StepReport, Stopwatch
 from selbp.training.scoring import Scored, score, unscored, worth_keeping
@@ -51,7 +52,9 @@ class SelectiveBackprop:
         loss: ``"cross_entropy"`` (also of (n, T, C) or (n, C, T, ...)), ``"mse"``, ``"bce"`` (of logits),
             ``"causal_lm"`` (targets are shifted by one) or a callable (output, target) -> (n,).
         backward: ``"rows"`` differentiates the chosen rows of the forward that scored; ``"recompute"`` runs a second
-            forward on them; ``"auto"`` models both on the first minibatch and takes the cheaper, see :func:`diagnose`.
+            forward on them, and refuses a loss in which samples interact, such as a contrastive one: their losses would
+            be others alone, which its first step looks at. ``"auto"`` models both on the first minibatch and takes the
+            cheaper, see :func:`diagnose`, and rows where samples interact.
         scoring: ``"same"`` scores with the forward as it trains: dropout is active, and batch norm updates its running
             statistics there and not in the forward of the chosen rows, which draws its own dropout masks. ``"eval"``
             scores in evaluation mode and leaves no trace: batch norm then follows the chosen rows.
@@ -159,6 +162,7 @@ class SelectiveBackprop:
             check_full_gradient(model, self.head)
         self._reduce = averaging(model) if target == "global" else None
         self._running, self._choice = RunningStatistics(model), ChoiceState(selector, generator)
+        self._comparison = FirstComparison(model)
         self._step, self._auto_advance = 0, auto_advance
         self._report: StepReport | None = None
 
@@ -181,7 +185,15 @@ class SelectiveBackprop:
         batch = Batch.of(inputs, target, per_sample)
         restore = self._choice.snapshot(), self._running.snapshot()
         try:
-            loss, report = self._run(batch)
+            try:
+                loss, report = self._run(batch)
+            except SamplesInteractError:
+                if not isinstance(self._strategy, Auto) or self._scoring != "same":
+                    raise
+                for undo in restore:
+                    undo()
+                self._strategy.use_rows("samples interact: a second forward of some would train another loss")
+                loss, report = self._run(batch)
         except BaseException:
             for undo in restore:
                 undo()
@@ -201,6 +213,7 @@ class SelectiveBackprop:
         if scoring and isinstance(self._strategy, Auto) and not self._strategy.decided:
             self._strategy.decide(self.model, batch, k, self._criterion, self._scoring)
         strategy = self._strategy if scoring else STRATEGIES["recompute"]
+        self._comparison.begin(batch, scoring and not strategy.keeps_graph and k < batch.n)
         full_head = FullHeadGradient(self.head) if scoring and self._full_head and self.head is not None else None
         trained = full_head.replacing if full_head is not None else nullcontext
         with trained() if strategy.keeps_graph else nullcontext():
@@ -211,13 +224,14 @@ class SelectiveBackprop:
             selection = self._select(rule, batch, scored, k if selecting else batch.n)
             mean = scored.proxies.mean_gradient() if full_head is not None and scored.proxies is not None else None
         proxies, hits = worth_keeping(scored.proxies, self.head, batch.n), scored.hits
-        losses_of_forward, scale = scored.losses, scored.scale
+        losses_of_forward, unscaled, scale = scored.losses, scored.stats.loss, scored.scale
         stats = scored.stats._replace(loss=scored.stats.loss * scale)  # as the report averages it
         del scored  # and with it the factors, unless they are worth keeping
         watch.lap("select")
+        output: Any = None
 
         def forward(rows: Batch) -> Tensor:
-            nonlocal hits
+            nonlocal hits, output
             output = rows.feed(self.model)
             if not scoring:
                 with torch.no_grad():
@@ -228,6 +242,10 @@ class SelectiveBackprop:
         with trained(), self._running.paused() if pause else nullcontext():
             if selecting:
                 losses = strategy.chosen_losses(batch, selection, forward, losses_of_forward)
+                self._comparison.end(
+                    batch, selection.indices, selection.weights != 0, stats.valid, unscaled, losses, output,
+                    lambda rows: (forward(rows), output), pause and self._precision == "same",
+                )  # fmt: skip
             else:
                 losses = forward(batch.rows(None, stats.valid))
         scaled = losses * scale

@@ -45,6 +45,10 @@ class Auto:
         self._chosen = None if chosen is None else Rows(self.batchnorm) if chosen == "rows" else Recompute()
         self.reason = "not decided yet" if chosen is None else "decided before the run was resumed"
 
+    def use_rows(self, reason: str) -> None:
+        """Take rows, whatever was decided."""
+        self._chosen, self.reason = Rows(self.batchnorm), reason
+
     @property
     def name(self) -> str:
         """The strategy in use."""
