@@ -10,15 +10,15 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BOOLS = (bool, np.bool_)
+from selbp.selectors.checks import check_int, check_number, shown
+
 LOSSES = ("cross_entropy", "mse", "bce", "causal_lm")
 HINT = 'one loss per sample, (n,): use reduction="none" and sum or average over every other dimension'
 
@@ -215,39 +215,40 @@ def criterion_of(
     if isinstance(loss, str) and loss in ("cross_entropy", "causal_lm"):
         if class_weight is not None:
             _check_class_weight(class_weight)
-        if isinstance(label_smoothing, BOOLS) or not isinstance(label_smoothing, Real):
-            raise TypeError(f"label_smoothing must be a number, got {label_smoothing!r}")
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
-        if isinstance(ignore_index, BOOLS) or not isinstance(ignore_index, Integral):
-            raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-        if isinstance(class_dim, BOOLS) or class_dim not in (None, 1, -1):
-            raise ValueError(f"class_dim must be 1, -1 or None, got {class_dim!r}")
+        label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
+        ignore_index = check_int("ignore_index", ignore_index)
+        if class_dim is not None:
+            class_dim = check_int("class_dim", class_dim, meaning="1, -1 or None")
+            if class_dim not in (1, -1):
+                raise ValueError(f"class_dim must be 1, -1 or None, got {class_dim}")
         if loss == "causal_lm" and class_dim == 1:
             raise ValueError('class_dim=1 is for "cross_entropy": "causal_lm" has logits (n, T, C)')
-        return CrossEntropy(
-            class_weight, int(ignore_index), float(label_smoothing), shift=loss == "causal_lm", class_dim=class_dim
-        )
-    if class_weight is not None or ignore_index != -100 or label_smoothing or class_dim is not None:
+        return CrossEntropy(class_weight, ignore_index, label_smoothing, shift=loss == "causal_lm", class_dim=class_dim)
+    defaults = ((class_weight, None), (ignore_index, -100), (label_smoothing, 0.0), (class_dim, None))
+    if any(value is not default and not _equals(value, default) for value, default in defaults):
         raise ValueError(
             'class_weight, ignore_index, label_smoothing and class_dim apply to "cross_entropy" and "causal_lm" only'
         )
-    if loss == "mse":
+    if isinstance(loss, str) and loss == "mse":
         return PerSample(partial(_mean_over_sample, F.mse_loss), "mse")
-    if loss == "bce":
+    if isinstance(loss, str) and loss == "bce":
         return PerSample(partial(_mean_over_sample, F.binary_cross_entropy_with_logits), "bce")
     if not callable(loss):
-        raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))} or a callable, got {loss!r}")
+        raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))} or a callable, got {shown(loss)}")
     name = getattr(loss, "__name__", type(loss).__name__)
     if (reduction := _reduction(loss)) not in (None, "none"):
         raise ValueError(f"loss {name} has reduction={reduction!r}, but must return {HINT}")
     return PerSample(loss, name)
 
 
+def _equals(value: object, default: float | None) -> bool:
+    return isinstance(value, Real) and value == default
+
+
 def _check_class_weight(weight: Tensor) -> None:
     """Raise ValueError or TypeError unless ``weight`` is (C,), floating, finite and nowhere negative."""
     if not isinstance(weight, Tensor) or weight.dim() != 1:
-        raise ValueError("class_weight must be a tensor (C,)")
+        raise ValueError(f"class_weight must be a tensor (C,), got {shown(weight)}")
     if not weight.is_floating_point():
         raise TypeError(f"class_weight must be floating, got {weight.dtype}")
     if not bool((torch.isfinite(weight) & (weight >= 0)).all()):
