@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from selbp.ops.types import BatchStatistics, Selection
+from selbp.selectors.checks import check_choice, check_flag, check_generator, check_int, check_number, shown
 from selbp.selectors.proxies import GradientProxies
+
+__all__ = [
+    "Needs", "Selector", "Stateless", "check_call", "check_choice", "check_flag", "check_int", "check_number",
+    "check_select", "check_state", "require_proxies",
+]  # fmt: skip
 
 Needs = Literal["nothing", "loss", "statistics", "gradients"]
 
@@ -71,40 +77,40 @@ class Stateless:
 def check_state(selector: object, state: Mapping[str, Any], names: tuple[str, ...]) -> None:
     """Raise ValueError unless ``state`` has exactly the entries ``names``."""
     if not isinstance(state, Mapping) or set(state) != set(names):
-        got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+        got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"state of {type(selector).__name__} must have the entries {sorted(names)}, got {got}")
 
 
 def check_call(stats: BatchStatistics, k: int, generator: torch.Generator | None = None) -> int:
     """Check what every ``select`` is given, and return n."""
-    n = stats.valid.shape[0]
-    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-        raise TypeError(f"k must be an int, got {k!r}")
+    return check_select(stats, k, generator)[0]
+
+
+def check_select(stats: BatchStatistics, k: int, generator: torch.Generator | None = None) -> tuple[int, int]:
+    """Check what every ``select`` is given, and return n and k."""
+    if not isinstance(stats, BatchStatistics):
+        raise TypeError(f"stats must be a BatchStatistics, got {shown(stats)}")
+    valid = stats.valid
+    if not isinstance(valid, Tensor) or valid.dtype != torch.bool or valid.dim() != 1:
+        raise ValueError(f"stats.valid must be a bool tensor (n,), got {shown(valid)}")
+    for name, value in zip(stats._fields, stats, strict=True):
+        if not isinstance(value, Tensor) or value.shape != valid.shape:
+            raise ValueError(f"stats.{name} must be a tensor (n,) = {tuple(valid.shape)}, got {shown(value)}")
+    n = valid.shape[0]
+    if not isinstance(k, torch.SymInt):
+        k = check_int("k", k)
     if not 1 <= k <= n:
         raise ValueError(f"k must lie in [1, n = {n}], got {k}")
-    if generator is not None and generator.device.type != stats.valid.device.type:
-        raise ValueError(
-            f"generator must be on the statistics' device {stats.valid.device}, got one on {generator.device}"
-        )
-    return n
+    check_generator(generator, valid.device)
+    return n, k
 
 
-def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def check_number(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Raise TypeError or ValueError unless ``value`` is a finite number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (low <= value <= high and value < float("inf")):  # also false for nan
-        raise ValueError(f"{name} must be finite and lie in [{low}, {high}], got {value}")
-
-
-def require_proxies(selector: object, proxies: GradientProxies | None) -> GradientProxies:
-    """The proxies, or a ValueError that says who reads them."""
+def require_proxies(selector: object, proxies: GradientProxies | None, n: int | None = None) -> GradientProxies:
+    """The proxies, of n samples where n is given, or an error that says who reads them."""
     if proxies is None:
         raise ValueError(f"{selector!r} reads the per-sample gradients: proxies must be given, got None")
+    if not isinstance(proxies, GradientProxies):
+        raise TypeError(f"proxies must be a selbp.GradientProxies, got {shown(proxies)}")
+    if n is not None and len(proxies.gram()) != n:
+        raise ValueError(f"proxies must be of the n = {n} samples of stats, got {len(proxies.gram())}")
     return proxies

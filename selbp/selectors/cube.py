@@ -12,7 +12,7 @@ from torch import Tensor
 from selbp.ops.choose_rows import inclusion_probabilities, top_rows
 from selbp.ops.cube import cube_sample
 from selbp.ops.types import BatchStatistics, Selection
-from selbp.selectors.base import Needs, Stateless, check_call, check_choice, require_proxies
+from selbp.selectors.base import Needs, Stateless, check_choice, check_int, check_select, require_proxies
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import slot_weights
 
@@ -39,10 +39,7 @@ class CubeSampling(Stateless):
 
     def __post_init__(self) -> None:
         if self.dimensions is not None:
-            if isinstance(self.dimensions, bool) or not isinstance(self.dimensions, int):
-                raise TypeError(f"dimensions must be an int or None, got {self.dimensions!r}")
-            if self.dimensions < 1:
-                raise ValueError(f"dimensions must be at least 1, got {self.dimensions}")
+            object.__setattr__(self, "dimensions", check_int("dimensions", self.dimensions, 1, "an int or None"))
         check_choice("probabilities", self.probabilities, ("gradnorm", "uniform"))
 
     @torch.no_grad()
@@ -56,8 +53,8 @@ class CubeSampling(Stateless):
         generator: torch.Generator | None = None,
     ) -> Selection:
         """See :meth:`Selector.select`. Without any gradient the draw is uniform."""
-        n = check_call(stats, k, generator)
-        gram = require_proxies(self, proxies).gram().double()
+        n, k = check_select(stats, k, generator)
+        gram = require_proxies(self, proxies, n).gram().double()
         eligible = stats.valid & gram.diagonal().isfinite()
         odds = torch.where(eligible, gram.diagonal().clamp(min=0.0).sqrt(), 0.0)
         # Rows without a gradient are out: their share of the mean is 0. Where no row has one, all are drawn alike.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selbp.ops.choose_rows import fill_spare, uniform
 from selbp.ops.types import BatchStatistics, Selection
-from selbp.selectors.base import Needs, Stateless, check_call, check_choice, require_proxies
+from selbp.selectors.base import Needs, Stateless, check_choice, check_select, require_proxies
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import slot_weights
 
@@ -44,8 +44,8 @@ class DivBS(Stateless):
         generator: torch.Generator | None = None,
     ) -> Selection:
         """See :meth:`Selector.select`."""
-        n = check_call(stats, k, generator)
-        proxies = require_proxies(self, proxies)
+        n, k = check_select(stats, k, generator)
+        proxies = require_proxies(self, proxies, n)
         gram, mean = proxies.gram(), proxies.mean_gradient()
         noise = 1e-12 if gram.dtype == torch.float64 else 1e-6  # what rounding leaves of e . g and of |g|^2
         gram, inner = gram.double(), mean.inner.double()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selbp.ops.choose_rows import choose_rows, sample_with_replacement
 from selbp.ops.types import BatchStatistics, Selection, gradient_norm
-from selbp.selectors.base import Needs, check_call, check_choice, check_number, check_state
+from selbp.selectors.base import Needs, check_choice, check_flag, check_number, check_select, check_state
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import Weights, slot_weights
 
@@ -46,12 +46,12 @@ class GradNormImportance:
     def __post_init__(self) -> None:
         check_choice("norm", self.norm, ("residual", "gradient"))
         check_choice("weights", self.weights, ("unbiased", "mean", "batch"))
-        check_choice("replacement", self.replacement, (True, False))
+        self.replacement = check_flag("replacement", self.replacement)
         if isinstance(self.threshold, str):
             check_choice("threshold", self.threshold, ("recompute", "rows"))
         elif self.threshold is not None:
-            check_number("threshold", self.threshold, 0.0)
-        check_number("momentum", self.momentum, 0.0, 1.0)
+            self.threshold = check_number("threshold", self.threshold, 0.0)
+        self.momentum = check_number("momentum", self.momentum, 0.0, 1.0)
 
     @property
     def tau(self) -> Tensor:
@@ -69,7 +69,7 @@ class GradNormImportance:
         generator: torch.Generator | None = None,
     ) -> Selection:
         """See :meth:`Selector.select`. Without any gradient the draw is uniform."""
-        n = check_call(stats, k, generator)
+        n, k = check_select(stats, k, generator)
         score = gradient_norm(stats) if self.norm == "gradient" else stats.residual_sq.sqrt()
         eligible = stats.valid & torch.isfinite(score)
         odds = torch.where(eligible, score.double(), 0.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selbp.ops.choose_rows import choose_rows, percentile
 from selbp.ops.types import BatchStatistics, Selection
-from selbp.selectors.base import Needs, Stateless, check_call, check_choice, check_number, check_state
+from selbp.selectors.base import Needs, Stateless, check_choice, check_int, check_number, check_select, check_state
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import Weights
 
@@ -42,10 +42,9 @@ class LossPercentile:
     needs: ClassVar[Needs] = "loss"
 
     def __post_init__(self) -> None:
-        check_number("beta", self.beta, 0.0)
-        check_number("p_min", self.p_min, 0.0, 1.0)
-        if isinstance(self.history, bool) or not isinstance(self.history, int) or self.history < 1:
-            raise ValueError(f"history must be an int >= 1, got {self.history!r}")
+        self.beta = check_number("beta", self.beta, 0.0)
+        self.p_min = check_number("p_min", self.p_min, 0.0, 1.0)
+        self.history = check_int("history", self.history, 1)
         check_choice("weights", self.weights, _MODES)
         if self.weights == "unbiased" and self.p_min == 0.0:
             raise ValueError(
@@ -63,7 +62,7 @@ class LossPercentile:
         generator: torch.Generator | None = None,
     ) -> Selection:
         """See :meth:`Selector.select`; this batch's losses enter the history first."""
-        check_call(stats, k, generator)
+        _, k = check_select(stats, k, generator)
         loss = torch.where(stats.valid, stats.loss.double(), torch.nan)
         odds = torch.where(torch.isfinite(loss), self._keep_probability(loss), 0.0)
         return choose_rows(
@@ -119,7 +118,7 @@ class LossRank(Stateless):
         generator: torch.Generator | None = None,
     ) -> Selection:
         """See :meth:`Selector.select`."""
-        check_call(stats, k, generator)
+        _, k = check_select(stats, k, generator)
         return choose_rows(
             stats.loss, stats.valid, k, rule="rank", weights=self.weights, dtype=stats.loss.dtype, generator=generator
         )

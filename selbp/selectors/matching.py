@@ -12,7 +12,7 @@ from torch import Tensor
 from selbp.ops.choose_rows import fill_spare
 from selbp.ops.matching import RULES, match
 from selbp.ops.types import BatchStatistics, Selection
-from selbp.selectors.base import Needs, Stateless, check_call, check_choice, check_number, require_proxies
+from selbp.selectors.base import Needs, Stateless, check_choice, check_flag, check_number, check_select, require_proxies
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import slot_weights
 
@@ -45,10 +45,10 @@ class GradientMatching(Stateless):
 
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, RULES)
-        check_number("ridge", self.ridge, 0.0)
-        check_choice("nonnegative", self.nonnegative, (True, False))
+        object.__setattr__(self, "ridge", check_number("ridge", self.ridge, 0.0))
+        object.__setattr__(self, "nonnegative", check_flag("nonnegative", self.nonnegative))
         check_choice("weights", self.weights, ("refit", "mean", "batch"))
-        check_number("unit_sum", self.unit_sum, 0.0)
+        object.__setattr__(self, "unit_sum", check_number("unit_sum", self.unit_sum, 0.0))
 
     @torch.no_grad()
     def select(
@@ -61,8 +61,8 @@ class GradientMatching(Stateless):
         generator: torch.Generator | None = None,
     ) -> Selection:
         """See :meth:`Selector.select`; draws nothing."""
-        n = check_call(stats, k, generator)
-        proxies = require_proxies(self, proxies)
+        n, k = check_select(stats, k, generator)
+        proxies = require_proxies(self, proxies, n)
         gram, mean = proxies.gram(), proxies.mean_gradient()
         inner, target_sq, ridge = mean.inner, mean.target_sq, self.ridge
         if self.unit_sum:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -24,6 +25,10 @@ class GradientProxies:
         self._residual, self._features, self.bias = residual, features, bias
         self._gram: Tensor | None = None
         self._mean: MeanGradient | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With both factors computed: what computes them may be a closure, which does not pickle."""
+        return {**self.__dict__, "_residual": self.residual, "_features": self.features}
 
     @property
     def residual(self) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selbp.ops.choose_rows import choose_rows
 from selbp.ops.types import BatchStatistics, Selection, gradient_norm
-from selbp.selectors.base import Needs, Stateless, check_call, check_choice, check_number
+from selbp.selectors.base import Needs, Stateless, check_choice, check_number, check_select, require_proxies
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import Weights, refit_weights
 
@@ -24,7 +24,7 @@ class _Top(Stateless):
 
     def __post_init__(self) -> None:
         check_choice("weights", self.weights, ("mean", "batch", "refit"))
-        check_number("ridge", self.ridge, 0.0)
+        object.__setattr__(self, "ridge", check_number("ridge", self.ridge, 0.0))
 
     def _score(self, stats: BatchStatistics, extras: Mapping[str, Tensor] | None) -> Tensor:
         raise NotImplementedError
@@ -40,10 +40,10 @@ class _Top(Stateless):
         generator: torch.Generator | None = None,
     ) -> Selection:
         """See :meth:`Selector.select`; draws nothing."""
-        check_call(stats, k, generator)
+        n, k = check_select(stats, k, generator)
         score, refit = self._score(stats, extras), self.weights == "refit"
-        if refit and proxies is None:
-            raise ValueError("weights='refit' reads the per-sample gradients: proxies must be given, got None")
+        if refit:
+            proxies = require_proxies(self, proxies, n)
         mode = "batch" if refit else self.weights
         chosen = choose_rows(score, stats.valid, k, rule="top", weights=mode, dtype=stats.loss.dtype)
         if not refit or proxies is None:
@@ -108,6 +108,8 @@ class ReducibleLoss(_Top):
         return "gradients" if self.weights == "refit" else "loss"
 
     def _score(self, stats: BatchStatistics, extras: Mapping[str, Tensor] | None) -> Tensor:
+        if extras is not None and not isinstance(extras, Mapping):
+            raise TypeError(f"extras must be a dict of tensors (n,), got {type(extras).__name__}")
         if extras is None or self.irreducible not in extras:
             got = "none" if not extras else ", ".join(map(repr, extras))
             raise ValueError(f"extras must hold {self.irreducible!r}, each sample's irreducible loss, got {got}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selbp.ops.choose_rows import choose_rows, uniform
 from selbp.ops.types import BatchStatistics, Selection
-from selbp.selectors.base import Needs, Stateless, check_call
+from selbp.selectors.base import Needs, Stateless, check_select
 from selbp.selectors.proxies import GradientProxies
 
 
@@ -35,7 +35,7 @@ class Full(Stateless):
         generator: torch.Generator | None = None,
     ) -> Selection:
         """See :meth:`Selector.select`; returns all n rows."""
-        n = check_call(stats, k, generator)
+        n, _ = check_select(stats, k, generator)
         return Selection(torch.arange(n, device=stats.valid.device), stats.valid.to(stats.loss.dtype) / n)
 
 
@@ -59,6 +59,6 @@ class Random(Stateless):
         generator: torch.Generator | None = None,
     ) -> Selection:
         """See :meth:`Selector.select`."""
-        n = check_call(stats, k, generator)
+        n, k = check_select(stats, k, generator)
         key = uniform(n, stats.valid, generator)
         return choose_rows(key, stats.valid, k, rule="top", weights="mean", dtype=stats.loss.dtype)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Literal
 
+from selbp.selectors.checks import BOOLS, check_int, shown
+
 
 def check_keep(keep: float | int) -> float | int:
     """``keep`` as Python's own float, a share in (0, 1], or int, a number of samples of at least 1; numpy's are taken.
@@ -14,8 +16,8 @@ def check_keep(keep: float | int) -> float | int:
     Raises TypeError for a bool or anything that is no number, ValueError for a number outside that range.
     """
     meaning = "a float in (0, 1] (a share: 1.0 keeps all) or an int of at least 1 (a number of samples: 1 keeps one)"
-    if isinstance(keep, bool) or not isinstance(keep, Real):
-        raise TypeError(f"keep must be {meaning}, got {keep!r}")
+    if isinstance(keep, BOOLS) or not isinstance(keep, Real):
+        raise TypeError(f"keep must be {meaning}, got {shown(keep)}")
     keep = int(keep) if isinstance(keep, Integral) else float(keep)
     if not (keep >= 1 if isinstance(keep, int) else 0.0 < keep <= 1.0):  # also false for nan
         raise ValueError(f"keep must be {meaning}, got {keep!r}")
@@ -41,15 +43,13 @@ class Schedule:
     between: Literal["full", "random"] = "full"
 
     def __post_init__(self) -> None:
-        if self.between not in ("full", "random"):
-            raise ValueError(f'between must be "full" or "random", got {self.between!r}')
-        for name, value, low in (("start", self.start, 0), ("end", self.end, self.start), ("every", self.every, 1)):
-            if name == "end" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int (a number of optimizer steps), got {value!r}")
-            if value < low:
-                raise ValueError(f"{name} must be at least {low}, got {value}")
+        if not isinstance(self.between, str) or self.between not in ("full", "random"):
+            raise ValueError(f'between must be "full" or "random", got {shown(self.between)}')
+        for name, low in (("start", 0), ("every", 1), ("end", None)):
+            value = getattr(self, name)
+            if name != "end" or value is not None:
+                low = self.start if low is None else low
+                object.__setattr__(self, name, check_int(name, value, low, "an int (a number of optimizer steps)"))
 
     def selects(self, step: int) -> bool:
         """Whether the rule chooses the rows of optimizer step ``step``."""

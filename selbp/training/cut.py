@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ from selbp.training.in_place import Kept, hookable
 from selbp.training.proxies import HeadProxies
 from selbp.training.report import WeightFigures
 from selbp.training.scoring import DIAGNOSTIC_BYTES
+from selbp.training.state import ChoiceState, pack, unpack
+
+EXTRA_STATE = "_extra_state"  # torch's name of the entry
 
 
 @dataclass
@@ -225,6 +229,10 @@ class SelectiveBackward(nn.Module):
     a lower one chooses among the rows of the one above it. A gradient that is not finite goes on as it is, for
     GradScaler to see (on a GPU as NaN in the chosen rows).
 
+    Where the rule has a memory, or ``generator`` is given, the model's ``state_dict`` holds them as ``_extra_state``, a
+    uint8 tensor, so that a resumed run goes on bit for bit. A checkpoint without that entry loads as well. It is one
+    process's state: ranks whose generators differ each save their own.
+
     Args:
         keep: a share in (0, 1] (float, k = max(1, round(keep n))) or a number of samples (int of at least 1).
         selector: a rule that needs nothing or gradients, :class:`selbp.GradientMatching` by default.
@@ -251,6 +259,34 @@ class SelectiveBackward(nn.Module):
         super().__init__()
         rule = GradientMatching() if selector is None else selector
         self._cut = Cut(keep, rule, generator=generator, losses=losses, proxy=proxy, batchnorm=batchnorm)
+        self._choice = ChoiceState(rule, generator)
+
+    def get_extra_state(self) -> Tensor:
+        """The rule's memory and the generator's state, packed in a uint8 tensor (bytes,)."""
+        return pack(self._choice.state_dict())
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take over :meth:`get_extra_state`. Raises ValueError, and changes nothing, where it does not fit."""
+        self._choice.load_state_dict(unpack(state))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self._choice.remembers:
+            destination.pop(prefix + EXTRA_STATE, None)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        key = prefix + EXTRA_STATE
+        try:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        except ValueError as error:
+            error_msgs.append(f"{key} does not fit this cut: {error}")  # torch raises, as for a shape that differs
+        if key in missing_keys:  # saved before the cut was there, or when it had nothing to save
+            missing_keys.remove(key)
 
     @property
     def keep(self) -> float | int:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from selbp.selectors import Selector
+from selbp.training.backward.rows.layout import BatchNormPolicy
 from selbp.training.batch import Batch
 from selbp.training.cut import Cut, CutReport
 from selbp.training.cut_recompute import RecomputedCut, check_reached, cut_at
@@ -71,6 +72,7 @@ class PlacedCut:
         *,
         recompute: bool,
         precision: str,
+        batchnorm: BatchNormPolicy = "exact",
     ) -> None:
         names = {name: module for name, module in unwrap(model).named_modules() if name}
         if isinstance(place, str):
@@ -84,7 +86,7 @@ class PlacedCut:
                 raise ValueError("cut must be a module of the model, or its name")
             self.name, self.module = found[0], place
         self._model = model
-        self._cut = Cut(keep, selector, generator=generator, losses=None, proxy="pooled", batchnorm="exact")
+        self._cut = Cut(keep, selector, generator=generator, losses=None, proxy="pooled", batchnorm=batchnorm)
         self._recomputed = None
         if recompute:
             self._recomputed = RecomputedCut(model, self.module, self.name, self._cut, precision)

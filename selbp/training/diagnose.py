@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -260,6 +260,7 @@ def diagnose(
     *,
     loss: str | Callable[[Any, Any], Tensor] = "cross_entropy",
     batchnorm: BatchNormPolicy = "exact",
+    class_dim: Literal[1, -1] | None = None,
 ) -> Diagnosis:
     """Find out what a backward through chosen rows would save in ``model``.
 
@@ -270,6 +271,7 @@ def diagnose(
         keep: share (float) or number (int) of rows.
         loss: as for :class:`selbp.SelectiveBackprop`.
         batchnorm: as in :func:`selbp.select`.
+        class_dim: as for :class:`selbp.SelectiveBackprop`.
 
     Returns:
         A :class:`Diagnosis`; ``print(selbp.diagnose(...))`` shows the table.
@@ -281,11 +283,11 @@ def diagnose(
     """
     inputs, target = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
     whole = Batch.of(inputs, target, {})
-    criterion = criterion_of(loss, class_weight=None, ignore_index=-100, label_smoothing=0.0)
+    criterion = criterion_of(loss, class_weight=None, ignore_index=-100, label_smoothing=0.0, class_dim=class_dim)
 
     def losses(pair: Any) -> Tensor:
         few, output = pair
-        return criterion.losses(output, few.target)
+        return criterion.losses(output, few.target, few.n)
 
     k = kept_rows(check_keep(keep), whole.n)
     try:

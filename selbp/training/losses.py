@@ -9,11 +9,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from selbp.selectors.checks import check_int, check_number, shown
 
 LOSSES = ("cross_entropy", "mse", "bce", "causal_lm")
 HINT = 'one loss per sample, (n,): use reduction="none" and sum or average over every other dimension'
@@ -33,7 +37,7 @@ def logits_of(output: Any) -> Tensor:
 class Criterion(Protocol):
     """What the step needs to know of a loss."""
 
-    def losses(self, output: Any, target: Any) -> Tensor:
+    def losses(self, output: Any, target: Any, n: int) -> Tensor:
         """(n,) differentiable losses, unscaled; at least float32."""
         ...
 
@@ -53,14 +57,18 @@ class Criterion(Protocol):
 class CrossEntropy:
     """Cross-entropy of logits (n, C), or of token logits (n, ..., C) with targets (n, ...) summed over tokens.
 
-    ``shift`` makes it the causal language-modelling loss: logits at position t predict the label at t + 1.
+    Logits may be (n, C, ...) as well, as torch's ``cross_entropy`` has them: the target's shape tells which.
+    ``class_dim``, 1 or -1, does where both fit, and so does an earlier minibatch. ``shift`` makes it the causal
+    language-modelling loss: logits (n, T, C) at position t predict the label at t + 1.
     """
 
     class_weight: Tensor | None = None
     ignore_index: int = -100
     label_smoothing: float = 0.0
     shift: bool = False
+    class_dim: int | None = None
     _moved: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+    _last: list[bool] = field(default_factory=list, repr=False)  # what the first unambiguous minibatch told
 
     def weight_on(self, device: torch.device) -> Tensor | None:
         """The class weights on ``device``, copied there once."""
@@ -92,26 +100,52 @@ class CrossEntropy:
             return target[:, 1:]
         return target.reshape(len(target), -1)
 
-    def tokens(self, x: Tensor, target: Tensor) -> Tensor:
+    def classes_last(self, logits: Tensor, target: Tensor) -> bool:
+        """Whether the classes are the last dim of ``logits`` (n, ...), not dim 1. Raises ValueError where both fit."""
+        if self.shift or logits.dim() < 3 or logits[0].numel() == 1:
+            return True
+        if self.class_dim is not None:
+            return self.class_dim != 1
+        ahead, behind, places = logits.shape[1:-1], logits.shape[2:], target.shape[1:]
+        last, second = ahead == places, behind == places
+        if not last and not second:  # a target with its positions in one dim
+            last, second = ahead.numel() == places.numel(), behind.numel() == places.numel()
+            if not (last and second):
+                return True
+        if last != second:
+            self._last[:] = [last]
+        elif not self._last:
+            raise ValueError(
+                f"logits {tuple(logits.shape)} fit target {tuple(target.shape)} with the classes in dim 1, as torch "
+                "has them, and with the classes in the last dim: pass class_dim=1 or class_dim=-1"
+            )
+        return self._last[0]
+
+    def tokens(self, logits: Tensor, target: Tensor) -> Tensor:
+        """(n, T, C) the entries of ``logits``, (n, ..., C) or (n, C, ...), that predict :meth:`labels`."""
+        return self.positions(logits if self.classes_last(logits, target) else logits.movedim(1, -1), target)
+
+    def positions(self, x: Tensor, target: Tensor) -> Tensor:
         """(n, T, .) the entries of ``x`` (n, ..., .), logits or the head's input, that predict :meth:`labels`."""
+        shape = tuple(x.shape)
         if self.shift and x.dim() == 3 and x.shape[1] == target.shape[1]:
             x = x[:, :-1]
         x, labels = x.reshape(len(target), -1, x.shape[-1]), self.labels(target)
         if x.shape[1] != labels.shape[1]:
             raise ValueError(
-                f"logits must be (n, C) for target (n,) or (n, T, C) for target (n, T): "
-                f"got {x.shape[1]} positions for {labels.shape[1]} targets per sample"
+                "logits must be (n, C) for target (n,), and (n, T, C) or (n, C, T) for target (n, T): "
+                f"got logits {shape} for target {tuple(target.shape)}"
             )
         return x
 
-    def losses(self, output: Any, target: Any) -> Tensor:
+    def losses(self, output: Any, target: Any, n: int) -> Tensor:
         """See :class:`Criterion`."""
         labels = self.labels(target)
         logits = logits_of(output)
         if logits.dim() < 2 or logits.shape[0] != len(target):
             raise ValueError(f"logits must have n = {len(target)} rows of classes, got {tuple(logits.shape)}")
-        self.check_classes(logits.shape[-1], "the model")
         logits = self.tokens(logits, target)
+        self.check_classes(logits.shape[-1], "the model")
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         weight = self.weight_on(logits.device)
         entries = F.cross_entropy(
@@ -144,10 +178,9 @@ class PerSample:
     function: Callable[[Any, Any], Tensor]
     name: str
 
-    def losses(self, output: Any, target: Any) -> Tensor:
+    def losses(self, output: Any, target: Any, n: int) -> Tensor:
         """See :class:`Criterion`. Raises ValueError unless the function returns (n,)."""
         losses = self.function(output, target)
-        n = next(len(x) for x in _tensors(target))
         if not isinstance(losses, Tensor) or losses.shape != (n,):
             got = f"a tensor {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(f"loss {self.name} must return {HINT}; got {got} for n = {n}")
@@ -162,21 +195,12 @@ class PerSample:
         return None
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    parts = tree.values() if isinstance(tree, Mapping) else tree
-    return [x for part in parts for x in _tensors(part)] if isinstance(tree, (Mapping, tuple, list)) else []
-
-
-def _elementwise(function: Callable[..., Tensor]) -> Callable[[Any, Any], Tensor]:
-    def mean_over_sample(output: Any, target: Tensor) -> Tensor:
-        values = logits_of(output)
-        if values.shape != target.shape:
-            raise ValueError(f"target must have the output's shape {tuple(values.shape)}, got {tuple(target.shape)}")
-        return function(values, target.to(values.dtype), reduction="none").reshape(len(target), -1).mean(1)
-
-    return mean_over_sample
+def _mean_over_sample(function: Callable[..., Tensor], output: Any, target: Tensor) -> Tensor:
+    """(n,) means of an elementwise loss over each sample's entries."""
+    values = logits_of(output)
+    if values.shape != target.shape:
+        raise ValueError(f"target must have the output's shape {tuple(values.shape)}, got {tuple(target.shape)}")
+    return function(values, target.to(values.dtype), reduction="none").reshape(len(target), -1).mean(1)
 
 
 def criterion_of(
@@ -185,36 +209,46 @@ def criterion_of(
     class_weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    class_dim: int | None = None,
 ) -> Criterion:
     """The criterion for a ``loss=`` of the contract. Raises TypeError or ValueError for what cannot give (n,)."""
-    if loss in ("cross_entropy", "causal_lm"):
+    if isinstance(loss, str) and loss in ("cross_entropy", "causal_lm"):
         if class_weight is not None:
             _check_class_weight(class_weight)
-        if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
-            raise TypeError(f"label_smoothing must be a number, got {label_smoothing!r}")
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-        return CrossEntropy(class_weight, ignore_index, label_smoothing, shift=loss == "causal_lm")
-    if class_weight is not None or ignore_index != -100 or label_smoothing:
-        raise ValueError('class_weight, ignore_index and label_smoothing apply to "cross_entropy" and "causal_lm" only')
-    if loss == "mse":
-        return PerSample(_elementwise(F.mse_loss), "mse")
-    if loss == "bce":
-        return PerSample(_elementwise(F.binary_cross_entropy_with_logits), "bce")
+        label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
+        ignore_index = check_int("ignore_index", ignore_index)
+        if class_dim is not None:
+            class_dim = check_int("class_dim", class_dim, meaning="1, -1 or None")
+            if class_dim not in (1, -1):
+                raise ValueError(f"class_dim must be 1, -1 or None, got {class_dim}")
+        if loss == "causal_lm" and class_dim == 1:
+            raise ValueError('class_dim=1 is for "cross_entropy": "causal_lm" has logits (n, T, C)')
+        return CrossEntropy(class_weight, ignore_index, label_smoothing, shift=loss == "causal_lm", class_dim=class_dim)
+    defaults = ((class_weight, None), (ignore_index, -100), (label_smoothing, 0.0), (class_dim, None))
+    if any(value is not default and not _equals(value, default) for value, default in defaults):
+        raise ValueError(
+            'class_weight, ignore_index, label_smoothing and class_dim apply to "cross_entropy" and "causal_lm" only'
+        )
+    if isinstance(loss, str) and loss == "mse":
+        return PerSample(partial(_mean_over_sample, F.mse_loss), "mse")
+    if isinstance(loss, str) and loss == "bce":
+        return PerSample(partial(_mean_over_sample, F.binary_cross_entropy_with_logits), "bce")
     if not callable(loss):
-        raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))} or a callable, got {loss!r}")
+        raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))} or a callable, got {shown(loss)}")
     name = getattr(loss, "__name__", type(loss).__name__)
     if (reduction := _reduction(loss)) not in (None, "none"):
         raise ValueError(f"loss {name} has reduction={reduction!r}, but must return {HINT}")
     return PerSample(loss, name)
 
 
+def _equals(value: object, default: float | None) -> bool:
+    return isinstance(value, Real) and value == default
+
+
 def _check_class_weight(weight: Tensor) -> None:
     """Raise ValueError or TypeError unless ``weight`` is (C,), floating, finite and nowhere negative."""
     if not isinstance(weight, Tensor) or weight.dim() != 1:
-        raise ValueError("class_weight must be a tensor (C,)")
+        raise ValueError(f"class_weight must be a tensor (C,), got {shown(weight)}")
     if not weight.is_floating_point():
         raise TypeError(f"class_weight must be floating, got {weight.dtype}")
     if not bool((torch.isfinite(weight) & (weight >= 0)).all()):

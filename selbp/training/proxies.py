@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,8 +82,7 @@ class HeadProxies(GradientProxies):
         bias: bool = True,
         reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self._pooled = (lambda: self.token_residual.sum(1), lambda: self.token_features.mean(1))
-        super().__init__(*self._pooled, bias=bias)
+        super().__init__(residual, features, bias=bias)  # the base's factors are the pooled ones, below
         self._factors: tuple[Callable[[], Tensor], Callable[[], Tensor]] | None = (residual, features)
         self.positions, self._reduce = positions, reduce
 
@@ -90,6 +90,23 @@ class HeadProxies(GradientProxies):
         if self._factors is None:
             raise RuntimeError("the factors of these proxies have been released")
         return self._factors[which]()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the factors computed, unless they have been released: what computes them may be a closure."""
+        known: dict[str, Any] = {"_residual": None, "_features": None, "_factors": None}
+        if self._factors is not None:
+            known |= {"token_residual": self.token_residual, "token_features": self.token_features}
+        return {**self.__dict__, **known}
+
+    @cached_property
+    def residual(self) -> Tensor:
+        """(n, C) summed over positions."""
+        return self.token_residual.sum(1)
+
+    @cached_property
+    def features(self) -> Tensor:
+        """(n, d) averaged over positions."""
+        return self.token_features.mean(1)
 
     @cached_property
     def token_residual(self) -> Tensor:
@@ -152,8 +169,7 @@ class HeadProxies(GradientProxies):
     def release(self) -> None:
         """Let go of the factors."""
         self._factors = None
-        self._residual, self._features = self._pooled
-        for name in ("token_residual", "token_features"):
+        for name in ("residual", "features", "token_residual", "token_features"):
             self.__dict__.pop(name, None)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,7 @@ class Stopwatch:
     """Seconds of a step's phases: by the host's clock on a CPU, by events on a GPU, read only when asked for."""
 
     def __init__(self, device: torch.device) -> None:
+        self._recorded: dict[str, float] | None = None  # of a copy, which has no marks
         self._events = device.type == "cuda"
         self._marks: list[tuple[str, Any]] = [("start", self._now())]
         self._backward: list[Any] = []
@@ -47,6 +49,8 @@ class Stopwatch:
 
     def seconds(self) -> dict[str, float]:
         """Seconds per phase; ``"backward"`` once it has run."""
+        if self._recorded is not None:
+            return dict(self._recorded)
         marks = list(self._marks)
         result = {
             phase: self._between(before, now) for (_, before), (phase, now) in zip(marks, marks[1:], strict=False)
@@ -54,6 +58,10 @@ class Stopwatch:
         if len(self._backward) == 2:
             result["backward"] = self._between(*self._backward)
         return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The seconds: a GPU's events exist in their process only."""
+        return {"_recorded": self.seconds(), "_events": False, "_marks": [], "_backward": []}
 
     def _between(self, begin: Any, end: Any) -> float:
         if not self._events:
@@ -63,9 +71,20 @@ class Stopwatch:
 
 
 class WeightFigures:
-    """What a report with a ``selection`` says of its weights."""
+    """What a report with a ``selection`` says of its weights.
+
+    A copy, pickled or not, has every figure and no longer the gradient proxies that some follow from.
+    """
 
     selection: Selection
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields and every figure that is known: reads them, and so waits for the device."""
+        for kind in type(self).__mro__:
+            for name in [name for name, value in vars(kind).items() if isinstance(value, cached_property)]:
+                with suppress(RuntimeError):  # a cut's report before its backward: not known
+                    getattr(self, name)
+        return {**self.__dict__, "_proxies": None}
 
     @cached_property
     def weight_sum(self) -> float:

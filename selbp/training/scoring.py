@@ -89,14 +89,17 @@ def score(
     features, logits = captured.check(model) if seen else (None, None)
     edited = captured.edited  # then the loss reads other logits than the head gave
     fused = isinstance(criterion, CrossEntropy) and (
-        logits is None or (not edited and _is_head_output(returned, logits))
+        logits is None
+        or (
+            not edited and _is_head_output(returned, logits) and criterion.classes_last(logits_of(output), batch.target)
+        )
     )
     losses = read = None
     if keep_graph or not fused:
         with torch.set_grad_enabled(keep_graph or gradients):
-            losses = read = criterion.losses(output, batch.target)
+            losses = read = criterion.losses(output, batch.target, batch.n)
             if inner and gradients and not fused:
-                read = criterion.losses(returned, batch.target)
+                read = criterion.losses(returned, batch.target, batch.n)
     with torch.no_grad(), without_autocast(batch.device):
         bias = getattr(head, "bias", None) is not None
         if fused:
@@ -130,9 +133,9 @@ def _is_head_output(output: Any, logits: Tensor) -> bool:
 def _from_logits(criterion: CrossEntropy, logits: Tensor, features: Tensor | None, target: Tensor, bias: bool) -> _Rows:
     """Cross-entropy of the head's output, by the fused operator over all tokens."""
     labels = criterion.labels(target)
-    criterion.check_classes(logits.shape[-1], "the model")
     z = criterion.tokens(logits, target)
-    h = None if features is None else criterion.tokens(features.reshape(*logits.shape[:-1], -1), target)
+    criterion.check_classes(z.shape[-1], "the model")
+    h = None if features is None else criterion.positions(features.reshape(*logits.shape[:-1], -1), target)
     n, length, _ = z.shape
     y, flat = labels.reshape(-1), z.flatten(0, 1)
     options: dict[str, Any] = dict(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from selbp.selectors import Selector
 from selbp.training.batch import map_tensors
@@ -34,6 +37,11 @@ class ChoiceState:
     def __init__(self, selector: Selector, generator: torch.Generator | None) -> None:
         self._selector, self._generator = selector, generator
 
+    @property
+    def remembers(self) -> bool:
+        """Whether there is anything to save: a generator of its own, or a rule with memory."""
+        return self._generator is not None or bool(self._selector.state_dict())
+
     def state_dict(self) -> dict[str, Any]:
         """The entries :data:`CHOICE_ENTRIES`, with tensors of their own."""
         return {
@@ -48,7 +56,11 @@ class ChoiceState:
         if state["selector_type"] != mine:
             raise ValueError(f"state is of a {state['selector_type']}, the selector is a {mine}")
         if (generator is None) != (self._generator is None):
-            raise ValueError("the state's generator must be None exactly where this step has no generator")
+            has = {True: "none", False: "one"}
+            raise ValueError(
+                f"the state holds {has[generator is None]} of a generator's, and generator= gave "
+                f"{has[self._generator is None]} here: pass a generator to both or to neither"
+            )
         if self._generator is not None:
             try:
                 torch.Generator(self._generator.device).set_state(generator)
@@ -62,6 +74,31 @@ class ChoiceState:
         """A function that puts selector and generator back as they are now."""
         saved = self.state_dict()
         return lambda: self.load_state_dict(saved)
+
+
+def pack(state: Mapping[str, Any]) -> Tensor:
+    """A state as one uint8 tensor (bytes,) on the CPU, which every format of checkpoints holds.
+
+    Equal kinds of state give equal sizes: formats that load in place need that.
+    """
+    file = io.BytesIO()
+    torch.save(map_tensors(state, lambda x: x.detach().cpu()), file)
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+
+def unpack(packed: Any) -> dict[str, Any]:
+    """What :func:`pack` was given: tensors and plain values, nothing else is read. Raises ValueError."""
+    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.dim() != 1:
+        got = f"{packed.dtype} {tuple(packed.shape)}" if isinstance(packed, Tensor) else type(packed).__name__
+        raise ValueError(f"the state must be a uint8 tensor (bytes,), got {got}")
+    try:
+        state = torch.load(io.BytesIO(packed.cpu().numpy().tobytes()), weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"the state does not read as a rule's state of tensors and numbers: {error}") from error
+    if not isinstance(state, dict) or set(state) != set(CHOICE_ENTRIES):
+        got = str(sorted(map(str, state))) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"the state must have the entries {sorted(CHOICE_ENTRIES)}, got {got}")
+    return state
 
 
 def _copy(state: Mapping[str, Any]) -> dict[str, Any]:

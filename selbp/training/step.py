@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from selbp.ops.types import Selection
 from selbp.selectors import Full, Random, Selector
 from selbp.training.backward import STRATEGIES, Auto, resolve
+from selbp.training.backward.rows.layout import BatchNormPolicy
 from selbp.training.batch import Batch
 from selbp.training.budget import Schedule, check_keep, kept_rows
 from selbp.training.cut_step import CutStepReport, PlacedCut
@@ -20,6 +21,7 @@ from selbp.training.guards import PRECISIONS, RunningStatistics, without_autocas
 from selbp.training.head import check_full_gradient, find_clear_head, find_head
 from selbp.training.head_gradient import FullHeadGradient
 from selbp.training.in_place import Untouched
+from selbp.training.interaction import FirstComparison, SamplesInteractError
 from selbp.training.losses import CrossEntropy, criterion_of
 from selbp.training.report import StepReport, Stopwatch
 from selbp.training.scoring import Scored, score, unscored, worth_keeping
@@ -48,10 +50,12 @@ class SelectiveBackprop:
         keep: a share in (0, 1] (float, k = max(1, round(keep n))) or a number of samples (int of at least 1):
             ``keep=1`` is one sample, ``keep=1.0`` all of them.
         head: the last linear layer, or its name. Found by itself when no layer with parameters follows it.
-        loss: ``"cross_entropy"`` (also of token outputs (n, T, C)), ``"mse"``, ``"bce"`` (of logits), ``"causal_lm"``
-            (targets are shifted by one) or a callable (output, target) -> (n,).
+        loss: ``"cross_entropy"`` (also of (n, T, C) or (n, C, T, ...)), ``"mse"``, ``"bce"`` (of logits),
+            ``"causal_lm"`` (targets are shifted by one) or a callable (output, target) -> (n,).
         backward: ``"rows"`` differentiates the chosen rows of the forward that scored; ``"recompute"`` runs a second
-            forward on them; ``"auto"`` models both on the first minibatch and takes the cheaper, see :func:`diagnose`.
+            forward on them, and refuses a loss in which samples interact, such as a contrastive one: their losses would
+            be others alone, which its first step looks at. ``"auto"`` models both on the first minibatch and takes the
+            cheaper, see :func:`diagnose`, and rows where samples interact.
         scoring: ``"same"`` scores with the forward as it trains: dropout is active, and batch norm updates its running
             statistics there and not in the forward of the chosen rows, which draws its own dropout masks. ``"eval"``
             scores in evaluation mode and leaves no trace: batch norm then follows the chosen rows.
@@ -70,6 +74,11 @@ class SelectiveBackprop:
             run forward; layers above the cut get their full-batch gradients. See :class:`selbp.SelectiveBackward`.
             With ``backward="recompute"`` the layers below keep no graph of that forward, and run again, in the
             backward, on the chosen rows.
+        batchnorm: what a backward through rows does at BatchNorm in training mode, which couples the samples:
+            ``"exact"`` runs it, and all below, on n rows; ``"subset"`` runs it on k rows with the statistics of the n,
+            an approximation, see :func:`selbp.select`. A second forward has k rows' statistics either way.
+        class_dim: where the classes of ``"cross_entropy"`` are in the logits: 1 as in torch, (n, C, ...), or -1, (n,
+            ..., C). By default the target's shape (n, ...) tells, and where both fit an earlier minibatch's.
 
     Raises:
         TypeError, ValueError: at construction, for anything that could not work later.
@@ -95,6 +104,8 @@ class SelectiveBackprop:
         target: Literal["local", "global"] = "local",
         auto_advance: bool = True,
         cut: nn.Module | str | None = None,
+        batchnorm: BatchNormPolicy = "exact",
+        class_dim: Literal[1, -1] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -105,6 +116,7 @@ class SelectiveBackprop:
             ("head_gradient", head_gradient, ("subset", "full")),
             ("target", target, ("local", "global")),
             ("scoring_precision", scoring_precision, PRECISIONS),
+            ("batchnorm", batchnorm, ("exact", "subset")),
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
@@ -117,15 +129,18 @@ class SelectiveBackprop:
         self.model, self.selector, self.keep = model, selector, check_keep(keep)
         self.generator, self.schedule = generator, schedule or Schedule()
         self._criterion = criterion_of(
-            loss, class_weight=class_weight, ignore_index=ignore_index, label_smoothing=label_smoothing
-        )
-        self._strategy, self._reason = resolve(backward)
+            loss, class_weight=class_weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
+            class_dim=class_dim,
+        )  # fmt: skip
+        self._strategy, self._reason = resolve(backward, batchnorm)
         if scoring == "eval" and self._strategy.keeps_graph:
             raise ValueError('scoring="eval" is for backward="recompute": the rows of a forward that trains are in use')
         if scoring_precision != "same":
             if self._strategy.keeps_graph or backward == "rows":
                 raise ValueError(f'scoring_precision={scoring_precision!r} is for backward="recompute"')
             self._strategy, self._reason = STRATEGIES["recompute"], "the scoring forward has another precision"
+        if batchnorm != "exact" and self._strategy is STRATEGIES["recompute"]:
+            raise ValueError(f'batchnorm={batchnorm!r} is for a backward through rows: backward="recompute" has none')
         self._scoring: Literal["same", "eval"] = scoring
         self._precision = scoring_precision
         self._full_head = head_gradient == "full"
@@ -133,8 +148,9 @@ class SelectiveBackprop:
         if cut is not None:
             recompute = self._strategy is STRATEGIES["recompute"]
             self._cut = PlacedCut(
-                model, cut, keep, selector, generator, recompute=recompute, precision=scoring_precision
-            )
+                model, cut, keep, selector, generator,
+                recompute=recompute, precision=scoring_precision, batchnorm=batchnorm,
+            )  # fmt: skip
         if self._cut is not None and (self._full_head or scoring == "eval" or target == "global" or head is not None):
             raise ValueError("cut= goes with none of head, head_gradient, scoring and target: it needs no scoring")
         self._gradients = (selector.needs in ("statistics", "gradients") or self._full_head) and self._cut is None
@@ -147,6 +163,7 @@ class SelectiveBackprop:
             check_full_gradient(model, self.head)
         self._reduce = averaging(model) if target == "global" else None
         self._running, self._choice = RunningStatistics(model), ChoiceState(selector, generator)
+        self._comparison = FirstComparison(model)
         self._step, self._auto_advance = 0, auto_advance
         self._untouched = Untouched()
         self._synchronised = False  # whether the gradients are known to reach the other ranks
@@ -158,7 +175,9 @@ class SelectiveBackprop:
         """One minibatch: returns the scalar to call ``backward()`` on.
 
         Args:
-            inputs: a tensor, a tuple or a dict whose tensors have n rows.
+            inputs: a tensor, a tuple or a dict whose tensors have n rows. Beside tensors, or in them, a list, tuple or
+                array of n entries that are not tensors of n rows (strings, ragged tensors, dicts of boxes) is one entry
+                a sample, and the chosen ones are taken; what has another length is a constant.
             target: n rows; for a dict, its ``"labels"`` where None.
             per_sample: tensors (n,) that the selector knows by name.
 
@@ -170,7 +189,15 @@ class SelectiveBackprop:
         self._synchronised = self._synchronised or check_not_bypassed(self.model)
         restore = self._choice.snapshot(), self._running.snapshot()
         try:
-            loss, report = self._run(batch)
+            try:
+                loss, report = self._run(batch)
+            except SamplesInteractError:
+                if not isinstance(self._strategy, Auto) or self._scoring != "same":
+                    raise
+                for undo in restore:
+                    undo()
+                self._strategy.use_rows("samples interact: a second forward of some would train another loss")
+                loss, report = self._run(batch)
         except BaseException:
             for undo in restore:
                 undo()
@@ -190,6 +217,7 @@ class SelectiveBackprop:
         if scoring and isinstance(self._strategy, Auto) and not self._strategy.decided:
             self._strategy.decide(self.model, batch, k, self._criterion, self._scoring)
         strategy = self._strategy if scoring else STRATEGIES["recompute"]
+        self._comparison.begin(batch, scoring and not strategy.keeps_graph and k < batch.n)
         full_head = FullHeadGradient(self.head) if scoring and self._full_head and self.head is not None else None
         trained = full_head.replacing if full_head is not None else nullcontext
         with trained() if strategy.keeps_graph else nullcontext():
@@ -202,23 +230,28 @@ class SelectiveBackprop:
             selection = self._select(rule, batch, scored, k if selecting else batch.n)
             mean = scored.proxies.mean_gradient() if full_head is not None and scored.proxies is not None else None
         proxies, hits = worth_keeping(scored.proxies, self.head, batch.n), scored.hits
-        losses_of_forward, scale = scored.losses, scored.scale
+        losses_of_forward, unscaled, scale = scored.losses, scored.stats.loss, scored.scale
         stats = scored.stats._replace(loss=scored.stats.loss * scale)  # as the report averages it
         del scored  # and with it the factors, unless they are worth keeping
         watch.lap("select")
+        output: Any = None
 
         def forward(rows: Batch) -> Tensor:
-            nonlocal hits
+            nonlocal hits, output
             output = rows.feed(self.model)
             if not scoring:
                 with torch.no_grad():
                     hits = self._criterion.hits(output, rows.target, selection.weights != 0)
-            return self._criterion.losses(output, rows.target)
+            return self._criterion.losses(output, rows.target, rows.n)
 
         pause = scoring and self._scoring == "same" and not strategy.keeps_graph
         with trained(), self._running.paused() if pause else nullcontext():
             if selecting:
                 losses = strategy.chosen_losses(batch, selection, forward, losses_of_forward)
+                self._comparison.end(
+                    batch, selection.indices, selection.weights != 0, stats.valid, unscaled, losses, output,
+                    lambda rows: (forward(rows), output), pause and self._precision == "same",
+                )  # fmt: skip
             else:
                 losses = forward(batch.rows(None, stats.valid))
         scaled = losses * scale
@@ -241,7 +274,7 @@ class SelectiveBackprop:
         output = cut.feed(clean, made)
         with torch.no_grad():
             hits = self._criterion.hits(output, batch.target, scored.stats.valid)
-        scaled = self._criterion.losses(output, clean.target) * scored.scale
+        scaled = self._criterion.losses(output, clean.target, clean.n) * scored.scale
         loss = torch.where(selection.weights != 0, scaled * selection.weights.to(scaled.dtype), 0).sum()
         watch.lap("forward")
         watch.follow(loss)

@@ -10,6 +10,7 @@ from torch import Tensor
 from selbp.ops.types import Selection
 from selbp.training.backward.auto import Auto
 from selbp.training.backward.recompute import Recompute
+from selbp.training.backward.rows.layout import BatchNormPolicy
 from selbp.training.backward.rows.strategy import Rows
 from selbp.training.batch import Batch
 
@@ -48,10 +49,12 @@ def register(strategy: BackwardStrategy) -> None:
     STRATEGIES[strategy.name] = strategy
 
 
-def resolve(backward: str) -> tuple[BackwardStrategy, str]:
+def resolve(backward: str, batchnorm: BatchNormPolicy = "exact") -> tuple[BackwardStrategy, str]:
     """The strategy for a ``backward=`` of the contract, and why it is that one. Raises ValueError."""
     if backward == "auto":
-        return Auto(), "not decided yet"
+        return Auto(batchnorm), "not decided yet"
+    if backward == "rows":
+        return Rows(batchnorm), "asked for"
     if not isinstance(backward, str) or backward not in STRATEGIES:
         raise ValueError(f"backward must be 'auto', {' or '.join(map(repr, STRATEGIES))}, got {backward!r}")
     return STRATEGIES[backward], "asked for"

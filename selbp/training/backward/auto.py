@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from selbp.ops.types import Selection
 from selbp.training.backward.recompute import Recompute
+from selbp.training.backward.rows.layout import BatchNormPolicy
 from selbp.training.backward.rows.strategy import Rows
 from selbp.training.batch import Batch
 
@@ -24,7 +25,8 @@ class Auto:
     state, so that a resumed run goes on as it began.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batchnorm: BatchNormPolicy = "exact") -> None:
+        self.batchnorm = batchnorm  # of the rows
         self._chosen: Rows | Recompute | None = None
         self.reason = "not decided yet"
 
@@ -40,8 +42,12 @@ class Auto:
 
     def restore(self, chosen: str | None) -> None:
         """Take over what another process decided; None where it had not."""
-        self._chosen = None if chosen is None else Rows() if chosen == "rows" else Recompute()
+        self._chosen = None if chosen is None else Rows(self.batchnorm) if chosen == "rows" else Recompute()
         self.reason = "not decided yet" if chosen is None else "decided before the run was resumed"
+
+    def use_rows(self, reason: str) -> None:
+        """Take rows, whatever was decided."""
+        self._chosen, self.reason = Rows(self.batchnorm), reason
 
     @property
     def name(self) -> str:
@@ -75,10 +81,10 @@ class Auto:
 
         def losses(pair: Any) -> Tensor:
             few, output = pair
-            return criterion.losses(output, few.target)
+            return criterion.losses(output, few.target, few.n)
 
         try:
-            found = analyse_batch(model, batch, k, losses)
+            found = analyse_batch(model, batch, k, losses, batchnorm=self.batchnorm)
         except NotImplementedError as error:
             return Recompute(), f"no rows: {str(error).removeprefix('selbp: ')}"
         except Exception as error:  # of the probe's few samples, or out of memory; a fault of the model comes up again
@@ -87,7 +93,7 @@ class Auto:
         reason = f"modelled time {share['rows']:.2f} on rows, {share['recompute']:.2f} by recomputing, of a full step's"
         if found.dense:
             reason += f"; not on rows: {', '.join(found.dense)}"
-        return Rows() if found.recommendation == "rows" else Recompute(), reason
+        return Rows(self.batchnorm) if found.recommendation == "rows" else Recompute(), reason
 
     def chosen_losses(
         self, batch: Batch, selection: Selection, forward: Callable[[Batch], Tensor], losses: Tensor | None

@@ -1,0 +1,194 @@
+"""Losses in which samples interact: a second forward of the chosen rows alone would train another loss.
+
+Contrastive and ranking losses, in-batch negatives and attention across samples do. So the first step that runs a second
+forward compares: the chosen rows must lose alone what they lost among all n. It compares the step's own two forwards
+where nothing else makes them differ, else, with dropout or batch norm, two of a few samples in evaluation mode.
+BatchNorm in training mode is the coupling that everyone knows and accepts: it is not looked at.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from selbp.training.batch import Batch
+from selbp.training.guards import evaluating, without_autocast_cache
+from selbp.training.head import unwrap
+
+SAMPLES = 8  # of the forwards in evaluation mode
+
+Losses = Callable[[Batch], tuple[Tensor, Any]]  # rows of a batch -> their (k,) losses, and the model's output
+
+
+class SamplesInteractError(ValueError):
+    """The chosen rows have other losses alone than among all rows."""
+
+
+class Surroundings:
+    """What two forwards may differ by beside their rows: random draws, and buffers that a forward changes."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._model, self._device = model, device
+        self._draws, self._versions = self._random(), self._buffers()
+
+    def unchanged(self) -> bool:
+        """Whether nothing was drawn and no buffer written since."""
+        return self._draws == self._random() and self._versions == self._buffers()
+
+    def _random(self) -> list[Any]:
+        states: list[Any] = [torch.get_rng_state().tolist(), random.getstate()]
+        if (numpy := sys.modules.get("numpy")) is not None:
+            _, keys, position, *_ = numpy.random.get_state()  # the legacy state is the global one
+            states += [keys.tolist(), position]
+        return [*states, torch.cuda.get_rng_state(self._device).tolist()] if self._device.type == "cuda" else states
+
+    def _buffers(self) -> list[int]:
+        return [buffer._version for buffer in self._model.buffers() if not buffer.is_inference()]
+
+
+def couples_by_batch_norm(model: nn.Module) -> bool:
+    """Whether a BatchNorm normalises with the statistics of the minibatch."""
+    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+    return any(layer.training or layer.running_mean is None for layer in layers)
+
+
+def tolerance(model: nn.Module, device: torch.device, output: Any) -> float:
+    """Relative difference of losses that rounding may make: half of the digits of the coarsest type that computes.
+
+    An independent sample's loss differs between minibatch sizes by the order of sums only, some units in the last
+    place; deep networks amplify that, by far less than the square root of 1 / eps.
+    """
+    types = {x.dtype for x in (*model.parameters(), *_tensors(output)) if x.is_floating_point()} | {torch.float32}
+    if torch.is_autocast_enabled(device.type):
+        types.add(torch.get_autocast_dtype(device.type))
+    if device.type == "cuda" or torch.get_float32_matmul_precision() != "highest":
+        types.add(torch.float16)  # TF32 has as many digits
+    if torch.get_float32_matmul_precision() == "medium":
+        types.add(torch.bfloat16)
+    return float(max(torch.finfo(dtype).eps for dtype in types)) ** 0.5
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The floating tensors in a model's output."""
+    return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _excess(among: Tensor, alone: Tensor, live: Tensor, bound: Tensor) -> float:
+    """Mean difference of the ``live`` rows' losses, 1 being the bound. Reads it: waits for the device."""
+    ratio = ((among - alone).abs() / bound).nan_to_num(0.0, 0.0, 0.0)
+    return float(torch.where(live, ratio, 0.0).sum() / live.sum().clamp(min=1))
+
+
+def _bound(model: nn.Module, device: torch.device, alone: Tensor, output: Any) -> Tensor:
+    """(k,) differences that rounding may make, in the scale of losses and outputs."""
+    largest = [x.detach().nan_to_num(0.0, 0.0, 0.0).abs().amax().double() for x in _tensors(output) if x.numel()]
+    scale = torch.stack(largest).amax() if largest else alone.new_zeros(())
+    return tolerance(model, device, output) * (1.0 + alone.abs() + scale)
+
+
+@torch.no_grad()
+def _interact(
+    model: nn.Module, losses: Losses, everyone: Batch, few: Batch, place: Tensor, among: Tensor, alone: Tensor,
+    live: Tensor, output: Any,
+) -> bool:  # fmt: skip
+    """Whether ``few``'s losses ``alone`` (k,) are not theirs ``among`` (n,), at ``place`` (k,), and stay so.
+
+    Both forwards must give the same again: a model that counts its calls, or draws by itself, is not to be judged.
+    """
+    among, alone = among.detach().double(), alone.detach().double()
+    bound = _bound(model, everyone.device, alone, output)
+    if _excess(among[place], alone, live, bound) <= 1.0:
+        return False
+    again, alone_again = (losses(rows)[0].detach().double() for rows in (everyone, few))
+    repeats = max(_excess(among[place], again[place], live, bound), _excess(alone, alone_again, live, bound)) <= 0.5
+    return repeats and _excess(again[place], alone_again, live, bound) > 1.0
+
+
+class FirstComparison:
+    """Compares once, in the first step that runs a second forward on a part of the rows."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._done = model, False
+        self._before: Surroundings | None = None
+
+    def begin(self, batch: Batch, wanted: bool) -> None:
+        """Before the scoring forward; ``wanted``: a second forward will follow."""
+        self._before = Surroundings(self._model, batch.device) if wanted and not self._done else None
+
+    def end(
+        self, batch: Batch, indices: Tensor, live: Tensor, valid: Tensor, among: Tensor, alone: Tensor, output: Any,
+        losses: Losses, same_forward: bool,
+    ) -> None:  # fmt: skip
+        """After the second forward. Raises :class:`SamplesInteractError`.
+
+        Args:
+            batch: all n samples.
+            indices: (k,) the chosen rows.
+            live: (k,) bool, whether they count.
+            valid: (n,) bool, which samples may count.
+            among: (n,) losses of the first forward.
+            alone: (k,) losses of the second.
+            output: of the model in the second.
+            losses: runs either again.
+            same_forward: both ran in the same mode and precision.
+        """
+        before, self._before = self._before, None
+        if before is None or len(indices) >= batch.n:
+            return
+        self._done = True
+        if same_forward and before.unchanged() and not couples_by_batch_norm(self._model):
+            everyone, few = batch.rows(None, valid), batch.rows(indices, live)
+            found = _interact(self._model, losses, everyone, few, indices, among, alone, live, output)
+        else:
+            found = self._in_evaluation_mode(batch, valid, losses)
+        if found:
+            raise SamplesInteractError(
+                'samples interact: the chosen rows have other losses alone than among all rows, so that backward="'
+                'recompute" would train another loss. Use backward="rows", or cut= above which all rows run'
+            )
+
+    def _in_evaluation_mode(self, batch: Batch, valid: Tensor, losses: Losses) -> bool:
+        """The same of the first samples, without dropout and with running statistics, leaving no trace."""
+        count = min(batch.n, SAMPLES)
+        if count < 2 or _compiled(self._model):
+            return False  # compiled code would be compiled again for another mode and size
+        place = torch.arange((count + 1) // 2, device=batch.device)
+        everyone = batch.rows(torch.arange(count, device=batch.device), valid[:count])
+        few = batch.rows(place, valid[: len(place)])
+        with ExitStack() as undo:
+            undo.callback(np.random.set_state, np.random.get_state())
+            undo.callback(random.setstate, random.getstate())
+            buffers = [x for x in self._model.buffers() if not x.is_inference()]
+            undo.callback(_copy_back, [(x, x.clone(), x._version) for x in buffers])
+            for context in (evaluating(self._model, batch.device), without_autocast_cache(), torch.no_grad()):
+                undo.enter_context(context)
+            if couples_by_batch_norm(self._model):
+                return False
+            before = Surroundings(self._model, batch.device)
+            try:
+                among, alone = losses(everyone)[0], losses(few)
+                live = valid[: len(place)]
+                found = _interact(self._model, losses, everyone, few, place, among, alone[0], live, alone[1])
+            except Exception:  # many models return something else in evaluation mode: then there is no telling
+                return False
+            return found and before.unchanged()
+
+
+@torch.no_grad()
+def _copy_back(saved: list[tuple[Tensor, Tensor, int]]) -> None:
+    for buffer, value, version in saved:
+        if buffer._version != version:  # a copy would count as a change of what the backward needs
+            buffer.copy_(value)
+
+
+def _compiled(model: nn.Module) -> bool:
+    modules = [model, *unwrap(model).modules()]
+    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules)
