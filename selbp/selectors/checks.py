@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-BOOLS = (bool, np.bool_)
+from selbp._numpy import ARRAYS, BOOLS
 
 
-def shown(value: object) -> str:
+def shown(value: Any) -> str:
     """How a message shows what came: a tensor's dtype and shape, which wait for no device; else a short ``repr``."""
-    if isinstance(value, (Tensor, np.ndarray)):
+    if isinstance(value, Tensor) or isinstance(value, ARRAYS):
         return f"a {type(value).__name__} {value.dtype} {tuple(value.shape)}".replace("torch.", "")
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Literal
 
-from selbp.selectors.checks import BOOLS, check_int, shown
+from selbp._numpy import BOOLS
+from selbp.selectors.checks import check_int, shown
 
 
 def check_keep(keep: float | int) -> float | int:

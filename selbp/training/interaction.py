@@ -164,7 +164,8 @@ class FirstComparison:
         everyone = batch.rows(torch.arange(count, device=batch.device), valid[:count])
         few = batch.rows(place, valid[: len(place)])
         with ExitStack() as undo:
-            undo.callback(np.random.set_state, np.random.get_state())
+            if (numpy := sys.modules.get("numpy")) is not None:
+                undo.callback(numpy.random.set_state, numpy.random.get_state())
             undo.callback(random.setstate, random.getstate())
             buffers = [x for x in self._model.buffers() if not x.is_inference()]
             undo.callback(_copy_back, [(x, x.clone(), x._version) for x in buffers])

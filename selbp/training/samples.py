@@ -8,14 +8,16 @@ such as n strings, n ragged tensors or n dicts of boxes. A list, array or number
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+
+from selbp._numpy import ARRAYS, FLOATS
 
 _CONSTANT = (str, bytes, bytearray, Number, type(None), torch.Size, type)
 
@@ -51,7 +53,7 @@ def _is_structure(tree: Any) -> bool:
 
 
 def _is_sequence(tree: Any) -> bool:
-    return isinstance(tree, Sequence) or (isinstance(tree, np.ndarray) and tree.ndim > 0)
+    return isinstance(tree, Sequence) or (isinstance(tree, ARRAYS) and tree.ndim > 0)
 
 
 def _parts(tree: Any) -> list[Any]:
@@ -185,10 +187,10 @@ def take_rows(x: Tensor, indices: Tensor) -> Tensor:
 
 def take_entries(entries: Any, indices: list[int], live: list[bool]) -> Any:
     """The samples ``indices`` of a sequence; where not ``live``, floating values become 0."""
-    if isinstance(entries, np.ndarray):
+    if isinstance(entries, ARRAYS):
         taken = entries[indices]
-        if np.issubdtype(taken.dtype, np.floating):
-            taken[~np.asarray(live)] = 0
+        if taken.dtype.kind == "f":
+            taken[[not alive for alive in live]] = 0
         return taken
     chosen = [entries[i] if alive else _blank(entries[i]) for i, alive in zip(indices, live, strict=True)]
     return tuple(chosen) if isinstance(entries, tuple) else chosen
@@ -198,9 +200,12 @@ def _blank(entry: Any) -> Any:
     """``entry`` with zeros in place of floating values."""
     if isinstance(entry, Tensor):
         return torch.zeros_like(entry) if entry.is_floating_point() else entry
-    if isinstance(entry, np.ndarray):
-        return np.zeros_like(entry) if np.issubdtype(entry.dtype, np.floating) else entry
-    if isinstance(entry, (float, np.floating)):
+    if isinstance(entry, ARRAYS):
+        blank = entry.copy()
+        if entry.dtype.kind == "f":
+            blank[...] = 0
+        return blank
+    if isinstance(entry, FLOATS):
         return type(entry)(0.0)
     return rebuilt(entry, _blank) if _is_structure(entry) and not isinstance(entry, torch.Size) else entry
 
@@ -209,10 +214,10 @@ def finite_entry(entry: Any) -> Any:
     """Whether every floating value of one sample's entry is finite: a bool, or a () tensor on the entry's device."""
     if isinstance(entry, Tensor):
         return torch.isfinite(entry.detach()).all() if entry.is_floating_point() else True
-    if isinstance(entry, np.ndarray):
-        return bool(np.isfinite(entry).all()) if np.issubdtype(entry.dtype, np.floating) else True
-    if isinstance(entry, (float, np.floating)):
-        return bool(np.isfinite(entry))
+    if isinstance(entry, ARRAYS):
+        return bool((abs(entry) < math.inf).all()) if entry.dtype.kind == "f" else True
+    if isinstance(entry, FLOATS):
+        return math.isfinite(entry)
     result: Any = True
     for part in _parts(entry) if _is_structure(entry) and not isinstance(entry, torch.Size) else ():
         found = finite_entry(part)
