@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from selbp.ops.types import BatchStatistics, Selection, real_dtype
 from selbp.selectors import GradientMatching, ReducibleLoss, Selector, TopLoss
+from selbp.selectors.checks import check_choice, check_generator, shown
 from selbp.training.backward.rows.layout import BatchNormPolicy, RowSet
 from selbp.training.backward.rows.refuse import refuse_backward, refuse_forward
 from selbp.training.backward.rows.select import enter
@@ -80,6 +81,9 @@ class Cut:
     ) -> None:
         if isinstance(selector, type) or not isinstance(selector, Selector):
             raise TypeError(f"selector must be an instance of a selector such as selbp.Random(), got {selector!r}")
+        check_generator(generator)
+        if losses is not None and not callable(losses):
+            raise TypeError(f"losses must be a function that returns (n,) losses, or None, got {shown(losses)}")
         reads_losses = selector.needs == "loss" or isinstance(selector, (TopLoss, ReducibleLoss))
         if reads_losses and losses is None:
             raise ValueError(
@@ -88,10 +92,8 @@ class Cut:
             )
         if isinstance(selector, ReducibleLoss):
             raise ValueError(f"{selector!r} reads a tensor per sample, which a cut is not given")
-        if proxy not in ("pooled", "flat", "positions"):
-            raise ValueError(f'proxy must be "pooled", "flat" or "positions", got {proxy!r}')
-        if batchnorm not in ("exact", "subset"):
-            raise ValueError(f'batchnorm must be "exact" or "subset", got {batchnorm!r}')
+        check_choice("proxy", proxy, ("pooled", "flat", "positions"))
+        check_choice("batchnorm", batchnorm, ("exact", "subset"))
         self.keep, self.selector, self.generator = check_keep(keep), selector, generator
         self.losses, self.proxy, self.batchnorm = losses, proxy, batchnorm
         self.last: CutReport | None = None
@@ -212,7 +214,15 @@ def selective_backward(
         return untraced.selective_backward(hidden, keep, selector, features=features, **options)
     rule = GradientMatching() if selector is None else selector
     cut = Cut(keep, rule, generator=generator, losses=losses, proxy=proxy, batchnorm=batchnorm)
+    _check_tensors(hidden, features)
     return cut.attach(hidden, features)
+
+
+def _check_tensors(hidden: object, features: object) -> None:
+    """Raise TypeError unless both are tensors, the latter or None."""
+    for name, value in (("hidden", hidden), ("features", features)):
+        if not isinstance(value, Tensor) and (value is not None or name == "hidden"):
+            raise TypeError(f"{name} must be a Tensor (n, ...), got {shown(value)}")
 
 
 class SelectiveBackward(nn.Module):
@@ -309,6 +319,7 @@ class SelectiveBackward(nn.Module):
         """``hidden`` (n, ...), unchanged. ``features`` (n, ...) is the input of the layer below, where it is known."""
         if not self.training:
             return hidden
+        _check_tensors(hidden, features)
         if torch.compiler.is_compiling():
             from selbp.training import untraced
 

@@ -83,7 +83,7 @@ class PlacedCut:
         else:
             found = [name for name, module in names.items() if module is place]
             if not found:
-                raise ValueError("cut must be a module of the model, or its name")
+                raise ValueError(f"cut must be a module of the model, or its name, got another {type(place).__name__}")
             self.name, self.module = found[0], place
         self._model = model
         self._cut = Cut(keep, selector, generator=generator, losses=None, proxy="pooled", batchnorm=batchnorm)

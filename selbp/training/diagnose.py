@@ -8,7 +8,7 @@ modelled time (``cost.py``), which knows of bytes and calls as well.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from selbp.selectors.checks import check_choice, shown
 from selbp.training.backward.rows import BatchNormPolicy, select
 from selbp.training.backward.rows import tensor as row_tensor
 from selbp.training.batch import Batch
 from selbp.training.budget import check_keep, kept_rows
 from selbp.training.cost import Rates, Work, modelled
-from selbp.training.losses import criterion_of
+from selbp.training.losses import criterion_of, of_some
 
 SAMPLES = 8  # enough to tell the samples' dim from others, few enough to cost little
 
@@ -281,6 +282,12 @@ def diagnose(
         NotImplementedError: for a sharded model, reentrant checkpointing, and what :func:`selbp.select` refuses.
         RuntimeError: where the model or the loss fails on the few samples.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
+    if not isinstance(batch, (Tensor, tuple, list, Mapping)):
+        raise TypeError(f'batch must be (inputs, target), or a dict with "labels", got {shown(batch)}')
+    check_choice("batchnorm", batchnorm, ("exact", "subset"))
+    kept = check_keep(keep)
     inputs, target = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
     whole = Batch.of(inputs, target, {})
     criterion = criterion_of(loss, class_weight=None, ignore_index=-100, label_smoothing=0.0, class_dim=class_dim)
@@ -289,9 +296,9 @@ def diagnose(
         few, output = pair
         return criterion.losses(output, few.target, few.n)
 
-    k = kept_rows(check_keep(keep), whole.n)
     try:
-        return analyse_batch(model, whole, k, losses, batchnorm=batchnorm)
+        with of_some(min(whole.n, SAMPLES), whole.n):
+            return analyse_batch(model, whole, kept_rows(kept, whole.n), losses, batchnorm=batchnorm)
     except (NotImplementedError, TypeError, ValueError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -7,7 +7,8 @@ valid samples, so that (1/n) sum l_i is what torch calls ``reduction="mean"``.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
@@ -21,6 +22,17 @@ from selbp.selectors.checks import check_int, check_number, shown
 
 LOSSES = ("cross_entropy", "mse", "bce", "causal_lm")
 HINT = 'one loss per sample, (n,): use reduction="none" and sum or average over every other dimension'
+
+
+@contextmanager
+def of_some(k: int, n: int) -> Iterator[None]:
+    """An error about shapes that is raised inside says that it is of k of the n samples."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if k == n or type(error) not in (TypeError, ValueError):
+            raise
+        raise type(error)(f"on {k} of the batch's {n} samples: {error}") from error
 
 
 def logits_of(output: Any) -> Tensor:

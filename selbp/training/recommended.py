@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from selbp.selectors import GradientMatching, TopLoss
+from selbp.selectors.checks import shown
 
 __all__ = ["recommended"]
 
@@ -34,6 +35,8 @@ def recommended(cut: nn.Module | str | None = None) -> dict[str, Any]:
         cut: the module, or its name, at whose output to match: in the evidence the layer below the head. Most of the
             network's work should lie below it.
     """
+    if cut is not None and not isinstance(cut, (nn.Module, str)):
+        raise TypeError(f"cut must be a module, its name or None, got {shown(cut)}")
     if cut is None:
         return {"selector": TopLoss(), "keep": 0.25}
     return {"cut": cut, "selector": GradientMatching(), "keep": 0.25}

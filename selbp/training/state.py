@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from selbp.selectors import Selector
+from selbp.selectors.checks import shown
 from selbp.training.batch import map_tensors
 
 CHOICE_ENTRIES = ("selector_type", "selector", "generator")
@@ -21,13 +22,15 @@ def check_counts(state: Mapping[str, Any]) -> tuple[int, bool, str | None]:
     """Steps counted, whether calls count, and what ``"auto"`` decided, of a whole state. Raises ValueError."""
     expected = {*COUNT_ENTRIES, *CHOICE_ENTRIES}
     if not isinstance(state, Mapping) or set(state) != expected:
-        got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+        got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"state must have the entries {sorted(expected)}, got {got}")
     count, auto = state["optimizer_step"], state["auto_advance"]
     if isinstance(count, bool) or not isinstance(count, int) or count < 0 or not isinstance(auto, bool):
-        raise ValueError(f"optimizer_step must be an int of at least 0 and auto_advance a bool: {count!r}, {auto!r}")
+        raise ValueError(
+            f"optimizer_step must be an int of at least 0 and auto_advance a bool, got {shown(count)} and {shown(auto)}"
+        )
     if state["backward"] not in (None, "rows", "recompute"):
-        raise ValueError(f'the state\'s backward must be "rows", "recompute" or None, got {state["backward"]!r}')
+        raise ValueError(f'the state\'s backward must be "rows", "recompute" or None, got {shown(state["backward"])}')
     return count, auto, state["backward"]
 
 

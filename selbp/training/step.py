@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from selbp.ops.types import Selection
 from selbp.selectors import Full, Random, Selector
+from selbp.selectors.checks import check_flag, check_generator, shown
 from selbp.training.backward import STRATEGIES, Auto, resolve
 from selbp.training.backward.rows.layout import BatchNormPolicy
 from selbp.training.batch import Batch
@@ -22,7 +23,7 @@ from selbp.training.head import check_full_gradient, find_clear_head, find_head
 from selbp.training.head_gradient import FullHeadGradient
 from selbp.training.in_place import Untouched
 from selbp.training.interaction import FirstComparison, SamplesInteractError
-from selbp.training.losses import CrossEntropy, criterion_of
+from selbp.training.losses import CrossEntropy, criterion_of, of_some
 from selbp.training.report import StepReport, Stopwatch
 from selbp.training.scoring import Scored, score, unscored, worth_keeping
 from selbp.training.state import CHOICE_ENTRIES, ChoiceState, check_counts
@@ -118,12 +119,13 @@ class SelectiveBackprop:
             ("scoring_precision", scoring_precision, PRECISIONS),
             ("batchnorm", batchnorm, ("exact", "subset")),
         ):
-            if value not in choices:
-                raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+            if not isinstance(value, str) or value not in choices:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {shown(value)}")
         if schedule is not None and not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be a selbp.Schedule or None, got {type(schedule).__name__}")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+        check_generator(generator)
+        if cut is not None and not isinstance(cut, (nn.Module, str)):
+            raise TypeError(f"cut must be a module of the model, its name or None, got {shown(cut)}")
         if target == "global" and selector.needs != "gradients":
             raise ValueError(f'target="global" is for rules that match gradients, not for {selector!r}')
         self.model, self.selector, self.keep = model, selector, check_keep(keep)
@@ -164,7 +166,7 @@ class SelectiveBackprop:
         self._reduce = averaging(model) if target == "global" else None
         self._running, self._choice = RunningStatistics(model), ChoiceState(selector, generator)
         self._comparison = FirstComparison(model)
-        self._step, self._auto_advance = 0, auto_advance
+        self._step, self._auto_advance = 0, check_flag("auto_advance", auto_advance)
         self._untouched = Untouched()
         self._synchronised = False  # whether the gradients are known to reach the other ranks
         self._report: StepReport | None = None
@@ -240,9 +242,10 @@ class SelectiveBackprop:
             nonlocal hits, output
             output = rows.feed(self.model)
             if not scoring:
-                with torch.no_grad():
+                with torch.no_grad(), of_some(rows.n, batch.n):
                     hits = self._criterion.hits(output, rows.target, selection.weights != 0)
-            return self._criterion.losses(output, rows.target, rows.n)
+            with of_some(rows.n, batch.n):
+                return self._criterion.losses(output, rows.target, rows.n)
 
         pause = scoring and self._scoring == "same" and not strategy.keeps_graph
         with trained(), self._running.paused() if pause else nullcontext():

@@ -65,7 +65,7 @@ def link(name, units, flags):
     program = CACHE / f"{name}-{hashlib.sha256(repr((names, flags)).encode()).hexdigest()[:24]}"
     if not program.exists():
         scratch = program.with_name(f"{program.name}.{os.getpid()}")
-        subprocess.run([COMPILER, *flags, *names, "-o", str(scratch)], check=True, timeout=600)
+        subprocess.run([COMPILER, *names, *flags, "-o", str(scratch)], check=True, timeout=600)
         os.replace(scratch, program)
     return program
 

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from selbp.ops.types import Selection
+from selbp.selectors.checks import shown
 from selbp.training.backward.auto import Auto
 from selbp.training.backward.recompute import Recompute
 from selbp.training.backward.rows.layout import BatchNormPolicy
@@ -51,12 +52,12 @@ def register(strategy: BackwardStrategy) -> None:
 
 def resolve(backward: str, batchnorm: BatchNormPolicy = "exact") -> tuple[BackwardStrategy, str]:
     """The strategy for a ``backward=`` of the contract, and why it is that one. Raises ValueError."""
+    if not isinstance(backward, str) or backward not in ("auto", *STRATEGIES):
+        raise ValueError(f"backward must be 'auto', {' or '.join(map(repr, STRATEGIES))}, got {shown(backward)}")
     if backward == "auto":
         return Auto(batchnorm), "not decided yet"
     if backward == "rows":
         return Rows(batchnorm), "asked for"
-    if not isinstance(backward, str) or backward not in STRATEGIES:
-        raise ValueError(f"backward must be 'auto', {' or '.join(map(repr, STRATEGIES))}, got {backward!r}")
     return STRATEGIES[backward], "asked for"
 
 

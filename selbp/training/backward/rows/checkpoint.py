@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from selbp.selectors.checks import shown
 from selbp.training.backward.rows.layout import Layout
 from selbp.training.backward.rows.refuse import refuse_backward
 from selbp.training.backward.rows.tensor import RowGradient, densify, recomputing, wrap
@@ -161,6 +162,10 @@ def checkpoint(module: nn.Module, *inputs: Tensor) -> Tensor:
         ValueError: for BatchNorm in training mode.
         NotImplementedError: for attention with dropout, or dropout of a tensor without the samples in front.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {shown(module)}")
+    if not inputs or not all(isinstance(x, Tensor) for x in inputs):
+        raise TypeError(f"inputs must be tensors, the first with the samples in dim 0, got {shown(inputs)}")
     for layer in module.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
             raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from selbp.selectors.checks import shown
 from selbp.training.backward.rows.engine import current_task
 from selbp.training.backward.rows.layout import BatchNormPolicy, RowSet
 from selbp.training.backward.rows.refuse import refuse_backward, refuse_forward
@@ -92,8 +93,8 @@ def select(
         raise TypeError(f"indices must be an int64 tensor, got {getattr(indices, 'dtype', type(indices).__name__)}")
     if indices.dim() != 1:
         raise ValueError(f"indices must be (k,), got {tuple(indices.shape)}")
-    if batchnorm not in ("exact", "subset"):
-        raise ValueError(f'batchnorm must be "exact" or "subset", got {batchnorm!r}')
+    if not isinstance(batchnorm, str) or batchnorm not in ("exact", "subset"):
+        raise ValueError(f'batchnorm must be "exact" or "subset", got {shown(batchnorm)}')
     leaves, spec = ([losses], None) if isinstance(losses, Tensor) else pytree.tree_flatten(losses)
     found = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not found or any(leaf.dim() == 0 for leaf in found):
@@ -101,6 +102,11 @@ def select(
     sizes = {leaf.shape[0] for leaf in found}
     if len(sizes) > 1:
         raise ValueError(f"losses must agree about the number of samples, got {sorted(sizes)}")
+    n = found[0].shape[0]
+    if indices.device.type == "cpu" and indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < n:
+        raise IndexError(
+            f"indices out of range: they must lie in [0, {n}), got {int(indices.min())} to {int(indices.max())}"
+        )
     refuse_forward(found)
     chosen = indices
     if not indices.numel():  # see `enter`; the row that stands for none may hold NaN
@@ -123,5 +129,7 @@ def fence(tensor: Tensor) -> Tensor:
     For what needs a dense gradient: an input whose ``.grad`` is read through numpy, a hook that calls an extension by
     pointer, a compiled region.
     """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"fence takes a Tensor, got {shown(tensor)}")
     out: Tensor = _Fence.apply(tensor)
     return out
