@@ -28,6 +28,13 @@ _LAYOUTS = ("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA", "NestedT
             "MkldnnCPU", "QuantizedCPU", "QuantizedCUDA")  # fmt: skip
 
 
+def _any_wants_gradient(*args: Any) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in args)
+
+
+_any_requires_grad: Callable[..., bool] = getattr(torch._C, "_any_requires_grad", _any_wants_gradient)  # not in 2.6
+
+
 def _unchanged(*args: Any) -> tuple[Any, ...]:
     return args
 
@@ -96,7 +103,7 @@ def define_differentiable(
             with torch.no_grad():
                 outputs = below(keyset, args)
             return composed(outputs, *args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if torch.is_grad_enabled() and _any_requires_grad(*args):
             with enable_single_level_autograd_function() if are_transforms_active() else _NOTHING:
                 return function.apply(keyset, *args)
         return below(keyset, args)
