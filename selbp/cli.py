@@ -205,11 +205,24 @@ def _arm_help() -> str:
     )
 
 
+STUDY_NEEDS = ("numpy", "tqdm")  # of the extra "study": the library needs torch alone
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 a run failed, 2 bad input, 130 interrupted."""
     arguments, rest = build_parser().parse_known_args(argv)
     if rest and arguments.command != "bench":
         build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return _run(arguments, rest)
+    except ModuleNotFoundError as error:
+        if error.name not in STUDY_NEEDS:
+            raise
+        print(f"selbp: {error.name} is not installed: pip install 'selbp[study]'", file=sys.stderr)
+        return 1
+
+
+def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
     from selbp import commands
 
     handlers = {"train": commands.train, "compare": commands.compare, "info": commands.info, "study": commands.study}

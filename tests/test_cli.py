@@ -275,3 +275,27 @@ def test_a_study_from_the_command_line_is_cached_and_rendered(
                       (["--seeds", "1000"], "1000"), (["--arms", "matching"], "random")):  # fmt: skip
         capsys.readouterr()
         assert main([*arguments, *bad]) == 2 and word in capsys.readouterr().err
+
+
+WITHOUT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "{module}":
+            raise ModuleNotFoundError(name, name="{module}")
+
+sys.meta_path.insert(0, Missing())
+import selbp
+from selbp.cli import main
+sys.exit(main(["train", "--dataset", "digits", "--steps", "2", "--out", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("module", ["numpy", "tqdm"])
+def test_what_the_library_does_not_need_is_named_where_the_command_does(module, tmp_path):
+    """The import of selbp itself needs torch alone."""
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT.format(module=module), str(tmp_path / "run")]
+    tried = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert tried.returncode == 1
+    assert tried.stderr.splitlines()[-1] == f"selbp: {module} is not installed: pip install 'selbp[study]'"
