@@ -84,8 +84,8 @@ for compiler in "$@"; do
   grep -E '^(csrc|.*/tree-[^/]*/csrc)/.*warning' "$scratch/$compiler.log" | sort | uniq -c || true
   ln -s ../triton_kernels "$tree/selbp/triton_kernels"
   if ! said=$(cd "$tree" && "$python" -c 'import torch, selbp._native' 2>&1); then
-    summary+=("$compiler ($("$cxx" -dumpfullversion)): $warnings warnings; not run: $(tail -n 1 <<<"$said")")
-    if [ "$warnings" != 0 ] || ! grep -q GLIBC <<<"$said"; then failed=1; fi  # another release's C library may be newer
+    summary+=("$compiler ($("$cxx" -dumpfullversion)): $warnings warnings; not run: ${said##*said: }")
+    if [ "$warnings" != 0 ] || ! grep -qE 'GLIBC|CXXABI' <<<"$said"; then failed=1; fi  # another release's libraries may be newer
     rm -rf "$tree"
     continue
   fi
