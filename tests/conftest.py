@@ -24,7 +24,8 @@ if hypothesis is not None:
     # A busy machine draws slowly: neither a deadline nor the health check of slow draws may fail a test there.
     calm = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
     hypothesis.settings.register_profile("ci", derandomize=True, database=None, **calm)
-    hypothesis.settings.register_profile("random", print_blob=True, **calm)
+    # Said outright: where the variable CI is set, Hypothesis's own default is derandomized.
+    hypothesis.settings.register_profile("random", derandomize=False, print_blob=True, **calm)
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 ADDRESS = re.compile(r"0x[0-9a-f]|<function|object at\b", re.IGNORECASE)
