@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from selbp.training.backward.rows.engine import nodes_of
 from selbp.training.backward.rows.refuse import refuse_backward
 from selbp.training.batch import Batch
 from selbp.training.budget import kept_rows
@@ -171,16 +172,5 @@ def check_reached(runs: list[int], model: nn.Module, name: str) -> None:
 
 def _parameters(tensors: list[Tensor]) -> set[int]:
     """The ids of the leaves that ``tensors`` depend on."""
-    found: set[int] = set()
-    seen: set[Any] = set()
-    todo: list[Any] = [x.grad_fn for x in tensors]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found.add(id(variable))
-        todo.extend(following for following, _ in node.next_functions)
-    return found
+    leaves = (getattr(node, "variable", None) for node in nodes_of(tensors))
+    return {id(leaf) for leaf in leaves if leaf is not None}

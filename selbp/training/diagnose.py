@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from selbp.selectors.checks import check_choice, shown
 from selbp.training.backward.rows import BatchNormPolicy, select
 from selbp.training.backward.rows import tensor as row_tensor
+from selbp.training.backward.rows.engine import nodes_of
 from selbp.training.batch import Batch
 from selbp.training.budget import check_keep, kept_rows
 from selbp.training.cost import Rates, Work, modelled
@@ -202,19 +203,11 @@ def analyse(
 
 def _refuse_reentrant(losses: Tensor) -> None:
     """Raise where a part of the backward is no part of the graph, so that it cannot be looked at."""
-    seen: set[Any] = set()
-    stack = [losses.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if type(node).__name__ == "CheckpointFunctionBackward":
-            raise NotImplementedError(
-                "selbp: the backward of torch.utils.checkpoint(..., use_reentrant=True) cannot be looked at ahead; "
-                "checkpoint with use_reentrant=False, or by selbp.checkpoint"
-            )
-        stack.extend(parent for parent, _ in node.next_functions)
+    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes_of([losses])):
+        raise NotImplementedError(
+            "selbp: the backward of torch.utils.checkpoint(..., use_reentrant=True) cannot be looked at ahead; "
+            "checkpoint with use_reentrant=False, or by selbp.checkpoint"
+        )
 
 
 def _refuse_sharded(model: nn.Module) -> None:

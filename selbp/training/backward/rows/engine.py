@@ -1,10 +1,12 @@
-"""Which of the engine's nodes is running: what it does with a gradient says whether rows may stay."""
+"""Autograd's nodes: which is running, since what it does with a gradient says whether rows may stay; and all below."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from selbp.training.backward.rows.tensor import Wrapper
@@ -30,3 +32,16 @@ def copies(gradient: Wrapper) -> bool:
     if getattr(node, "variable", None) is not None:
         return not becomes_a_leafs(gradient)
     return type(node).__name__ == "CopySlices"
+
+
+def nodes_of(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """Every node of the graph that ``tensors`` were computed by, once each."""
+    seen: set[Any] = set()
+    todo: list[Any] = [tensor.grad_fn for tensor in tensors]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        todo.extend(following for following, _ in node.next_functions)

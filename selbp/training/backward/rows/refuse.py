@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from selbp.training.backward.rows.engine import nodes_of
 
 _INSTEAD = 'use backward="recompute" there'
 
@@ -44,15 +45,8 @@ def _refuse_sharded(tensor: Tensor) -> None:
     ``fully_shard`` on a whole model whose input needs no gradient leaves none. Its gradients are exact (a test compares
     them in two processes), and modules elsewhere in the process do not matter.
     """
-    seen: set[Any] = set()
-    stack = [tensor.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes_of([tensor]):
         leaf = getattr(node, "variable", None)
         marks = {type(node).__name__, type(leaf).__name__}
         if marks & {"RegisterPostBackwardFunctionBackward", "FlatParameter", "DTensor"}:
             raise NotImplementedError(f"selbp: FSDP and tensor parallelism are not supported; {_INSTEAD}")
-        stack.extend(parent for parent, _ in node.next_functions)
