@@ -148,8 +148,7 @@ def cuda_extension() -> Pybind11Extension:
 
 
 setup(
-    py_modules=["selbp_launch"],
-    packages=[*find_packages(include=["selbp", "selbp.*"]), "selbp.triton_kernels"],
+    packages=[*find_packages(include=["selbp", "selbp.*", "selbp_study", "selbp_study.*"]), "selbp.triton_kernels"],
     # A bare top-level `triton_kernels` would collide with Triton's own package of that name.
     package_dir={"selbp.triton_kernels": "triton_kernels"},
     ext_modules=[

@@ -20,7 +20,7 @@ from benchmarks.gradients import STAGES, MatchingProblem, matching_problem
 from benchmarks.harness import Case, Unavailable, suite
 from benchmarks.peers import matching as peers
 from selbp import _native, ops, reference
-from selbp.study.models import SmallCNN
+from selbp_study.models import SmallCNN
 
 
 def _with(

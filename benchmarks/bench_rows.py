@@ -28,9 +28,9 @@ import selbp
 from benchmarks.harness import Case, suite
 from benchmarks.row_memory import live_peak, resident_peak
 from benchmarks.row_models import TIMED, Task, classification
-from selbp.study.models import SmallCNN, Transformer
-from selbp.training.backward.rows.layout import RowSet
-from selbp.training.backward.rows.tensor import RowGradient, wrap
+from selbp.rows.gradient import RowGradient, wrap
+from selbp.rows.layout import RowSet
+from selbp_study.models import SmallCNN, Transformer
 
 SHARES = (0.25,)  # `throughput` times whole steps at others
 

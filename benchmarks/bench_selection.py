@@ -21,8 +21,8 @@ from benchmarks.gradients import STAGES, samples, train
 from benchmarks.harness import Case, Unavailable, suite
 from benchmarks.peers import selection as peers
 from selbp import ops
-from selbp.ops.types import BatchStatistics, Selection
 from selbp.selectors import GradientProxies
+from selbp.types import BatchStatistics, Selection
 
 DRAWS, SECONDS = 1000, 1.0  # of a rule that draws, for its mean residual and its bias; whichever comes first
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.costs import _status_bytes
-from selbp.training.backward.rows.tensor import Wrapper
+from selbp.rows.gradient import Wrapper
 
 
 class LiveBytes(TorchDispatchMode):

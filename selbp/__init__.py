@@ -1,23 +1,12 @@
 """selbp: train a PyTorch model on a chosen, weighted part of each minibatch."""
 
-import torch  # noqa: F401  (first: the native core binds to the OpenMP runtime that torch has loaded)
-
-from selbp._sources import stale
+from selbp import _load  # noqa: F401  (before the rest: torch, then the native core)
 from selbp._version import __version__
-
-try:
-    import selbp._native
-except ImportError as error:
-    if str(error).startswith("SELBP_CPU_LEVEL"):
-        raise
-    raise ImportError(
-        "selbp's native extension is not built. Install the package (`pip install .` in the project's folder, or "
-        f"`pip install -e .` to develop) and import it from there. The import said: {error}"
-    ) from error
-if _stale := stale(getattr(selbp._native, "SOURCES", "")):
-    raise ImportError(_stale)
-
-from selbp.selectors import (  # noqa: E402
+from selbp.allocator import keep_freed_memory
+from selbp.cut.module import BackwardCut, backward_cut
+from selbp.cut.report import CutReport
+from selbp.rows import checkpoint, fence, select
+from selbp.selectors import (
     BatchStatistics,
     CubeSampling,
     DivBS,
@@ -34,14 +23,14 @@ from selbp.selectors import (  # noqa: E402
     TopGradNorm,
     TopLoss,
 )
-from selbp.training import Schedule, SelectiveBackprop, StepReport  # noqa: E402
-from selbp.training.backward.rows import checkpoint, fence, select  # noqa: E402
-from selbp.training.cut import CutReport, SelectiveBackward, selective_backward  # noqa: E402
-from selbp.training.diagnose import Diagnosis, diagnose  # noqa: E402
-from selbp.training.memory import keep_freed_memory  # noqa: E402
-from selbp.training.recommended import recommended  # noqa: E402
+from selbp.training import Schedule, SelectiveBackprop, StepReport
+from selbp.training.diagnose import Diagnosis, diagnose
+from selbp.training.recommended import recommended
+
+SelectiveBackward, selective_backward = BackwardCut, backward_cut  # their names before 0.1
 
 __all__ = [
+    "BackwardCut",
     "BatchStatistics",
     "CubeSampling",
     "CutReport",
@@ -64,11 +53,14 @@ __all__ = [
     "TopGradNorm",
     "TopLoss",
     "__version__",
+    "backward_cut",
     "checkpoint",
     "diagnose",
     "fence",
     "keep_freed_memory",
+    "ops",
     "recommended",
+    "rows",
     "select",
     "selective_backward",
 ]

@@ -23,7 +23,7 @@ import math
 import torch
 from torch import Tensor
 
-from selbp.ops.types import BatchStatistics, Matching, MatchStatus, MeanGradient
+from selbp.types import BatchStatistics, Matching, MatchStatus, MeanGradient
 
 # --------------------------------------------------------------------------------------------- 1. statistics
 

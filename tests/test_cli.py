@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import selbp
-from selbp import commands
-from selbp.arguments import keep_argument, list_argument, seeds_argument
-from selbp.cli import build_parser, main
-from selbp.data.idx import write_idx
-from selbp.study.rules import RULES
+from selbp_study import commands
+from selbp_study.arguments import keep_argument, list_argument, seeds_argument
+from selbp_study.cli import build_parser, main
+from selbp_study.data.idx import write_idx
+from selbp_study.rules import RULES
 
 FAST = ["--model", "mlp", "--steps", "12", "--batch-size", "16", "--threads", "1", "--quiet"]
 
@@ -199,8 +199,8 @@ def test_bench_hands_its_arguments_on(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 INTERRUPTED = """
 import signal, sys
-from selbp import commands
-from selbp.cli import main
+from selbp_study import commands
+from selbp_study.cli import main
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with the signal ignored
 left = int(sys.argv.pop(1))
@@ -240,7 +240,8 @@ def test_ctrl_c_leaves_a_state_to_resume_and_says_so(
 
 
 def test_importing_the_command_line_is_light() -> None:
-    code = "import sys, selbp.cli; print([m for m in ('triton', 'matplotlib', 'sklearn', 'scipy') if m in sys.modules])"
+    heavy = ("triton", "matplotlib", "sklearn", "scipy")
+    code = f"import sys, selbp_study.cli; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
@@ -259,7 +260,7 @@ def test_a_comparison_at_equal_time_measures_first(tmp_path: Path, capsys: pytes
 def test_a_study_from_the_command_line_is_cached_and_rendered(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from selbp.study import protocols
+    from selbp_study import protocols
 
     cell = protocols.Cell("digits", "mlp", 4, (0.25,))
     small = protocols.Protocol("quick", "small", (cell,), ("random", "matching"), (0, 1), own_keeps=(8, 16))
@@ -287,7 +288,7 @@ class Missing:
 
 sys.meta_path.insert(0, Missing())
 import selbp
-from selbp.cli import main
+from selbp_study.cli import main
 sys.exit(main(["train", "--dataset", "digits", "--steps", "2", "--out", sys.argv[1]]))
 """
 

@@ -15,7 +15,7 @@ import selbp
 
 ROOT = Path(__file__).parents[1]
 COPIED = [
-    "selbp_launch.py",
+    "selbp_study.launch.py",
     "csrc",
     "triton_kernels",
     "selbp",

@@ -9,7 +9,7 @@ from selbp.ops.mean_gradient import mean_gradient
 from selbp.ops.residual import residual
 from selbp.ops.sketch import sketch, sketch_gram, sketch_projections
 from selbp.ops.statistics import cross_entropy_statistics, linear_cross_entropy_statistics
-from selbp.ops.types import BatchStatistics, Matching, MatchStatus, MeanGradient, Selection
+from selbp.types import BatchStatistics, Matching, MatchStatus, MeanGradient, Selection
 
 __all__ = [
     "BatchStatistics",

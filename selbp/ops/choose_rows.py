@@ -16,7 +16,7 @@ from torch import Tensor
 from selbp import _native
 from selbp.ops._checks import check_dtype, check_same_device, check_shape
 from selbp.ops._library import define, library
-from selbp.ops.types import Selection
+from selbp.types import Selection
 
 RULES = ("top", "odds", "rank")  # both in the order of csrc/choose_rows/cpu.hpp
 WEIGHTS = ("mean", "batch", "unbiased")

@@ -44,7 +44,7 @@ from selbp.ops._loss import (
 )
 from selbp.ops._threads import native_threads
 from selbp.ops.statistics import StatisticsPass, fold_head
-from selbp.ops.types import BatchStatistics
+from selbp.types import BatchStatistics
 
 # Of residuals: the two products that read them are slower on larger tiles; but of 16-bit inputs each tile's part of the
 # features' gradient is widened and added, which costs less often with fewer of them.

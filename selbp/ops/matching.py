@@ -31,7 +31,7 @@ from selbp.ops._cuda_core import cuda_core
 from selbp.ops._library import define
 from selbp.ops._threads import native_threads
 from selbp.ops.gram import autocast_factors
-from selbp.ops.types import Matching
+from selbp.types import Matching
 
 RULES = ("ols", "normalized", "raw")  # in the order of csrc/matching/matching.hpp
 _GRAIN = 1 << 17  # multiply-adds that are worth waking a thread for: about 20 us

@@ -17,7 +17,7 @@ from selbp.ops._checks import accumulate_dtype, check_tensor, flag
 from selbp.ops._library import define
 from selbp.ops._threads import native_threads
 from selbp.ops.gram import autocast_factors, check_factors, finite_rows
-from selbp.ops.types import MeanGradient
+from selbp.types import MeanGradient
 
 
 def mean_gradient(

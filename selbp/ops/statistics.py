@@ -34,7 +34,7 @@ from selbp.ops._loss import (
     raise_bad_target,
 )
 from selbp.ops._threads import native_threads
-from selbp.ops.types import BatchStatistics
+from selbp.types import BatchStatistics
 
 _TILE_BYTES = 4 << 20  # of logits: large enough for the GEMM's full rate, small enough to stay in the last-level cache
 _TILE_ROWS = 1024

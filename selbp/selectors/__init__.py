@@ -4,7 +4,6 @@ Data flows downward only: a selector reads statistics and proxies that :mod:`sel
 of models or training. One file per family; :mod:`selbp.selectors.base` says what a rule offers.
 """
 
-from selbp.ops.types import BatchStatistics, Selection
 from selbp.selectors.base import Needs, Selector
 from selbp.selectors.cube import CubeSampling
 from selbp.selectors.diverse import DivBS
@@ -14,6 +13,7 @@ from selbp.selectors.matching import GradientMatching
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.top import ReducibleLoss, TopGradNorm, TopLoss
 from selbp.selectors.uniform import Full, Random
+from selbp.types import BatchStatistics, Selection
 
 __all__ = [
     "BatchStatistics",

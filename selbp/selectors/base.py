@@ -8,9 +8,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from selbp.ops.types import BatchStatistics, Selection
 from selbp.selectors.checks import check_choice, check_flag, check_generator, check_int, check_number, shown
 from selbp.selectors.proxies import GradientProxies
+from selbp.types import BatchStatistics, Selection
 
 __all__ = [
     "Needs", "Selector", "Stateless", "check_call", "check_choice", "check_flag", "check_int", "check_number",

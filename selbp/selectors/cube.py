@@ -11,10 +11,10 @@ from torch import Tensor
 
 from selbp.ops.choose_rows import inclusion_probabilities, top_rows
 from selbp.ops.cube import cube_sample
-from selbp.ops.types import BatchStatistics, Selection
 from selbp.selectors.base import Needs, Stateless, check_choice, check_int, check_select, require_proxies
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import slot_weights
+from selbp.types import BatchStatistics, Selection
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from selbp.ops.choose_rows import fill_spare, uniform
-from selbp.ops.types import BatchStatistics, Selection
 from selbp.selectors.base import Needs, Stateless, check_choice, check_select, require_proxies
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import slot_weights
+from selbp.types import BatchStatistics, Selection
 
 
 @dataclass(frozen=True)

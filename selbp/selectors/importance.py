@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from selbp.ops.choose_rows import choose_rows, sample_with_replacement
-from selbp.ops.types import BatchStatistics, Selection, gradient_norm
 from selbp.selectors.base import Needs, check_choice, check_flag, check_number, check_select, check_state
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import Weights, slot_weights
+from selbp.types import BatchStatistics, Selection, gradient_norm
 
 
 @dataclass(eq=False)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from selbp.ops.choose_rows import choose_rows, percentile
-from selbp.ops.types import BatchStatistics, Selection
 from selbp.selectors.base import Needs, Stateless, check_choice, check_int, check_number, check_select, check_state
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import Weights
+from selbp.types import BatchStatistics, Selection
 
 # Odds of a row whose loss is the least of all: it is drawn when there is nothing else to fill the k slots with.
 _LEAST = 1e-30

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from selbp.ops.choose_rows import fill_spare
 from selbp.ops.matching import RULES, match
-from selbp.ops.types import BatchStatistics, Selection
 from selbp.selectors.base import Needs, Stateless, check_choice, check_flag, check_number, check_select, require_proxies
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import slot_weights
+from selbp.types import BatchStatistics, Selection
 
 
 @dataclass(frozen=True)

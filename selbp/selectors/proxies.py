@@ -9,7 +9,7 @@ from torch import Tensor
 
 from selbp.ops.gram import gradient_gram
 from selbp.ops.mean_gradient import mean_gradient
-from selbp.ops.types import MeanGradient
+from selbp.types import MeanGradient
 
 
 class GradientProxies:

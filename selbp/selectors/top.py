@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from selbp.ops.choose_rows import choose_rows
-from selbp.ops.types import BatchStatistics, Selection, gradient_norm
 from selbp.selectors.base import Needs, Stateless, check_choice, check_number, check_select, require_proxies
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import Weights, refit_weights
+from selbp.types import BatchStatistics, Selection, gradient_norm
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from selbp.ops.choose_rows import choose_rows, uniform
-from selbp.ops.types import BatchStatistics, Selection
 from selbp.selectors.base import Needs, Stateless, check_select
 from selbp.selectors.proxies import GradientProxies
+from selbp.types import BatchStatistics, Selection
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from selbp.ops import choose_rows
 from selbp.ops.matching import nnls_gram
-from selbp.ops.types import BatchStatistics
 from selbp.selectors.proxies import GradientProxies
+from selbp.types import BatchStatistics
 
 Weights = Literal["mean", "batch", "unbiased", "refit"]
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from selbp.common.batch import Batch
+from selbp.common.keep import check_keep, kept_rows
+from selbp.rows import BatchNormPolicy, select
+from selbp.rows import gradient as row_tensor
+from selbp.rows.engine import nodes_of
 from selbp.selectors.checks import check_choice, shown
-from selbp.training.backward.rows import BatchNormPolicy, select
-from selbp.training.backward.rows import tensor as row_tensor
-from selbp.training.backward.rows.engine import nodes_of
-from selbp.training.batch import Batch
-from selbp.training.budget import check_keep, kept_rows
-from selbp.training.cost import Rates, Work, modelled
+from selbp.training.cost_model import Rates, Work, modelled
 from selbp.training.losses import criterion_of, of_some
 
 SAMPLES = 8  # enough to tell the samples' dim from others, few enough to cost little
@@ -52,7 +52,7 @@ class Diagnosis:
     dense_flops: float  # of those that run on n
     saved_bytes: int  # activations that a forward with a graph keeps, for n rows
     seconds: dict[str, float]  # modelled time of a step by strategy, on a CPU such as this
-    recommendation: str = field(init=False)  # "rows" or "recompute"
+    recommendation: Literal["rows", "recompute"] = field(init=False)
 
     def __post_init__(self) -> None:
         self.recommendation = "rows" if self.seconds["rows"] < self.seconds["recompute"] else "recompute"

@@ -11,18 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from selbp.training.hooks import COMPILED, is_compiled, watched
-from selbp.training.in_place import Kept, edge_of, hookable, source, version_of
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module inside ``DistributedDataParallel`` and ``torch.compile`` wrappers."""
-    while True:
-        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        inner = getattr(inner, "_orig_mod", inner)
-        if inner is model:
-            return model
-        model = inner
+from selbp.common.distributed import unwrap
+from selbp.common.hooks import COMPILED, is_compiled, watched
+from selbp.common.in_place import Kept, edge_of, hookable, source, version_of
 
 
 def listed_candidates(model: nn.Module) -> str:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selbp.ops.types import MeanGradient
-from selbp.training.hooks import watched
+from selbp.common.hooks import watched
+from selbp.types import MeanGradient
 
 
 @dataclass

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from selbp.training.batch import Batch
-from selbp.training.guards import evaluating, without_autocast_cache
-from selbp.training.head import unwrap
+from selbp.common.batch import Batch
+from selbp.common.distributed import unwrap
+from selbp.common.guards import evaluating, without_autocast_cache
 
 SAMPLES = 8  # of the forwards in evaluation mode
 

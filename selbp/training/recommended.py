@@ -29,7 +29,7 @@ def recommended(cut: nn.Module | str | None = None) -> dict[str, Any]:
     where every arm trained in bfloat16 no difference was shown ("confirm-bfloat16"). After 500 steps neither
     loss nor matching at the head was ahead ("main"); on a small ResNet and a text they were behind ("full"); **with
     wrong labels the largest losses are far behind random**, since wrong labels have them. So measure your own:
-    :mod:`selbp.study`.
+    :mod:`selbp_study`.
 
     Args:
         cut: the module, or its name, at whose output to match: in the evidence the layer below the head. Most of the

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,96 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selbp.ops.types import BatchStatistics, Selection
-from selbp.training.budget import random_error, rows_at_cost, step_cost
-from selbp.training.proxies import HeadProxies
-
-
-class Stopwatch:
-    """Seconds of a step's phases: by the host's clock on a CPU, by events on a GPU, read only when asked for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._recorded: dict[str, float] | None = None  # of a copy, which has no marks
-        self._events = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = [("start", self._now())]
-        self._backward: list[Any] = []
-
-    def _now(self) -> Any:
-        if not self._events:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def lap(self, phase: str) -> None:
-        """What ran since the last mark was ``phase``."""
-        self._marks.append((phase, self._now()))
-
-    def follow(self, loss: Tensor) -> None:
-        """Time the backward of ``loss``, from its start to the end of the engine's run."""
-        if loss.requires_grad:
-            loss.register_hook(self._backward_begins)
-
-    def _backward_begins(self, gradient: Tensor) -> None:
-        self._backward = [self._now()]
-        engine: Any = torch.autograd.Variable._execution_engine
-        engine.queue_callback(lambda: self._backward.append(self._now()))
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds per phase; ``"backward"`` once it has run."""
-        if self._recorded is not None:
-            return dict(self._recorded)
-        marks = list(self._marks)
-        result = {
-            phase: self._between(before, now) for (_, before), (phase, now) in zip(marks, marks[1:], strict=False)
-        }
-        if len(self._backward) == 2:
-            result["backward"] = self._between(*self._backward)
-        return result
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The seconds: a GPU's events exist in their process only."""
-        return {"_recorded": self.seconds(), "_events": False, "_marks": [], "_backward": []}
-
-    def _between(self, begin: Any, end: Any) -> float:
-        if not self._events:
-            return float(end - begin)
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1000.0
-
-
-class WeightFigures:
-    """What a report with a ``selection`` says of its weights.
-
-    A copy, pickled or not, has every figure and no longer the gradient proxies that some follow from.
-    """
-
-    selection: Selection
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The fields and every figure that is known: reads them, and so waits for the device."""
-        for kind in type(self).__mro__:
-            for name in [name for name, value in vars(kind).items() if isinstance(value, cached_property)]:
-                with suppress(RuntimeError):  # a cut's report before its backward: not known
-                    getattr(self, name)
-        return {**self.__dict__, "_proxies": None}
-
-    @cached_property
-    def weight_sum(self) -> float:
-        """Sum of the weights: the factor on the learning rate of the layers that run backward on k rows."""
-        return float(self.selection.weights.double().sum())
-
-    @cached_property
-    def weight_max(self) -> float:
-        """The greatest weight."""
-        return float(self.selection.weights.max())
-
-    @cached_property
-    def effective_sample_size(self) -> float:
-        """(sum w)^2 / sum w^2: k for equal weights, 1 where one row carries everything."""
-        w = self.selection.weights.double()
-        total = float(w.square().sum())
-        return float(w.sum()) ** 2 / total if total else 0.0
+from selbp.common.figures import WeightFigures
+from selbp.common.keep import random_error
+from selbp.common.proxies import HeadProxies
+from selbp.training.schedule import rows_at_cost, step_cost
+from selbp.training.stopwatch import Stopwatch
+from selbp.types import BatchStatistics, Selection
 
 
 @dataclass

@@ -16,15 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from selbp import ops
-from selbp.ops.types import BatchStatistics, real_dtype
-from selbp.training.batch import Batch
-from selbp.training.distributed import inner_outputs
-from selbp.training.guards import evaluating, scoring_autocast, without_autocast, without_autocast_cache
+from selbp.common.batch import Batch
+from selbp.common.distributed import inner_outputs
+from selbp.common.guards import evaluating, scoring_autocast, without_autocast, without_autocast_cache
+from selbp.common.proxies import DIAGNOSTIC_BYTES, HeadProxies, sequence_norm_sq
 from selbp.training.head import Captured, capture, listed_candidates
 from selbp.training.losses import Criterion, CrossEntropy, logits_of
-from selbp.training.proxies import HeadProxies, sequence_norm_sq
-
-DIAGNOSTIC_BYTES = 32 << 20  # of residual and features kept for the report of a rule that does not read them
+from selbp.types import BatchStatistics, real_dtype
 
 
 @dataclass(frozen=True)

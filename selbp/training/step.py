@@ -9,24 +9,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from selbp.ops.types import Selection
+from selbp.common.batch import Batch
+from selbp.common.distributed import averaging, check_not_bypassed
+from selbp.common.guards import PRECISIONS, RunningStatistics, without_autocast
+from selbp.common.in_place import Untouched
+from selbp.common.keep import check_keep, kept_rows
+from selbp.common.state import CHOICE_ENTRIES, ChoiceState, check_counts
+from selbp.rows.layout import BatchNormPolicy
 from selbp.selectors import Full, Random, Selector
 from selbp.selectors.checks import check_flag, check_generator, shown
-from selbp.training.backward import STRATEGIES, Auto, resolve
-from selbp.training.backward.rows.layout import BatchNormPolicy
-from selbp.training.batch import Batch
-from selbp.training.budget import Schedule, check_keep, kept_rows
-from selbp.training.cut_step import CutStepReport, PlacedCut
-from selbp.training.distributed import averaging, check_not_bypassed
-from selbp.training.guards import PRECISIONS, RunningStatistics, without_autocast
 from selbp.training.head import check_full_gradient, find_clear_head, find_head
 from selbp.training.head_gradient import FullHeadGradient
-from selbp.training.in_place import Untouched
 from selbp.training.interaction import FirstComparison, SamplesInteractError
 from selbp.training.losses import CrossEntropy, criterion_of, of_some
-from selbp.training.report import StepReport, Stopwatch
+from selbp.training.placed_cut import CutStepReport, PlacedCut
+from selbp.training.report import StepReport
+from selbp.training.schedule import Schedule
 from selbp.training.scoring import Scored, score, unscored, worth_keeping
-from selbp.training.state import CHOICE_ENTRIES, ChoiceState, check_counts
+from selbp.training.stopwatch import Stopwatch
+from selbp.training.strategies import UNSCORED, Strategy
+from selbp.types import Selection
 
 NEEDS = ("nothing", "loss", "statistics", "gradients")
 
@@ -72,7 +74,7 @@ class SelectiveBackprop:
         auto_advance: every call counts as one optimizer step, until :meth:`advance` is called for the first time. Under
             gradient accumulation with a schedule pass False and call :meth:`advance` after each optimizer step.
         cut: a module, or its name: choose in the backward, at that module's output, by the gradients there. All rows
-            run forward; layers above the cut get their full-batch gradients. See :class:`selbp.SelectiveBackward`.
+            run forward; layers above the cut get their full-batch gradients. See :class:`selbp.BackwardCut`.
             With ``backward="recompute"`` the layers below keep no graph of that forward, and run again, in the
             backward, on the chosen rows.
         batchnorm: what a backward through rows does at BatchNorm in training mode, which couples the samples:
@@ -134,21 +136,21 @@ class SelectiveBackprop:
             loss, class_weight=class_weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
             class_dim=class_dim,
         )  # fmt: skip
-        self._strategy, self._reason = resolve(backward, batchnorm)
+        self._strategy = Strategy(backward, batchnorm)
         if scoring == "eval" and self._strategy.keeps_graph:
             raise ValueError('scoring="eval" is for backward="recompute": the rows of a forward that trains are in use')
         if scoring_precision != "same":
             if self._strategy.keeps_graph or backward == "rows":
                 raise ValueError(f'scoring_precision={scoring_precision!r} is for backward="recompute"')
-            self._strategy, self._reason = STRATEGIES["recompute"], "the scoring forward has another precision"
-        if batchnorm != "exact" and self._strategy is STRATEGIES["recompute"]:
+            self._strategy = Strategy("recompute", reason="the scoring forward has another precision")
+        recompute = self._strategy.decided_on("recompute")
+        if batchnorm != "exact" and recompute:
             raise ValueError(f'batchnorm={batchnorm!r} is for a backward through rows: backward="recompute" has none')
         self._scoring: Literal["same", "eval"] = scoring
         self._precision = scoring_precision
         self._full_head = head_gradient == "full"
         self._cut = None
         if cut is not None:
-            recompute = self._strategy is STRATEGIES["recompute"]
             self._cut = PlacedCut(
                 model, cut, keep, selector, generator,
                 recompute=recompute, precision=scoring_precision, batchnorm=batchnorm,
@@ -194,11 +196,11 @@ class SelectiveBackprop:
             try:
                 loss, report = self._run(batch)
             except SamplesInteractError:
-                if not isinstance(self._strategy, Auto) or self._scoring != "same":
+                if not self._strategy.auto or self._scoring != "same":
                     raise
                 for undo in restore:
                     undo()
-                self._strategy.use_rows("samples interact: a second forward of some would train another loss")
+                self._strategy.settle("rows", "samples interact: a second forward of some would train another loss")
                 loss, report = self._run(batch)
         except BaseException:
             for undo in restore:
@@ -216,9 +218,9 @@ class SelectiveBackprop:
             return self._run_cut(batch, self._cut, watch, k)
         selecting = chosen or drawn
         scoring = chosen and (self.selector.needs != "nothing" or self._full_head)
-        if scoring and isinstance(self._strategy, Auto) and not self._strategy.decided:
+        if scoring and self._strategy.undecided:
             self._strategy.decide(self.model, batch, k, self._criterion, self._scoring)
-        strategy = self._strategy if scoring else STRATEGIES["recompute"]
+        strategy = self._strategy if scoring else UNSCORED
         self._comparison.begin(batch, scoring and not strategy.keeps_graph and k < batch.n)
         full_head = FullHeadGradient(self.head) if scoring and self._full_head and self.head is not None else None
         trained = full_head.replacing if full_head is not None else nullcontext
@@ -265,7 +267,7 @@ class SelectiveBackprop:
         watch.follow(loss)
         report = StepReport(
             batch.n, len(selection.indices), self._step, chosen, scoring, strategy.name,
-            getattr(strategy, "reason", self._reason), selection, stats, proxies, scaled.detach(), hits, watch,
+            self._strategy.reason, selection, stats, proxies, scaled.detach(), hits, watch,
         )  # fmt: skip
         return loss, report
 
@@ -335,8 +337,7 @@ class SelectiveBackprop:
 
         Without a ``generator`` of its own, draws come from torch's global one, whose state is the caller's to save.
         """
-        decided = self._strategy.decision if isinstance(self._strategy, Auto) else None
-        counts = {"optimizer_step": self._step, "auto_advance": self._auto_advance, "backward": decided}
+        counts = {"optimizer_step": self._step, "auto_advance": self._auto_advance, "backward": self._strategy.decision}
         return {**counts, **self._choice.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -344,5 +345,4 @@ class SelectiveBackprop:
         count, auto, backward = check_counts(state)
         self._choice.load_state_dict({name: state[name] for name in CHOICE_ENTRIES})
         self._step, self._auto_advance = count, auto
-        if isinstance(self._strategy, Auto):
-            self._strategy.restore(backward)
+        self._strategy.restore(backward)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from selbp.data.idx import DataError, read_idx, read_pair, write_idx
+from selbp_study.data.idx import DataError, read_idx, read_pair, write_idx
 
 
 def idx_bytes(tensor: torch.Tensor, *, kind: int = 0x08, shape: tuple[int, ...] | None = None) -> bytes:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from selbp.data import DataError, Text, load, resolve
-from selbp.data.datasets import WINDOW
-from selbp.data.kjv import HEADER, MAGIC, NAME, read_chapters
+from selbp_study.data import DataError, Text, load, resolve
+from selbp_study.data.datasets import WINDOW
+from selbp_study.data.kjv import HEADER, MAGIC, NAME, read_chapters
 
 pytestmark = pytest.mark.skipif(shutil.which("gzip") is None, reason="needs gzip")
 

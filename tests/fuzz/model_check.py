@@ -27,7 +27,7 @@ from model_generator import Outcome, Program, Store, build, describe, random_mod
 from model_step import RULES, only_rows, step_gradients
 
 import selbp
-from selbp.training.backward.rows.tensor import observers
+from selbp.rows.gradient import observers
 
 
 # ------------------------------------------------------------------------------------------------------ what is tried
@@ -89,7 +89,7 @@ def check_cut(program: Program, store: Store, rng: random.Random) -> None:
     selected = rng.sample(range(program.n), rng.randint(1, program.n)) if rng.random() < 0.3 else None
     source = torch.Generator().manual_seed(program.seed)
     rule = rng.choice([selbp.Random, selbp.Random, selbp.TopGradNorm, selbp.GradientMatching, selbp.GradNormImportance])
-    cuts = {place: selbp.SelectiveBackward(keep, rule(), generator=source) for place in places}
+    cuts = {place: selbp.BackwardCut(keep, rule(), generator=source) for place in places}
 
     def total(outcome: Outcome, choose: Any) -> Tensor:
         if selected is not None:

@@ -20,9 +20,9 @@ from model_generator import build, describe, random_model
 from model_kept import KEPT
 from torch import Tensor
 
-from selbp.training.backward.rows import RowGradient, registry
-from selbp.training.backward.rows.registry import RULES, put
-from selbp.training.backward.rows.slices import Slices
+from selbp.rows import RowGradient, registry
+from selbp.rows.registry import RULES, put
+from selbp.rows.slices import Slices
 
 FAST, CHUNKS = 300, 10
 SLOW, SLOW_CHUNK = 10_000, 500

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selbp import _native, ops, reference
-from selbp.ops.types import MatchStatus
+from selbp.types import MatchStatus
 
 DTYPES = [torch.float32, torch.float64]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from selbp.data import Dataset, Text, make_dataset
-from selbp.study.config import RunConfig
+from selbp_study.config import RunConfig
+from selbp_study.data import Dataset, Text, make_dataset
 
 
 def images_and_labels(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from selbp.data import Dataset
-from selbp.study.arms import ARMS, Arm
-from selbp.study.config import RunConfig
-from selbp.study.models import CUTS, MODELS, place_of
-from selbp.study.run import Run
+from selbp_study.arms import ARMS, Arm
+from selbp_study.config import RunConfig
+from selbp_study.data import Dataset
+from selbp_study.models import CUTS, MODELS, place_of
+from selbp_study.run import Run
 
 
 def test_an_arm_is_read_from_text_and_names_itself_by_it(config: RunConfig) -> None:

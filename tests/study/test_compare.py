@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from selbp.data import Dataset, Split
-from selbp.study import compare as module
-from selbp.study.arms import Arm
-from selbp.study.compare import Comparison, run_all, run_folder, tune
-from selbp.study.config import RunConfig
-from selbp.study.report import write_report
-from selbp.study.run import Run
+from selbp_study import compare as module
+from selbp_study.arms import Arm
+from selbp_study.compare import Comparison, run_all, run_folder, tune
+from selbp_study.config import RunConfig
+from selbp_study.data import Dataset, Split
+from selbp_study.report import write_report
+from selbp_study.run import Run
 
 ARMS = [Arm("full"), Arm("random"), Arm("matching", lr=0.03)]
 
@@ -225,6 +225,6 @@ def test_the_page_stands_alone(tmp_path: Path, dataset: Dataset, comparison: Com
 
 
 def test_the_phases_are_those_of_a_run() -> None:
-    from selbp.study import run, table
+    from selbp_study import run, table
 
     assert (*table.PHASES, "total") == run.PHASES and module.BUDGETS == ("steps", "samples", "time")

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import selbp
-from selbp.data import Split, Text
-from selbp.study.arms import RULES, build_selector, keep_for, parse
-from selbp.study.config import RunConfig
-from selbp.study.models import CUTS, MODELS, SmallCNN, build_model, model_for, place_of
+from selbp_study.arms import RULES, build_selector, keep_for, parse
+from selbp_study.config import RunConfig
+from selbp_study.data import Split, Text
+from selbp_study.models import CUTS, MODELS, SmallCNN, build_model, model_for, place_of
 
 BASE = RunConfig(dataset="digits", fingerprint="0", selector="random", steps=100, lr=0.1)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from selbp.data import Dataset
-from selbp.study.config import RunConfig
-from selbp.study.costs import BLOCK, ROUNDS, Cost, Costs, cost_name, measure, steps_within
-from selbp.study.run import PHASES, typical
+from selbp_study.config import RunConfig
+from selbp_study.costs import BLOCK, ROUNDS, Cost, Costs, cost_name, measure, steps_within
+from selbp_study.data import Dataset
+from selbp_study.run import PHASES, typical
 
 
 def test_a_budget_of_time_is_steps_times_cost() -> None:

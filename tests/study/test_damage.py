@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 import torch
 
-from selbp import commands
-from selbp.cli import main
-from selbp.data import Dataset
-from selbp.data.idx import write_idx
-from selbp.study.config import RunConfig
-from selbp.study.costs import Costs
-from selbp.study.folder import read_config, read_result
-from selbp.study.journal import HEADER, MAGIC, SUMMED, Journal, checksum, sum_of_words
-from selbp.study.storage import StorageError, write_text
+from selbp_study import commands
+from selbp_study.cli import main
+from selbp_study.config import RunConfig
+from selbp_study.costs import Costs
+from selbp_study.data import Dataset
+from selbp_study.data.idx import write_idx
+from selbp_study.folder import read_config, read_result
+from selbp_study.journal import HEADER, MAGIC, SUMMED, Journal, checksum, sum_of_words
+from selbp_study.storage import StorageError, write_text
 
 Damage = Callable[[Path], None]
 FAST = ["--model", "mlp", "--steps", "30", "--batch-size", "32", "--evaluate-every", "10", "--threads", "1", "--quiet"]
@@ -529,7 +529,7 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small_study(patch: pytest.MonkeyPatch) -> None:
-    from selbp.study import protocols
+    from selbp_study import protocols
 
     cell = protocols.Cell("digits", "mlp", 4, (0.25,))
     small = protocols.Protocol("quick", "small", (cell,), ("random", "matching"), (0, 1), budgets=("steps",))

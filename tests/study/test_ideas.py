@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import selbp
-from selbp.ops.types import BatchStatistics
 from selbp.selectors import GradientProxies
-from selbp.study.arms import build_selector
-from selbp.study.ideas import AveragedTarget
+from selbp.types import BatchStatistics
+from selbp_study.arms import build_selector
+from selbp_study.ideas import AveragedTarget
 
 N, CLASSES, WIDTH, K = 40, 5, 7, 8
 

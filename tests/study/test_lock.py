@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from selbp.cli import main
-from selbp.data import load
-from selbp.study.config import RunConfig
-from selbp.study.pool import carry_out, folder_of
-from selbp.study.storage import Lock, LockedError, StorageError
+from selbp_study.cli import main
+from selbp_study.config import RunConfig
+from selbp_study.data import load
+from selbp_study.pool import carry_out, folder_of
+from selbp_study.storage import Lock, LockedError, StorageError
 
 FAST = ["--dataset", "digits", "--model", "mlp", "--steps", "5", "--threads", "1", "--quiet"]
 COMMANDS = {
@@ -40,7 +40,7 @@ def test_a_second_writer_ends_in_one_line(name: str, tmp_path: Path, capsys: pyt
 
 def test_a_killed_process_holds_nobody_up(tmp_path: Path) -> None:
     code = (
-        "import os, signal, pathlib\nfrom selbp.study.storage import Lock\n"
+        "import os, signal, pathlib\nfrom selbp_study.storage import Lock\n"
         f"lock = Lock(pathlib.Path({str(tmp_path)!r})).acquire()\nos.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=600).returncode == -signal.SIGKILL

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from selbp.data import Dataset, load
-from selbp.study import pool as module
-from selbp.study.config import RunConfig
-from selbp.study.journal import Journal
-from selbp.study.pool import Pool, cached, carry_out, pool
+from selbp_study import pool as module
+from selbp_study.config import RunConfig
+from selbp_study.data import Dataset, load
+from selbp_study.journal import Journal
+from selbp_study.pool import Pool, cached, carry_out, pool
 
 
 @pytest.fixture(scope="module")

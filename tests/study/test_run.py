@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from selbp.cli import main
-from selbp.data import Dataset, Split
-from selbp.data.idx import write_idx
-from selbp.study.config import RunConfig
-from selbp.study.run import PHASES, Diverged, Order, Run, evaluate, read_config, read_result
-from selbp.study.storage import JsonLines
+from selbp_study.cli import main
+from selbp_study.config import RunConfig
+from selbp_study.data import Dataset, Split
+from selbp_study.data.idx import write_idx
+from selbp_study.run import PHASES, Diverged, Order, Run, evaluate, read_config, read_result
+from selbp_study.storage import JsonLines
 
 RULES = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching")
 
@@ -212,9 +212,9 @@ def write_set(folder: Path, data: Dataset) -> Path:
 
 KILLED = """
 import os, signal, sys, types
-from selbp.cli import main
-from selbp.study import journal
-from selbp.study.storage import JsonLines
+from selbp_study.cli import main
+from selbp_study import journal
+from selbp_study.storage import JsonLines
 
 journal.time = types.SimpleNamespace(monotonic=lambda: 0.0)  # no durable copies by the clock: all writes are counted
 left = int(sys.argv.pop(1))
@@ -277,7 +277,7 @@ def test_sigkill_within_a_line_of_the_log(tmp_path: Path, dataset: Dataset) -> N
 
 
 def _step(folder: Path) -> int:
-    from selbp.study.journal import Journal
+    from selbp_study.journal import Journal
 
     found = Journal(folder).read()
     assert found is not None

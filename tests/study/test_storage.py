@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selbp.study.journal import HEADER, Journal, decode, encode
-from selbp.study.storage import JsonLines, StorageError, write_text
+from selbp_study.journal import HEADER, Journal, decode, encode
+from selbp_study.storage import JsonLines, StorageError, write_text
 
 
 def same(a, b) -> bool:

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from selbp.data import HELD_OUT, Dataset, Split
-from selbp.study import pool as pool_module
-from selbp.study import study as module
-from selbp.study.command import dumps
-from selbp.study.costs import Cost
-from selbp.study.document import costs_table, document, page, read_result_file, reading_of, result_files, section
-from selbp.study.findings import Findings, Row
-from selbp.study.pool import Pool, Sets
-from selbp.study.protocols import OWN_KEEP, PROTOCOLS, Cell, Protocol
-from selbp.study.study import plan_cell, run_study
-from selbp.study.tuning import SEEDS
+from selbp_study import pool as pool_module
+from selbp_study import study as module
+from selbp_study.command import dumps
+from selbp_study.costs import Cost
+from selbp_study.data import HELD_OUT, Dataset, Split
+from selbp_study.document import costs_table, document, page, read_result_file, reading_of, result_files, section
+from selbp_study.findings import Findings, Row
+from selbp_study.pool import Pool, Sets
+from selbp_study.protocols import OWN_KEEP, PROTOCOLS, Cell, Protocol
+from selbp_study.study import plan_cell, run_study
+from selbp_study.tuning import SEEDS
 
 ROOT = Path(__file__).resolve().parents[2]
 PROTOCOL = Protocol(

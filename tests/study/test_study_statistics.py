@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selbp.study.statistics import Difference, holm, paired, t_quantile, t_tail
+from selbp_study.statistics import Difference, holm, paired, t_quantile, t_tail
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 9, 10, 29, 100])

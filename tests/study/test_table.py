@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selbp.study.arms import Arm
-from selbp.study.compare import Outcome
-from selbp.study.config import RunConfig
-from selbp.study.plots import accuracy_plot, mean_curve, spread_labels, time_plot
-from selbp.study.table import HEADINGS, PHASES, lines_of, markdown, paired_difference, rows_of, t95
+from selbp_study.arms import Arm
+from selbp_study.compare import Outcome
+from selbp_study.config import RunConfig
+from selbp_study.plots import accuracy_plot, mean_curve, spread_labels, time_plot
+from selbp_study.table import HEADINGS, PHASES, lines_of, markdown, paired_difference, rows_of, t95
 
 
 def outcome(selector: str, seed: int, accuracy: float | None, error: str | None = None) -> Outcome:

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from selbp.study import curves, report
-from selbp.study.arms import Arm
-from selbp.study.compare import Comparison, Outcome
-from selbp.study.config import RunConfig
-from selbp.study.document import document, page, read_result_file, section
-from selbp.study.report import write_report
-from selbp.study.run import PHASES
-from selbp.study.table import HEADINGS, lines_of, markdown
-from selbp.study.text import cells, code, inline, plain
+from selbp_study import curves, report
+from selbp_study.arms import Arm
+from selbp_study.compare import Comparison, Outcome
+from selbp_study.config import RunConfig
+from selbp_study.document import document, page, read_result_file, section
+from selbp_study.report import write_report
+from selbp_study.run import PHASES
+from selbp_study.table import HEADINGS, lines_of, markdown
+from selbp_study.text import cells, code, inline, plain
 
 NASTY = {
     "bars": "a | b || c", "code": "`rm` and ``", "script": "<script>alert(1)</script>", "lines": "a\n\n## b\r| c |",

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from selbp.data import Dataset
-from selbp.study.config import RunConfig
-from selbp.study.tuning import RATES, SEEDS, climb, nearest, tuning_config
+from selbp_study.config import RunConfig
+from selbp_study.data import Dataset
+from selbp_study.tuning import RATES, SEEDS, climb, nearest, tuning_config
 
 
 def search(accuracy, keeps=(0.25,), start=0.05):

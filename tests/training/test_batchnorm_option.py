@@ -51,7 +51,7 @@ def test_the_cut_follows_it(batchnorm):
     options = {"selector": selbp.GradientMatching(), "keep": 4, "batchnorm": batchnorm}
     step = selbp.SelectiveBackprop(model, cut="5", **options)
     below, above = copy.deepcopy(model[:6]), copy.deepcopy(model[6:])
-    by_module = nn.Sequential(*below, selbp.SelectiveBackward(**options), *above)
+    by_module = nn.Sequential(*below, selbp.BackwardCut(**options), *above)
     got = list(gradients(model, step(*batch)).values())
     want = list(gradients(by_module, nn.functional.cross_entropy(by_module(batch[0]), batch[1])).values())
     for mine, theirs in zip(got, want, strict=True):
@@ -61,14 +61,14 @@ def test_the_cut_follows_it(batchnorm):
 
 def test_auto_decides_by_what_it_would_run(monkeypatch):
     seen = []
-    from selbp.training import diagnose
+    from selbp.training import diagnose, strategies
 
     def watch(model, batch, k, losses, **options):
         seen.append(options.get("batchnorm"))
         return analyse(model, batch, k, losses, **options)
 
     analyse = diagnose.analyse_batch
-    monkeypatch.setattr(diagnose, "analyse_batch", watch)
+    monkeypatch.setattr(strategies, "analyse_batch", watch)
     reasons = {}
     for batchnorm in ("exact", "subset"):
         step = selbp.SelectiveBackprop(network(), selector=selbp.TopLoss(), keep=4, batchnorm=batchnorm)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import selbp
-from selbp.training import hooks
+from selbp.common import hooks
 
 N, K = 16, 4
 F64 = torch.float64
@@ -133,12 +133,12 @@ class Cut(Net):
 
     def __init__(self, function: bool) -> None:
         super().__init__()
-        self.choose = selbp.SelectiveBackward(K)
+        self.choose = selbp.BackwardCut(K)
         self.function = function
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.cut(torch.tanh(self.first(x)))
-        h = selbp.selective_backward(h, K) if self.function else self.choose(h)
+        h = selbp.backward_cut(h, K) if self.function else self.choose(h)
         out: Tensor = self.head(torch.relu_(h))
         return out
 

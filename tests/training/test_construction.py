@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from training_kit import TokenModel, mlp, samples
 
 import selbp
-from selbp.training.budget import kept_rows
+from selbp.common.keep import kept_rows
 
 
 def build(model=None, selector=None, keep=0.5, **options):
@@ -69,8 +69,8 @@ def refused_id(value):
         (TypeError, {"selector": selbp.TopLoss}, "instance of a selector"),
         (TypeError, {"selector": "top"}, "instance of a selector"),
         (TypeError, {"model": str.upper}, "torch.nn.Module"),
-        (ValueError, {"backward": "fast"}, "'auto', 'recompute' or 'rows'"),
-        (ValueError, {"backward": ["rows"]}, "'auto', 'recompute' or 'rows'"),
+        (ValueError, {"backward": "fast"}, "one of 'auto', 'rows', 'recompute'"),
+        (ValueError, {"backward": ["rows"]}, "one of 'auto', 'rows', 'recompute'"),
         (ValueError, {"scoring": "train"}, "'same' or 'eval'"),
         (ValueError, {"head_gradient": "exact"}, "'subset' or 'full'"),
         (ValueError, {"target": "all"}, "'local' or 'global'"),

@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 import selbp
 from benchmarks.row_models import SMALL, TIMED
-from selbp.training.backward.rows import tensor as row_tensor
-from selbp.training.batch import Batch
-from selbp.training.cost import Rates, Work, modelled
+from selbp.common.batch import Batch
+from selbp.rows import gradient as row_tensor
+from selbp.training.cost_model import Rates, Work, modelled
 
 
 def diagnosis(name: str, keep: float = 0.25, **options: str) -> tuple[nn.Module, selbp.Diagnosis]:

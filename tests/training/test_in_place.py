@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import selbp
-from selbp.training import in_place
+from selbp.common import in_place
 
 N, K, C = 16, 5, 4
 F64 = torch.float64
@@ -138,7 +138,7 @@ def test_what_follows_a_cut(how: str, kind: str, edit: Edit) -> None:
 
     def train(inplace: bool) -> tuple[Any, list[Tensor]]:
         if how == "module":
-            cut = selbp.SelectiveBackward(K)
+            cut = selbp.BackwardCut(K)
             model = Model(kind, edit, inplace, cut)
             F.cross_entropy(model(x), y).backward()
             return found(model, cut.report)

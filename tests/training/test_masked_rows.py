@@ -125,7 +125,7 @@ def test_minus_infinity_on_another_class_is_a_legal_mask():
 @pytest.mark.parametrize("name", ["MLP", "CNN", "ResNet-GN", "ViT"])
 def test_rows_on_a_device_that_must_not_be_asked(name, monkeypatch):
     """What a GPU runs: no row is asked for, NaN in one sample or in all of them still reaches no gradient."""
-    monkeypatch.setattr("selbp.training.backward.rows.strategy.may_ask", lambda device: False)
+    monkeypatch.setattr("selbp.training.strategies.may_ask", lambda device: False)
     task = SMALL[name]
     torch.manual_seed(0)
     model = task.build().eval()  # no dropout: the two runs below are compared

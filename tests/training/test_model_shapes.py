@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from training_kit import TokenModel, assert_same, gradients, mlp, samples
 
 import selbp
-from selbp.training.batch import take_rows
+from selbp.common.batch import take_rows
 
 
 def chosen_by_hand(model, x, y, selection):

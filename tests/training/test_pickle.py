@@ -10,8 +10,8 @@ from torch import nn
 from training_kit import TokenModel, mlp, samples
 
 import selbp
-from selbp.ops.types import MeanGradient
-from selbp.training.proxies import HeadProxies
+from selbp.common.proxies import HeadProxies
+from selbp.types import MeanGradient
 
 
 def through_torch_save(thing):
@@ -98,7 +98,7 @@ def test_a_copied_step_goes_on_as_the_step_does(copied, rule, backward):
 @pytest.mark.parametrize("proxy", ["pooled", "flat", "positions"])
 def test_a_copied_model_with_a_cut_goes_on_as_the_model_does(copied, proxy):
     torch.manual_seed(1)
-    cut = selbp.SelectiveBackward(3, generator=torch.Generator().manual_seed(3), proxy=proxy)
+    cut = selbp.BackwardCut(3, generator=torch.Generator().manual_seed(3), proxy=proxy)
     model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Tanh(), cut, nn.Flatten(), nn.Linear(24, 5))
     x, y = torch.randn(12, 2, 8), torch.randint(0, 5, (12,))
     first = copied(model)

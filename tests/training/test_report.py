@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_kit import TokenModel, gradients, mlp, samples
 
 import selbp
-from selbp.training.budget import random_error, rows_at_cost, step_cost
-from selbp.training.proxies import HeadProxies
+from selbp.common.keep import random_error
+from selbp.common.proxies import HeadProxies
+from selbp.training.schedule import rows_at_cost, step_cost
 
 RULES = [
     selbp.Full(), selbp.Random(), selbp.TopLoss(), selbp.TopGradNorm(), selbp.GradNormImportance(),

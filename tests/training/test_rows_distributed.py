@@ -54,8 +54,8 @@ def check_ddp(rank: int, unused: bool) -> None:
 def check_cut(rank: int) -> None:
     torch.manual_seed(0)
     model = Model().double()
-    cuts = [selbp.SelectiveBackward(2, selbp.Random(), generator=torch.Generator().manual_seed(who)) for who in (0, 1)]
-    again = [selbp.SelectiveBackward(2, selbp.Random(), generator=torch.Generator().manual_seed(who)) for who in (0, 1)]
+    cuts = [selbp.BackwardCut(2, selbp.Random(), generator=torch.Generator().manual_seed(who)) for who in (0, 1)]
+    again = [selbp.BackwardCut(2, selbp.Random(), generator=torch.Generator().manual_seed(who)) for who in (0, 1)]
     x, y = torch.randn(2, 6, 2, 6, 6, dtype=torch.float64), torch.randint(3, (2, 6))
     hook = model.body[3].register_forward_hook(lambda module, args, output: cuts[rank](output))
     ddp = DistributedDataParallel(model)

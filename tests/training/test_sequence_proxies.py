@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from training_kit import TokenModel, mlp
 
 import selbp
+from selbp.common.proxies import sequence_gram, sequence_norm_sq
 from selbp.selectors import GradientProxies
-from selbp.training.proxies import sequence_gram, sequence_norm_sq
 
 
 class Look(selbp.Full):
@@ -98,7 +98,7 @@ def test_gram_and_mean_of_plain_samples(loss):
 @pytest.mark.parametrize("shape", [(5, 3, 40, 30), (5, 30, 4, 3), (1, 1, 1, 1), (4, 7, 1, 9)])
 @pytest.mark.parametrize("block_bytes", [1, 2000, 1 << 26])
 def test_both_ways_to_a_sequence_gram(monkeypatch, bias, shape, block_bytes):
-    monkeypatch.setattr("selbp.training.proxies.BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("selbp.common.proxies.BLOCK_BYTES", block_bytes)
     n, length, classes, d = shape
     r, h = torch.randn(n, length, classes).double(), torch.randn(n, length, d).double()
     h1 = torch.cat([h, torch.ones(n, length, 1).double()], 2) if bias else h

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selbp.cli import main
-from selbp.data import DataError, Dataset, load, resolve
-from selbp.study.arms import Arm
-from selbp.study.compare import Comparison
-from selbp.study.config import RunConfig
-from selbp.study.run import Run
-from selbp.study.tuning import nearest
+from selbp_study.arms import Arm
+from selbp_study.cli import main
+from selbp_study.compare import Comparison
+from selbp_study.config import RunConfig
+from selbp_study.data import DataError, Dataset, load, resolve
+from selbp_study.run import Run
+from selbp_study.tuning import nearest
 
 WHOLE, SHARE, POSITIVE = "must be a whole number from", "must be a share in (0, 1]", "must be a number above 0"
 # The line, and parts of what is said: the option, what it takes, what it got.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from selbp import ops
-from selbp.ops.types import Selection
+from selbp.types import Selection
 
 NAN, INF, HUGE = float("nan"), float("inf"), 1 << 40
 N, C, D = 4, 3, 5

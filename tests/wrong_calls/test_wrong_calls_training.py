@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import selbp
-from selbp.ops.types import BatchStatistics
+from selbp.types import BatchStatistics
 
 N, C, D = 8, 5, 6
 
@@ -73,7 +73,7 @@ STEP = [  # (argument, values, error, words)
     ("target", CHOICES, ValueError, "target must be 'local' or 'global'|got"),
     ("scoring_precision", CHOICES, ValueError, "scoring_precision must be 'same' or 'bfloat16' or 'float16'|got"),
     ("batchnorm", CHOICES, ValueError, "batchnorm must be 'exact' or 'subset'|got"),
-    ("backward", CHOICES, ValueError, "backward must be 'auto'|'recompute' or 'rows'|got"),
+    ("backward", CHOICES, ValueError, "backward must be one of 'auto', 'rows', 'recompute', got"),
     (
         "loss",
         {**without(CHOICES, "list"), "list": ["mse"]},
@@ -272,8 +272,8 @@ for _name, _values, _error, _words in STEP:
     for _key, _value, _, _ in rows("step", _name, _values, _error, _words):
         CALLS.append((_key, _build_step(_name, _value), _error, _words))
 for _name, _values, _error, _words in CUT:
-    for _key, _value, _, _ in rows("SelectiveBackward", _name, _values, _error, _words):
-        CALLS.append((_key, _construct(selbp.SelectiveBackward, _name, _value, keep=0.5), _error, _words))
+    for _key, _value, _, _ in rows("BackwardCut", _name, _values, _error, _words):
+        CALLS.append((_key, _construct(selbp.BackwardCut, _name, _value, keep=0.5), _error, _words))
 for _function, _name, _values, _error, _words in RULES:
     for _key, _value, _, _ in rows(_function.__name__, _name, _values, _error, _words):
         CALLS.append((_key, _construct(_function, _name, _value), _error, _words))
@@ -453,45 +453,45 @@ CALLS += [
     ("checkpoint tuple", lambda: selbp.checkpoint(Shared(), HIDDEN), TypeError, "must return a Tensor, got tuple"),
     (
         "cut hidden=list",
-        lambda: selbp.SelectiveBackward(2)([HIDDEN]),
+        lambda: selbp.BackwardCut(2)([HIDDEN]),
         TypeError,
         "hidden must be a Tensor (n, ...), got [",
     ),
     (
         "cut hidden=none",
-        lambda: selbp.SelectiveBackward(2)(None),
+        lambda: selbp.BackwardCut(2)(None),
         TypeError,
         "hidden must be a Tensor (n, ...), got None",
     ),
     (
         "cut hidden=scalar",
-        lambda: selbp.SelectiveBackward(2)(losses.mean()),
+        lambda: selbp.BackwardCut(2)(losses.mean()),
         ValueError,
         "hidden must be (n, ...), got a scalar",
     ),
     (
         "cut features=list",
-        lambda: selbp.SelectiveBackward(2)(HIDDEN, [1]),
+        lambda: selbp.BackwardCut(2)(HIDDEN, [1]),
         TypeError,
         "features must be a Tensor|got [1]",
     ),
     (
         "cut features=short",
-        lambda: selbp.SelectiveBackward(2)(HIDDEN, HIDDEN[1:]),
+        lambda: selbp.BackwardCut(2)(HIDDEN, HIDDEN[1:]),
         ValueError,
         "features must have|(7, 3)",
     ),
-    ("cut report", lambda: selbp.SelectiveBackward(2).report, RuntimeError, "no report before the first backward"),
+    ("cut report", lambda: selbp.BackwardCut(2).report, RuntimeError, "no report before the first backward"),
     (
-        "selective_backward hidden",
-        lambda: selbp.selective_backward("x", 2),
+        "backward_cut hidden",
+        lambda: selbp.backward_cut("x", 2),
         TypeError,
         "hidden must be a Tensor (n, ...)",
     ),
-    ("selective_backward keep", lambda: selbp.selective_backward(HIDDEN, 0), ValueError, KEEP),
+    ("backward_cut keep", lambda: selbp.backward_cut(HIDDEN, 0), ValueError, KEEP),
     (
-        "selective_backward selector",
-        lambda: selbp.selective_backward(HIDDEN, 2, selbp.Random),
+        "backward_cut selector",
+        lambda: selbp.backward_cut(HIDDEN, 2, selbp.Random),
         TypeError,
         "selector must be",
     ),
@@ -687,7 +687,7 @@ def test_a_rule_refuses_what_is_no_state_of_its(rule, state):
 # ---------------------------------------------------------------------------------------------- numbers that are right
 
 RIGHT = {
-    "keep": lambda: [selbp.SelectiveBackward(v).keep for v in (np.float32(0.5), np.float64(0.5), np.int32(2))],
+    "keep": lambda: [selbp.BackwardCut(v).keep for v in (np.float32(0.5), np.float64(0.5), np.int32(2))],
     "schedule": lambda: [selbp.Schedule(np.int64(1), np.int32(5), np.uint8(2)).end],
     "matching": lambda: [selbp.GradientMatching(ridge=np.float32(0.5), nonnegative=np.bool_(True)).ridge],
     "top": lambda: [selbp.TopLoss(ridge=np.float16(0.5)).ridge, selbp.TopLoss(ridge=0).ridge],

@@ -1,0 +1,185 @@
+"""A minibatch as a step receives it: what the model is called with and the target, of n samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selbp.common.samples import (
+    finite_entry,
+    map_samples,
+    map_tensors,
+    rebuilt,
+    refuse_layout,
+    refuse_packed,
+    sizes,
+    take_entries,
+    take_rows,
+)
+
+__all__ = ["Batch", "map_tensors"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``n`` samples: what the model is called with, the target, and what the caller knows of each sample."""
+
+    inputs: Any
+    target: Any
+    extras: Mapping[str, Tensor]
+    n: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, inputs: Any, target: Any, extras: Mapping[str, Any]) -> Batch:
+        """Check a step's arguments. In a dict without a ``target``, ``"labels"`` is the target.
+
+        Raises TypeError or ValueError that names what is wrong, before anything has run.
+        """
+        if not isinstance(inputs, (Tensor, tuple, list, Mapping)):
+            raise TypeError(f"inputs must be a Tensor, a tuple or a dict of tensors, got {type(inputs).__name__}")
+        if target is None and isinstance(inputs, Mapping):
+            inputs = dict(inputs)
+            target = inputs.pop("labels", None)
+        if target is None:
+            raise ValueError('target is missing: pass step(inputs, target), or a dict batch with "labels"')
+        refuse_packed(inputs)
+        devices: list[torch.device] = []
+
+        def note(x: Tensor) -> Tensor:
+            refuse_layout(x)
+            devices.append(x.device)
+            return x
+
+        map_tensors((inputs, target), note)
+        candidates = sizes(inputs, target)
+        if not devices or not candidates:
+            raise ValueError("inputs and target hold no tensor with a batch dimension")
+        if len(candidates) > 1:
+            raise ValueError(
+                f"the batch may have {' or '.join(map(str, candidates))} samples: its lists and their tensors both "
+                "fit. Pass a tensor with one row a sample, the target for one"
+            )
+        batch = cls(inputs, target, extras, candidates[0], devices[0])
+        batch._check()
+        return batch
+
+    def _check(self) -> None:
+        n, held = self.n, []
+        if n == 0:
+            raise ValueError("inputs must have at least one sample, got a batch of 0")
+
+        def check(x: Tensor) -> Tensor:
+            held.append(True)
+            if x.shape[0] != n:
+                raise ValueError(_wrong_rows(x, self.inputs, n))
+            return x
+
+        def found(entries: Any) -> Any:
+            held.append(True)
+            return entries
+
+        self._map_inputs(check, found)
+        if not held:
+            raise ValueError("inputs hold no tensor with a batch dimension, nor a list with one entry a sample")
+        map_samples(self.target, n, check, found)
+        for name, value in self.extras.items():
+            if not isinstance(value, Tensor) or value.shape != (n,):
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{name} must be a tensor (n,) = ({n},), one entry per sample, got {got}")
+
+    def _map(self, tensors: Any, entries: Any) -> tuple[Any, Any]:
+        """Inputs and target, mapped."""
+        return self._map_inputs(tensors, entries), map_samples(self.target, self.n, tensors, entries)
+
+    def _map_inputs(self, tensors: Any, entries: Any) -> Any:
+        """The inputs, mapped: their outermost tuple, list or dict is the model's arguments, never a list of samples."""
+        if isinstance(self.inputs, Tensor):
+            return map_samples(self.inputs, self.n, tensors, entries)
+        return rebuilt(self.inputs, lambda part: map_samples(part, self.n, tensors, entries))
+
+    def rows(self, indices: Tensor | None, live: Tensor) -> Batch:
+        """The samples ``indices`` (all, in order, for None); where not ``live``, floating entries become 0.
+
+        A dead slot may hold a sample with NaN, and no weight of 0 keeps NaN out of a sum over rows. Lists are on the
+        host: where the batch holds one, the indices and ``live`` are read there.
+        """
+        host: list[tuple[list[int], list[bool]]] = []
+
+        def alive(x: Tensor) -> Tensor:
+            x = x if indices is None else take_rows(x, indices)
+            return torch.where(live.view(-1, *[1] * (x.dim() - 1)), x, 0) if x.is_floating_point() else x
+
+        def some(entries: Any) -> Any:
+            if not host:
+                host.append((list(range(self.n)) if indices is None else indices.tolist(), live.tolist()))
+            return take_entries(entries, *host[0])
+
+        return Batch(*self._map(alive, some), {}, len(live), self.device)
+
+    def take(self, indices: Tensor) -> Batch:
+        """The samples ``indices`` (k,), without what the caller knows of each."""
+
+        def rows(x: Tensor) -> Tensor:
+            return take_rows(x, indices)
+
+        def some(entries: Any) -> Any:
+            return take_entries(entries, indices.tolist(), [True] * len(indices))
+
+        return Batch(*self._map(rows, some), {}, len(indices), self.device)
+
+    def finite(self) -> Tensor:
+        """(n,) bool: every floating entry of the sample's inputs and target is finite."""
+        result = torch.ones(self.n, dtype=torch.bool, device=self.device)
+
+        def check(x: Tensor) -> Tensor:
+            nonlocal result
+            if x.is_floating_point() and x.numel():
+                largest = torch.linalg.vector_norm(x.detach().reshape(self.n, -1), torch.inf, dim=1)
+                result = result & torch.isfinite(largest)
+            return x
+
+        def look(entries: Any) -> Any:
+            nonlocal result
+            found = [finite_entry(entry) for entry in entries]
+            if any(flag is not True for flag in found):
+                result = result & torch.stack([torch.as_tensor(flag, device=self.device) for flag in found])
+            return entries
+
+        self._map(check, look)
+        return result
+
+    def feed(self, model: nn.Module) -> Any:
+        """Call the model: ``model(x)``, ``model(*tuple)`` or ``model(**dict)``."""
+        if isinstance(self.inputs, Tensor):
+            return model(self.inputs)
+        if isinstance(self.inputs, Mapping):
+            return model(**self.inputs)
+        return model(*self.inputs)
+
+
+def _packed(inputs: Any) -> list[str]:
+    """The names by which a dict batch says that a row holds several sequences."""
+    if not isinstance(inputs, Mapping):
+        return []
+    names = [str(name) for name in inputs if str(name).startswith(("cu_seq", "seq_idx", "max_length_q"))]
+    position = inputs.get("position_ids")
+    if not names and isinstance(position, Tensor) and position.dim() == 2 and len(position) == 1:
+        names = ["position_ids"] if int((position == 0).sum()) > 1 else []
+    return names
+
+
+def _wrong_rows(x: Tensor, inputs: Any, n: int) -> str:
+    message = f"every tensor of the batch must have n = {n} rows, got one of {tuple(x.shape)}"
+    if names := _packed(inputs):
+        return (
+            f"the batch is packed ({', '.join(names)}): one row holds several sequences, so that there are no rows to "
+            f"choose among; {message}. Pad instead (packing=False, padding_free=False), so that a row is a sequence"
+        )
+    if isinstance(inputs, list) and len(inputs) > 1 and not isinstance(inputs[0], Mapping):
+        message += ". A list is the model's arguments: where it holds the samples, pass step((samples,), target)"
+    return message

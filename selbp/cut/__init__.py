@@ -1,0 +1,1 @@
+"""The cut: the identity in the forward, a choice of k rows in the backward."""

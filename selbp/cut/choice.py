@@ -1,0 +1,148 @@
+"""A cut's settings, and the choice that its hook makes in the backward."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from selbp.common.guards import without_autocast
+from selbp.common.in_place import Kept, hookable
+from selbp.common.keep import check_keep, kept_rows
+from selbp.common.proxies import DIAGNOSTIC_BYTES, HeadProxies
+from selbp.cut.proxies import FlatProxies, Proxy, proxies_at_cut, statistics_at_cut
+from selbp.cut.report import CutReport
+from selbp.rows.gradient import RowGradient, densify
+from selbp.rows.layout import BatchNormPolicy, RowSet
+from selbp.rows.select import enter
+from selbp.rows.unsupported import refuse_backward, refuse_forward
+from selbp.selectors import ReducibleLoss, Selector, TopLoss
+from selbp.selectors.checks import check_choice, check_generator, shown
+from selbp.types import BatchStatistics, Selection, real_dtype
+
+
+class Cut:
+    """One cut's settings, and the choice that its hook makes in the backward."""
+
+    def __init__(
+        self,
+        keep: float | int,
+        selector: Selector,
+        *,
+        generator: torch.Generator | None,
+        losses: Callable[[], Tensor] | None,
+        proxy: Proxy,
+        batchnorm: BatchNormPolicy,
+    ) -> None:
+        if isinstance(selector, type) or not isinstance(selector, Selector):
+            raise TypeError(f"selector must be an instance of a selector such as selbp.Random(), got {selector!r}")
+        check_generator(generator)
+        if losses is not None and not callable(losses):
+            raise TypeError(f"losses must be a function that returns (n,) losses, or None, got {shown(losses)}")
+        reads_losses = selector.needs == "loss" or isinstance(selector, (TopLoss, ReducibleLoss))
+        if reads_losses and losses is None:
+            raise ValueError(
+                f"{selector!r} reads per-sample losses, which a cut does not see: use a rule that reads gradients, or "
+                "pass losses=, a function that returns the (n,) losses of the forward being differentiated"
+            )
+        if isinstance(selector, ReducibleLoss):
+            raise ValueError(f"{selector!r} reads a tensor per sample, which a cut is not given")
+        check_choice("proxy", proxy, ("pooled", "flat", "positions"))
+        check_choice("batchnorm", batchnorm, ("exact", "subset"))
+        self.keep, self.selector, self.generator = check_keep(keep), selector, generator
+        self.losses, self.proxy, self.batchnorm = losses, proxy, batchnorm
+        self.last: CutReport | None = None
+
+    def attach(
+        self, hidden: Tensor, features: Tensor | None, made: Callable[[CutReport], None] | None = None
+    ) -> Tensor:
+        """Hook the choice to the gradient of ``hidden``, which is returned; ``made`` hears of the choice.
+
+        A view is returned as an alias that is none, see :func:`hookable`.
+        """
+        n = hidden.shape[0] if hidden.dim() else 0
+        if not torch.is_grad_enabled() or not hidden.requires_grad:
+            return hidden
+        if hidden.dim() == 0:
+            raise ValueError("hidden must be (n, ...), got a scalar: place the cut before the loss is averaged")
+        if features is not None and (features.dim() == 0 or features.shape[0] != n):
+            raise ValueError(f"features must have hidden's {n} samples in dim 0, got {tuple(features.shape)}")
+        if kept_rows(self.keep, n) >= n:
+            return hidden
+        refuse_forward([hidden])
+        # The value, not `hidden`: a closure over that would be a cycle through its own hook that nothing collects.
+        activation = Kept(hidden if features is None else features)
+
+        def hook(delta: Tensor | None) -> Tensor | None:
+            refuse_backward()
+            if delta is None:  # what read `hidden` has no gradient for it
+                return None
+            chosen = self.choose(delta, activation.take())
+            if made is not None and self.last is not None and chosen is not None:
+                made(self.last)
+            return chosen
+
+        out = hookable(hidden)
+        out.register_hook(hook)
+        return out
+
+    @torch.no_grad()
+    def choose(self, delta: Tensor, activation: Tensor) -> Tensor | None:
+        """The row-sparse gradient that goes on below; None leaves ``delta`` as it came."""
+        outer, n = None, delta.shape[0]
+        if isinstance(delta, RowGradient) and delta._layout is delta._rows.layout(0):
+            outer = delta._rows  # a cut above: choose among its rows, the others are zero
+            delta, activation = delta._data, outer.slices.take(activation, outer.layout(0), 0)
+        else:
+            delta = densify(delta)
+        m, k = delta.shape[0], kept_rows(self.keep, n)
+        if k >= m:
+            return None
+        if delta.device.type == "cpu" and not delta.abs().amax().isfinite():
+            return None  # a scaled loss overflowed: GradScaler must see it
+        indices, rows, report = self.pick(delta, activation, k)
+        if outer is not None:
+            indices = outer.on(delta.device)[indices]
+            report.n, report.selection = n, Selection(indices, report.selection.weights * (m / n))
+        self.last = report
+        kept = RowSet(indices, n, batchnorm=self.batchnorm, dense=report.dense)
+        return enter(kept, rows)
+
+    def pick(self, delta: Tensor, activation: Tensor, k: int) -> tuple[Tensor, Tensor, CutReport]:
+        """Choose k of the n rows of ``delta``: (k,) indices, the (k, ...) rows that go on, and the report.
+
+        Where ``delta`` is not finite all k rows are NaN: asking would wait for the device, and GradScaler sees it.
+        """
+        n = delta.shape[0]
+        greatest = delta.abs().amax() if delta.numel() else delta.new_zeros(())
+        finite = greatest.isfinite()
+        with without_autocast(delta.device):
+            selection, stats, proxies = self._select(torch.where(finite, delta, 0), activation, k, greatest)
+        indices = selection.indices
+        weights = selection.weights.to(delta.dtype).view(-1, *[1] * (delta.dim() - 1))
+        rows = torch.where(weights != 0, delta.index_select(0, indices) * (n * weights), 0)
+        rows = torch.where(finite, rows, torch.nan)
+        return indices, rows, CutReport(n, k, selection, Counter(), selection, stats, proxies)
+
+    def _select(
+        self, delta: Tensor, activation: Tensor, k: int, greatest: Tensor
+    ) -> tuple[Selection, BatchStatistics, FlatProxies | HeadProxies | None]:
+        m = delta.shape[0]
+        needs = self.selector.needs
+        if needs == "nothing":
+            stats = BatchStatistics.unscored(
+                torch.ones(m, dtype=torch.bool, device=delta.device), real_dtype(delta.dtype)
+            )
+            return self.selector.select(stats, k, generator=self.generator), stats, None
+        proxies = proxies_at_cut(delta, activation, self.proxy, greatest)
+        loss = None if self.losses is None else self.losses()
+        if loss is not None and loss.shape != (m,):
+            raise ValueError(f"losses() must return ({m},) losses, got {tuple(loss.shape)}")
+        stats = statistics_at_cut(proxies, loss, needs == "gradients")
+        selection = self.selector.select(stats, k, proxies=proxies, generator=self.generator)
+        if proxies.complete:
+            proxies.release()
+        small = sum(x.numel() * x.element_size() for x in (delta, activation)) <= DIAGNOSTIC_BYTES
+        return selection, stats, proxies if proxies.complete or small else None

@@ -1,0 +1,177 @@
+"""A cut whose lower part keeps no graph: it runs on n rows to choose, and in the backward again on the k chosen ones.
+
+It is to the cut what checkpointing is to an ordinary forward: nothing below the cut is stored for n rows, and the first
+run may be in lower precision, since only the choice and the layers above depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from selbp.common.batch import Batch
+from selbp.common.distributed import parallel_in
+from selbp.common.guards import (
+    AutocastMode,
+    RunningStatistics,
+    evaluating,
+    scoring_autocast,
+    without_autocast_cache,
+)
+from selbp.common.hooks import COMPILED, is_compiled, watched
+from selbp.common.in_place import Kept, Untouched, source
+from selbp.common.keep import kept_rows
+from selbp.cut.choice import Cut
+from selbp.cut.report import CutReport
+from selbp.rows.engine import nodes_of
+from selbp.rows.unsupported import refuse_backward
+
+
+class _Reached(Exception):
+    """Ends a forward at the cut, and carries its output."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__("the cut was reached")
+        self.hidden = hidden
+
+
+class RecomputedCut:
+    """Feeds batches to a model with a cut at ``module``'s output, whose lower part is recomputed."""
+
+    def __init__(self, model: nn.Module, module: nn.Module, name: str, cut: Cut, precision: str) -> None:
+        if parallel_in(model) is not None:
+            raise ValueError('cut= with backward="recompute" runs a backward inside the backward, which '
+                             'DistributedDataParallel does not follow: use backward="rows"')  # fmt: skip
+        self._model, self._module, self._name, self._cut, self._precision = model, module, name, cut, precision
+        self._running, self._untouched = RunningStatistics(model), Untouched()
+        self._checked = False
+
+    def feed(self, batch: Batch, made: Callable[[CutReport], None]) -> Any:
+        """The model's output, whose backward trains what is below the cut on k rows; ``made`` hears of the choice."""
+        k = kept_rows(self._cut.keep, batch.n)
+        if not torch.is_grad_enabled() or k >= batch.n:
+            return batch.feed(self._model)
+        if not self._checked:
+            self._check_bypass(batch)
+            self._checked = True
+        mode = AutocastMode(batch.device)
+
+        def leave(hidden: Tensor, features: Tensor | None) -> Tensor:
+            if hidden.shape[:1] != (batch.n,):
+                raise ValueError(f"the cut's output must have {batch.n} rows in dim 0, got {tuple(hidden.shape)}")
+            torch.set_grad_enabled(True)  # from here on the forward records; `no_grad` below puts it back
+            mode.apply()
+            leaf = hidden.float() if hidden.dtype in (torch.bfloat16, torch.float16) and not mode.enabled else hidden
+            leaf = source(leaf)
+            activation = Kept(hidden if features is None else features)
+
+            def hook(delta: Tensor | None) -> None:
+                refuse_backward()
+                if delta is None:  # what read the cut has no gradient for it
+                    return
+                with torch.no_grad():
+                    indices, rows, report = self._cut.pick(delta, activation.take(), k)
+                self._cut.last = report
+                made(report)
+                with torch.enable_grad(), mode.within(), self._running.paused():
+                    below = self._rerun(batch.take(indices))
+                if below.requires_grad:
+                    torch.autograd.backward(below, rows.to(below.dtype))
+
+            leaf.register_hook(hook)
+            return leaf
+
+        lowered = scoring_autocast(batch.device, self._precision)
+        place = cut_at(self._module, self._name, leave, once=True)
+        with torch.no_grad(), without_autocast_cache(), lowered, place as runs:
+            output = self._untouched.feed(batch, self._model)
+        check_reached(runs, self._model, self._name)
+        return output
+
+    def _rerun(self, batch: Batch) -> Tensor:
+        """The cut's output on ``batch``, and nothing above it."""
+
+        def stop(hidden: Tensor, features: Tensor | None) -> Tensor:
+            raise _Reached(hidden)
+
+        try:
+            with cut_at(self._module, self._name, stop, once=True) as runs:
+                batch.feed(self._model)
+        except _Reached as reached:
+            return reached.hidden
+        check_reached(runs, self._model, self._name)
+        raise AssertionError("the cut was reached, and the forward went on")
+
+    def _check_bypass(self, batch: Batch) -> None:
+        """Raise ValueError where a parameter reaches the output both through the cut and around it.
+
+        Around it there would be no graph: its gradient would silently lack a part. Looks at one forward of two samples
+        in evaluation mode.
+        """
+        kept: list[Tensor] = []
+
+        def part(hidden: Tensor, features: Tensor | None) -> Tensor:
+            kept.append(hidden)
+            return source(hidden)
+
+        few = batch.take(torch.arange(min(2, batch.n), device=batch.device))
+        with (
+            evaluating(self._model, batch.device),
+            torch.enable_grad(),
+            cut_at(self._module, self._name, part, once=True) as runs,
+        ):
+            output = few.feed(self._model)
+        check_reached(runs, self._model, self._name)
+        above = _parameters([x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
+        both = above & _parameters(kept)
+        names = [name for name, parameter in self._model.named_parameters() if id(parameter) in both]
+        if names:
+            raise ValueError(
+                f'cut={self._name!r} with backward="recompute": {", ".join(names)} also reach the output on a path '
+                'around the cut, which would get no gradient: use backward="rows", or cut elsewhere'
+            )
+
+
+@contextmanager
+def cut_at(
+    module: nn.Module, name: str, function: Callable[[Tensor, Tensor | None], Tensor], *, once: bool = False
+) -> Iterator[list[int]]:
+    """Inside, the first tensor of ``module``'s output is what ``function(it, features)`` returns.
+
+    ``features`` is the input of a linear layer, which gives its per-sample gradients exactly; else None. With ``once``,
+    a forward that runs the module twice is refused. Yields a list that grows with every run of the module.
+    """
+    runs: list[int] = []
+
+    def replace(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        runs.append(len(runs))
+        if once and len(runs) > 1:
+            raise ValueError(f'cut={name!r} runs more than once in a forward: use backward="rows"')
+        given = [*args, *kwargs.values()]
+        if isinstance(output, Tensor):
+            return function(output, given[0] if isinstance(module, nn.Linear) and len(given) == 1 else None)
+        if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+            values = [function(output[0], None), *output[1:]]
+            return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+        raise TypeError(f"cut={name!r} must return a Tensor or a tuple that starts with one")
+
+    with watched(module, replace):
+        yield runs
+
+
+def check_reached(runs: list[int], model: nn.Module, name: str) -> None:
+    """Raise RuntimeError where a forward has not run the module at the cut: nothing would have been chosen."""
+    if not runs:
+        cause = COMPILED if is_compiled(model) else ""
+        raise RuntimeError(f"the forward did not reach the cut at {name!r}{cause}")
+
+
+def _parameters(tensors: list[Tensor]) -> set[int]:
+    """The ids of the leaves that ``tensors`` depend on."""
+    leaves = (getattr(node, "variable", None) for node in nodes_of(tensors))
+    return {id(leaf) for leaf in leaves if leaf is not None}

@@ -1,0 +1,57 @@
+"""On which steps rows are chosen, and what a step costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from selbp.selectors.checks import check_int, shown
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """On which optimizer steps rows are chosen: step t where ``start <= t < end`` and ``(t - start) % every == 0``.
+
+    Every other step is an ordinary full one; with ``between="random"`` those from ``start`` to ``end`` train on as many
+    rows drawn at random, and score nothing. ``end=None`` means for ever. Steps count from 0.
+    """
+
+    start: int = 0
+    end: int | None = None
+    every: int = 1
+    between: Literal["full", "random"] = "full"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.between, str) or self.between not in ("full", "random"):
+            raise ValueError(f'between must be "full" or "random", got {shown(self.between)}')
+        for name, low in (("start", 0), ("every", 1), ("end", None)):
+            value = getattr(self, name)
+            if name != "end" or value is not None:
+                low = self.start if low is None else low
+                object.__setattr__(self, name, check_int(name, value, low, "an int (a number of optimizer steps)"))
+
+    def selects(self, step: int) -> bool:
+        """Whether the rule chooses the rows of optimizer step ``step``."""
+        return self._covers(step) and (step - self.start) % self.every == 0
+
+    def draws(self, step: int) -> bool:
+        """Whether the rows of optimizer step ``step`` are drawn at random in its place."""
+        return self.between == "random" and self._covers(step) and not self.selects(step)
+
+    def _covers(self, step: int) -> bool:
+        return self.start <= step and (self.end is None or step < self.end)
+
+
+def step_cost(n: int, k: int, *, scored: bool, backward: str) -> float:
+    """Cost of a step that keeps k of n rows, in forwards of n rows: a backward counts 2, so the full step costs 3.
+
+    A scoring forward adds 1; ``"recompute"`` runs forward and backward of k rows, ``"rows"`` the backward only.
+    """
+    share = k / n
+    return (1.0 if scored else 0.0) + (2.0 if backward == "rows" else 3.0) * share
+
+
+def rows_at_cost(n: int, cost: float) -> int:
+    """How many of n rows random selection, which pays no scoring forward, can train on at ``cost`` forwards."""
+    return max(1, min(n, math.floor(cost / 3.0 * n + 1e-9)))

@@ -1,0 +1,62 @@
+"""Seconds of a step's phases."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Stopwatch:
+    """Seconds of a step's phases: by the host's clock on a CPU, by events on a GPU, read only when asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._recorded: dict[str, float] | None = None  # of a copy, which has no marks
+        self._events = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = [("start", self._now())]
+        self._backward: list[Any] = []
+
+    def _now(self) -> Any:
+        if not self._events:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self, phase: str) -> None:
+        """What ran since the last mark was ``phase``."""
+        self._marks.append((phase, self._now()))
+
+    def follow(self, loss: Tensor) -> None:
+        """Time the backward of ``loss``, from its start to the end of the engine's run."""
+        if loss.requires_grad:
+            loss.register_hook(self._backward_begins)
+
+    def _backward_begins(self, gradient: Tensor) -> None:
+        self._backward = [self._now()]
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(lambda: self._backward.append(self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds per phase; ``"backward"`` once it has run."""
+        if self._recorded is not None:
+            return dict(self._recorded)
+        marks = list(self._marks)
+        result = {
+            phase: self._between(before, now) for (_, before), (phase, now) in zip(marks, marks[1:], strict=False)
+        }
+        if len(self._backward) == 2:
+            result["backward"] = self._between(*self._backward)
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The seconds: a GPU's events exist in their process only."""
+        return {"_recorded": self.seconds(), "_events": False, "_marks": [], "_backward": []}
+
+    def _between(self, begin: Any, end: Any) -> float:
+        if not self._events:
+            return float(end - begin)
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000.0

@@ -1,0 +1,156 @@
+"""How the chosen rows' losses get their graph: from the forward that scored them, or from a second forward.
+
+Where a full step costs 3 forwards, ``rows`` costs 1 + 2 k / n, and ``recompute``, which works for every model,
+1 + 3 k / n. ``auto`` takes the one with the smaller modelled time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from selbp.common.batch import Batch
+from selbp.rows import BatchNormPolicy, select
+from selbp.selectors.checks import check_choice
+from selbp.training.diagnose import analyse_batch
+from selbp.training.losses import Criterion
+from selbp.types import Selection
+
+Way = Literal["rows", "recompute"]
+UNDECIDED = "not decided yet"
+
+
+def recomputed_losses(batch: Batch, selection: Selection, forward: Callable[[Batch], Tensor]) -> Tensor:
+    """(k,) losses of a second forward on the chosen rows; slots of weight 0 run on zeros for floating inputs."""
+    return forward(batch.rows(selection.indices, selection.weights != 0))
+
+
+def may_ask(device: torch.device) -> bool:
+    """Whether reading a tensor's value on ``device`` makes nobody wait."""
+    return device.type == "cpu"
+
+
+def row_losses(
+    losses: Tensor,  # (n,) of the scoring forward, with their graph
+    batch: Batch,
+    selection: Selection,
+    forward: Callable[[Batch], Tensor],
+    batchnorm: BatchNormPolicy = "exact",
+    dense: Counter[str] | None = None,
+) -> Tensor:
+    """(k,) of ``losses``, whose backward runs the chosen rows only.
+
+    A slot of weight 0 may name a row that holds NaN, and 0 * NaN would reach every parameter. Such a slot repeats a row
+    that has a weight. Where no row has one, a forward on zeros gives gradients of 0. On a GPU asking whether any row
+    has one would wait for the device, so :func:`selbp.rows.select` decides there.
+    """
+    live = selection.weights != 0
+    asked = may_ask(live.device)
+    if asked and not live.any():
+        return recomputed_losses(batch, selection, forward)
+    spare = selection.indices.index_select(0, live.to(torch.int8).argmax(0, keepdim=True))
+    indices = torch.where(live, selection.indices, spare)
+    chosen: Tensor = select(losses, indices, batchnorm=batchnorm, dense=dense, live=None if asked else live.any())
+    return chosen
+
+
+class Strategy:
+    """What a step does for ``backward=``: ``"rows"``, ``"recompute"``, or ``"auto"``, which one of them becomes.
+
+    ``"auto"`` is decided once, on the first minibatch, by a forward and a backward of at most 8 of its samples. The
+    decision is a function of model, batch size, threads and allocator, not of a clock, and a part of the step's state:
+    a resumed run goes on as it began.
+
+    Raises:
+        ValueError: for another ``backward``.
+    """
+
+    def __init__(self, backward: str, batchnorm: BatchNormPolicy = "exact", reason: str = "asked for") -> None:
+        check_choice("backward", backward, ("auto", "rows", "recompute"))
+        self.auto = backward == "auto"
+        self.batchnorm = batchnorm
+        self.dense: Counter[str] = Counter()  # operators that ran on n rows, over the strategy's life
+        self._way: Way | None = None if self.auto else "rows" if backward == "rows" else "recompute"
+        self.reason = UNDECIDED if self.auto else reason
+
+    @property
+    def name(self) -> Way:
+        """The way in use: recompute until another is decided."""
+        return self._way or "recompute"
+
+    @property
+    def undecided(self) -> bool:
+        """Whether ``"auto"`` has seen no minibatch yet."""
+        return self._way is None
+
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether the scoring forward is the one that trains: it records a graph and hands its losses over."""
+        return self._way == "rows"
+
+    @property
+    def decision(self) -> Way | None:
+        """What ``"auto"`` decided; None where it has not, or where nothing was left to decide."""
+        return self._way if self.auto else None
+
+    def decided_on(self, way: Way) -> bool:
+        """Whether ``way`` is taken, and not only until another is decided."""
+        return self._way == way
+
+    def settle(self, way: Way, reason: str) -> None:
+        """Take ``way``, whatever was decided."""
+        self._way, self.reason = way, reason
+
+    def restore(self, decision: Way | None) -> None:
+        """Take over what another process decided; None where it had not."""
+        if self.auto:
+            self._way = decision
+            self.reason = UNDECIDED if decision is None else "decided before the run was resumed"
+
+    def decide(self, model: nn.Module, batch: Batch, k: int, criterion: Criterion, scoring: str) -> None:
+        """Choose for this model. Gradients, buffers and random state are left as they are."""
+        if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):  # else: until there is
+            self.settle(*self._cheaper(model, batch, k, criterion, scoring))
+
+    def _cheaper(self, model: nn.Module, batch: Batch, k: int, criterion: Criterion, scoring: str) -> tuple[Way, str]:
+        if scoring == "eval":
+            return "recompute", 'scoring="eval": the forward that scores is not the one that trains'
+        if batch.device.type != "cpu":
+            return "recompute", f"rows have not been measured ahead on {batch.device.type}"
+
+        def losses(pair: Any) -> Tensor:
+            few, output = pair
+            return criterion.losses(output, few.target, few.n)
+
+        try:
+            found = analyse_batch(model, batch, k, losses, batchnorm=self.batchnorm)
+        except NotImplementedError as error:
+            return "recompute", f"no rows: {str(error).removeprefix('selbp: ')}"
+        except Exception as error:  # of the probe's few samples, or out of memory; a fault of the model comes up again
+            return "recompute", f"the look ahead failed: {type(error).__name__}: {error}"
+        share = {name: seconds / max(found.seconds["full"], 1e-12) for name, seconds in found.seconds.items()}
+        reason = f"modelled time {share['rows']:.2f} on rows, {share['recompute']:.2f} by recomputing, of a full step's"
+        if found.dense:
+            reason += f"; not on rows: {', '.join(found.dense)}"
+        return found.recommendation, reason
+
+    def chosen_losses(
+        self, batch: Batch, selection: Selection, forward: Callable[[Batch], Tensor], losses: Tensor | None
+    ) -> Tensor:
+        """(k,) losses whose backward reaches the parameters through the chosen rows only.
+
+        ``forward`` gives the per-sample losses of some rows of the batch. ``losses`` (n,) are those of the scoring
+        forward, with their graph where the strategy keeps it.
+        """
+        if not self.keeps_graph:
+            return recomputed_losses(batch, selection, forward)
+        if losses is None:
+            raise AssertionError("the scoring forward was asked to keep its graph")
+        return row_losses(losses, batch, selection, forward, self.batchnorm, self.dense)
+
+
+UNSCORED = Strategy("recompute")  # the one forward of a step that looks at nothing before it

@@ -1,0 +1,254 @@
+"""What the commands do, once their arguments are read (:mod:`selbp_study.cli`)."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from selbp_study.arms import Arm, build_selector, keep_for, parse
+from selbp_study.compare import Comparison, run_all, tune
+from selbp_study.config import RunConfig
+from selbp_study.costs import Costs, measure
+from selbp_study.data import DataError, Dataset, load
+from selbp_study.folder import read_config, read_result
+from selbp_study.models import model_for
+from selbp_study.run import Diverged, Run
+from selbp_study.show import Bar, Show, say
+from selbp_study.storage import Lock, LockedError, StorageError, write_text
+from selbp_study.timing import CLOCKS, clock_for
+
+DEMO_ARMS = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching")
+DEFAULT_EPOCHS = 4.0
+DEMO_EPOCHS = 3.0  # eighteen runs in about five minutes on two cores
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class UsageError(Exception):
+    """Bad input; the message is the one line that the user sees."""
+
+
+EXPECTED = (UsageError, ValueError, DataError, StorageError, Diverged, NotImplementedError, OSError)
+
+
+def status_of(error: Exception) -> int:
+    """Exit status of an expected error: 1 where the run failed, 2 where it was asked for wrongly."""
+    return FAILED if isinstance(error, (Diverged, OSError, LockedError)) else BAD_INPUT
+
+
+# ------------------------------------------------------------------------------------------------------ shared
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def asked_by(option: str) -> Iterator[None]:
+    """What is wrong with an option's value names the option too."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UsageError(f"{option}: {error}") from error
+
+
+def _load(arguments: argparse.Namespace, *, fallback: bool = False) -> Dataset:
+    _check_device(arguments.device)
+    return load(arguments.dataset, arguments.data, fallback=fallback, say=say)
+
+
+def _base(arguments: argparse.Namespace, data: Dataset, selector: str, lr: float, seed: int) -> RunConfig:
+    """The configuration that the arguments describe; what was not given keeps its default."""
+    batch_size = 128 if arguments.batch_size is None else arguments.batch_size
+    if not 1 <= batch_size <= len(data.train):
+        raise UsageError(f"--batch-size must lie in 1..{len(data.train)}, the training samples, got {batch_size}")
+    steps = arguments.steps
+    if steps is None:
+        default = DEMO_EPOCHS if getattr(arguments, "preset", None) == "demo" else DEFAULT_EPOCHS
+        epochs = default if arguments.epochs is None else arguments.epochs
+        steps = max(1, round(epochs * (len(data.train) // batch_size)))
+    given = {
+        name: getattr(arguments, name)
+        for name in ("model", "backward", "scoring", "head_gradient", "evaluate_every")
+        if getattr(arguments, name) is not None
+    }
+    keep = keep_for(selector, 0.25 if arguments.keep is None else arguments.keep)
+    config = RunConfig(
+        dataset=data.name, fingerprint=data.fingerprint, selector=selector, steps=steps, lr=lr, keep=keep, seed=seed,
+        batch_size=batch_size, device=arguments.device, threads=arguments.threads,
+        **{"model": model_for(data.train), "evaluate_every": max(1, math.ceil(steps / 10)), **given},
+    )  # fmt: skip
+    return config
+
+
+# ------------------------------------------------------------------------------------------------------- train
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """``selbp train``."""
+    with asked_by(f"--selector {arguments.selector}"):
+        lr = parse(arguments.selector)[0].lr if arguments.lr is None else arguments.lr
+        build_selector(arguments.selector)
+    data = _load(arguments)
+    config = _base(arguments, data, arguments.selector, lr, arguments.seed)
+    name = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in arguments.selector)
+    folder = arguments.out or Path("runs") / f"{data.name}-{name}-seed{arguments.seed}"
+    before = read_config(folder)
+    if before is not None and not arguments.resume:
+        raise UsageError(f"{folder} holds a run already: --resume goes on with it, another --out starts a new one")
+    if before is None and arguments.resume:
+        say(f"{folder} holds no run yet: starting one")
+    if before is not None and before != config:
+        raise UsageError(f"{folder} holds another run: {'; '.join(before.differences(config))}")
+    result = read_result(folder)
+    if result is not None:
+        say(f"{folder} is finished")
+    else:
+        run = Run(config, data, folder)
+        done = run.open()
+        say(f"{'going on at step ' + str(done) if done else 'training'} in {folder}: {config.steps} steps, "
+            f"{config.kept()} of {config.batch_size} samples run backward")  # fmt: skip
+        bar = Bar(config.selector, arguments.quiet).add(config, done)
+        try:
+            result = run.execute(bar)
+        except KeyboardInterrupt:
+            bar.close()
+            say(f"stopped after step {run.step} of {config.steps}; the same command with --resume goes on from there")
+            return INTERRUPTED
+        finally:
+            bar.close()
+    seconds = result["seconds"]
+    processor = "processor " if result.get("clock") == "process" else ""
+    say(f"test accuracy {result['accuracy']:.2f} %, {result['backward_samples']} backward samples, {processor}seconds: "
+        f"forward {seconds['score'] + seconds['forward']:.1f}, select {seconds['select']:.1f}, "
+        f"backward {seconds['backward']:.1f}, total {seconds['total']:.1f}")  # fmt: skip
+    say(f"log {folder / 'log.jsonl'}, weights {folder / 'model.pt'}, result {folder / 'result.json'}")
+    return OK
+
+
+# ----------------------------------------------------------------------------------------------------- compare
+
+
+def _timed(comparison: Comparison, data: Dataset, folder: Path) -> Comparison:
+    """The comparison at equal time: each arm's step is measured first, alone, in turn with the others'."""
+    configs = {arm.name: arm.config(comparison.base, 0) for arm in comparison.arms}
+    base = comparison.base
+    clock = CLOCKS[clock_for(base.device)]
+    costs = Costs(folder / f"costs-{base.device}-{base.threads}.json")
+    say("measuring a step of each arm ...")
+    costs.add(list(configs.values()), lambda wanted: measure(wanted, data, clock=clock, threads=base.threads))
+    for arm in comparison.arms:
+        say(f"  {arm.label}: {costs[configs[arm.name]].median:.2f} ms a step")
+    return comparison.timed({name: costs[config].median for name, config in configs.items()})
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """``selbp compare``."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError('the plots need matplotlib: pip install "selbp[demo]"')
+    demo = arguments.preset == "demo"
+    names = arguments.arms or list(DEMO_ARMS)
+    arms = []
+    for name in names:
+        with asked_by(f"--arms {name}"):
+            arm = Arm.parse(name)
+            build_selector(arm.selector)
+            arms.append(arm if arguments.lr is None else replace(arm, lr=arguments.lr))
+    data = _load(arguments, fallback=demo)
+    base = _base(arguments, data, arms[0].selector, parse(arms[0].selector)[0].lr, 0)  # each arm sets its own rate
+    base = replace(base, keep=0.25 if arguments.keep is None else arguments.keep)
+    for name, arm in zip(names, arms, strict=True):
+        with asked_by(f"--arms {name}"):
+            Run(arm.config(base, 0), data, Path())  # its training options, before any arm trains
+    timed = arguments.budget == "time"
+    comparison = Comparison(base, arms, arguments.seeds or [0, 1, 2], "steps" if timed else arguments.budget)
+    folder = arguments.out or Path("runs") / ("demo" if demo else "compare")
+    folder.mkdir(parents=True, exist_ok=True)
+    with Lock(folder):
+        if timed:
+            comparison = _timed(comparison, data, folder)
+        return _compare(comparison, data, folder, arguments)
+
+
+def _compare(comparison: Comparison, data: Dataset, folder: Path, arguments: argparse.Namespace) -> int:
+    """Tune where that is asked for, run, and write the report; the folder is this process's."""
+    from selbp_study.report import write_report
+
+    command = "selbp " + shlex.join(sys.argv[1:])
+    show = Show(comparison, arguments.quiet)
+    try:
+        if arguments.tune:
+            comparison, scores = tune(comparison, arguments.tune, data, folder, progress=show.progress)
+            show.close()
+            write_text(folder / "tuning.json", json.dumps(scores, indent=1) + "\n")
+            for arm in comparison.arms:
+                tried = ", ".join(f"{rate:g}: {score:.2f} %" for rate, score in scores[arm.name].items())
+                say(f"{arm.label}: rate {arm.rate():g} (held-out accuracy by rate: {tried})")
+        outcomes = run_all(comparison, data, folder, progress=show.progress, finished=show.finished)
+    except KeyboardInterrupt:
+        outcomes = show.outcomes
+        if outcomes:
+            write_report(comparison, data, outcomes, folder, command)
+        say(f"\nstopped with {len(outcomes)} runs finished; the same command goes on from the steps in flight")
+        return INTERRUPTED
+    finally:
+        show.close()
+    report, table = write_report(comparison, data, outcomes, folder, command)
+    say(f"\n{table}\npage: {report.resolve()}\nalso: table.md, results.jsonl, samples.png, seconds.png, time.png there")
+    return FAILED if any(outcome.result is None for outcome in outcomes) else OK
+
+
+# ------------------------------------------------------------------------------------------- study, bench, info
+
+
+def study(arguments: argparse.Namespace) -> int:
+    """``selbp study``."""
+    if importlib.util.find_spec("matplotlib") is None and arguments.render is None:
+        raise UsageError('the plots need matplotlib: pip install "selbp[demo]"')
+    from selbp_study.command import study as command
+
+    return command(arguments)
+
+
+def bench(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """``selbp bench``: the suite lives beside the package in a source checkout, not in the package."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "benchmarks").is_dir():
+        raise UsageError(
+            "the benchmarks are part of a source checkout, which this installation is not: clone the project and run "
+            "`make bench` there"
+        )
+    command = [sys.executable, "-m", "benchmarks", *rest]
+    for name in ("seed", "out"):
+        value = getattr(arguments, name)
+        if value is not None:
+            command += [f"--{name}", str(value.resolve() if isinstance(value, Path) else value)]
+    return subprocess.run(command, cwd=root).returncode
+
+
+def info(arguments: argparse.Namespace) -> int:
+    """``selbp info``."""
+    from selbp.info import information
+
+    values = information()
+    width = max(map(len, values))
+    lines = "\n".join(f"{name:<{width}}  {value}" for name, value in values.items())
+    lines = json.dumps(values, indent=1) if arguments.json else lines
+    say(lines)
+    if arguments.out is not None:
+        write_text(arguments.out, lines + "\n")
+    return OK

@@ -1,0 +1,218 @@
+"""From a study's result to tables and verdicts, in Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from selbp_study.protocols import OWN_KEEP
+from selbp_study.statistics import Difference, Verdict, holm, paired
+from selbp_study.text import plain
+
+FIRST = {"full": 0, "random": 1, OWN_KEEP: 2}  # in tables; the others as the protocol has them
+Entry = dict[str, Any]
+Place = tuple[str, str, int, float | int]  # data set, model, minibatch, keep
+
+
+def place_of_entry(entry: Entry) -> Place:
+    """The cell that an entry belongs to; random with its own keep has keep 0: it belongs to all of them."""
+    return entry["dataset"], entry["model"], entry["batch_size"], entry["cell_keep"]
+
+
+def accuracies(entry: Entry) -> dict[int, float]:
+    """Test accuracy by seed."""
+    return {int(seed): value for seed, value in entry["accuracy"].items()}
+
+
+@dataclass
+class Row:
+    """An entry and its difference to the baseline of its budget (None for the baseline itself)."""
+
+    entry: Entry
+    difference: Difference | None
+    p: float | None = None  # after Holm's correction, where the study claims a family
+
+    @property
+    def verdict(self) -> Verdict:
+        """Ahead, behind, no difference."""
+        return "-" if self.difference is None else self.difference.verdict(self.p)
+
+    def accuracy(self) -> str:
+        """Mean ± standard deviation, per cent."""
+        values = list(accuracies(self.entry).values())
+        if not values:
+            return "failed"
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        lost = f" ({len(self.entry['errors'])} failed)" if self.entry["errors"] else ""
+        collapsed = sum(value < statistics.median(values) / 2 for value in values)  # a mean hides a failed training
+        lost += f" ({collapsed} of {len(values)} collapsed)" if collapsed else ""
+        return f"{statistics.fmean(values):.2f}{spread}{lost}"
+
+    def rate(self) -> str:
+        """The tuned learning rate, marked where it is the greatest or the least that was tried."""
+        tried = [lr for keep, lr, *_ in self.entry["tuning"] if keep == self.entry["keep"]]
+        edge = bool(tried) and self.entry["lr"] in (min(tried), max(tried))
+        return f"{self.entry['lr']:g}{'†' if edge else ''}"
+
+    def against(self) -> str:
+        """The difference and its verdict."""
+        if self.difference is None:
+            return "–"
+        text = self.difference.text()
+        return f"**{self.verdict}** {text}" if self.verdict in ("ahead", "behind") else text
+
+
+class Findings:
+    """Rows by cell and budget, with their differences."""
+
+    def __init__(self, result: dict[str, Any]) -> None:
+        self.result, self.entries = result, result["entries"]
+        self.places = list(dict.fromkeys(place_of_entry(entry) for entry in self.entries if entry["cell_keep"]))
+        self.budgets = [b for b in result["protocol"]["budgets"] if any(e["budget"] == b for e in self.entries)]
+        self.rows = {(place, budget): self._rows(place, budget) for place in self.places for budget in self.budgets}
+        if result["protocol"]["claim"]:
+            for budget in self.budgets:
+                family = [row for place in self.places for row in self.rows[place, budget]
+                          if row.difference is not None and row.difference.p is not None
+                          and row.entry["arm"] not in ("random", OWN_KEEP)]  # fmt: skip
+                for row, p in zip(family, holm([row.difference.p for row in family if row.difference
+                                                and row.difference.p is not None]), strict=True):  # fmt: skip
+                    row.p = p
+
+    def baseline(self, place: Place, budget: str) -> Entry | None:
+        """Random as this budget's differences take it: with its own keep under time, else with the cell's."""
+        for entry in self.entries:
+            own = (*place[:3], 0) == place_of_entry(entry) and entry["arm"] == OWN_KEEP
+            if entry["budget"] == budget and budget == "time" and own:
+                return dict(entry)
+        return next((entry for entry in self.entries if place_of_entry(entry) == place
+                     and entry["budget"] == budget and entry["arm"] == "random"), None)  # fmt: skip
+
+    def _rows(self, place: Place, budget: str) -> list[Row]:
+        base = self.baseline(place, budget)
+        own = [e for e in self.entries if place_of_entry(e) == (*place[:3], 0) and e["budget"] == budget]
+        mine = [e for e in self.entries if place_of_entry(e) == place and e["budget"] == budget]
+        mine = sorted([*mine, *own], key=lambda e: FIRST.get(e["arm"], len(FIRST)))
+        return [
+            Row(e, None if base is None or e is base or e["key"] == base["key"]
+                else paired(accuracies(e), accuracies(base)))
+            for e in mine
+        ]  # fmt: skip
+
+    def cost(self, entry: Entry) -> dict[str, Any]:
+        """The measured cost of an entry's step."""
+        cost: dict[str, Any] = self.result["costs"][entry["cost"]]
+        return cost
+
+    def seconds(self, place: Place) -> float:
+        """The budget of time of a cell."""
+        for cell, seconds in zip(self.result["protocol"]["cells"], self.result["seconds"], strict=True):
+            if (cell["dataset"], cell["model"], cell["batch_size"]) == place[:3] and place[3] in cell["keeps"]:
+                return float(seconds)
+        raise ValueError(f"no cell is {place}")
+
+    def verdicts(self, budget: str) -> dict[str, list[Verdict]]:
+        """Each arm's verdicts by cell, by label; random itself left out."""
+        found: dict[str, list[Verdict]] = {}
+        for place in self.places:
+            for row in self.rows[place, budget]:
+                if row.entry["arm"] not in ("random", OWN_KEEP):
+                    found.setdefault(row.entry["label"], []).append(row.verdict)
+        return found
+
+
+def title_of(place: Place) -> str:
+    """A cell in words."""
+    dataset, plus, noise = place[0].partition("+noise=")
+    data = {"fashion-mnist": "Fashion-MNIST", "bible-kjv": "King James Bible, next character"}.get(dataset, dataset)
+    data += f" with {float(noise):.0%} wrong training labels" if plus else ""
+    models = {"cnn": "small CNN", "wide-cnn": "wider CNN", "mlp": "MLP", "resnet": "small ResNet"}
+    keep = place[3]
+    kept = keep if isinstance(keep, int) else round(keep * place[2])
+    return f"{data}, {models.get(place[1], place[1])}, {kept} of {place[2]} samples"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column left-aligned, the others right."""
+    lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def cell_table(findings: Findings, place: Place) -> str:
+    """One cell: each arm's step, and its accuracy at equal steps, at equal samples and at equal time."""
+    gains = any(row.entry.get("gain") for budget in findings.budgets for row in findings.rows[place, budget])
+    head = ["arm", "keep", "ms a step", *(["gain"] if gains else [])]
+    heads = {"steps": "equal steps", "samples": "equal samples", "time": "equal time"}
+    by_arm: dict[tuple[str, str], dict[str, Row]] = {}
+    for budget in findings.budgets:
+        for row in findings.rows[place, budget]:
+            by_arm.setdefault((row.entry["arm"], row.entry["label"]), {})[budget] = row
+    # Equal samples differ from equal steps where the keep does; then the line gets a line below it.
+    shown = [budget for budget in findings.budgets if budget != "samples" or "steps" not in findings.budgets]
+    for budget in shown:
+        steps = ["steps"] if budget != "steps" else []
+        head += [*steps, "rate", f"{heads[budget]}: accuracy, %", "minus random"]
+    lines = []
+    for (_, label), rows in sorted(by_arm.items(), key=lambda item: FIRST.get(item[0][0], len(FIRST))):
+        first = next(iter(rows.values())).entry
+        keep = first["keep"]
+        keep = "all" if keep == 1.0 and isinstance(keep, float) else f"{keep}"
+        line = [plain(label), keep, f"{findings.cost(first)['median']:.2f}", *([gain_of(first)] if gains else [])]
+        known, extra = len(line), list[str]()
+        for budget in shown:
+            line += _cells(rows.get(budget), budget != "steps")
+        samples, steps_row = rows.get("samples"), rows.get("steps")
+        if samples is not None and steps_row is not None and samples.entry["key"] != steps_row.entry["key"]:
+            extra = [f"{plain(label)}, {samples.entry['steps']} steps (equal samples)", *line[1:known]]
+            for budget in shown:
+                extra += _cells(samples if budget == "steps" else None, budget != "steps")
+        lines += [line, extra] if extra else [line]
+    return table(head, lines)
+
+
+def gain_of(entry: Entry) -> str:
+    """The median gain of its steps at equal k and, where it is known, at equal cost."""
+    known = [f"{entry[name]:.3g}" for name in ("gain", "gain_at_cost") if entry.get(name) is not None]
+    return " / ".join(known) or "–"
+
+
+def _cells(row: Row | None, steps: bool) -> list[str]:
+    if row is None:
+        return ["–"] * (4 if steps else 3)
+    count = [str(row.entry["steps"])] if steps else []
+    return [*count, row.rate(), row.accuracy(), row.against()]
+
+
+def summary_table(findings: Findings) -> str:
+    """In how many cells each arm is ahead of random, behind it, or neither, by budget."""
+    words = {"steps": "equal steps", "samples": "equal samples", "time": "equal time"}
+    budgets = [budget for budget in findings.budgets if budget != "samples" or "steps" not in findings.budgets]
+    verdicts = {budget: findings.verdicts(budget) for budget in budgets}
+    labels = list(dict.fromkeys(label for budget in budgets for label in verdicts[budget]))
+
+    def count(label: str, budget: str) -> str:
+        found = verdicts[budget].get(label, [])
+        return ", ".join(f"{found.count(word)} {word}" for word in ("ahead", "no difference", "behind", "-")
+                         if found.count(word)).replace("- ", "")  # fmt: skip
+
+    return table(["arm", *(words[budget] for budget in budgets)],
+                 ([plain(label), *(count(label, budget) for budget in budgets)] for label in labels))  # fmt: skip
+
+
+def answer(findings: Findings) -> str:
+    """The abstract's question, answered from the verdicts alone."""
+    words = {"steps": "equal steps", "samples": "equal backward samples", "time": "equal time"}
+    sentences = []
+    for budget in findings.budgets:
+        verdicts = {label: found for label, found in findings.verdicts(budget).items() if not label.startswith("full")}
+        cells = len(findings.places)
+        always = [label for label, found in verdicts.items() if found.count("ahead") == cells]
+        pairs = [verdict for found in verdicts.values() for verdict in found]
+        sentences.append(
+            f"At {words[budget]}, of {len(pairs)} pairs of an arm and a cell {pairs.count('ahead')} are ahead of "
+            f"random, {pairs.count('behind')} behind it, {pairs.count('no difference')} show no difference; "
+            + (f"ahead in every cell: {', '.join(map(plain, always))}." if always else "no arm is ahead in every cell.")
+        )
+    return "\n".join(f"* {sentence}" for sentence in sentences)

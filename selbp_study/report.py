@@ -1,0 +1,178 @@
+"""What a comparison leaves behind: results.jsonl, table.md, three plots and one page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from selbp.info import machine
+from selbp_study.compare import Comparison, Outcome
+from selbp_study.data import Dataset
+from selbp_study.plots import accuracy_plot, time_plot
+from selbp_study.storage import write_bytes, write_text
+from selbp_study.table import HEADINGS, Line, lines_of, markdown, rows_of
+from selbp_study.text import label, plain
+from selbp_study.timing import clock_for
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1080px; margin: 2rem auto;
+  padding: 0 1rem }
+h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin-top: 2rem }
+p, li, dd { max-width: 48rem } .lead { color: #444; margin-top: 0 }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
+th, td { padding: .35rem .55rem; text-align: right; border-bottom: 1px solid #ddd }
+th { border-bottom: 2px solid #888; vertical-align: bottom } td { white-space: nowrap }
+th:first-child, td:first-child { text-align: left } td.failed { color: #a40000; text-align: left; white-space: normal }
+img { width: 100%; height: auto; max-width: 900px } figure { margin: 1.2rem 0 } figcaption { color: #444 }
+dt { font-weight: 600; margin-top: .5rem } dd { margin-left: 1.2rem } code { background: #f3f3f3; padding: 0 .25em }
+.note { border-left: 4px solid #E69F00; padding: .2rem 1rem; background: #fdf6e8 }
+"""
+
+COLUMNS = {
+    "minus random": "mean over seeds of the difference to the random arm of the same seed (the same initial weights "
+    "and order of samples), with its 95 % t interval when there are several seeds. An interval that holds 0 shows no "
+    "difference. One interval in twenty misses by chance alone; nothing here is corrected for the number of arms.",
+    "backward samples": "samples that ran backward in one run: steps times the samples kept of each minibatch.",
+    "forward": "seconds of one run in forward passes: scoring the whole minibatch (its per-sample statistics "
+    "included), and the forward of the chosen samples where they run again. The random arm scores nothing.",
+    "select": "seconds in choosing: what the rule reads of the gradients, and the rule itself.",
+    "backward": "seconds in the backward pass of the chosen samples.",
+    "total": "seconds of the whole steps, the optimizer's part included; loading, evaluation and saving are not in "
+    "it. All seconds are processor time, summed over the threads (on a GPU: by its clock), the median of every 50 "
+    "steps times their number; the arms of a seed train in turn, a few steps each. So other programs on the machine do "
+    "not tip the scale.",
+}
+
+
+def settings_of(comparison: Comparison, data: Dataset) -> dict[str, str]:
+    """What all arms share, in words."""
+    base = comparison.base
+    epochs = base.steps * base.batch_size / len(data.train)
+    keep = f"{base.keep:g}" if isinstance(base.keep, float) else f"{base.keep} rows"
+    budget = {
+        "steps": f"{base.steps} steps for every arm ({epochs:.1f} epochs)",
+        "samples": f"the backward samples of {base.steps} steps at keep {keep}, for every arm",
+        "time": f"{comparison.milliseconds / 1e3:.1f} s for every arm, by the measured cost of its step",
+    }
+    return {
+        "data": f"{data.name}: {len(data.train)} training and {len(data.test)} test images ({data.source})",
+        "model": base.model, "minibatch": f"{base.batch_size} samples, of which {base.kept()} run backward",
+        "budget": budget[comparison.budget],
+        "optimizer": f"SGD, Nesterov momentum {base.momentum:g}, weight decay {base.weight_decay:g}; each run's rate "
+        f"rises for {base.warmup:.0%} of its steps, then falls linearly to 0",
+        "seeds": ", ".join(map(str, comparison.seeds)),
+        "backward": base.backward, "scoring": base.scoring, "head gradient": base.head_gradient,
+    }  # fmt: skip
+
+
+def caveats(comparison: Comparison, lines: Sequence[Line]) -> list[str]:
+    """What the table does not show, said before it is read."""
+    notes = []
+    if comparison.budget == "steps":
+        notes.append(
+            "Every arm takes the same number of steps. Random does so in less time, because it scores nothing: read "
+            "the plot against seconds before calling another rule faster, and remember that a curve's early part "
+            "runs at a rate that has not decayed yet, so that only end points are finished trainings."
+        )
+    elif comparison.budget == "time":
+        notes.append(
+            "Every arm takes the steps that fit in the same time, by the median cost of its step, measured alone "
+            "before training: the seconds below are the runs' own, and those of a busy machine are longer."
+        )
+    else:
+        notes.append("Every arm runs the same number of samples backward; the scoring forward comes on top of that.")
+    seeds = len(comparison.seeds)
+    if seeds < 5:
+        plural = "one seed" if seeds == 1 else f"{seeds} seeds"
+        notes.append(f"{plural.capitalize()}: differences of a few tenths of a point are not established by this.")
+    if len({line.lr for line in lines}) == 1 and len(lines) > 1:
+        notes.append(
+            "One learning rate serves every arm here, which may favour some: --tune gives each arm its own, chosen on "
+            "held-out training data. The test part evaluates; it chooses nothing."
+        )
+    else:
+        notes.append("Arms have learning rates of their own. The test part evaluates; it chooses nothing.")
+    clock = clock_for(comparison.base.device)
+    other = [line.label for line in lines if any(result.get("clock", "wall") != clock for result in line.results)]
+    if other:
+        notes.append(
+            f"Runs of an earlier version, whose seconds are by the wall clock and compare with no others here: "
+            f"{', '.join(other)}."
+        )
+    failed = [line.label for line in lines if line.errors]
+    if failed:
+        notes.append(f"Failed, wholly or in part: {', '.join(failed)}; the reasons stand below the table.")
+    return notes
+
+
+def page(comparison: Comparison, data: Dataset, lines: Sequence[Line], plots: dict[str, bytes], command: str) -> str:
+    """The page: one file, no scripts, nothing loaded from elsewhere."""
+
+    def figure(name: str, caption: str) -> str:
+        image = base64.b64encode(plots[name]).decode()
+        text = html.escape(caption)
+        return f'<figure><img alt="{text}" src="data:image/png;base64,{image}"><figcaption>{text}</figcaption></figure>'
+
+    def definitions(values: dict[str, str]) -> str:
+        return "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in values.items())
+
+    def row(cells: Sequence[str]) -> str:
+        tags = (f'<td class="failed">{html.escape(c)}</td>' if c.startswith("failed") else f"<td>{html.escape(c)}</td>"
+                for c in cells)  # fmt: skip
+        return f"<tr>{''.join(tags)}</tr>"
+
+    heads = "".join(f"<th>{html.escape(name)}</th>" for name in HEADINGS)
+    errors = "".join(
+        f"<li>{html.escape(line.label)}, {html.escape(text)}</li>" for line in lines for text in line.errors
+    )
+    notes = "".join(f"<p>{html.escape(text)}</p>" for text in caveats(comparison, lines))
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>selbp: {html.escape(data.name)}, {len(lines)} arms</title><style>{STYLE}</style></head><body>
+<h1>Training on a chosen part of each minibatch</h1>
+<p class="lead">{html.escape(data.name)}, {html.escape(comparison.base.model)}: each step chooses
+{comparison.base.kept()} of {comparison.base.batch_size} samples and runs backward through those alone.</p>
+<div class="note">{notes}</div>
+<h2>Results</h2>
+<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(map(row, rows_of(lines)))}</tbody></table></div>
+<p>Accuracy: mean ± standard deviation over seeds.</p>{f"<ul>{errors}</ul>" if errors else ""}
+{figure("samples", "Test accuracy against the samples that ran backward. Lines are means over seeds, bands span them.")}
+{figure("seconds", "The same runs against the seconds spent training: forward, selection, backward and optimizer.")}
+{figure("time", "Where a step's time goes. Scoring costs a forward of the whole minibatch; random pays none.")}
+<h2>What the columns mean</h2><dl>{definitions(COLUMNS)}</dl>
+<h2>Settings</h2><dl>{definitions(settings_of(comparison, data))}</dl>
+<h2>Machine</h2><dl>{definitions(machine())}</dl>
+<h2>Again</h2><p><code>{html.escape(command)}</code><br>written {time.strftime("%Y-%m-%d %H:%M:%S %Z")}</p>
+</body></html>
+"""
+
+
+def write_report(
+    comparison: Comparison, data: Dataset, outcomes: Sequence[Outcome], folder: Path, command: str
+) -> tuple[Path, str]:
+    """Write everything into ``folder``; returns the page's path and the table in Markdown."""
+    lines = lines_of(outcomes)
+    table = markdown(lines)
+    rows = []
+    for outcome in outcomes:
+        row = {"arm": outcome.arm.label, "config": outcome.config.as_dict(), "error": outcome.error}
+        if outcome.result is not None:
+            row |= {name: value for name, value in outcome.result.items() if name != "config"}
+        rows.append(json.dumps(row, sort_keys=True))
+    write_text(folder / "results.jsonl", "\n".join(rows) + "\n")
+    notes = "\n\n".join(map(plain, caveats(comparison, lines)))
+    write_text(folder / "table.md", f"{table}\n{notes}\n")
+    name = f"{data.name}, {comparison.base.model}"
+    plots = {
+        "samples": accuracy_plot(lines, "backward_samples", f"{label(name)}: accuracy against samples run backward"),
+        "seconds": accuracy_plot(lines, "seconds", f"{label(name)}: accuracy against time"),
+        "time": time_plot(lines),
+    }
+    for plot, png in plots.items():
+        write_bytes(folder / f"{plot}.png", png)
+    write_text(folder / "report.html", page(comparison, data, lines, plots, command))
+    return folder / "report.html", table

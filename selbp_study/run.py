@@ -1,0 +1,299 @@
+"""One training run: the loop, its log, and a state that is whole after every step.
+
+The evaluation split is read by :func:`selbp_study.samples.evaluate` and by nothing else; nothing that it returns flows
+back into training.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selbp_study.config import RunConfig
+from selbp_study.data import Dataset
+from selbp_study.folder import ANEW, check_log, is_number, read_config, read_result, short, to_json
+from selbp_study.journal import Journal
+from selbp_study.models import build_model
+from selbp_study.samples import Order, evaluate
+from selbp_study.storage import JsonLines, Lock, StorageError, write_bytes, write_text
+from selbp_study.timing import CLOCKS, PHASES, clock_for, phases_of, thread_limit, typical, wrapper_of
+
+__all__ = ["PHASES", "Diverged", "Order", "Run", "evaluate", "read_config", "read_result", "thread_limit", "typical"]
+
+WINDOW = 50  # steps a log row sums up
+TURN = 10  # steps of a run before the next run's turn, where several go side by side
+
+
+class Diverged(Exception):
+    """The loss is no longer finite: the run cannot go on."""
+
+
+class Run:
+    """A run in ``folder``: created or resumed by :meth:`open`, carried through by :meth:`execute`.
+
+    The folder holds config.json, log.jsonl, the journal's slots while it runs, and, once it is finished, model.pt and
+    result.json. One process at a time may open it. ``clock`` is :mod:`selbp_study.timing`'s for the device.
+    """
+
+    def __init__(
+        self, config: RunConfig, data: Dataset, folder: Path, clock: Callable[[], float] | None = None
+    ) -> None:
+        self.config, self.folder, self.lock = config, folder, Lock(folder)
+        self.clock = CLOCKS[clock_for(config.device)] if clock is None else clock
+        self.device = torch.device(config.device)
+        self.train, self.evaluation = data.train.to(self.device), data.test.to(self.device)
+        self.order = Order(len(data.train), config.batch_size, config.seed)
+        self.model = build_model(config.model, data.train, data.n_classes, config.seed).to(self.device)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed + 1)
+        self.wrapper = wrapper_of(config, self.model, self.generator)
+        self.wrapper.clock = self.clock
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
+            nesterov=config.momentum > 0, fused=self.device.type in ("cpu", "cuda"),
+        )  # fmt: skip
+        self.weights = self.model.state_dict()  # once: its tensors are the model's own, and gathering them takes 0.1 ms
+        self.log = JsonLines(folder / "log.jsonl")
+        self.journal = Journal(folder, before_durable=self.log.sync)
+        self.step = 0
+        self.random = torch.get_rng_state()  # torch's global generator, as this run has left it
+        self.backward_samples = 0
+        self.seconds = dict.fromkeys(PHASES, 0.0)  # medians of each window x its steps: robust against a busy machine
+        self.journal_seconds = 0.0
+        self.window = torch.zeros(WINDOW, len(PHASES) + 1, dtype=torch.float64)  # the last: whether the rule chose
+
+    # ------------------------------------------------------------------------------------------------- state
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on, and the sums that the result reports."""
+        return {
+            "step": self.step, "model": self.weights, "optimizer": self.optimizer.state_dict(),
+            "wrapper": self.wrapper.state_dict(), "generator": self.generator.get_state(),
+            "rng": torch.get_rng_state(), "backward_samples": self.backward_samples, "seconds": self.seconds,
+            "journal_seconds": self.journal_seconds, "window": self.window,
+        }  # fmt: skip
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state`. ValueError, or what torch raises, for a state that is none of this run's."""
+        times, window = state["seconds"], state["window"]
+        wrong = [name for name, good in (
+            ("step", type(state["step"]) is int and 0 <= state["step"] <= self.config.steps),
+            ("backward_samples", is_number(state["backward_samples"])),
+            ("journal_seconds", is_number(state["journal_seconds"])),
+            ("seconds", times.keys() == self.seconds.keys() and all(map(is_number, times.values()))),
+            ("window", (window.shape, window.dtype) == (self.window.shape, self.window.dtype)),
+        ) if not good]  # fmt: skip
+        if wrong:
+            raise ValueError(f"{wrong[0]} is {short(state[wrong[0]])}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.wrapper.load_state_dict(state["wrapper"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["rng"])
+        self.step, self.backward_samples = state["step"], state["backward_samples"]
+        self.seconds, self.journal_seconds, self.window = state["seconds"], state["journal_seconds"], state["window"]
+
+    def open(self) -> int:
+        """Continue from the newest whole state in the folder, else start afresh; returns the step it stands at.
+
+        Raises:
+            LockedError: Another process has it open.
+            StorageError: The folder holds a run that was begun, and no state of it can be read.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock.acquire()
+        try:
+            found = self._found()
+            if found is None:
+                torch.manual_seed(self.config.seed)
+                self.journal.begin(self.state())
+                write_text(self.folder / "config.json", to_json(self.config.as_dict()))
+            else:
+                self._restore(found)
+            self.log.cut(self.step)
+            check_log(self.log, self.config, self.step)
+        except BaseException:
+            self.close()
+            raise
+        self.random = torch.get_rng_state()
+        return self.step
+
+    def _found(self) -> Any:
+        """The state to go on from; None where the folder holds no run that was begun."""
+        known = read_config(self.folder)
+        begun = known is not None
+        if known is not None and known != self.config:
+            raise StorageError(f"{self.folder} holds another run: {'; '.join(known.differences(self.config))}")
+        try:
+            found = self.journal.read()
+        except StorageError as error:
+            if begun or self.log.read():
+                raise StorageError(f"{error}; {ANEW}") from error
+            return None  # killed before its first state was whole
+        if found is not None:
+            if not begun and found[1] > 0:
+                raise StorageError(f"{self.folder}: holds the state after step {found[1]}, and no config.json; {ANEW}")
+            return found[0] if begun else None
+        steps = [row["step"] for row in self.log.read()]
+        if steps and steps[-1] >= self.config.journal_every:
+            raise StorageError(f"{self.folder}: step {steps[-1]} is in its log, and no saved state is there; {ANEW}")
+        return None
+
+    def _restore(self, state: Any) -> None:
+        try:
+            self.load_state(state)
+        except Exception as error:  # whatever torch's loaders raise at what is not theirs
+            reason = (str(error).splitlines() or [""])[0]
+            raise StorageError(
+                f"{self.folder}: its saved state is none of this run ({type(error).__name__}: {reason}); {ANEW}"
+            ) from error
+
+    def close(self) -> None:
+        """Let another process open the folder; what is saved stays."""
+        self.journal.close()
+        self.lock.release()
+
+    # -------------------------------------------------------------------------------------------------- loop
+
+    def execute(self, advance: Callable[[int, float], None] = lambda samples, loss: None) -> dict[str, Any]:
+        """Run to the end and return the result, which is also written. ``advance(samples, loss)`` shows progress."""
+        turns = self.turns(advance)
+        while True:
+            try:
+                next(turns)
+            except StopIteration as end:
+                return end.value
+
+    def turns(
+        self, advance: Callable[[int, float], None] = lambda samples, loss: None
+    ) -> Generator[None, None, dict[str, Any]]:
+        """As :meth:`execute`, in turns of :data:`TURN` steps: another run may train before each next one.
+
+        torch's global generator is this run's own in its turns, so that who else trains changes nothing.
+        """
+        loss = float("nan")
+        try:
+            while True:
+                with self._turn():
+                    if self.step == 0 and self.config.evaluate_every < self.config.steps and not self.log.read():
+                        self._evaluate()
+                    for _ in range(min(TURN, self.config.steps - self.step)):
+                        loss = self._advance(loss)
+                        advance(self.config.batch_size, loss)
+                if self.step >= self.config.steps:
+                    return self._finish()
+                yield
+        finally:
+            self.close()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        torch.set_rng_state(self.random)
+        with thread_limit(self.config.threads):
+            yield
+        self.random = torch.get_rng_state()
+
+    def _advance(self, loss: float) -> float:
+        """One step and what is due after it; the loss of the newest window, ``loss`` where that was before."""
+        self.train_step()
+        if self.step % WINDOW == 0 or self.step == self.config.steps:
+            loss = self._close_window()
+        if self.step % self.config.evaluate_every == 0 or self.step == self.config.steps:
+            self._evaluate()
+        if self.step % self.config.journal_every == 0:
+            started = time.perf_counter()
+            self.journal.write(self.state(), self.step)
+            self.journal_seconds += time.perf_counter() - started
+        return loss
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.clock()
+
+    def train_step(self) -> None:
+        """One optimizer step; its times are the newest row of the window, by the run's clock (on a GPU, by events)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.rate(self.step)
+        inputs, target = self.train.batch(self.order.indices(self.step).to(self.device))
+        self.wrapper.choice = None
+        started = self._now()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            loss = self.wrapper(inputs, target)
+        forward = self._now()
+        loss.backward()
+        before = self._now()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        now = self._now()
+        report = self.wrapper.report
+        events = self.device.type == "cuda"
+        split = report.seconds if events else phases_of(self.wrapper.choice, started, forward, before)
+        seconds = {**split, "optimizer": now - before, "total": now - started}
+        phases = [seconds.get(phase, 0.0) for phase in PHASES]
+        self.window[self.step % WINDOW] = torch.tensor([*phases, report.selected])
+        self.step += 1
+        self.backward_samples += report.k
+
+    def newest(self) -> Tensor:
+        """(len(PHASES) + 1,) seconds of the last step, and whether the rule chose."""
+        return self.window[(self.step - 1) % WINDOW]
+
+    def _open_window(self) -> Tensor:
+        """The steps that no log row has summed up yet."""
+        return self.window[: self.step % WINDOW]
+
+    def _close_window(self) -> float:
+        steps = (self.step - 1) % WINDOW + 1
+        medians = typical(self.window[:steps])
+        for phase, median in zip(PHASES, medians.tolist(), strict=True):
+            self.seconds[phase] += median * steps
+        report = self.wrapper.report
+        row: dict[str, Any] = {
+            "kind": "train", "step": self.step, "loss": report.loss, "accuracy": 100 * (report.accuracy or 0.0),
+            "lr": self.config.rate(self.step - 1), "backward_samples": self.backward_samples,
+            "seconds": self.seconds["total"], "gain": report.gain, "gain_at_cost": report.gain_at_cost,
+            "milliseconds": dict(zip(PHASES, (1e3 * medians).tolist(), strict=True)),
+        }  # fmt: skip
+        self.log.append(row)
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+            raise Diverged(f"the weights are no longer finite after step {self.step}: try a lower --lr")
+        return report.loss
+
+    def _evaluate(self) -> None:
+        accuracy, loss = evaluate(self.model, self.evaluation, self.device)
+        pending = self._open_window()
+        seconds = self.seconds["total"]
+        if len(pending) and self.step < self.config.steps:
+            seconds += float(typical(pending)[PHASES.index("total")]) * len(pending)
+        self.log.append({
+            "kind": "evaluation", "step": self.step, "accuracy": accuracy, "loss": loss,
+            "backward_samples": self.backward_samples, "seconds": seconds,
+        })  # fmt: skip
+
+    def _finish(self) -> dict[str, Any]:
+        rows = check_log(self.log, self.config, self.step)
+        curve = [row for row in rows if row.get("kind") == "evaluation"]
+        gains = {name: [row[name] for row in rows if row.get(name) is not None] for name in ("gain", "gain_at_cost")}
+        result = {
+            "key": self.config.key(), "config": self.config.as_dict(), "accuracy": curve[-1]["accuracy"],
+            "loss": curve[-1]["loss"], "steps": self.step, "backward_samples": self.backward_samples,
+            "seconds": self.seconds,
+            "journal_seconds": self.journal_seconds, "clock": clock_for(self.device),
+            **{name: statistics.median(found) if found else None for name, found in gains.items()},
+            "curve": [{name: row[name] for name in ("step", "accuracy", "backward_samples", "seconds")}
+                      for row in curve],
+        }  # fmt: skip
+        weights = io.BytesIO()
+        torch.save(self.model.state_dict(), weights)
+        write_bytes(self.folder / "model.pt", weights.getvalue())
+        write_text(self.folder / "result.json", to_json(result))
+        self.journal.remove()
+        return result

@@ -1,0 +1,266 @@
+"""A study: every arm of every cell tuned, trained at each budget with each seed, and what came out as one small dict.
+
+Each arm of each cell is a job, a generator that yields the runs it wants and is sent their results: jobs go forward
+side by side, and runs that several of them want, or that an earlier session finished, are done once.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from selbp_study.arms import Arm
+from selbp_study.config import RunConfig
+from selbp_study.costs import Costs, cost_name, measure, steps_within
+from selbp_study.data import Dataset
+from selbp_study.pool import Finished, Pool, Sets, cached
+from selbp_study.protocols import OWN_KEEP, Cell, Protocol
+from selbp_study.tuning import Choice, climb, tuning_config
+
+FORMAT = 1
+POINTS = 4  # of a curve, its end included
+CURVES = 2  # seeds, the first ones, whose curves are recorded: an evaluation takes as long as many steps
+ALIKE = 1.5  # budgets whose numbers of steps differ by no more than this share a rate
+Job = Generator[list[RunConfig], list[Finished], list[dict[str, Any]]]
+Say = Callable[[str], None]
+
+
+@dataclass
+class Plan:
+    """What the jobs of one cell share."""
+
+    cell: Cell
+    protocol: Protocol
+    base: RunConfig
+    held_out: Dataset
+    costs: Costs
+    milliseconds: float = 0.0  # the budget of time
+
+    def config(self, arm: Arm, keep: float | int) -> RunConfig:
+        """``arm`` at one of the cell's keeps, with the cell's steps."""
+        return arm.config(replace(self.base, keep=keep), 0)
+
+    def steps(self, budget: str, config: RunConfig, keep: float | int) -> int:
+        """How many steps a budget gives ``config`` where the others choose ``keep``."""
+        if budget == "time":
+            return steps_within(self.milliseconds, self.costs[config])
+        if budget == "samples":
+            return max(1, round(self.cell.steps * replace(self.base, keep=keep).kept() / config.kept()))
+        return self.cell.steps
+
+
+def own_keep_arm() -> Arm:
+    """Random whose keep is tuned."""
+    return Arm("random", title="random, own keep")
+
+
+def plan_cell(cell: Cell, protocol: Protocol, sets: Sets, costs: Costs, advance: Callable[[], None]) -> Plan:
+    """Read the cell's data, measure what is not measured yet, and set its budget of time."""
+    data = sets(cell.dataset)
+    base = RunConfig(
+        dataset=data.name, fingerprint=data.fingerprint, selector="random", steps=cell.steps, lr=0.05,
+        model=cell.model, batch_size=cell.batch_size, journal_every=200, threads=1,
+        precision=cell.precision,
+    )  # fmt: skip
+    plan = Plan(cell, protocol, base, data.held_out(), costs)
+    configs = [plan.config(Arm.parse(name), keep) for keep in cell.keeps for name in protocol.arms]
+    own = [plan.config(own_keep_arm(), keep) for keep in protocol.own_keeps]
+    clean = sets(cell.dataset.partition("+noise")[0])
+    costs.add([*configs, *own], lambda wanted: measure(wanted, clean, advance=advance))
+    arms = [Arm.parse(protocol.clock)] if protocol.clock in protocol.arms else []
+    clock = [plan.config(arm, keep) for arm in arms for keep in cell.keeps]
+    plan.milliseconds = cell.steps * max(costs[config].median for config in clock or configs)
+    return plan
+
+
+# -------------------------------------------------------------------------------------------------------- jobs
+
+
+def tuned(plan: Plan, config: RunConfig, keeps: Sequence[float | int], start: float) -> Generator[
+    list[RunConfig], list[Finished], tuple[Choice, dict[float | int, int]]
+]:  # fmt: skip
+    """The best rate of ``config`` (and keep of ``keeps``: then the budget is time), on held-out data."""
+    own = len(keeps) > 1
+    steps = {keep: plan.steps("time", replace(config, keep=keep), 0) if own else config.steps for keep in keeps}
+    search = climb(keeps, start)
+    trials = next(search)
+    while True:
+        wanted = [tuning_config(replace(config, steps=steps[keep]), plan.held_out, keep, lr, seed)
+                  for keep, lr, seed in trials]  # fmt: skip
+        found = yield wanted
+        accuracies = [float("-inf") if one.result is None else one.result["accuracy"] for one in found]
+        try:
+            trials = search.send(accuracies)
+        except StopIteration as stop:
+            return stop.value, steps
+
+
+def arm_job(plan: Plan, arm: Arm, keep: float | int, budgets: Sequence[str]) -> Job:
+    """Tune an arm and train it under each budget; budgets with about as many steps share the rate."""
+    base = plan.config(arm, keep)
+    choices: list[tuple[int, Choice]] = []
+    asked: list[tuple[str, Choice, list[RunConfig]]] = []
+    for budget in budgets:
+        steps = plan.steps(budget, base, keep)
+        near = [choice for known, choice in choices if max(known, steps) <= ALIKE * min(known, steps)]
+        if near:
+            choice = near[0]
+        else:
+            start = choices[0][1].lr if choices else arm.rate()
+            choice, _ = yield from tuned(plan, replace(base, steps=steps), [base.keep], start)
+            choices.append((steps, choice))
+        asked.append((budget, choice, seeded(plan, replace(base, steps=steps, lr=choice.lr))))
+    found = yield [config for _, _, configs in asked for config in configs]
+    by_key = {one.config.key(): one for one in found}
+    return [entry(plan, arm, keep, budget, choice, [by_key[config.key()] for config in configs])
+            for budget, choice, configs in asked]  # fmt: skip
+
+
+def own_keep_job(plan: Plan) -> Job:
+    """Random at the keep and rate that are best under the budget of time."""
+    arm = own_keep_arm()
+    keeps = [min(keep, plan.cell.batch_size) for keep in plan.protocol.own_keeps]
+    choice, steps = yield from tuned(plan, plan.config(arm, keeps[0]), list(dict.fromkeys(keeps)), arm.rate())
+    configs = seeded(plan, replace(plan.base, selector="random", keep=choice.keep, lr=choice.lr,
+                                   steps=steps[choice.keep]))  # fmt: skip
+    found = yield configs
+    return [entry(plan, arm, 0, "time", choice, found) | {"arm": OWN_KEEP}]
+
+
+def seeded(plan: Plan, config: RunConfig) -> list[RunConfig]:
+    """``config`` with each of the study's seeds, the first ones evaluated at a few points."""
+    every = max(1, -(-config.steps // POINTS))
+    return [
+        replace(config, seed=seed, evaluate_every=every if place < CURVES else config.steps)
+        for place, seed in enumerate(plan.protocol.seeds)
+    ]
+
+
+def entry(
+    plan: Plan, arm: Arm, keep: float | int, budget: str, choice: Choice, found: Sequence[Finished]
+) -> dict[str, Any]:
+    """One line of the result: an arm under a budget, in one cell."""
+    config = found[0].config
+    results = {one.config.seed: one.result for one in found if one.result is not None}
+    longest = max((len(result["curve"]) for result in results.values()), default=0)
+    recorded = [result["curve"] for result in results.values() if len(result["curve"]) == longest]
+    points = [point["step"] for point in recorded[0]] if recorded else []
+    curves = [[point["accuracy"] for point in curve] for curve in recorded]
+    samples = [result["backward_samples"] for result in results.values()]
+    return {
+        "dataset": plan.cell.dataset, "model": plan.cell.model, "batch_size": plan.cell.batch_size, "cell_keep": keep,
+        "budget": budget, "arm": arm.name, "label": arm.label, "keep": config.keep, "lr": config.lr,
+        "steps": config.steps, "samples": sum(samples) / len(samples) if samples else 0, "cost": cost_name(config),
+        "accuracy": {str(seed): round(result["accuracy"], 4) for seed, result in results.items()},
+        "gain": _median(results, "gain"), "gain_at_cost": _median(results, "gain_at_cost"),
+        "errors": {str(one.config.seed): one.error for one in found if one.result is None},
+        "curve": [[step, round(sum(values) / len(values), 3)]
+                  for step, values in zip(points, zip(*curves, strict=True), strict=True)],
+        "tuning": [list(tried) for tried in choice.tried],
+        "key": config.key(),
+    }  # fmt: skip
+
+
+def _median(results: dict[int, dict[str, Any]], name: str) -> float | None:
+    """Of the seeds that know it, to three digits."""
+    values = (result.get(name) for result in results.values())
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return float(f"{statistics.median(known):.3g}") if known else None
+
+
+# ------------------------------------------------------------------------------------------------------ driver
+
+
+def drive(
+    jobs: dict[str, Job],
+    pool: Pool,
+    *,
+    progress: Callable[[int, int], None] = lambda done, known: None,
+    say: Say = lambda text: None,
+) -> dict[str, list[dict[str, Any]] | str]:
+    """Carry all jobs to their end; a job that fails yields its error as text. ``progress`` counts runs."""
+    results: dict[str, Finished] = {}
+    waiting: dict[str, tuple[Job, list[RunConfig]]] = {}
+    asked: set[str] = set()
+    ended: dict[str, list[dict[str, Any]] | str] = {}
+
+    def step(name: str, job: Job, answer: list[Finished] | None) -> None:
+        """Forward until the job wants runs that are not there."""
+        while True:
+            try:
+                wanted = next(job) if answer is None else job.send(answer)
+            except StopIteration as stop:
+                ended[name] = stop.value
+                return
+            except ValueError as error:
+                say(f"{name}: {error}")
+                ended[name] = str(error)
+                return
+            for config in wanted:
+                key = config.key()
+                if key not in results and key not in asked:
+                    found = cached(config, pool.folder)
+                    if found is None:
+                        pool.submit(config)
+                        asked.add(key)
+                    else:
+                        results[key] = found
+                        if found.error is not None:
+                            say(f"{name}: {found.error}")
+            if any(config.key() not in results for config in wanted):
+                waiting[name] = (job, wanted)
+                return
+            answer = [results[config.key()] for config in wanted]
+
+    for name, job in jobs.items():
+        step(name, job, None)
+    while waiting:
+        progress(len(results), len(results) + len(pool))
+        finished = pool.next()
+        results[finished.config.key()] = finished
+        if finished.error is not None:
+            say(f"{finished.config.selector}, rate {finished.config.lr:g}, seed {finished.config.seed}: failed: "
+                f"{finished.error}")  # fmt: skip
+        for name, (job, wanted) in list(waiting.items()):
+            if all(config.key() in results for config in wanted):
+                del waiting[name]
+                step(name, job, [results[config.key()] for config in wanted])
+    progress(len(results), len(results))
+    return ended
+
+
+def run_study(
+    protocol: Protocol,
+    pool: Pool,
+    *,
+    progress: Callable[[int, int], None] = lambda done, known: None,
+    say: Say = lambda text: None,
+    measuring: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Run what is missing of ``protocol`` and return the whole result."""
+    pool.folder.mkdir(parents=True, exist_ok=True)
+    costs = Costs(pool.folder / "costs.json")
+    plans = [plan_cell(cell, protocol, pool.sets, costs, measuring) for cell in protocol.cells]
+    jobs: dict[str, Job] = {}
+    for plan in plans:
+        where = f"{plan.cell.dataset}, {plan.cell.model}, n={plan.cell.batch_size}"
+        if "time" in protocol.budgets:
+            jobs[f"{where}: {OWN_KEEP}"] = own_keep_job(plan)
+        for keep in plan.cell.keeps:
+            for name in protocol.arms:
+                jobs[f"{where}, keep {keep}: {name}"] = arm_job(plan, Arm.parse(name), keep, protocol.budgets)
+    ended = drive(jobs, pool, progress=progress, say=say)
+    used = {cost_name(plan.config(arm, keep)) for plan in plans for keep in (*plan.cell.keeps, *protocol.own_keeps)
+            for arm in (*map(Arm.parse, protocol.arms), own_keep_arm())}  # fmt: skip
+    return {
+        "format": FORMAT,
+        "protocol": asdict(protocol),
+        "machine": costs.machine,
+        "costs": {name: asdict(cost) for name, cost in costs.costs.items() if name in used},
+        "seconds": [plan.milliseconds / 1e3 for plan in plans],  # budget of time of each cell
+        "entries": [line for name in jobs for line in ended[name] if not isinstance(ended[name], str)],
+        "failed": {name: ended[name] for name in jobs if isinstance(ended[name], str)},
+    }

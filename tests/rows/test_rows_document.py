@@ -1,0 +1,22 @@
+"""The documentation's table is that of the rules, and every rule is met by a case."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from selbp.rows import RULES
+from selbp.rows.registry import TABLE, overloads
+from selbp.rows.rules_table import insert
+
+GUIDE = Path(__file__).parents[2] / "docs" / "rows.md"
+
+
+def test_the_table_is_current() -> None:
+    text = GUIDE.read_text()
+    assert insert(text) == text, "run: python -m selbp.rows.rules_table docs/rows.md"
+
+
+def test_every_rule_is_registered_for_an_operator_of_this_torch() -> None:
+    assert all(any(overload in RULES for overload in overloads(entry.name)) for entry in TABLE if overloads(entry.name))
+    missing = {entry.name for entry in TABLE if not overloads(entry.name)}
+    assert not missing, f"not in this torch: {missing}"
