@@ -8,6 +8,7 @@ needed, and the CUDA runtime is linked statically, so it imports on a machine wi
 
 Environment:
     MAX_JOBS         parallel compilations
+    SELBP_CXXFLAGS   added to the C++ compiler's options; -O0 for a quick build that is not for use
     SELBP_CUDA       auto (the default): the CUDA core is built where there are nvcc and a driver; 0: never; 1: always
     SELBP_CUDA_ARCH  architectures, "80;90;100" by default; the last one is embedded as PTX too, for what comes later
 """
@@ -36,7 +37,7 @@ LEVELS: dict[str, list[str]] = {"baseline": [], "v3": V3, "v4": V4}
 if platform.machine() not in ("x86_64", "AMD64"):
     LEVELS = {"baseline": []}
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden",
-         "-Wall", "-Wextra", "-Werror=return-type"]  # fmt: skip
+         "-Wall", "-Wextra", "-Werror=return-type", *os.environ.get("SELBP_CXXFLAGS", "").split()]  # fmt: skip
 
 
 def relative(pattern: str) -> list[str]:
