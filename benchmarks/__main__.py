@@ -13,8 +13,8 @@ import torch
 
 import selbp
 from benchmarks import peers, report
-from benchmarks.costs import measure_peaks
 from benchmarks.harness import FAILED, Case, Clock, Row, run_case
+from benchmarks.memory import measure_peaks
 from benchmarks.roofline import Roofline
 
 SUITES = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))

@@ -6,8 +6,6 @@ peak extra memory, returned gradients excluded on all sides.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,11 +14,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.bench_statistics import RETURN_FREED
-from benchmarks.harness import Case, Unavailable, peak_extra_bytes, suite
+from benchmarks.harness import Case, Unavailable, suite
 from benchmarks.peers import heads
 from selbp import ops
 from selbp.ops import _gemm
+from selbp_study.memory import peak_extra_bytes, printed_by
 
 _TILE = 512  # classes
 
@@ -123,10 +121,7 @@ _MEMORY = {"ours": _ours, "eager": _eager}
 
 def peak_mebibytes(name: str, n: int, d: int, classes: int, keep: int, threads: int = 2) -> float:
     """Peak memory of one forward and backward beyond its returned gradients, in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.bench_linear_cross_entropy", name]
-    command += [str(size) for size in (n, d, classes, keep, threads)]
-    environment = {**os.environ, **RETURN_FREED}
-    return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    return float(printed_by("benchmarks.bench_linear_cross_entropy", name, n, d, classes, keep, threads))
 
 
 def main() -> None:

@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, peak_extra_bytes, suite
+from benchmarks.harness import Case, suite
 from selbp import ops
 from selbp.ops import _gemm
+from selbp_study.memory import peak_extra_bytes, printed_by
 
 
 def _head(
@@ -114,15 +113,11 @@ test_statistics = suite(CASES)
 
 
 _MEMORY = {"ours": ops.linear_cross_entropy_statistics, "64 rows at a time": _eager_chunks, "eager": _eager}
-# Blocks this large are then mapped and returned singly, so that the resident set follows what is in use.
-RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def peak_mebibytes(name: str, n: int, d: int, classes: int, threads: int = 2) -> float:
     """Peak extra memory of one call of the contender ``name``, scratch of the GEMM included, in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.bench_statistics", name, *map(str, (n, d, classes, threads))]
-    environment = {**os.environ, **RETURN_FREED}
-    return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    return float(printed_by("benchmarks.bench_statistics", name, n, d, classes, threads))
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import selbp
 from benchmarks.harness import Case, Unavailable, suite
 from benchmarks.peers.selection import select_using_loss
-from benchmarks.row_models import TIMED, Task
+from selbp_study.row_models import TIMED, Task
 
 SHARES = (0.1, 0.25, 0.5)
 CUTS = {

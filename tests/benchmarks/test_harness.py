@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks.costs import RETURN_FREED, host_reads, measure_peaks
 from benchmarks.harness import Case, Clock, Unavailable, run_case
+from benchmarks.host_reads import host_reads
+from benchmarks.memory import measure_peaks
 from benchmarks.roofline import Roofline
+from selbp_study.memory import RETURN_FREED
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -72,7 +74,7 @@ def test_bound_is_the_slower_of_compute_and_traffic(roofline):
 
 PEAKS = """
 import torch
-from benchmarks.costs import peak_extra_bytes
+from selbp_study.memory import peak_extra_bytes
 print(peak_extra_bytes(lambda: torch.ones(1 << 24)), peak_extra_bytes(lambda: None))
 """
 

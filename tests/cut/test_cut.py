@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import selbp
-from benchmarks.row_models import SMALL
+from selbp_study.row_models import SMALL
 
 F64 = torch.float64
 N = 8

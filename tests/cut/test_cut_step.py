@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import selbp
-from benchmarks.row_models import SMALL, mlp, vectors
+from selbp_study.row_models import SMALL, mlp, vectors
 
 
 def model_and_batch() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import selbp
-from benchmarks.row_memory import live_peak
-from benchmarks.row_models import TIMED
+from selbp_study.memory import live_peak
+from selbp_study.row_models import TIMED
 
 N = {"MLP": 512, "CNN": 16, "ResNet-GN": 16, "ViT": 16, "GPT": 8}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import selbp
-from benchmarks.row_models import SMALL
+from selbp_study.row_models import SMALL
 
 F64 = torch.float64
 SELECTIONS = {

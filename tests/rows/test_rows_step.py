@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import selbp
-from benchmarks.row_models import SMALL
+from selbp_study.row_models import SMALL
 
 SELECTORS = [
     selbp.Random(),

@@ -10,10 +10,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import selbp
-from benchmarks.row_models import SMALL, TIMED
 from selbp.common.batch import Batch
 from selbp.rows import gradient as row_tensor
 from selbp.training.cost_model import Rates, Work, modelled
+from selbp_study.row_models import SMALL, TIMED
 
 
 def diagnosis(name: str, keep: float = 0.25, **options: str) -> tuple[nn.Module, selbp.Diagnosis]:

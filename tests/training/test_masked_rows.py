@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from training_kit import TokenModel, assert_same, gradients, mlp, samples
 
 import selbp
-from benchmarks.row_models import SMALL
+from selbp_study.row_models import SMALL
 
 ALL = [
     selbp.Full(), selbp.Random(), selbp.TopLoss(), selbp.TopGradNorm(), selbp.GradNormImportance(),

@@ -1,9 +1,9 @@
 """What a compiled backward on chosen rows could reach at best.
 
-``python -m benchmarks.row_compile [share] [model ...]`` prints it for the five models. A compiled region's backward is
-traced for n rows. Were it run at k rows, a step would cost the compiled forward of n and the compiled backward of a
-batch of k, which an ordinary compiled model tells: that is ``compiled, at best`` below, without any copy, beside the
-eager step on rows that there is. Below 1 in the last column there is something to win.
+``python -m benchmarks.tools.rows_compile [share] [model ...]`` prints it for the five models. A compiled region's
+backward is traced for n rows. An upper bound on one that runs k rows is the compiled forward of n rows and the compiled
+backward of a batch of k, both timed on an ordinary compiled model: ``compiled, at best``, without any copy. Beside it
+stands the eager step on rows. Below 1 in the last column there is something to win.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import selbp
-from benchmarks.bench_rows import finish, interleaved, on_rows
-from benchmarks.row_models import TIMED, Task
+from benchmarks.bench_rows import finish, on_rows
+from benchmarks.tools.timing import interleaved
+from selbp_study.row_models import TIMED, Task
 
 
 def _compiled(task: Task, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

@@ -1,0 +1,1 @@
+"""Programs that look into one thing each; the suites are beside this folder."""
