@@ -46,9 +46,8 @@ class Cost:
 
 
 def cost_name(config: RunConfig) -> str:
-    """What a step's cost depends on: neither seed, rate, length nor the labels' noise."""
-    name, _, rest = config.dataset.removesuffix("-held-out").partition("+noise")
-    del rest
+    """What a step's cost depends on: neither seed, rate, length nor what was changed in the training part."""
+    name = config.dataset.removesuffix("-held-out").partition("+")[0]
     default = {"head_gradient": "subset", "backward": "auto", "scoring": "same", "cut": "", "options": "",
                "precision": "float32"}  # fmt: skip
     own = {field: getattr(config, field) for field in default}

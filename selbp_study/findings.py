@@ -125,13 +125,25 @@ class Findings:
 
 def title_of(place: Place) -> str:
     """A cell in words."""
-    dataset, plus, noise = place[0].partition("+noise=")
+    dataset, *changes = place[0].split("+")
     data = {"fashion-mnist": "Fashion-MNIST", "bible-kjv": "King James Bible, next character"}.get(dataset, dataset)
-    data += f" with {float(noise):.0%} wrong training labels" if plus else ""
+    data = " with ".join([data, *filter(None, [" and ".join(map(change_in_words, changes))])])
     models = {"cnn": "small CNN", "wide-cnn": "wider CNN", "mlp": "MLP", "resnet": "small ResNet"}
     keep = place[3]
     kept = keep if isinstance(keep, int) else round(keep * place[2])
     return f"{data}, {models.get(place[1], place[1])}, {kept} of {place[2]} samples"
+
+
+def change_in_words(change: str) -> str:
+    """What ``NAME=NUMBER`` does to the training part."""
+    name, _, number = change.partition("=")
+    words = {
+        "noise": f"{float(number):.0%} wrong training labels",
+        "class-noise": f"{float(number):.0%} of six classes taken for the class most alike",
+        "long-tail": f"long-tailed classes, 1 to {number}",
+        "duplicates": f"{float(number):.0%} duplicates",
+    }
+    return words[name]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

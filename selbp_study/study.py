@@ -68,7 +68,7 @@ def plan_cell(cell: Cell, protocol: Protocol, sets: Sets, costs: Costs, advance:
     plan = Plan(cell, protocol, base, data.held_out(), costs)
     configs = [plan.config(Arm.parse(name), keep) for keep in cell.keeps for name in protocol.arms]
     own = [plan.config(own_keep_arm(), keep) for keep in protocol.own_keeps]
-    clean = sets(cell.dataset.partition("+noise")[0])
+    clean = sets(cell.dataset.partition("+")[0])
     costs.add([*configs, *own], lambda wanted: measure(wanted, clean, advance=advance))
     arms = [Arm.parse(protocol.clock)] if protocol.clock in protocol.arms else []
     clock = [plan.config(arm, keep) for arm in arms for keep in cell.keeps]

@@ -1,5 +1,6 @@
 """Real data sets, read with checks, fetched without root where they are not there."""
 
+from selbp_study.data.changes import CHANGES, resolve
 from selbp_study.data.datasets import (
     BIBLE,
     DIGITS,
@@ -12,11 +13,10 @@ from selbp_study.data.datasets import (
     cache_folder,
     load,
     make_dataset,
-    resolve,
 )  # fmt: skip
 from selbp_study.data.idx import DataError
 
 __all__ = [
-    "BIBLE", "DIGITS", "FASHION_MNIST", "HELD_OUT", "NAMES", "DataError", "Dataset", "Split", "Text", "cache_folder",
-    "load", "make_dataset", "resolve",
+    "BIBLE", "CHANGES", "DIGITS", "FASHION_MNIST", "HELD_OUT", "NAMES", "DataError", "Dataset", "Split", "Text",
+    "cache_folder", "load", "make_dataset", "resolve",
 ]  # fmt: skip

@@ -189,19 +189,6 @@ SOURCES = {
 NAMES = (*SOURCES, DIGITS)
 
 
-def resolve(text: str, folder: Path | None = None) -> Dataset:
-    """The data set ``NAME[+noise=SHARE][-held-out]``: what :attr:`Dataset.name` says, made again from its files."""
-    name, held_out = text.removesuffix(HELD_OUT), text.endswith(HELD_OUT)
-    name, plus, noise = name.partition("+noise=")
-    data = load(name, folder, say=lambda _text: None)
-    if plus:
-        try:
-            data = data.with_label_noise(float(noise))
-        except ValueError as error:
-            raise DataError(f"{text}: noise must be a share in (0, 1), got {noise!r}") from error
-    return data.held_out() if held_out else data
-
-
 def load_digits() -> Dataset:
     """scikit-learn's 1797 handwritten digits of 8x8 pixels; every fifth one (after a fixed shuffle) is test."""
     try:
