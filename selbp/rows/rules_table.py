@@ -1,4 +1,7 @@
-"""The table of operators in ``docs/rows.md``, made from the rules: run as ``python -m <module> docs/rows.md``."""
+"""The table of operators in ``docs/measurements/rows.md``, made from the rules.
+
+Run ``python -m selbp.rows.rules_table docs/measurements/rows.md`` to bring it up to date.
+"""
 
 from __future__ import annotations
 

@@ -76,7 +76,8 @@ def select(
             losses, logits, hidden states. A scalar that a model has already averaged cannot be selected from.
         indices: (k,) int64, in any order, duplicates allowed (their gradients add up), k = 0 to any.
         batchnorm: BatchNorm in training mode couples the samples. ``"exact"`` runs it, and all below, on n rows;
-            ``"subset"`` runs it on the k rows with the statistics of the n (an approximation, see docs/rows.md).
+            ``"subset"`` runs it on the k rows with the statistics of the n (an approximation, see
+            docs/guides/backward_through_rows.md).
         dense: counts the operators that ran on n rows, by name; for reports.
         live: () bool, whether any of the rows counts, where only the device knows. If it is False, the gradients that
             come in must be 0, and those that go out are 0 whatever the forward left, NaN included, by every rule.
