@@ -28,8 +28,9 @@ import selbp
 from benchmarks.harness import Case, suite
 from benchmarks.row_memory import live_peak, resident_peak
 from benchmarks.row_models import TIMED, Task, classification
-from selbp.rows.gradient import RowGradient, wrap
+from selbp.rows.gradient import RowGradient
 from selbp.rows.layout import RowSet
+from selbp.rows.wrap import wrap
 from selbp_study.models import SmallCNN, Transformer
 
 SHARES = (0.25,)  # `throughput` times whole steps at others
@@ -185,7 +186,7 @@ def python_per_operator() -> str:
 
             def copy_again(again: Any = again, layout: Any = layout) -> None:
                 for value in again:
-                    layout.once(value)
+                    layout.take_once(value)
 
             kernel = _microseconds(functools.partial(func, *plain))
             dispatch = max(0.0, _microseconds(functools.partial(func, *bare)) - kernel)

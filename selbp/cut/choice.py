@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +15,13 @@ from selbp.common.keep import check_keep, kept_rows
 from selbp.common.proxies import DIAGNOSTIC_BYTES, HeadProxies
 from selbp.cut.proxies import FlatProxies, Proxy, proxies_at_cut, statistics_at_cut
 from selbp.cut.report import CutReport
-from selbp.rows.gradient import RowGradient, densify
+from selbp.rows.exposed import densify
+from selbp.rows.gradient import RowGradient
 from selbp.rows.layout import BatchNormPolicy, RowSet
-from selbp.rows.select import enter
+from selbp.rows.observe import Observer, current_observers
+from selbp.rows.select import as_row_gradient
 from selbp.rows.unsupported import refuse_backward, refuse_forward
-from selbp.selectors import ReducibleLoss, Selector, TopLoss
+from selbp.selectors import GradientMatching, ReducibleLoss, Selector, TopLoss
 from selbp.selectors.checks import check_choice, check_generator, shown
 from selbp.types import BatchStatistics, Selection, real_dtype
 
@@ -74,12 +77,13 @@ class Cut:
         refuse_forward([hidden])
         # The value, not `hidden`: a closure over that would be a cycle through its own hook that nothing collects.
         activation = Kept(hidden if features is None else features)
+        observers = current_observers()  # in the forward: the backward may run in a thread of the engine's own
 
         def hook(delta: Tensor | None) -> Tensor | None:
             refuse_backward()
             if delta is None:  # what read `hidden` has no gradient for it
                 return None
-            chosen = self.choose(delta, activation.take())
+            chosen = self.choose(delta, activation.take(), observers)
             if made is not None and self.last is not None and chosen is not None:
                 made(self.last)
             return chosen
@@ -89,7 +93,7 @@ class Cut:
         return out
 
     @torch.no_grad()
-    def choose(self, delta: Tensor, activation: Tensor) -> Tensor | None:
+    def choose(self, delta: Tensor, activation: Tensor, observers: tuple[Observer, ...]) -> Tensor | None:
         """The row-sparse gradient that goes on below; None leaves ``delta`` as it came."""
         outer, n = None, delta.shape[0]
         if isinstance(delta, RowGradient) and delta._layout is delta._rows.layout(0):
@@ -107,8 +111,8 @@ class Cut:
             indices = outer.on(delta.device)[indices]
             report.n, report.selection = n, Selection(indices, report.selection.weights * (m / n))
         self.last = report
-        kept = RowSet(indices, n, batchnorm=self.batchnorm, dense=report.dense)
-        return enter(kept, rows)
+        kept = RowSet(indices, n, batchnorm=self.batchnorm, densified=report.dense, observers=observers)
+        return as_row_gradient(kept, rows)
 
     def pick(self, delta: Tensor, activation: Tensor, k: int) -> tuple[Tensor, Tensor, CutReport]:
         """Choose k of the n rows of ``delta``: (k,) indices, the (k, ...) rows that go on, and the report.
@@ -146,3 +150,19 @@ class Cut:
             proxies.release()
         small = sum(x.numel() * x.element_size() for x in (delta, activation)) <= DIAGNOSTIC_BYTES
         return selection, stats, proxies if proxies.complete or small else None
+
+
+def cut_here(
+    hidden: Tensor, features: Tensor | None, keep: float | int, selector: Selector | None, **options: Any
+) -> Tensor:
+    """Return ``hidden`` with a cut of its own. ``options`` are those of :class:`Cut`."""
+    cut = Cut(keep, GradientMatching() if selector is None else selector, **options)
+    check_tensors(hidden, features)
+    return cut.attach(hidden, features)
+
+
+def check_tensors(hidden: object, features: object) -> None:
+    """Raise TypeError unless ``hidden`` is a tensor, and ``features`` a tensor or None."""
+    for name, value in (("hidden", hidden), ("features", features)):
+        if not isinstance(value, Tensor) and (value is not None or name == "hidden"):
+            raise TypeError(f"{name} must be a Tensor (n, ...), got {shown(value)}")

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from selbp.common.state import ChoiceState, pack, unpack
-from selbp.cut.choice import Cut
+from selbp.cut.choice import Cut, check_tensors, cut_here
 from selbp.cut.proxies import Proxy
 from selbp.cut.report import CutReport
 from selbp.rows.layout import BatchNormPolicy
 from selbp.selectors import GradientMatching, Selector
-from selbp.selectors.checks import shown
 
 EXTRA_STATE = "_extra_state"  # torch's name of the entry
 
@@ -40,22 +39,12 @@ def backward_cut(
     Go on with what is returned: ``hidden`` itself, or where that is a view an alias in the same memory. Also active in
     evaluation mode (a function does not know the mode), unless gradients are off.
     """
+    options = dict(generator=generator, losses=losses, proxy=proxy, batchnorm=batchnorm)
     if torch.compiler.is_compiling():
-        from selbp.cut import untraced
+        from selbp.cut import untraced  # here, because it imports Dynamo
 
-        options = dict(generator=generator, losses=losses, proxy=proxy, batchnorm=batchnorm)
-        return untraced.backward_cut(hidden, keep, selector, features=features, **options)
-    rule = GradientMatching() if selector is None else selector
-    cut = Cut(keep, rule, generator=generator, losses=losses, proxy=proxy, batchnorm=batchnorm)
-    _check_tensors(hidden, features)
-    return cut.attach(hidden, features)
-
-
-def _check_tensors(hidden: object, features: object) -> None:
-    """Raise TypeError unless both are tensors, the latter or None."""
-    for name, value in (("hidden", hidden), ("features", features)):
-        if not isinstance(value, Tensor) and (value is not None or name == "hidden"):
-            raise TypeError(f"{name} must be a Tensor (n, ...), got {shown(value)}")
+        return untraced.cut_here(hidden, features, keep, selector, **options)
+    return cut_here(hidden, features, keep, selector, **options)
 
 
 class BackwardCut(nn.Module):
@@ -152,9 +141,9 @@ class BackwardCut(nn.Module):
         """``hidden`` (n, ...), unchanged. ``features`` (n, ...) is the input of the layer below, where it is known."""
         if not self.training:
             return hidden
-        _check_tensors(hidden, features)
+        check_tensors(hidden, features)
         if torch.compiler.is_compiling():
-            from selbp.cut import untraced
+            from selbp.cut import untraced  # here, because it imports Dynamo
 
             return untraced.attach(self._cut, hidden, features)
         return self._cut.attach(hidden, features)

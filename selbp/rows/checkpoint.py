@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from selbp.rows.gradient import RowGradient, densify, recomputing, wrap
+from selbp.rows.exposed import densify
+from selbp.rows.gradient import RowGradient
 from selbp.rows.layout import Layout
 from selbp.rows.unsupported import refuse_backward
+from selbp.rows.wrap import wrap
 from selbp.selectors.checks import shown
 
 _DROPOUTS = {torch.nn.functional.dropout, torch.dropout, torch.nn.functional.dropout1d}
@@ -84,16 +86,19 @@ def _as_in_forward(device: str, autocast: tuple[bool, torch.dtype], masks: _Mask
 
 
 @contextmanager
-def _heard(layout: Layout | None) -> Iterator[None]:
-    """What runs inside runs on k rows, where a layout says so: for ``diagnose``, which sees plain tensors."""
+def _announced(layout: Layout | None) -> Iterator[None]:
+    """Tell the selection's observers that k rows are recomputed inside: operators meet plain tensors there."""
     if layout is None:
         yield
         return
-    recomputing.append(layout.rows)
+    rows = layout.rows
+    for observer in rows.observers:
+        observer.recompute_begins(rows.n, rows.k)
     try:
         yield
     finally:
-        recomputing.pop()
+        for observer in rows.observers:
+            observer.recompute_ends()
 
 
 class _Checkpoint(torch.autograd.Function):
@@ -127,7 +132,7 @@ class _Checkpoint(torch.autograd.Function):
         leaves = [t.detach().requires_grad_(need) for t, need in zip((*inputs, *parameters), needs, strict=True)]
         masks = _Masks(n, ctx.masks, index)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        with _heard(layout):
+        with _announced(layout):
             with _as_in_forward(gradient.device.type, ctx.autocast, masks):
                 out = torch.func.functional_call(
                     ctx.module, dict(zip(ctx.names, leaves[ctx.count :], strict=True)), tuple(leaves[: ctx.count])

@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from selbp.common.batch import Batch
 from selbp.common.keep import check_keep, kept_rows
 from selbp.rows import BatchNormPolicy, select
-from selbp.rows import gradient as row_tensor
 from selbp.rows.engine import nodes_of
+from selbp.rows.gradient import Wrapper
+from selbp.rows.observe import Observer, observing
 from selbp.selectors.checks import check_choice, shown
 from selbp.training.cost_model import Rates, Work, modelled
 from selbp.training.losses import criterion_of, of_some
@@ -98,7 +99,7 @@ class Diagnosis:
         return "\n".join(lines)
 
 
-class _Flops(TorchDispatchMode):
+class _Flops(TorchDispatchMode, Observer):
     """Adds up operators; a RowGradient counts by its outer shape, which is what all n rows would cost.
 
     ``scale`` is n over the samples that run. Bytes are those of activations: what is as large for one sample as for n
@@ -114,18 +115,27 @@ class _Flops(TorchDispatchMode):
         self._own = {p.untyped_storage().data_ptr() for p in parameters}
         self._shapes = {tuple(p.shape) for p in parameters}
         self.total, self.work, self.found = 0.0, Work(), dict[tuple[str, str, str], Operator]()
-        self._reasons: list[str | None] = []
+        self._reasons: list[str | None] = []  # of the operator that is running, from the row gradient's dispatch
+        self._recomputed: list[float] = []  # n / k of the checkpoints that are being recomputed, innermost last
 
-    def heard(self, func: Any, args: Any, out: Any, reason: str | None) -> None:
-        """The row gradient's own account of the operator that is running."""
+    def ran(self, func: Any, args: Any, result: Any, reason: str | None) -> None:
+        """Record on how many rows the running operator ran."""
         self._reasons.append(reason)
+
+    def recompute_begins(self, n: int, k: int) -> None:
+        """Record that plain tensors hold k rows of n."""
+        self._recomputed.append(n / k)
+
+    def recompute_ends(self) -> None:
+        """Record that they no longer do."""
+        self._recomputed.pop()
 
     def _bytes(self, values: Iterable[Any]) -> int:
         total = 0
         for value in values:
             if isinstance(value, (list, tuple)):
                 total += self._bytes(value)
-            elif isinstance(value, row_tensor.Wrapper):
+            elif isinstance(value, Wrapper):
                 total += value.numel() * value.itemsize
             elif isinstance(value, Tensor) and tuple(value.shape) not in self._shapes:
                 total += 0 if value.untyped_storage().data_ptr() in self._own else value.numel() * value.itemsize
@@ -139,9 +149,8 @@ class _Flops(TorchDispatchMode):
         formula = self._formulas.get(func._overloadpacket)
         flops = float(formula(*args, **(kwargs or {}), out_val=out)) if formula is not None else 0.0
         scale, runs, why = self._scale, "plain", ""
-        if row_tensor.recomputing:
-            rows = row_tensor.recomputing[-1]
-            scale, runs = scale * rows.n / rows.k, "rows"
+        if self._recomputed:
+            scale, runs = scale * self._recomputed[-1], "rows"
         flops *= scale
         self.total += flops
         if self._reasons:
@@ -179,25 +188,22 @@ def analyse(
         return tensor
 
     scale = n / samples
-    with torch.enable_grad(), _Flops(scale, wanted) as ahead, torch.autograd.graph.saved_tensors_hooks(saved, _same):
+    with torch.enable_grad(), _Flops(scale, wanted) as flops, torch.autograd.graph.saved_tensors_hooks(saved, _same):
         losses = forward()
     _refuse_reentrant(losses)
-    chosen = select(losses, torch.arange((samples + 1) // 2, device=losses.device), **options).sum()
-    behind = _Flops(scale, wanted)
-    row_tensor.observers.append(behind.heard)
-    try:
-        with behind:
-            torch.autograd.grad(chosen, wanted, allow_unused=True)
-    finally:
-        row_tensor.observers.remove(behind.heard)
-    operators = list(behind.found.values())
+    backward = _Flops(scale, wanted)
+    with observing(backward):
+        chosen = select(losses, torch.arange((samples + 1) // 2, device=losses.device), **options).sum()
+    with backward:
+        torch.autograd.grad(chosen, wanted, allow_unused=True)
+    operators = list(backward.found.values())
     rows = [operator for operator in operators if operator.runs == "rows"]
     dense = [operator for operator in operators if operator.runs != "rows"]
     saved_bytes = int(sum(storages.values()) * scale)
     return Diagnosis(
-        n, k, operators, ahead.total, sum(operator.flops for operator in rows),
+        n, k, operators, flops.total, sum(operator.flops for operator in rows),
         sum(operator.flops for operator in dense), saved_bytes,
-        modelled(ahead.work, _together(rows), _together(dense), saved_bytes, k / n, Rates.here()),
+        modelled(flops.work, _together(rows), _together(dense), saved_bytes, k / n, Rates.here()),
     )  # fmt: skip
 
 

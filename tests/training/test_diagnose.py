@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import selbp
 from benchmarks.row_models import SMALL, TIMED
 from selbp.common.batch import Batch
-from selbp.rows import gradient as row_tensor
+from selbp.rows.observe import current_observers
 from selbp.training.cost_model import Rates, Work, modelled
 
 
@@ -150,7 +150,6 @@ def test_a_checkpoint_is_counted_as_what_it_recomputes() -> None:
     block = 2 * 32 * 2 * (16 * 32)  # its forward, which runs again on the chosen rows
     assert found.row_flops == plain.row_flops + block
     assert found.cost["rows"] == found.cost["bound"] < plain.cost["rows"]
-    assert not row_tensor.recomputing
 
 
 class Eight(nn.Linear):
@@ -196,7 +195,7 @@ def test_auto_recomputes_where_it_cannot_look_ahead(name: str) -> None:
     step._strategy.decide(model, Batch.of(x, y, {}), 10, step._criterion, "train")
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
-    assert all(p.grad is None for p in model.parameters()) and not row_tensor.observers
+    assert all(p.grad is None for p in model.parameters()) and not current_observers()
     step(x, y).backward()
     assert step.report.backward == "recompute" and why in step.report.backward_reason
     assert all(p.grad is not None for p in model.parameters())

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from selbp.rows.gradient import RowGradient
-from selbp.rows.registry import RULES, need, overloads, put
+from selbp.rows.registry import RULES, bind, overloads, require
 from selbp.rows.rules.per_sample import kernel
 
 _CPU = "_scaled_dot_product_flash_attention_for_cpu_backward"
@@ -66,10 +66,10 @@ _without_mask = {overload: RULES[overload] for overload in overloads(_CPU)}
 def flash_cpu(func: Any, gradient: Any, *args: Any, attn_mask: Any = None, **kwargs: Any) -> Any:
     """No dropout."""
     if attn_mask is not None:
-        need(isinstance(gradient, RowGradient) and not isinstance(attn_mask, RowGradient), "the mask is a gradient")
+        require(isinstance(gradient, RowGradient) and not isinstance(attn_mask, RowGradient), "the mask is a gradient")
         attn_mask = mask_rows(gradient, attn_mask)
     return _without_mask[func](func, gradient, *args, attn_mask=attn_mask, **kwargs)
 
 
 for _overload in _without_mask:
-    put(_overload, flash_cpu)
+    bind(_overload, flash_cpu)

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from selbp.rows.gradient import RowGradient, wrap
-from selbp.rows.registry import NoRuleError, need, rule
+from selbp.rows.gradient import RowGradient
+from selbp.rows.registry import NoRuleError, require, rule
+from selbp.rows.wrap import wrap
 
 Condition = Callable[[RowGradient, list[Any]], bool]
 Adjust = Callable[[RowGradient, list[Any]], None]
@@ -49,10 +50,10 @@ def kernel(
         for position in cut:
             value = args[position]
             if isinstance(value, Tensor) and type(value) is not RowGradient:
-                operands[position] = layout.once(value) if position in once else layout.take(value)
+                operands[position] = layout.take_once(value) if position in once else layout.take(value)
         for position, value in enumerate(operands):
             if type(value) is RowGradient:
-                need(position in cut and value._layout is layout, "another argument is a gradient too")
+                require(position in cut and value._layout is layout, "another argument is a gradient too")
                 operands[position] = value._data
         if adjust is not None:
             adjust(gradient, operands)
@@ -142,9 +143,9 @@ kernel(
 @rule("_cdist_backward")
 def distance(func: Any, gradient: Any, first: Tensor, second: Tensor, p: float, distances: Tensor) -> Any:
     """Batched over the samples."""
-    need(isinstance(gradient, RowGradient) and gradient.dim() > 2, "distances between samples")
+    require(isinstance(gradient, RowGradient) and gradient.dim() > 2, "distances between samples")
     layout = gradient._layout
-    need(layout.dim == 0 and first.dim() == second.dim() == gradient.dim(), "the samples are not dim 0")
+    require(layout.dim == 0 and first.dim() == second.dim() == gradient.dim(), "the samples are not dim 0")
     return wrap(
         func(gradient._data, *(layout.take(x, 0) for x in (first, second)), p, layout.take(distances, 0)), layout
     )

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selbp.rows.gradient import RowGradient, wrap
-from selbp.rows.registry import need, rule
+from selbp.rows.gradient import RowGradient
+from selbp.rows.registry import require, rule
+from selbp.rows.wrap import wrap
 
 aten = torch.ops.aten
 
@@ -42,7 +43,7 @@ def matrix_product(func: Any, first: Any, second: Any) -> Any:
         layout = first._layout
         if type(second) is RowGradient:
             other = second._layout
-            need(layout.dim == 1 and other is layout.at(0), "two gradients that are not contracted over the samples")
+            require(layout.dim == 1 and other is layout.at(0), "two gradients that are not contracted over the samples")
             return torch.mm(first._data, second._data)
         if layout.dim == 0:
             return wrap(torch.mm(first._data, second), layout)
@@ -60,10 +61,10 @@ def batched_product(func: Any, first: Any, second: Any) -> Any:
     layout = gradient._layout
     both = isinstance(first, RowGradient) and isinstance(second, RowGradient)
     if layout.dim == 0:
-        need(not both or first._layout is second._layout, "two gradients with their samples in different places")
+        require(not both or first._layout is second._layout, "two gradients with their samples in different places")
         rows = [x._data if isinstance(x, RowGradient) else layout.take(x, 0) for x in (first, second)]
         return wrap(func(*rows), layout)
-    need(not both, "two gradients that are not batched over the samples")
+    require(not both, "two gradients that are not batched over the samples")
     if gradient is first:
         if layout.dim == 1:
             return wrap(func(first._data, second), layout)
@@ -78,7 +79,7 @@ def matrix_vector(func: Any, matrix: Any, vector: Any) -> Any:
     """The samples are the matrix's outer dim, or contracted."""
     if isinstance(matrix, RowGradient):
         layout = matrix._layout
-        need(not isinstance(vector, RowGradient), "matrix and vector are both gradients")
+        require(not isinstance(vector, RowGradient), "matrix and vector are both gradients")
         if layout.dim == 0:
             return wrap(func(matrix._data, vector), layout)
         return func(matrix._data, layout.take(vector, 0))
@@ -89,7 +90,7 @@ def matrix_vector(func: Any, matrix: Any, vector: Any) -> Any:
 def dot(func: Any, first: Any, second: Any) -> Any:
     """One factor is dense."""
     gradient, dense = (first, second) if isinstance(first, RowGradient) else (second, first)
-    need(not isinstance(dense, RowGradient), "both factors are gradients")
+    require(not isinstance(dense, RowGradient), "both factors are gradients")
     rows = gradient._layout.take(dense)
     return func(gradient._data, rows) if gradient is first else func(rows, gradient._data)
 
@@ -97,8 +98,8 @@ def dot(func: Any, first: Any, second: Any) -> Any:
 @rule("embedding_dense_backward")
 def embedding(func: Any, gradient: Any, indices: Tensor, n_embeddings: int, padding: int, by_frequency: bool) -> Any:
     """Not scaled by frequency, which is counted over all samples."""
-    need(isinstance(gradient, RowGradient) and not isinstance(indices, RowGradient), "the indices are a gradient")
+    require(isinstance(gradient, RowGradient) and not isinstance(indices, RowGradient), "the indices are a gradient")
     layout = gradient._layout
-    need(not by_frequency, "scale_grad_by_freq counts over all samples")
-    need(layout.dim < indices.dim(), "the samples are the embedding's features")
+    require(not by_frequency, "scale_grad_by_freq counts over all samples")
+    require(layout.dim < indices.dim(), "the samples are the embedding's features")
     return func(gradient._data, layout.take(indices), n_embeddings, padding, False)

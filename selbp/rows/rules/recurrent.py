@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from selbp.rows.gradient import RowGradient, wrap
-from selbp.rows.registry import need, rule
+from selbp.rows.gradient import RowGradient
+from selbp.rows.registry import require, rule
+from selbp.rows.wrap import wrap
 
 aten = torch.ops.aten
 
@@ -27,8 +28,8 @@ def rnn_layer(func: Any, *args: Any) -> Any:
     steps = samples.at(1)
     for gradient, layout in zip(gradients, (steps, samples, samples), strict=True):
         fits = gradient is None or (isinstance(gradient, RowGradient) and gradient._layout is layout)
-        need(fits, "a gradient is dense, or its samples are elsewhere")
-    need(not sizes, "packed sequences")
+        require(fits, "a gradient is dense, or its samples are elsewhere")
+    require(not sizes, "packed sequences")
     x, state, cell = steps.take(x), samples.take(state), samples.take(cell)
     again = (x, *weights, state, cell, reverse, sizes, mode, hidden, layers, biases, bidirectional, batch_first, train)
     with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():  # it keeps its workspace in this mode only

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selbp.rows.gradient import RowGradient, Zeros, wrap_view, wrap_zeros, writable
+from selbp.rows.blocks import Blocks, blocks_of
+from selbp.rows.gradient import RowGradient, Zeros
 from selbp.rows.layout import Layout
-from selbp.rows.registry import NoRuleError, need, rule
-from selbp.rows.rules.gather_scatter import zero_rule
-from selbp.rows.slices import Blocks, blocks_of
+from selbp.rows.registry import NoRuleError, require, rule, zero_rule
+from selbp.rows.wrap import wrap_view, wrap_zeros, writable
 
 aten = torch.ops.aten
 
@@ -24,7 +24,7 @@ aten = torch.ops.aten
 @zero_rule("as_strided", "slice.Tensor", "select.int")
 def face(func: Any, zeros: Any, *args: Any) -> Any:
     """A view of the zeros: what is written to it decides where the samples are."""
-    need(isinstance(zeros, Zeros) and zeros._parent is None, "the zeros are a view")
+    require(isinstance(zeros, Zeros) and zeros._parent is None, "the zeros are a view")
     shown = func(torch.empty(tuple(zeros.shape), dtype=zeros.dtype, device="meta"), *args)
     out = wrap_zeros(zeros, list(shown.shape), zeros.dtype, zeros.device, shown.stride())
     out._parent, out._view, zeros._viewed = zeros, (func, args, None), True
@@ -34,12 +34,12 @@ def face(func: Any, zeros: Any, *args: Any) -> Any:
 @zero_rule("copy_")
 def fill(func: Any, zeros: Any, source: Any, non_blocking: bool = False) -> Any:
     """The view holds every sample whole."""
-    need(isinstance(zeros, Zeros) and isinstance(source, RowGradient) and zeros.shape == source.shape, "not rows")
+    require(isinstance(zeros, Zeros) and isinstance(source, RowGradient) and zeros.shape == source.shape, "not rows")
     layout, base = source._layout, zeros._parent
     if base is None:
-        whole, memory, rows = layout, None, zeros.laid_out(layout)
+        whole, memory, rows = layout, None, zeros.rows_of(layout)
     else:
-        need(isinstance(base, Zeros), "the memory was written to before")
+        require(isinstance(base, Zeros), "the memory was written to before")
         view, args, _ = zeros._view
         if view is aten.as_strided.default:
             whole, memory, rows = _blocks(base, layout, source._data, *args)
@@ -56,8 +56,8 @@ def _part(base: Zeros, layout: Layout, view: Any, dim: int = 0, *args: Any) -> t
     dim %= base.dim()
     if view is aten.select.int:
         layout = layout.at(layout.dim + (dim <= layout.dim))
-    need(layout.dim != dim, "a part of the samples")
-    memory = base.laid_out(layout)
+    require(layout.dim != dim, "a part of the samples")
+    memory = base.rows_of(layout)
     return layout, memory, view(memory, dim, *args)
 
 
@@ -65,11 +65,11 @@ def _blocks(
     base: Zeros, layout: Layout, source: Tensor, size: Any, stride: Any, offset: int | None = None
 ) -> tuple[Layout, Tensor, Tensor]:
     """The same for strides: the samples are blocks of ``base``'s memory, of which nothing is left over."""
-    found = blocks_of(size, stride, offset or 0, layout, layout.dim)
-    need(found is not None and found.start == 0, "the samples' memory is not made of blocks")
+    found = blocks_of(size, stride, offset or 0, layout.fold, layout.dim)
+    require(found is not None and found.start == 0, "the samples' memory is not made of blocks")
     assert found is not None
     n, k = layout.rows.n, layout.rows.k
-    need(base.dim() == 1 and base.numel() == found.outer * n * found.step, "the memory holds more than the samples")
+    require(base.dim() == 1 and base.numel() == found.outer * n * found.step, "the memory holds more than the samples")
     memory = torch.zeros(found.outer * k * found.step, dtype=base.dtype, device=base.device)
     whole = layout.rows.layout(0, found.outer, found.step)
     return whole, memory, memory.as_strided(source.shape, found.stride, found.within)
@@ -83,7 +83,7 @@ def _become(zeros: Any, data: Tensor, layout: Layout) -> None:
 def copy(func: Any, gradient: Any, source: Any, non_blocking: bool = False) -> Any:
     """From a gradient of the same selection, laid out alike."""
     both = isinstance(gradient, RowGradient) and isinstance(source, RowGradient) and writable(gradient)
-    need(both and gradient._layout is source._layout and gradient.shape == source.shape, "not rows laid out alike")
+    require(both and gradient._layout is source._layout and gradient.shape == source.shape, "not rows laid out alike")
     gradient._data.copy_(source._data)
     return gradient
 
@@ -92,12 +92,12 @@ def copy(func: Any, gradient: Any, source: Any, non_blocking: bool = False) -> A
 def strided(func: Any, gradient: RowGradient, size: Any, stride: Any, offset: int | None = None) -> Any:
     """Of memory that is nothing but the samples' blocks, and all of the samples."""
     layout, data = gradient._layout, gradient._data
-    memory = blocks_of(gradient.shape, gradient.stride(), 0, layout, layout.dim)
-    need(gradient._parent is None, "the strides are of another tensor's memory")
-    need(memory is not None and layout.rows.n > 1, "the samples' memory is not made of blocks")
+    memory = blocks_of(gradient.shape, gradient.stride(), 0, layout.fold, layout.dim)
+    require(gradient._parent is None, "the strides are of another tensor's memory")
+    require(memory is not None and layout.rows.n > 1, "the samples' memory is not made of blocks")
     assert memory is not None
     alike = zip(data.shape, data.stride(), memory.stride, strict=True)
-    need(all(length == 1 or own == outer for length, own, outer in alike), "the rows lie otherwise in memory")
+    require(all(length == 1 or own == outer for length, own, outer in alike), "the rows lie otherwise in memory")
     layout, found = _reading(layout, memory, size, stride, offset or 0)
     kept = list(size)
     kept[layout.dim] = layout.kept
@@ -112,7 +112,7 @@ def _reading(rows: Layout, memory: Blocks, size: Any, stride: Any, offset: int) 
         if length and apart > 0 and step % apart == 0 and length % (n * (step // apart)) == 0:
             post = step // apart
             layout = rows.rows.layout(dim, length // (n * post), post)
-            found = blocks_of(size, stride, offset, layout, dim)
+            found = blocks_of(size, stride, offset, layout.fold, dim)
             if found is not None and found.start == 0 and found.outer <= memory.outer:
                 return layout, found
     raise NoRuleError("the strides do not walk from sample to sample")

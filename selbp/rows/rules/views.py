@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from selbp.rows.engine import becomes_a_leafs
-from selbp.rows.gradient import RowGradient, wrap, wrap_view
+from selbp.rows.engine import becomes_leaf_grad
+from selbp.rows.gradient import RowGradient
 from selbp.rows.layout import Layout
-from selbp.rows.registry import NoRuleError, need, rule
+from selbp.rows.registry import NoRuleError, require, rule
+from selbp.rows.wrap import wrap, wrap_view
 
 aten = torch.ops.aten
 
@@ -56,7 +57,7 @@ def view(func: Any, gradient: RowGradient, size: Any, *args: Any) -> Any:
     try:
         return wrap_view(data.view(out), layout, gradient, aten.view.default, (size,))
     except RuntimeError:  # the k rows lie otherwise in memory than the n would
-        need(func is not aten.view.default, "the rows' memory does not admit the view")
+        require(func is not aten.view.default, "the rows' memory does not admit the view")
         return wrap(data.reshape(out), layout)
 
 
@@ -100,7 +101,7 @@ def squeeze(func: Any, gradient: RowGradient, dims: Any = None) -> Any:
     ndim, layout = gradient.dim(), gradient._layout
     wanted = range(ndim) if dims is None else [dims] if isinstance(dims, int) else dims
     gone = sorted({dim % ndim for dim in wanted if gradient.shape[dim] == 1})
-    need(layout.dim not in gone, "the only sample's dim disappears")
+    require(layout.dim not in gone, "the only sample's dim disappears")
     data = gradient._data
     for dim in reversed(gone):
         data = data.squeeze(dim)
@@ -113,7 +114,7 @@ def expand(func: Any, gradient: RowGradient, size: Any, **kwargs: Any) -> Any:
     """The samples' dim is not what is expanded."""
     layout, kept = gradient._layout, list(size)
     dim = layout.dim + len(kept) - gradient.dim()
-    need(kept[dim] in (-1, layout.full), "the samples' dim is expanded")
+    require(kept[dim] in (-1, layout.full), "the samples' dim is expanded")
     kept[dim] = layout.kept
     return wrap_view(gradient._data.expand(kept), layout.at(dim), gradient, func, (size,))
 
@@ -123,7 +124,7 @@ def select(func: Any, gradient: RowGradient, dim: int, index: int) -> Any:
     """Not along the samples."""
     layout = gradient._layout
     dim %= gradient.dim()
-    need(dim != layout.dim, "takes one sample")
+    require(dim != layout.dim, "takes one sample")
     after = layout.at(layout.dim - (dim < layout.dim))
     return wrap_view(gradient._data.select(dim, index), after, gradient, func, (dim, index))
 
@@ -135,7 +136,8 @@ def blocks(layout: Layout, start: int, end: int, step: int, size: int) -> tuple[
     """
     whole = layout.rows.n * layout.post
     start, end = max(start + size if start < 0 else start, 0), min(end + size if end < 0 else end, size)
-    need(step == 1 and whole > 0 and start % whole == end % whole == 0 and start < end, "takes a part of the samples")
+    sets = step == 1 and whole > 0 and start % whole == end % whole == 0 and start < end
+    require(sets, "takes a part of the samples")
     return start // whole, end // whole
 
 
@@ -159,7 +161,7 @@ def unbind(func: Any, gradient: RowGradient, dim: int = 0) -> Any:
     """Not along the samples."""
     layout = gradient._layout
     dim %= gradient.dim()
-    need(dim != layout.dim, "takes the samples apart")
+    require(dim != layout.dim, "takes the samples apart")
     layout = layout.at(layout.dim - (dim < layout.dim))
     parts = func(gradient._data, dim)
     return [wrap_view(part, layout, gradient, func, (dim,), i) for i, part in enumerate(parts)]
@@ -168,7 +170,7 @@ def unbind(func: Any, gradient: RowGradient, dim: int = 0) -> Any:
 @rule("split.Tensor", "split_with_sizes")
 def split(func: Any, gradient: RowGradient, sizes: Any, dim: int = 0) -> Any:
     """Not along the samples."""
-    need(dim % gradient.dim() != gradient._layout.dim, "takes the samples apart")
+    require(dim % gradient.dim() != gradient._layout.dim, "takes the samples apart")
     parts = func(gradient._data, sizes, dim)
     return [wrap_view(part, gradient._layout, gradient, func, (sizes, dim), i) for i, part in enumerate(parts)]
 
@@ -178,7 +180,7 @@ def diagonal(func: Any, gradient: RowGradient, offset: int = 0, first: int = 0, 
     """The samples are not on the diagonal."""
     ndim, layout = gradient.dim(), gradient._layout
     first, second = first % ndim, second % ndim
-    need(layout.dim not in (first, second), "the samples are a side of the diagonal")
+    require(layout.dim not in (first, second), "the samples are a side of the diagonal")
     after = layout.at(layout.dim - (first < layout.dim) - (second < layout.dim))
     return wrap_view(func(gradient._data, offset, first, second), after, gradient, func, (offset, first, second))
 
@@ -187,12 +189,13 @@ def diagonal(func: Any, gradient: RowGradient, offset: int = 0, first: int = 0, 
 def same_samples(func: Any, gradient: RowGradient) -> Any:
     """The samples are not the dim of real and imaginary parts."""
     layout = gradient._layout
-    need(func is not aten.view_as_complex.default or layout.dim < gradient.dim() - 1, "the samples are complex parts")
+    apart = func is not aten.view_as_complex.default or layout.dim < gradient.dim() - 1
+    require(apart, "the samples are complex parts")
     return wrap_view(func(gradient._data), layout, gradient, func, ())
 
 
 @rule("detach")
 def detach(func: Any, gradient: RowGradient) -> Any:
     """Not where it becomes the ``.grad`` of a leaf, which is an ordinary tensor (but for a checkpoint's own leaves)."""
-    need(not becomes_a_leafs(gradient), "a leaf's gradient is an ordinary tensor")
+    require(not becomes_leaf_grad(gradient._rows.task), "a leaf's gradient is an ordinary tensor")
     return wrap_view(gradient._data.detach(), gradient._layout, gradient, func, ())
