@@ -59,9 +59,9 @@ class Cut:
         self.last: CutReport | None = None
 
     def attach(
-        self, hidden: Tensor, features: Tensor | None, made: Callable[[CutReport], None] | None = None
+        self, hidden: Tensor, features: Tensor | None, on_choice: Callable[[CutReport], None] | None = None
     ) -> Tensor:
-        """Hook the choice to the gradient of ``hidden``, which is returned; ``made`` hears of the choice.
+        """Hook the choice to the gradient of ``hidden``, which is returned; ``on_choice`` is called with the report.
 
         A view is returned as an alias that is none, see :func:`hookable`.
         """
@@ -84,8 +84,8 @@ class Cut:
             if delta is None:  # what read `hidden` has no gradient for it
                 return None
             chosen = self.choose(delta, activation.take(), observers)
-            if made is not None and self.last is not None and chosen is not None:
-                made(self.last)
+            if on_choice is not None and self.last is not None and chosen is not None:
+                on_choice(self.last)
             return chosen
 
         out = hookable(hidden)

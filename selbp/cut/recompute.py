@@ -51,8 +51,8 @@ class RecomputedCut:
         self._running, self._untouched = RunningStatistics(model), Untouched()
         self._checked = False
 
-    def feed(self, batch: Batch, made: Callable[[CutReport], None]) -> Any:
-        """The model's output, whose backward trains what is below the cut on k rows; ``made`` hears of the choice."""
+    def feed(self, batch: Batch, on_choice: Callable[[CutReport], None]) -> Any:
+        """The model's output, whose backward trains what is below the cut on k rows; ``on_choice`` gets its report."""
         k = kept_rows(self._cut.keep, batch.n)
         if not torch.is_grad_enabled() or k >= batch.n:
             return batch.feed(self._model)
@@ -77,7 +77,7 @@ class RecomputedCut:
                 with torch.no_grad():
                     indices, rows, report = self._cut.pick(delta, activation.take(), k)
                 self._cut.last = report
-                made(report)
+                on_choice(report)
                 with torch.enable_grad(), mode.within(), self._running.paused():
                     below = self._rerun(batch.take(indices))
                 if below.requires_grad:

@@ -87,8 +87,8 @@ def select(
     densified : Counter, optional
         Counts the operators that ran on n rows, by name.
     any_valid : Tensor () bool, optional
-        Whether any of the rows counts, if only the device knows. If it is False, the incoming gradients must be 0. Every
-        operator with a rule then gives 0, even if the forward left NaN.
+        Whether any of the rows counts, if only the device knows. If it is False, the incoming gradients must be 0.
+        Every operator with a rule then gives 0, even if the forward left NaN.
     dense, live : optional
         The former names of ``densified`` and ``any_valid``.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from selbp.common.batch import Batch
 from selbp.common.distributed import unwrap
+from selbp.common.figures import Choice
 from selbp.cut.choice import Cut
 from selbp.cut.recompute import RecomputedCut, check_reached, cut_at
 from selbp.cut.report import CutReport
@@ -19,45 +21,22 @@ from selbp.training.report import StepReport
 
 
 class CutStepReport(StepReport):
-    """A step's report whose selection is the one that the cut makes in the backward: before it, figures are None."""
+    """A step's report whose figures are those of its cut, which chooses in the backward.
+
+    Before the backward has run, reading a figure of the choice raises RuntimeError.
+    """
 
     cut: CutReport | None = None
 
-    @cached_property
-    def weight_sum(self) -> float:
-        """Sum of the cut's weights."""
-        return self._made.weight_sum
-
-    @cached_property
-    def weight_max(self) -> float:
-        """The cut's greatest weight."""
-        return self._made.weight_max
-
-    @cached_property
-    def effective_sample_size(self) -> float:
-        """(sum w)^2 / sum w^2 of the cut's weights."""
-        return self._made.effective_sample_size
-
-    @cached_property
-    def relative_residual(self) -> float | None:
-        """||mean - sum w g|| / ||mean|| of the gradients at the cut."""
-        return self._made.relative_residual
-
-    @cached_property
-    def gain(self) -> float | None:
-        """See :attr:`CutReport.gain`."""
-        return self._made.gain
+    def _choice(self) -> Choice:
+        if self.cut is None:
+            raise RuntimeError("the cut chooses in the backward, which has not run yet")
+        return self.cut._choice()
 
     @cached_property
     def gain_at_cost(self) -> float | None:
         """None: what a cut costs depends on where it is."""
         return None
-
-    @property
-    def _made(self) -> CutReport:
-        if self.cut is None:
-            raise RuntimeError("the cut chooses in the backward, which has not run yet")
-        return self.cut
 
 
 class PlacedCut:
@@ -97,16 +76,15 @@ class PlacedCut:
         """How the layers below run backward."""
         return "rows" if self._recomputed is None else "recompute"
 
-    def feed(self, batch: Batch, report: list[CutStepReport]) -> Any:
-        """The model's output; what its backward chooses goes to the report that ``report`` holds by then."""
-
-        def made(found: CutReport) -> None:
-            for entry in report:
-                entry.cut = found
-
+    def feed(self, batch: Batch, on_choice: Callable[[CutReport], None]) -> Any:
+        """Run the forward and return the model's output. The backward calls ``on_choice`` when it has chosen."""
         if self._recomputed is not None:
-            return self._recomputed.feed(batch, made)
-        with cut_at(self.module, self.name, lambda hidden, features: self._cut.attach(hidden, features, made)) as runs:
+            return self._recomputed.feed(batch, on_choice)
+
+        def attach(hidden: Tensor, features: Tensor | None) -> Tensor:
+            return self._cut.attach(hidden, features, on_choice)
+
+        with cut_at(self.module, self.name, attach) as runs:
             output = batch.feed(self._model)
         check_reached(runs, self._model, self.name)
         return output
