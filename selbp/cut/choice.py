@@ -1,4 +1,4 @@
-"""A cut's settings, and the choice that its hook makes in the backward."""
+"""``Cut``: the settings of a cut, and the choice that its hook makes in the backward."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ from selbp.types import BatchStatistics, Selection, real_dtype
 
 
 class Cut:
-    """One cut's settings, and the choice that its hook makes in the backward."""
+    """The settings of one cut, and the choice that its hook makes in the backward.
+
+    The arguments are those of :class:`selbp.BackwardCut`, which documents them.
+    """
 
     def __init__(
         self,
@@ -61,9 +64,10 @@ class Cut:
     def attach(
         self, hidden: Tensor, features: Tensor | None, on_choice: Callable[[CutReport], None] | None = None
     ) -> Tensor:
-        """Hook the choice to the gradient of ``hidden``, which is returned; ``on_choice`` is called with the report.
+        """Hook the choice to the gradient of ``hidden`` and return ``hidden``.
 
-        A view is returned as an alias that is none, see :func:`hookable`.
+        If ``hidden`` is a view, return an alias in the same memory that is not a view, see :func:`hookable`. When the
+        backward has chosen, ``on_choice`` is called with the report.
         """
         n = hidden.shape[0] if hidden.dim() else 0
         if not torch.is_grad_enabled() or not hidden.requires_grad:
@@ -75,13 +79,13 @@ class Cut:
         if kept_rows(self.keep, n) >= n:
             return hidden
         refuse_forward([hidden])
-        # The value, not `hidden`: a closure over that would be a cycle through its own hook that nothing collects.
+        # The hook must not hold `hidden`: the cycle through the tensor's own hook would never be collected.
         activation = Kept(hidden if features is None else features)
-        observers = current_observers()  # in the forward: the backward may run in a thread of the engine's own
+        observers = current_observers()  # read here: the backward may run in another thread
 
         def hook(delta: Tensor | None) -> Tensor | None:
             refuse_backward()
-            if delta is None:  # what read `hidden` has no gradient for it
+            if delta is None:  # the operators that read `hidden` have no gradient for it
                 return None
             chosen = self.choose(delta, activation.take(), observers)
             if on_choice is not None and self.last is not None and chosen is not None:
@@ -94,10 +98,10 @@ class Cut:
 
     @torch.no_grad()
     def choose(self, delta: Tensor, activation: Tensor, observers: tuple[Observer, ...]) -> Tensor | None:
-        """The row-sparse gradient that goes on below; None leaves ``delta`` as it came."""
+        """Return the row-sparse gradient for the layers below, or None to leave ``delta`` unchanged."""
         outer, n = None, delta.shape[0]
         if isinstance(delta, RowGradient) and delta._layout is delta._rows.layout(0):
-            outer = delta._rows  # a cut above: choose among its rows, the others are zero
+            outer = delta._rows  # a cut above: choose among its rows, because the others are zero
             delta, activation = delta._data, outer.slices.take(activation, outer.layout(0), 0)
         else:
             delta = densify(delta)
@@ -115,9 +119,9 @@ class Cut:
         return as_row_gradient(kept, rows)
 
     def pick(self, delta: Tensor, activation: Tensor, k: int) -> tuple[Tensor, Tensor, CutReport]:
-        """Choose k of the n rows of ``delta``: (k,) indices, the (k, ...) rows that go on, and the report.
+        """Choose k of the n rows of ``delta``. Return the (k,) indices, the (k, ...) weighted rows, and the report.
 
-        Where ``delta`` is not finite all k rows are NaN: asking would wait for the device, and GradScaler sees it.
+        If ``delta`` is not finite, all k rows are NaN, so that GradScaler sees it without a synchronisation.
         """
         n = delta.shape[0]
         greatest = delta.abs().amax() if delta.numel() else delta.new_zeros(())
@@ -133,6 +137,7 @@ class Cut:
     def _select(
         self, delta: Tensor, activation: Tensor, k: int, greatest: Tensor
     ) -> tuple[Selection, BatchStatistics, FlatProxies | HeadProxies | None]:
+        """Return the rule's selection, the statistics it read, and the proxies if the report may keep them."""
         m = delta.shape[0]
         needs = self.selector.needs
         if needs == "nothing":

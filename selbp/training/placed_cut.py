@@ -1,4 +1,4 @@
-"""``SelectiveBackprop(cut=...)``: an ordinary full step on all rows, with a cut placed at one module's output."""
+"""``SelectiveBackprop(cut=...)``: a step with a forward on all rows and a cut at one module's output."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ class CutStepReport(StepReport):
 
 
 class PlacedCut:
-    """A cut at the output of one module of a model, for as long as a step's forward runs."""
+    """A cut at the output of one module of a model. It is in place only while a step's forward runs.
+
+    ``place`` is the module or its name. Raises ValueError if the model has no such module.
+    """
 
     def __init__(
         self,
@@ -56,15 +59,15 @@ class PlacedCut:
     ) -> None:
         names = {name: module for name, module in unwrap(model).named_modules() if name}
         if isinstance(place, str):
-            outer = dict(model.named_modules())  # a wrapper's own name for the same module is as good
+            outer = dict(model.named_modules())  # a wrapper such as DDP has its own name for the module
             if place not in names and (not place or place not in outer):
                 raise ValueError(f"cut={place!r} names no module of the model; it has {', '.join(names)}")
             self.name, self.module = place, names[place] if place in names else outer[place]
         else:
-            found = [name for name, module in names.items() if module is place]
-            if not found:
+            matches = [name for name, module in names.items() if module is place]
+            if not matches:
                 raise ValueError(f"cut must be a module of the model, or its name, got another {type(place).__name__}")
-            self.name, self.module = found[0], place
+            self.name, self.module = matches[0], place
         self._model = model
         self._cut = Cut(keep, selector, generator=generator, losses=None, proxy="pooled", batchnorm=batchnorm)
         self._recomputed = None
@@ -73,7 +76,7 @@ class PlacedCut:
 
     @property
     def strategy(self) -> str:
-        """How the layers below run backward."""
+        """How the layers below run backward: ``"rows"`` or ``"recompute"``."""
         return "rows" if self._recomputed is None else "recompute"
 
     def feed(self, batch: Batch, on_choice: Callable[[CutReport], None]) -> Any:

@@ -1,7 +1,7 @@
-"""Rules of pointwise operators: the other operands are cut to the same rows.
+"""Rules of pointwise operators: the chosen rows of the other operands are taken.
 
-A result row that belongs to a zero gradient row must be zero, so only what is linear in the gradient qualifies: sums of
-gradients, products with a dense tensor, and the pointwise ``*_backward`` kernels, linear in their first argument.
+Where the gradient's row is zero, the result's row must be zero. This holds for sums of gradients, products with a dense
+tensor, and the pointwise ``*_backward`` kernels, which are linear in their first argument.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 
 def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-    """Run ``func`` on the k rows of every tensor; they broadcast, so a dim is known by its distance from the end."""
+    """Run ``func`` on the k rows of every tensor. Tensors broadcast, so dims are counted from the end."""
     layout: Layout | None = None
     end = 0
     operands = list(args)
@@ -46,7 +46,7 @@ def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = 
 
 
 def linear(func: Any, gradient: RowGradient, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """:func:`pointwise` for what is most frequent: one gradient, of the result's shape, and no other in ``args``."""
+    """Run :func:`pointwise` in the most frequent case: one gradient, of the result's shape, and none in ``args``."""
     data, layout = gradient._data, gradient._layout
     end = layout.dim - data.dim()
     operands: list[Any] = [data]
@@ -123,7 +123,7 @@ def multiply(func: Any, first: Any, second: Any) -> Any:
 
 @rule("div.Tensor", "div.Scalar")
 def divide(func: Any, first: Any, second: Any) -> Any:
-    """The gradient is divided, it does not divide."""
+    """The gradient is the dividend, not the divisor."""
     require(isinstance(first, RowGradient) and not isinstance(second, RowGradient), "the divisor is a gradient: 0 / 0")
     return pointwise(func, (first, second))
 
@@ -151,18 +151,18 @@ def multiply_add(func: Any, gradient: Any, first: Any, second: Any, **kwargs: An
     *("masked_fill_.Scalar", "masked_fill_.Tensor"),
 )
 def in_place(func: Any, gradient: Any, *args: Any, **kwargs: Any) -> Any:
-    """As its out-of-place form; the result keeps the gradient's shape."""
+    """The out-of-place form has a rule that applies, and the result keeps the gradient's shape."""
     require(isinstance(gradient, RowGradient) and writable(gradient), "written to a dense tensor, or to a copy")
     name = f"{func._overloadpacket.__name__[:-1]}.{func._overloadname}".removesuffix(".default")
     (other,) = overloads(name)
     out = RULES[other](other, gradient, *args, **kwargs)
     require(out._layout is gradient._layout and out._data.shape == gradient._data.shape, "the result has another shape")
-    gradient._data.copy_(out._data)  # into the storage: views of it see the write
+    gradient._data.copy_(out._data)  # the views share the storage, so they see the write
     return gradient
 
 
 def _is_zero(value: Any) -> bool:
-    """A zero known without asking a device."""
+    """Return whether ``value`` is known to be zero without reading a device."""
     if isinstance(value, RowGradient):
         return False
     if isinstance(value, Tensor):
@@ -195,7 +195,7 @@ def copy(func: Any, gradient: RowGradient, *args: Any, **kwargs: Any) -> Any:
 
 @rule("_conj", "_neg_view")
 def resolved(func: Any, gradient: RowGradient) -> Any:
-    """Always; at once, since below dispatch torch resolves neither bit."""
+    """Always. The data are resolved at once, because torch resolves no such bit below dispatch."""
     data = gradient._data
     data = data.conj_physical() if func is aten._conj.default else data.neg()
     gradient._rows.copied.add(id(base_of(gradient)))
@@ -204,5 +204,5 @@ def resolved(func: Any, gradient: RowGradient) -> Any:
 
 @rule("abs", "sgn", "sign")
 def maps_zero_to_zero(func: Any, gradient: RowGradient) -> Any:
-    """Maps zero to zero."""
+    """Always: zero is mapped to zero."""
     return wrap(func(gradient._data), gradient._layout)

@@ -1,6 +1,6 @@
-"""Rules of gathers' backwards: ``gradient.new_zeros(size)``, then a write at indices.
+"""Rules for the backwards of gathers: ``gradient.new_zeros(size)``, then a write at indices.
 
-``new_zeros`` cannot know where the samples will stand; ``Zeros`` waits for the write, whose source has the layout.
+``new_zeros`` does not say where the samples will be. ``Zeros`` waits for the write, whose source has a layout.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def new_zeros(func: Any, gradient: RowGradient, size: Any, dtype: Any = None, de
 
 @rule("new_empty", "new_empty_strided", "empty_like", "new_full", "new_ones", "full_like", "ones_like")
 def unrelated(func: Any, gradient: RowGradient, *args: Any, **kwargs: Any) -> Any:
-    """Always: an ordinary tensor of the full size, unless the engine made it for a copy of the gradient."""
+    """Always. The result is an ordinary tensor of n rows, unless the engine copies the gradient into it."""
     same_shape = func is aten.new_empty_strided.default and tuple(args[0]) == tuple(gradient.shape)
     if same_shape and receives_copy(gradient._rows.task):
         return wrap_zeros(gradient, list(args[0]), gradient.dtype, gradient.device, list(args[1]))
@@ -60,7 +60,7 @@ def index_add_within(func: Any, zeros: Any, dim: int, index: Any, source: Any, *
 
 @zero_rule("scatter_add_", "scatter_.src", "index_add_", "index_put_")
 def write_in_place(func: Any, zeros: Any, *args: Any, **kwargs: Any) -> Any:
-    """As the out-of-place form: the zeros become the gradient."""
+    """As the out-of-place form. The zeros become the gradient."""
     name = f"{func._overloadpacket.__name__[:-1]}.{func._overloadname}".removesuffix(".default")
     (other,) = overloads(name)
     out = ZERO_RULES[other](other, zeros, *args, **kwargs)
@@ -104,7 +104,7 @@ def write_view(func: Any, zeros: Any, source: Any, *args: Any) -> Any:
 
 
 def _over_samples(layout: Layout, shape: Any, indices: list[Any]) -> list[Tensor]:
-    """Index tensors that lead the target and span the samples, cut to the chosen rows."""
+    """Return the chosen rows of index tensors that lead the target and span the samples."""
     used = [index for index in indices if index is not None]
     require(len(used) == len(indices) and not any(isinstance(i, RowGradient) for i in used), "an index is missing")
     ndim = max(index.dim() for index in used)
@@ -114,7 +114,7 @@ def _over_samples(layout: Layout, shape: Any, indices: list[Any]) -> list[Tensor
 
 @rule("index_put", "_unsafe_index_put", when="A sum over the samples into a dense tensor: table[tokens]'s backward.")
 def index_sum(func: Any, target: Any, indices: Any, source: Any, accumulate: bool = False) -> Any:
-    """``zeros[V, d].index_put([tokens], gradient, accumulate=True)``: a plain result."""
+    """``zeros[V, d].index_put([tokens], gradient, accumulate=True)`` returns an ordinary tensor."""
     require(isinstance(source, RowGradient) and not isinstance(target, RowGradient) and accumulate, "not a sum of rows")
     return func(target, _over_samples(source._layout, source.shape, list(indices)), source._data, True)
 

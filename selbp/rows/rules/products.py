@@ -1,7 +1,8 @@
-"""Rules of reductions and matrix products: here a gradient of n samples becomes a parameter's gradient.
+"""Rules of reductions and matrix products, which turn a gradient of n samples into a parameter's gradient.
 
-A sum over the samples leaves as an ordinary tensor. In a product the samples are either a free index (the result has
-them, the other factor is used whole) or the contracted one (the other factor is cut to the same rows).
+A sum over the samples is an ordinary tensor. In a product the samples are either a free index or the contracted one. If
+they are free, the result has them, and the other factor is used as it is. If they are contracted, the chosen rows of
+the other factor are taken.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ aten = torch.ops.aten
 
 @rule("sum.dim_IntList", "sum", "mean.dim", "mean")
 def total(func: Any, gradient: RowGradient, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    """Always; over the samples it gives an ordinary tensor."""
+    """Always. A sum over the samples is an ordinary tensor."""
     data, layout = gradient._data, gradient._layout
     if func is aten.sum.dim_IntList and dims == [layout.dim]:
         return data.sum(dims, keepdim, dtype=dtype)
@@ -30,7 +31,7 @@ def total(func: Any, gradient: RowGradient, dims: Any = None, keepdim: bool = Fa
     over = sorted([dim % ndim for dim in over])
     out = data.sum(over, keepdim, dtype=dtype)
     if func is aten.mean.dim or func is aten.mean.default:
-        out = out / prod(gradient.shape[dim] for dim in over)  # by all n, the zero rows too
+        out = out / prod(gradient.shape[dim] for dim in over)  # the zero rows count too
     if layout.dim in over:
         return out
     return wrap(out, layout if keepdim else layout.at(layout.dim - sum(dim < layout.dim for dim in over)))
@@ -97,7 +98,7 @@ def dot(func: Any, first: Any, second: Any) -> Any:
 
 @rule("embedding_dense_backward")
 def embedding(func: Any, gradient: Any, indices: Tensor, n_embeddings: int, padding: int, by_frequency: bool) -> Any:
-    """Not scaled by frequency, which is counted over all samples."""
+    """scale_grad_by_freq=False, because frequencies are counted over all samples."""
     require(isinstance(gradient, RowGradient) and not isinstance(indices, RowGradient), "the indices are a gradient")
     layout = gradient._layout
     require(not by_frequency, "scale_grad_by_freq counts over all samples")

@@ -1,4 +1,4 @@
-"""Rules of data movement: the backwards of views, joins, padding, reordering."""
+"""Rules of operators that move data: the backwards of views, joins, padding and reordering."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from selbp.rows.gradient import RowGradient
 from selbp.rows.layout import Layout
 from selbp.rows.registry import require, rule
-from selbp.rows.rules.views import blocks
+from selbp.rows.rules.views import whole_sets
 from selbp.rows.wrap import wrap
 
 aten = torch.ops.aten
@@ -18,11 +18,11 @@ aten = torch.ops.aten
 
 @rule("slice_backward")
 def narrow_backward(func: Any, gradient: RowGradient, size: Any, dim: int, start: int, end: int, step: int) -> Any:
-    """Not along the samples, or whole sets of n."""
+    """Not along the samples, or only whole sets of n samples."""
     layout, size = gradient._layout, list(size)
     dim %= len(size)
     if dim == layout.dim:
-        first, last = blocks(layout, start, end, step, size[dim])
+        first, last = whole_sets(layout, start, end, step, size[dim])
         require(
             last - first == layout.pre and size[dim] % (layout.rows.n * layout.post) == 0, "took a part of the samples"
         )
@@ -55,7 +55,7 @@ def unfold_backward(func: Any, gradient: RowGradient, size: Any, dim: int, lengt
 
 
 def same_layout(parts: Any) -> tuple[Layout, list[Tensor]]:
-    """The layout that all ``parts`` share, and their rows. An unused part's gradient is a plain tensor of zeros."""
+    """Return the layout that all ``parts`` share, and their rows. The gradient of an unused part is ordinary zeros."""
     first = next(part for part in parts if isinstance(part, RowGradient))
     layout, rows = first._layout, []
     for part in parts:
@@ -77,7 +77,7 @@ def concatenate(func: Any, parts: list[Any], dim: int = 0) -> Any:
     """All parts are gradients of the same selection laid out alike, or (on a CPU) zeros."""
     layout, rows = same_layout(parts)
     dim %= parts[0].dim()
-    if dim == layout.dim:  # blocks one after another: (parts, pre, n, post)
+    if dim == layout.dim:  # the parts follow each other: (parts, pre, n, post)
         return wrap(func(rows, dim), layout.rows.layout(dim, len(parts) * layout.pre, layout.post))
     return wrap(func(rows, dim), layout)
 
