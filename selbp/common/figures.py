@@ -1,4 +1,4 @@
-"""The figures that the reports of a step and of a cut share: what they say of the chosen rows and weights."""
+"""The figures that the reports of a step and of a cut share: weights, residual and gain of the chosen rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Measured(Protocol):
         """Return the mean gradient's products and norm."""
 
     def matching_residual(self, selection: Selection) -> Tensor:
-        """() ``||M - sum_j w_j g_j|| / ||M||``."""
+        """Return () ``||M - sum_j w_j g_j|| / ||M||``."""
 
 
 class Choice(NamedTuple):

@@ -205,11 +205,11 @@ def analyse(
         return tensor
 
     scale = n / samples
-    with torch.enable_grad(), _Flops(scale, wanted) as flops, torch.autograd.graph.saved_tensors_hooks(saved, _same):
-        losses = forward()
-    _refuse_reentrant(losses)
-    backward = _Flops(scale, wanted)
-    with observing(backward):
+    flops, backward = _Flops(scale, wanted), _Flops(scale, wanted)
+    with observing(backward):  # the forward too: the model may make selections of its own, in cuts
+        with torch.enable_grad(), flops, torch.autograd.graph.saved_tensors_hooks(saved, _same):
+            losses = forward()
+        _refuse_reentrant(losses)
         chosen = select(losses, torch.arange((samples + 1) // 2, device=losses.device), **options).sum()
     with backward:
         torch.autograd.grad(chosen, wanted, allow_unused=True)

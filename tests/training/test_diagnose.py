@@ -225,3 +225,10 @@ def test_what_diagnose_cannot_look_at_it_says() -> None:
         selbp.diagnose(Eight(), (x, y))
     with pytest.raises(NotImplementedError, match="use_reentrant=False"):
         selbp.diagnose(Checkpointed("reentrant"), (x, y))
+
+
+def test_a_cut_in_the_model_is_looked_at_too() -> None:
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), selbp.BackwardCut(2, selbp.Random()), nn.Linear(16, 3))
+    found = selbp.diagnose(model, (torch.randn(32, 12), torch.randint(3, (32,))), 16)
+    runs = {operator.name: operator.runs for operator in found.operators}
+    assert runs["aten.mm.default"] == runs["aten.tanh_backward.default"] == "rows" and found.dense_flops == 0
