@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selbp.rows.gradient import RowGradient, wrap
+from selbp.rows.gradient import RowGradient
 from selbp.rows.layout import RowSet
+from selbp.rows.wrap import wrap
 
 aten = torch.ops.aten
 REPEATS, CALLS = 60, 100  # bursts short enough that some are not interrupted

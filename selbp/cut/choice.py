@@ -1,9 +1,10 @@
-"""A cut's settings, and the choice that its hook makes in the backward."""
+"""``Cut``: the settings of a cut, and the choice that its hook makes in the backward."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,17 +15,22 @@ from selbp.common.keep import check_keep, kept_rows
 from selbp.common.proxies import DIAGNOSTIC_BYTES, HeadProxies
 from selbp.cut.proxies import FlatProxies, Proxy, proxies_at_cut, statistics_at_cut
 from selbp.cut.report import CutReport
-from selbp.rows.gradient import RowGradient, densify
+from selbp.rows.exposed import densify
+from selbp.rows.gradient import RowGradient
 from selbp.rows.layout import BatchNormPolicy, RowSet
-from selbp.rows.select import enter
+from selbp.rows.observe import Observer, current_observers
+from selbp.rows.select import as_row_gradient
 from selbp.rows.unsupported import refuse_backward, refuse_forward
-from selbp.selectors import ReducibleLoss, Selector, TopLoss
+from selbp.selectors import GradientMatching, ReducibleLoss, Selector, TopLoss
 from selbp.selectors.checks import check_choice, check_generator, shown
 from selbp.types import BatchStatistics, Selection, real_dtype
 
 
 class Cut:
-    """One cut's settings, and the choice that its hook makes in the backward."""
+    """The settings of one cut, and the choice that its hook makes in the backward.
+
+    The arguments are those of :class:`selbp.BackwardCut`, which documents them.
+    """
 
     def __init__(
         self,
@@ -56,11 +62,12 @@ class Cut:
         self.last: CutReport | None = None
 
     def attach(
-        self, hidden: Tensor, features: Tensor | None, made: Callable[[CutReport], None] | None = None
+        self, hidden: Tensor, features: Tensor | None, on_choice: Callable[[CutReport], None] | None = None
     ) -> Tensor:
-        """Hook the choice to the gradient of ``hidden``, which is returned; ``made`` hears of the choice.
+        """Hook the choice to the gradient of ``hidden`` and return ``hidden``.
 
-        A view is returned as an alias that is none, see :func:`hookable`.
+        If ``hidden`` is a view, return an alias in the same memory that is not a view, see :func:`hookable`. When the
+        backward has chosen, ``on_choice`` is called with the report.
         """
         n = hidden.shape[0] if hidden.dim() else 0
         if not torch.is_grad_enabled() or not hidden.requires_grad:
@@ -72,16 +79,17 @@ class Cut:
         if kept_rows(self.keep, n) >= n:
             return hidden
         refuse_forward([hidden])
-        # The value, not `hidden`: a closure over that would be a cycle through its own hook that nothing collects.
+        # The hook must not hold `hidden`: the cycle through the tensor's own hook would never be collected.
         activation = Kept(hidden if features is None else features)
+        observers = current_observers()  # read here: the backward may run in another thread
 
         def hook(delta: Tensor | None) -> Tensor | None:
             refuse_backward()
-            if delta is None:  # what read `hidden` has no gradient for it
+            if delta is None:  # the operators that read `hidden` have no gradient for it
                 return None
-            chosen = self.choose(delta, activation.take())
-            if made is not None and self.last is not None and chosen is not None:
-                made(self.last)
+            chosen = self.choose(delta, activation.take(), observers)
+            if on_choice is not None and self.last is not None and chosen is not None:
+                on_choice(self.last)
             return chosen
 
         out = hookable(hidden)
@@ -89,11 +97,11 @@ class Cut:
         return out
 
     @torch.no_grad()
-    def choose(self, delta: Tensor, activation: Tensor) -> Tensor | None:
-        """The row-sparse gradient that goes on below; None leaves ``delta`` as it came."""
+    def choose(self, delta: Tensor, activation: Tensor, observers: tuple[Observer, ...]) -> Tensor | None:
+        """Return the row-sparse gradient for the layers below, or None to leave ``delta`` unchanged."""
         outer, n = None, delta.shape[0]
         if isinstance(delta, RowGradient) and delta._layout is delta._rows.layout(0):
-            outer = delta._rows  # a cut above: choose among its rows, the others are zero
+            outer = delta._rows  # a cut above: choose among its rows, because the others are zero
             delta, activation = delta._data, outer.slices.take(activation, outer.layout(0), 0)
         else:
             delta = densify(delta)
@@ -107,13 +115,13 @@ class Cut:
             indices = outer.on(delta.device)[indices]
             report.n, report.selection = n, Selection(indices, report.selection.weights * (m / n))
         self.last = report
-        kept = RowSet(indices, n, batchnorm=self.batchnorm, dense=report.dense)
-        return enter(kept, rows)
+        kept = RowSet(indices, n, batchnorm=self.batchnorm, densified=report.dense, observers=observers)
+        return as_row_gradient(kept, rows)
 
     def pick(self, delta: Tensor, activation: Tensor, k: int) -> tuple[Tensor, Tensor, CutReport]:
-        """Choose k of the n rows of ``delta``: (k,) indices, the (k, ...) rows that go on, and the report.
+        """Choose k of the n rows of ``delta``. Return the (k,) indices, the (k, ...) weighted rows, and the report.
 
-        Where ``delta`` is not finite all k rows are NaN: asking would wait for the device, and GradScaler sees it.
+        If ``delta`` is not finite, all k rows are NaN, so that GradScaler sees it without a synchronisation.
         """
         n = delta.shape[0]
         greatest = delta.abs().amax() if delta.numel() else delta.new_zeros(())
@@ -129,6 +137,7 @@ class Cut:
     def _select(
         self, delta: Tensor, activation: Tensor, k: int, greatest: Tensor
     ) -> tuple[Selection, BatchStatistics, FlatProxies | HeadProxies | None]:
+        """Return the rule's selection, the statistics it read, and the proxies if the report may keep them."""
         m = delta.shape[0]
         needs = self.selector.needs
         if needs == "nothing":
@@ -146,3 +155,19 @@ class Cut:
             proxies.release()
         small = sum(x.numel() * x.element_size() for x in (delta, activation)) <= DIAGNOSTIC_BYTES
         return selection, stats, proxies if proxies.complete or small else None
+
+
+def cut_here(
+    hidden: Tensor, features: Tensor | None, keep: float | int, selector: Selector | None, **options: Any
+) -> Tensor:
+    """Return ``hidden`` with a cut of its own. ``options`` are those of :class:`Cut`."""
+    cut = Cut(keep, GradientMatching() if selector is None else selector, **options)
+    check_tensors(hidden, features)
+    return cut.attach(hidden, features)
+
+
+def check_tensors(hidden: object, features: object) -> None:
+    """Raise TypeError unless ``hidden`` is a tensor, and ``features`` a tensor or None."""
+    for name, value in (("hidden", hidden), ("features", features)):
+        if not isinstance(value, Tensor) and (value is not None or name == "hidden"):
+            raise TypeError(f"{name} must be a Tensor (n, ...), got {shown(value)}")

@@ -1,8 +1,8 @@
-"""What a selector sees at a cut: each sample's gradient there, and the activation beside it.
+"""What a selector reads at a cut: the gradient of each sample there, and the activation.
 
-The layer below the cut has the gradient g_i = sum_t delta_it (x) a_it, with delta the gradient at the cut and a the
-layer's input, over the positions t of a sample (steps, pixels). Where a is not handed in, the activation at the cut
-stands for it. Three views of it, from cheap to exact:
+The layer below the cut has the gradient g_i = sum_t delta_it (x) a_it. Here delta is the gradient at the cut, a the
+layer's input, and t runs over the positions of a sample (steps, pixels). If a is not given, the activation at the cut
+stands for it. There are three ways to compare samples, from cheap to exact:
 
 * ``"pooled"``: (sum_t delta_it) (x) [mean_t a_it, 1], one position per sample;
 * ``"flat"``: all positions and channels as one vector, K = (delta delta') * (a a' + 1);
@@ -24,10 +24,10 @@ Proxy = Literal["pooled", "flat", "positions"]
 
 
 class FlatProxies(GradientProxies):
-    """One position per sample, and a mean gradient too large to form: its products come from the Gram matrix."""
+    """Proxies with one position per sample whose mean gradient is too large to form. The Gram matrix replaces it."""
 
     def mean_gradient(self) -> MeanGradient:
-        """Inner products and norm of the mean; in place of the mean itself a tensor without elements."""
+        """Return the mean's inner products and norm; the mean itself is an empty tensor."""
         if self._mean is None:
             inner = self.gram().double().mean(1)
             target_sq = inner.mean().clamp(min=0)
@@ -36,7 +36,7 @@ class FlatProxies(GradientProxies):
         return self._mean
 
     def matching_residual(self, selection: Selection) -> Tensor:
-        """() ``||M - sum_j w_j g_j|| / ||M||``, from the Gram matrix."""
+        """Return () ``||M - sum_j w_j g_j|| / ||M||``, from the Gram matrix."""
         w, rows, gram = selection.weights.double(), selection.indices, self.gram().double()
         target_sq = gram.mean()
         error = target_sq - 2 * w @ gram.mean(1)[rows] + w @ gram[rows][:, rows] @ w
@@ -44,18 +44,18 @@ class FlatProxies(GradientProxies):
 
     @property
     def complete(self) -> bool:
-        """Whether the Gram matrix is known: then the factors are no longer needed."""
+        """Whether the Gram matrix is known. The factors are then no longer needed."""
         return self._gram is not None
 
     def release(self) -> None:
-        """Keep the Gram matrix and let go of what it was made from."""
+        """Keep the Gram matrix and free the factors that it was computed from."""
         self.__dict__.pop("residual", None)
         self.__dict__.pop("features", None)
         self._residual = self._features = self.gram()[:, :0]
 
 
 def _positions_last(x: Tensor, image: bool) -> Tensor:
-    """(n, T, c) of a (n, c, *space) image, a (n, T, c) sequence or a (n, c) vector."""
+    """Return (n, T, c) for a (n, c, *space) image, a (n, T, c) sequence or a (n, c) vector."""
     if x.dim() < 2:
         return x.reshape(len(x), 1, -1)
     if x.dim() == 2:
@@ -64,10 +64,11 @@ def _positions_last(x: Tensor, image: bool) -> Tensor:
 
 
 def _real(delta: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Real factors (n, 2T, 2C), (n, 2T, d + 1) of delta (x) [conj(features), 1], of complex (n, T, C) and (n, T, d).
+    """Return real factors (n, 2T, 2C), (n, 2T, d + 1) of delta (x) [conj(features), 1] for complex factors.
 
-    Torch's gradient of W in W a is delta conj(a)'. Its real and imaginary parts, side by side, are the sum over two
-    positions: [Re delta, Im delta] (x) Re a and [Im delta, -Re delta] (x) Im a.
+    ``delta`` is (n, T, C) and ``features`` (n, T, d). Torch's gradient of W in W a is delta conj(a)'. Its real and
+    imaginary parts, side by side, are the sum over two positions: [Re delta, Im delta] (x) Re a and [Im delta, -Re
+    delta] (x) Im a.
     """
     one, zero = (fill(len(features), features.shape[1], 1) for fill in (delta.real.new_ones, delta.real.new_zeros))
     turned = torch.cat([delta.imag, -delta.real], -1)
@@ -81,11 +82,12 @@ def proxies_at_cut(
     kind: Proxy,
     greatest: Tensor,  # () of delta's entries, in magnitude
 ) -> FlatProxies | HeadProxies:
-    """The per-sample gradients at a cut, in at least float32, scaled to a greatest entry of 1: rules are scale-free.
+    """Return the per-sample gradients at a cut, in at least float32.
 
-    With one position per sample, (n, C) and (n, d), the mean gradient's products are taken from whichever is smaller:
-    the Gram matrix or, at 2 n C d multiplications beside it, the mean gradient itself. Complex gradients compare as
-    vectors of their real and imaginary parts; under ``"flat"`` delta and the features do so each by itself.
+    They are scaled to a greatest entry of 1, which changes no choice because rules are scale-free. With one position
+    per sample, (n, C) and (n, d), the mean gradient's products come from the smaller of two: the Gram matrix, or the
+    mean gradient itself, which takes 2 n C d more multiplications. Complex gradients are compared as vectors of their
+    real and imaginary parts; under ``"flat"`` delta and the features are converted one by one.
     """
     wide = real_dtype(delta.dtype)
     turns = delta.is_complex() or features.is_complex()
@@ -109,11 +111,11 @@ def proxies_at_cut(
 
 
 def statistics_at_cut(proxies: FlatProxies | HeadProxies, loss: Tensor | None, gram: bool) -> BatchStatistics:
-    """(n,) norms of the gradients at the cut, in a selector's terms; the loss where there is one.
+    """Return the (n,) norms of the gradients at the cut as statistics, with the losses if they are given.
 
-    ``gram``: the rule reads the Gram matrix anyway, whose diagonal holds the squared norms.
+    With ``gram`` the rule reads the Gram matrix anyway, and its diagonal gives the squared norms.
     """
-    exact: Tensor | None = None  # where the norm is not a product of two, or known
+    exact: Tensor | None = None  # (n,) squared norms, if they are known or are no product of two norms
     if gram:
         exact = proxies.gram().diagonal()
     elif isinstance(proxies, HeadProxies) and proxies.positions > 1:

@@ -1,7 +1,7 @@
-"""A cut whose lower part keeps no graph: it runs on n rows to choose, and in the backward again on the k chosen ones.
+"""A cut whose lower part is recomputed: it runs on n rows without a graph, and in the backward on the k chosen rows.
 
-It is to the cut what checkpointing is to an ordinary forward: nothing below the cut is stored for n rows, and the first
-run may be in lower precision, since only the choice and the layers above depend on it.
+This is checkpointing for a cut: nothing below the cut is stored for n rows. The first run may be in lower precision,
+because only the choice and the layers above depend on it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from selbp.rows.unsupported import refuse_backward
 
 
 class _Reached(Exception):
-    """Ends a forward at the cut, and carries its output."""
+    """Raised to end a forward at the cut; carries the cut's output."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__("the cut was reached")
@@ -41,7 +41,7 @@ class _Reached(Exception):
 
 
 class RecomputedCut:
-    """Feeds batches to a model with a cut at ``module``'s output, whose lower part is recomputed."""
+    """Feed batches to a model with a cut at ``module``'s output, and recompute the part below the cut."""
 
     def __init__(self, model: nn.Module, module: nn.Module, name: str, cut: Cut, precision: str) -> None:
         if parallel_in(model) is not None:
@@ -51,8 +51,11 @@ class RecomputedCut:
         self._running, self._untouched = RunningStatistics(model), Untouched()
         self._checked = False
 
-    def feed(self, batch: Batch, made: Callable[[CutReport], None]) -> Any:
-        """The model's output, whose backward trains what is below the cut on k rows; ``made`` hears of the choice."""
+    def feed(self, batch: Batch, on_choice: Callable[[CutReport], None]) -> Any:
+        """Run the forward and return the model's output. Its backward trains the part below the cut on k rows.
+
+        When the backward has chosen, ``on_choice`` is called with the report.
+        """
         k = kept_rows(self._cut.keep, batch.n)
         if not torch.is_grad_enabled() or k >= batch.n:
             return batch.feed(self._model)
@@ -64,7 +67,7 @@ class RecomputedCut:
         def leave(hidden: Tensor, features: Tensor | None) -> Tensor:
             if hidden.shape[:1] != (batch.n,):
                 raise ValueError(f"the cut's output must have {batch.n} rows in dim 0, got {tuple(hidden.shape)}")
-            torch.set_grad_enabled(True)  # from here on the forward records; `no_grad` below puts it back
+            torch.set_grad_enabled(True)  # the forward records from here on; `no_grad` below restores the mode
             mode.apply()
             leaf = hidden.float() if hidden.dtype in (torch.bfloat16, torch.float16) and not mode.enabled else hidden
             leaf = source(leaf)
@@ -72,12 +75,12 @@ class RecomputedCut:
 
             def hook(delta: Tensor | None) -> None:
                 refuse_backward()
-                if delta is None:  # what read the cut has no gradient for it
+                if delta is None:  # the operators above have no gradient for the cut
                     return
                 with torch.no_grad():
                     indices, rows, report = self._cut.pick(delta, activation.take(), k)
                 self._cut.last = report
-                made(report)
+                on_choice(report)
                 with torch.enable_grad(), mode.within(), self._running.paused():
                     below = self._rerun(batch.take(indices))
                 if below.requires_grad:
@@ -94,7 +97,7 @@ class RecomputedCut:
         return output
 
     def _rerun(self, batch: Batch) -> Tensor:
-        """The cut's output on ``batch``, and nothing above it."""
+        """Run the forward on ``batch`` up to the cut and return the cut's output."""
 
         def stop(hidden: Tensor, features: Tensor | None) -> Tensor:
             raise _Reached(hidden)
@@ -108,10 +111,10 @@ class RecomputedCut:
         raise AssertionError("the cut was reached, and the forward went on")
 
     def _check_bypass(self, batch: Batch) -> None:
-        """Raise ValueError where a parameter reaches the output both through the cut and around it.
+        """Raise ValueError if a parameter reaches the output both through the cut and around it.
 
-        Around it there would be no graph: its gradient would silently lack a part. Looks at one forward of two samples
-        in evaluation mode.
+        The path around the cut would have no graph, so the parameter's gradient would silently lack a part. This runs
+        one forward of two samples in evaluation mode.
         """
         kept: list[Tensor] = []
 
@@ -141,10 +144,11 @@ class RecomputedCut:
 def cut_at(
     module: nn.Module, name: str, function: Callable[[Tensor, Tensor | None], Tensor], *, once: bool = False
 ) -> Iterator[list[int]]:
-    """Inside, the first tensor of ``module``'s output is what ``function(it, features)`` returns.
+    """Replace, inside the block, the first tensor of ``module``'s output by ``function(tensor, features)``.
 
-    ``features`` is the input of a linear layer, which gives its per-sample gradients exactly; else None. With ``once``,
-    a forward that runs the module twice is refused. Yields a list that grows with every run of the module.
+    ``features`` is the input if the module is a linear layer, because it gives the layer's per-sample gradients
+    exactly. Otherwise ``features`` is None. With ``once``, a forward that runs the module twice raises ValueError.
+    Yields a list that grows with every run of the module.
     """
     runs: list[int] = []
 
@@ -165,13 +169,13 @@ def cut_at(
 
 
 def check_reached(runs: list[int], model: nn.Module, name: str) -> None:
-    """Raise RuntimeError where a forward has not run the module at the cut: nothing would have been chosen."""
+    """Raise RuntimeError if a forward did not run the module at the cut: the step would choose nothing."""
     if not runs:
         cause = COMPILED if is_compiled(model) else ""
         raise RuntimeError(f"the forward did not reach the cut at {name!r}{cause}")
 
 
 def _parameters(tensors: list[Tensor]) -> set[int]:
-    """The ids of the leaves that ``tensors`` depend on."""
+    """Return the ids of the leaves that ``tensors`` depend on."""
     leaves = (getattr(node, "variable", None) for node in nodes_of(tensors))
     return {id(leaf) for leaf in leaves if leaf is not None}

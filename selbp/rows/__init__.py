@@ -1,4 +1,7 @@
-"""Backward through k rows of a forward that ran on n. Start reading at ``select``; ``docs/rows.md`` is the guide."""
+"""Backward through k rows of a forward that ran on n.
+
+Start reading at ``select``. ``docs/developer/rows.md`` explains how it works.
+"""
 
 from selbp.rows.checkpoint import checkpoint
 from selbp.rows.gradient import RowGradient

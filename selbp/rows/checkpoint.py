@@ -1,7 +1,8 @@
-"""A block whose activations are not kept: the backward recomputes the k chosen rows of it, not all n.
+"""``checkpoint``: a block whose activations are not kept. The backward recomputes the k chosen rows, not all n.
 
-Ordinary checkpointing recomputes what a row selection then throws away. Here the block's input is cut to the rows of
-the gradient that arrives, and only they run forward again, with the dropout masks that the first forward drew.
+Ordinary checkpointing recomputes n rows, and a row selection then throws most of them away. Here the block's input is
+cut to the rows of the gradient that arrives. Only those rows run forward again, with the dropout masks that the first
+forward drew.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from selbp.rows.gradient import RowGradient, densify, recomputing, wrap
+from selbp.rows.exposed import densify
+from selbp.rows.gradient import RowGradient
 from selbp.rows.layout import Layout
 from selbp.rows.unsupported import refuse_backward
+from selbp.rows.wrap import wrap
 from selbp.selectors.checks import shown
 
 _DROPOUTS = {torch.nn.functional.dropout, torch.dropout, torch.nn.functional.dropout1d}
@@ -24,7 +27,7 @@ _CHANNEL_DROPOUTS = {torch.nn.functional.dropout2d, torch.nn.functional.dropout3
 
 
 class _Masks(TorchFunctionMode):
-    """Records the dropout masks of a forward, one bit-sized bool an entry; or replays the chosen rows of them."""
+    """Record the dropout masks of a forward, one byte per entry, or replay the chosen rows of recorded masks."""
 
     def __init__(self, n: int, masks: list[Tensor] | None = None, index: Tensor | None = None) -> None:
         super().__init__()
@@ -64,7 +67,7 @@ class _Masks(TorchFunctionMode):
 
 
 def mask_dim(mask: Tensor, n: int) -> int:
-    """The samples' dim of a dropout mask: the first, where it holds n."""
+    """Return the samples' dim of a dropout mask: dim 0. Raises NotImplementedError if dim 0 is not n."""
     if mask.shape[0] != n:
         raise NotImplementedError(
             f"selbp.checkpoint: dropout of a tensor {tuple(mask.shape)} whose first dim is not the {n} samples"
@@ -79,21 +82,25 @@ def _attention_drops(args: Any, kwargs: Any) -> bool:
 
 @contextmanager
 def _as_in_forward(device: str, autocast: tuple[bool, torch.dtype], masks: _Masks) -> Iterator[None]:
+    """Record a graph inside, under the forward's autocast and its dropout masks."""
     with torch.enable_grad(), torch.autocast(device, enabled=autocast[0], dtype=autocast[1]), masks:
         yield
 
 
 @contextmanager
-def _heard(layout: Layout | None) -> Iterator[None]:
-    """What runs inside runs on k rows, where a layout says so: for ``diagnose``, which sees plain tensors."""
+def _announced(layout: Layout | None) -> Iterator[None]:
+    """Tell the selection's observers that k rows are recomputed inside: operators meet plain tensors there."""
     if layout is None:
         yield
         return
-    recomputing.append(layout.rows)
+    rows = layout.rows
+    for observer in rows.observers:
+        observer.recompute_begins(rows.n, rows.k)
     try:
         yield
     finally:
-        recomputing.pop()
+        for observer in rows.observers:
+            observer.recompute_ends()
 
 
 class _Checkpoint(torch.autograd.Function):
@@ -124,16 +131,16 @@ class _Checkpoint(torch.autograd.Function):
         else:
             gradient = densify(gradient)
         needs = ctx.needs_input_grad[3:]
-        leaves = [t.detach().requires_grad_(need) for t, need in zip((*inputs, *parameters), needs, strict=True)]
+        leaves = [t.detach().requires_grad_(wants) for t, wants in zip((*inputs, *parameters), needs, strict=True)]
         masks = _Masks(n, ctx.masks, index)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        with _heard(layout):
+        with _announced(layout):
             with _as_in_forward(gradient.device.type, ctx.autocast, masks):
                 out = torch.func.functional_call(
                     ctx.module, dict(zip(ctx.names, leaves[ctx.count :], strict=True)), tuple(leaves[: ctx.count])
                 )
-            found = iter(torch.autograd.grad(out, wanted, gradient, allow_unused=True))
-        results: list[Tensor | None] = [next(found) if leaf.requires_grad else None for leaf in leaves]
+            gradients = iter(torch.autograd.grad(out, wanted, gradient, allow_unused=True))
+        results: list[Tensor | None] = [next(gradients) if leaf.requires_grad else None for leaf in leaves]
         if layout is not None:
             for i, x in enumerate(ctx.saved_tensors[: ctx.count]):
                 result = results[i]
@@ -143,24 +150,50 @@ class _Checkpoint(torch.autograd.Function):
 
 
 def _rows_of(x: Tensor, layout: Layout, n: int) -> Tensor:
-    """An input's rows; one without a sample dim is used whole."""
+    """Return the rows of an input with n samples in dim 0; any other input as it is."""
     return layout.take(x, 0) if x.dim() and x.shape[0] == n else x
 
 
 def checkpoint(module: nn.Module, *inputs: Tensor) -> Tensor:
-    """``module(*inputs)``, keeping no activation; the backward runs it again, on the rows that have a gradient.
+    """Run ``module(*inputs)`` without keeping its activations. The backward runs it again on the rows with a gradient.
 
-    Under a row selection or a cut only k rows are recomputed; without one, all n, as torch's own checkpoint does.
-    Dropout masks of the first forward are kept (a byte an entry) and replayed for those rows.
+    Below a row selection or a cut, only the k chosen rows are recomputed. Without one, all n rows are, as in
+    ``torch.utils.checkpoint``. The dropout masks of the first forward are kept, one byte per entry, and replayed.
 
-    Args:
-        module: called as ``module(*inputs)``; returns one tensor with the samples in dim 0. It must treat samples
-            independently, and must not contain BatchNorm in training mode, whose second forward would count again.
-        inputs: tensors; the first has the samples in dim 0. An input whose dim 0 has another size is shared by all.
+    Parameters
+    ----------
+    module : nn.Module
+        Must treat samples independently, and return one tensor with the samples in dim 0.
+    *inputs : Tensor
+        The first is (n, ...). An input whose dim 0 is not n is shared by all samples. Of any dtype.
 
-    Raises:
-        ValueError: for BatchNorm in training mode.
-        NotImplementedError: for attention with dropout, or dropout of a tensor without the samples in front.
+    Returns
+    -------
+    Tensor
+        The module's output.
+
+    Raises
+    ------
+    TypeError
+        If ``module`` is not a module, an input is not a tensor, or the output is not one tensor.
+    ValueError
+        If the module contains BatchNorm in training mode: its statistics couple the samples, and a second forward would
+        count them again.
+    NotImplementedError
+        For attention with dropout, or dropout of a tensor without the samples in dim 0.
+
+    See Also
+    --------
+    selbp.select : selects the rows that the backward runs on.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> block = torch.nn.Linear(3, 3, bias=False)
+    >>> losses = selbp.checkpoint(block, torch.ones(4, 3)).sum(1)  # (4,)
+    >>> selbp.select(losses, torch.tensor([0, 2])).sum().backward()  # recomputes two rows
+    >>> block.weight.grad[0]
+    tensor([2., 2., 2.])
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {shown(module)}")

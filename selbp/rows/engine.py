@@ -1,41 +1,46 @@
-"""Autograd's nodes: which is running, since what it does with a gradient says whether rows may stay; and all below."""
+"""Autograd's graph: the node that is running, and all nodes below a tensor.
+
+What the running node does with a gradient decides whether the gradient may stay k rows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from selbp.rows.gradient import Wrapper
-
+# Private in torch: without them no node is known to be running, and every backward has the task -1.
 _current_node = getattr(torch._C, "_current_autograd_node", lambda: None)
 current_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 
-def becomes_a_leafs(gradient: Wrapper) -> bool:
-    """Whether the engine is about to store it as ``.grad`` of a parameter or of a leaf of the user's own.
+def becomes_leaf_grad(task: int) -> bool:
+    """Return whether the engine is about to store a gradient as ``.grad`` of a parameter or of the user's own leaf.
 
-    Reentrant checkpointing runs a backward within the backward, and reads there the ``.grad`` of leaves that it made.
+    ``task`` is the backward in which the gradient's rows entered. Reentrant checkpointing runs a backward within that
+    backward and reads ``.grad`` of leaves that it made itself: those are not the user's.
     """
     leaf = getattr(_current_node(), "variable", None)
     if leaf is None:
         return False
-    return isinstance(leaf, torch.nn.Parameter) or bool(current_task() == gradient._rows.task)
+    return isinstance(leaf, torch.nn.Parameter) or bool(current_task() == task)
 
 
-def copies(gradient: Wrapper) -> bool:
-    """Whether empty memory is about to get a copy of it: for a checkpoint's own leaf, or to write to a part of it."""
+def receives_copy(task: int) -> bool:
+    """Return whether the engine makes empty memory in order to copy a gradient into it.
+
+    It does so for a leaf of a checkpoint's own, and before it writes to a part of the gradient.
+    """
     node = _current_node()
     if getattr(node, "variable", None) is not None:
-        return not becomes_a_leafs(gradient)
+        return not becomes_leaf_grad(task)
     return type(node).__name__ == "CopySlices"
 
 
 def nodes_of(tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """Every node of the graph that ``tensors`` were computed by, once each."""
+    """Yield every node of the graph that computed ``tensors``, once each."""
     seen: set[Any] = set()
     todo: list[Any] = [tensor.grad_fn for tensor in tensors]
     while todo:

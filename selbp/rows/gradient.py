@@ -1,41 +1,38 @@
 """The gradient of n samples of which only k are not zero, as autograd's engine meets it.
 
-``RowGradient`` is a wrapper: its *outer* shape is the full one, so that the engine's checks pass, and it stores the
-k rows only. Every operator that a backward node runs on it reaches ``__torch_dispatch__``; a rule runs it on k rows, or
-the gradient is scattered back to n rows ("densified", counted by operator name): the exact gradient either way.
+A ``RowGradient`` shows the full *outer* shape, so that the engine's checks pass, and stores only the k rows. Every
+operator that a backward node runs on it reaches ``__torch_dispatch__``. If the operator has a rule, the rule runs it on
+k rows. If not, the gradient is scattered back to n rows ("densified") and counted by the operator's name. The gradient
+is exact either way.
+
+An in-place write or a view without a rule needs the n rows to stay. The tensor then turns into ``Dense``, and its views
+follow when they are next used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from selbp.rows.exposed import Exposed
+from selbp.rows.exposed import Exposed, densify
 from selbp.rows.layout import Layout, RowSet
-from selbp.rows.registry import RULE_OF, NoRuleError
+from selbp.rows.registry import RULE_OF, ZERO_RULES, NoRuleError
+from selbp.rows.unsupported import refuse_reshaping, refuse_subclass
 
-_make_wrapper = torch.Tensor._make_wrapper_subclass
-# Code in C++ that asks for a pointer gets an error, not a null one.
-_guard_pointer = getattr(torch._C, "_set_throw_on_mutable_data_ptr", lambda tensor: None)
 _disabled_torch_function = torch._C._disabled_torch_function_impl
+_Excluding, _Keys = torch._C._SetExcludeDispatchKeyGuard, torch._C.DispatchKey
 
-# The selections whose rows are being recomputed, innermost last: operators meet k rows in plain tensors.
-recomputing: list[RowSet] = []
-
-FAILED = "its rule failed"  # a reason
-
-# Called with (func, args, result, reason or None) after every operator, while `diagnose` or a test listens.
-observers: list[Callable[[Any, Any, Any, str | None], None]] = []
+FAILED = "its rule failed"  # how the reason begins if a rule raised an error
 
 
 class Wrapper(Exposed, torch.Tensor):
-    """What the three kinds of row-sparse tensors share.
+    """Base of the three kinds of row-sparse tensors.
 
-    A GEMM leaves nothing of Python in the processor's caches, so what counts here is how much memory a dispatch
-    touches: slots instead of a dict, one frame from torch to the rule, look-ups by id.
+    A GEMM leaves nothing of Python in the processor's caches, so a dispatch costs as much as the memory that it
+    touches. Hence slots instead of a dict, one frame from torch to the rule, and look-ups by id.
     """
 
     __slots__ = ("_data", "_layout", "_rows", "_parent", "_view", "_viewed", "_before")
@@ -44,57 +41,79 @@ class Wrapper(Exposed, torch.Tensor):
     _data: Tensor  # (…, pre * k * post, …) the k rows; for Dense all n rows
     _layout: Layout
     _rows: RowSet
-    _parent: RowGradient | None  # the tensor that this one is a view of
-    _view: tuple[Any, tuple[Any, ...], int | None]  # by which operator, and which of its results; where _parent is set
-    _viewed: bool  # it has views
-    _before: Tensor  # of a Dense whose ``data`` was exchanged: what its views still share
+    _parent: Wrapper | None  # the tensor that this one is a view of
+    _view: tuple[Any, tuple[Any, ...], int | None]  # of a view: operator, arguments, which of its results
+    _viewed: bool  # whether it has views
+    _before: Tensor  # of a Dense whose ``data`` was exchanged: the memory that its views still share
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
-        """An ordinary tensor of the full shape, zero in the rows that were not chosen."""
+        """Return an ordinary tensor of the full shape, zero in the rows that were not chosen."""
         raise NotImplementedError
+
+    def _become_dense(self) -> None:
+        """Hold the n rows from now on. A view becomes a view of its parent's n rows."""
+        if self._is_dense:
+            return
+        parent = self._parent
+        self._rows.stale |= self._viewed
+        if parent is None:
+            self._data = self.to_dense()
+        else:
+            parent._become_dense()
+            func, args, which = self._view
+            view = _call_resolved(func, (getattr(parent, "_before", parent._data), *args), {})
+            self._data = view if which is None else view[which]
+        self.__class__ = Dense
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={tuple(self.shape)}, k={self._rows.k})"
 
     def __coerce_same_metadata_as_tangent__(self, metadata: Any, expected_type: Any = None) -> Tensor | None:
-        """A compiled region was traced with plain tangents: give it one."""
+        """Return an ordinary tensor for a compiled region, which was traced with one."""
         return self.to_dense() if expected_type is torch.Tensor else None
 
     @staticmethod
     def __torch_dispatch__(  # type: ignore[override]
         func: Any, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        from selbp.rows import fallback
-
-        return fallback.run_mixed(func, types, args, kwargs or {})
-
-
-def run_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-    """Run ``func`` on k rows where a rule says how, else on n."""
-    rule = RULE_OF.get(id(func))
-    if rule is None:
-        reason = "no rule"
-    else:
-        try:
-            out = rule(func, *args, **kwargs) if kwargs else rule(func, *args)
-        except NoRuleError as error:
-            reason = str(error)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
-            reason = f"{FAILED}: {error}"  # what is wrong with the call itself, n rows will say as well
-        else:
-            if observers:
-                for observer in observers:
-                    observer(func, args, out, None)
-            return out
-    from selbp.rows import fallback
-
-    return fallback.run_dense(func, args, kwargs or {}, reason)
+        return run_mixed(func, types, args, kwargs or {})
 
 
 class RowGradient(Wrapper):
-    """k rows that stand for n, see the module's text. Made by :func:`wrap`."""
+    """A gradient of n samples that stores only the k rows that are not zero.
+
+    Code meets one in hooks, in custom autograd functions, and as the result of ``torch.autograd.grad`` with respect to
+    a hidden tensor. It behaves as the tensor of n rows: any operator, ``numpy()`` and a pickle give what n rows give.
+
+    Attributes
+    ----------
+    shape, dtype, device
+        Of the full gradient: (n, ...), the dtype and device of the tensor whose gradient it is.
+
+    Notes
+    -----
+    Operators that change its own shape in place (``resize_``, ``t_``) raise NotImplementedError. C++ code that asks for
+    a pointer outside an operator gets torch's own error.
+
+    See Also
+    --------
+    selbp.select : makes the backward run on k rows.
+    selbp.fence : gives a tensor an ordinary gradient.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> x = torch.ones(4, 2, requires_grad=True)
+    >>> hidden = 2 * x
+    >>> (gradient,) = torch.autograd.grad(selbp.select(hidden, torch.tensor([2])).sum(), hidden)
+    >>> gradient
+    RowGradient(shape=(4, 2), k=1)
+    >>> gradient.to_dense()
+    tensor([[0., 0.],
+            [0., 0.],
+            [1., 1.],
+            [0., 0.]])
+    """
 
     __slots__ = ()
 
@@ -102,25 +121,24 @@ class RowGradient(Wrapper):
     def __torch_dispatch__(  # type: ignore[override]
         func: Any, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if len(types) == 1:  # nothing but row gradients; rules apply to those of one selection
+        if len(types) == 1:  # row gradients alone; rules check that they are of one selection
             for value in args:
                 if type(value) is RowGradient:
-                    if value._rows.stale:
+                    rows = value._rows
+                    if rows.stale:
                         break
-                    return run_rule(func, args, kwargs)
-        return Wrapper.__torch_dispatch__(func, types, args, kwargs)
+                    return run_rule(func, args, kwargs, rows)
+        return run_mixed(func, types, args, kwargs or {})
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Scatter the k rows to n; a row chosen twice gets the sum."""
+        """Scatter the k rows to n rows. A row that was chosen twice gets the sum."""
         if self._rows.stale:
-            from selbp.rows import fallback
-
-            fallback.catch_up((self,), {})
-            if not isinstance(self, RowGradient):  # a view whose parent has become dense
+            _catch_up((self,), {})
+            if self._is_dense:  # a view whose parent has become dense
                 return self._data
         layout, rows, data = self._layout, self._rows, self._data
         full = torch.empty_strided(
-            tuple(self.shape), _dense_strides(self.shape, self.stride()), dtype=data.dtype, device=data.device
+            tuple(self.shape), dense_strides(self.shape, self.stride()), dtype=data.dtype, device=data.device
         ).zero_()
         dim, pre, post = layout.dim, layout.pre, layout.post
         if pre == post == 1:
@@ -132,123 +150,161 @@ class RowGradient(Wrapper):
 
 
 class Dense(Wrapper):
-    """A RowGradient after an in-place write or a view that no rule covers: all n rows, shared with its views."""
+    """A RowGradient after an in-place write or a view without a rule: it holds all n rows, shared with its views."""
 
     __slots__ = ()
+    _is_dense = True
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The n rows."""
+        """Return the n rows."""
         return self._data
 
 
 class Zeros(Wrapper):
-    """``gradient.new_zeros(size)``: zeros whose layout is that of what is written into them (see ``scatter``)."""
+    """The result of ``gradient.new_zeros(size)``. The first write into it decides where its samples are."""
 
     __slots__ = ()
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The zeros themselves, or what was written to what they are a view of."""
+        """Return zeros, or for a view the part of its parent that was written to."""
         if self._parent is not None and not isinstance(self._parent, Zeros):
-            from selbp.rows import fallback
-
-            fallback.become_dense(self)
+            self._become_dense()
             return self._data
         return torch.zeros(tuple(self.shape), dtype=self.dtype, device=self.device)
 
-    def laid_out(self, layout: Layout) -> Tensor:
-        """The rows of these zeros that ``layout`` keeps."""
+    def rows_of(self, layout: Layout) -> Tensor:
+        """Return zeros for the rows that ``layout`` keeps."""
         size = list(self.shape)
         if layout.dim >= len(size) or size[layout.dim] != layout.full:
             raise NoRuleError("the zeros do not have the gradient's samples in that dim")
         size[layout.dim] = layout.kept
-        strides = _dense_strides(size, self.stride())
+        strides = dense_strides(size, self.stride())
         return torch.empty_strided(size, strides, dtype=self.dtype, device=self.device).zero_()
 
 
-def wrap(data: Tensor, layout: Layout, outer: Any = None) -> RowGradient:
-    """``data``, whose dim ``layout.dim`` holds (pre, k, post), as the gradient of all n samples.
-
-    ``outer`` is the size and strides of the gradient of all n samples, where they are known.
-    """
-    if outer is None:
-        key = (data.shape, data.stride())
-        outer = layout.outer.get(key)
-        if outer is None:
-            outer = layout.outer[key] = _outer(data, layout)
-    out: RowGradient = _make_wrapper(RowGradient, outer[0], outer[1], dtype=data.dtype, device=data.device)
-    _guard_pointer(out)
-    out._data, out._layout, out._rows, out._parent, out._viewed = data, layout, layout.rows, None, False
-    return out
-
-
-def _outer(data: Tensor, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Size and strides of the tensor of n samples that ``data`` stands for."""
-    size, stride, dim = list(data.shape), data.stride(), layout.dim
-    contiguous = data.is_contiguous()
-    if size[dim] != layout.kept:
-        raise AssertionError(f"a rule returned {tuple(size)} for {layout}")
-    size[dim] = layout.full
-    if contiguous:
-        return tuple(size), tuple(_dense_strides(size, range(len(size), 0, -1)))
-    if layout.kept == 1:  # the stride of a single row says nothing
-        return tuple(size), tuple(_dense_strides(size, stride))
-    if max(stride) != stride[dim] and stride[dim]:  # dims outside the samples' lie further apart in the full tensor
-        n, k, own = layout.rows.n, layout.rows.k, stride[dim]
-        stride = tuple(-(-apart // k) * n if apart > own else apart for apart in stride)
-    return tuple(size), stride
-
-
-def wrap_view(
-    data: Tensor, layout: Layout, parent: RowGradient, func: Any, args: tuple[Any, ...], which: int | None = None
-) -> RowGradient:
-    """``wrap`` for the result of ``func(parent, *args)`` that shares the parent's memory."""
-    out = wrap(data, layout, None if layout.rows.k > 1 else _outer_of_view(parent, func, args, which))
-    out._parent, out._view, parent._viewed = parent, (func, args, which), True
-    return out
-
-
-def base_of(gradient: RowGradient) -> RowGradient:
-    """What ``gradient`` is a view of, in the end; itself where it is none."""
-    while gradient._parent is not None:
-        gradient = gradient._parent
-    return gradient
-
-
-def writable(gradient: RowGradient) -> bool:
-    """Whether a write to ``gradient``'s rows reaches all that share its memory on n rows."""
-    copied = gradient._rows.copied
-    return not copied or id(base_of(gradient)) not in copied
-
-
-def _outer_of_view(
-    parent: RowGradient, func: Any, args: tuple[Any, ...], which: int | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """As :func:`_outer`, from the parent's: one row has any stride, so that the rows' own do not tell."""
-    whole = torch.empty_strided(parent.shape, parent.stride(), dtype=parent.dtype, device="meta")
-    view = func(whole, *args)
-    view = view if which is None else view[which]
-    return tuple(view.shape), view.stride()
-
-
-def wrap_zeros(like: Wrapper, size: list[int], dtype: torch.dtype, device: torch.device, stride: Any = None) -> Zeros:
-    """``new_zeros`` of a row gradient."""
-    out: Zeros = _make_wrapper(Zeros, size, stride, dtype=dtype, device=device)
-    _guard_pointer(out)
-    out._rows, out._parent, out._viewed = like._rows, None, False
-    return out
-
-
-def _dense_strides(size: Sequence[int], stride: Sequence[int]) -> list[int]:
-    """Strides without gaps, in the order of dims that ``stride`` has."""
-    out, apart = [0] * len(size), 1
+def dense_strides(size: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """Return strides without gaps for ``size``, with the dims in the order that ``stride`` gives them in memory."""
+    out, step = [0] * len(size), 1
     for axis in sorted(range(len(size)), key=lambda axis: (stride[axis], -axis)):
-        out[axis] = apart
-        apart *= max(size[axis], 1)
+        out[axis] = step
+        step *= max(size[axis], 1)
     return out
 
 
-def densify(value: Any) -> Any:
-    """``value`` with every row-sparse tensor in it scattered back."""
-    if isinstance(value, (list, tuple)):
-        return [densify(item) for item in value]
-    return value.to_dense() if isinstance(value, Wrapper) else value
+def run_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None, rows: RowSet) -> Any:
+    """Run ``func`` on k rows if it has a rule that applies, else on n rows."""
+    rule = RULE_OF.get(id(func))
+    if rule is None:
+        reason = "no rule"
+    else:
+        try:
+            out = rule(func, *args, **kwargs) if kwargs else rule(func, *args)
+        except NoRuleError as error:
+            reason = str(error)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+            reason = f"{FAILED}: {error}"  # if the call itself is wrong, it raises on n rows too
+        else:
+            if rows.observers:
+                for observer in rows.observers:
+                    observer.ran(func, args, out, None)
+            return out
+    return run_dense(func, args, kwargs or {}, reason)
+
+
+def run_dense(func: Any, args: Any, kwargs: dict[str, Any], reason: str) -> Any:
+    """Run ``func`` on n rows."""
+    if func._schema.is_mutable:
+        refuse_reshaping(func)
+    source = next((value for value in _tensors(args, kwargs) if isinstance(value, RowGradient)), None)
+    if source is not None:  # without a row gradient no row is lost, and nothing is counted
+        source._rows.dense[str(func)] += 1
+    _densify_aliased(func, args, kwargs)
+    out = _call_resolved(func, densify(args), {name: densify(value) for name, value in kwargs.items()})
+    if func._schema.is_mutable and args and isinstance(args[0], Dense):
+        out = args[0]
+    if source is not None:
+        for observer in source._rows.observers:
+            observer.ran(func, args, out, reason)
+    return out
+
+
+def run_mixed(func: Any, types: tuple[type, ...], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run ``func`` on arguments of several kinds: refuse the unsupported kinds, reduce the others to one kind."""
+    for kind in types:
+        if not issubclass(kind, Wrapper):  # another tensor subclass: it knows n rows only
+            refuse_subclass(func, kind)
+            return run_dense(func, args, kwargs, f"an operand is a {kind.__name__}")
+    _catch_up(args, kwargs)
+    wrappers = [value for value in _tensors(args, kwargs) if isinstance(value, Wrapper)]
+    kinds = {type(value) for value in wrappers}
+    if kinds == {RowGradient}:
+        return run_rule(func, args, kwargs, wrappers[0]._rows)
+    if Zeros in kinds:
+        rule = ZERO_RULES.get(func)
+        if rule is not None:
+            try:
+                return rule(func, *args, **kwargs)
+            except NoRuleError:
+                pass
+        if RowGradient in kinds and not func._schema.is_mutable:
+            return _dispatch_without(Zeros, func, args, kwargs)
+    if RowGradient in kinds and not isinstance(args[0], (Dense, Zeros)):
+        return _dispatch_without(Dense, func, args, kwargs)
+    return run_dense(func, args, kwargs, "an operand had become dense")
+
+
+def _tensors(args: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
+    """Yield the arguments of an operator call, and the items of lists among them."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, (list, tuple)):
+            yield from value
+        else:
+            yield value
+
+
+def _dispatch_without(kind: type[Wrapper], func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Dispatch once more, with the operands of ``kind`` scattered back to n rows."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return value.to_dense() if isinstance(value, kind) else value
+
+    plain_kwargs = {name: plain(value) for name, value in kwargs.items()}
+    return _call_resolved(func, [plain(value) for value in args], plain_kwargs)
+
+
+def _call_resolved(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Call ``func`` on tensors that may have a conjugate or negative bit, which torch ignores inside a dispatch."""
+    with _Excluding(_Keys.Conjugate, False), _Excluding(_Keys.Negative, False):
+        if func is torch.ops.aten.view_as_real.default and args[0].is_conj():
+            # The wrapper has no conjugate bit, so torch asked for another operator than it would have on n rows.
+            raise NotImplementedError(
+                "selbp: the real or imaginary part of a gradient's conjugate is written to in place, or aliased, below "
+                "a row selection: write out of place, or put selbp.fence() around the tensor"
+            )
+        return func(*args, **kwargs)
+
+
+def _densify_aliased(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Make dense each argument that ``func`` writes to, or that its result aliases."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None:
+            continue
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, (RowGradient, Zeros)):
+                item._become_dense()
+
+
+def _catch_up(args: Any, kwargs: dict[str, Any]) -> None:
+    """Make dense the views whose parent has become dense."""
+    for item in _tensors(args, kwargs):
+        if type(item) is RowGradient and item._rows.stale:
+            ancestor: Any = item._parent
+            while isinstance(ancestor, RowGradient):
+                ancestor = ancestor._parent
+            if ancestor is not None:
+                item._become_dense()

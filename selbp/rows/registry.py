@@ -1,8 +1,9 @@
 """The table of rules: aten operator -> how it runs on k rows.
 
-A rule is a function ``rule(func, *args, **kwargs)`` of the very operator call that autograd made, at least one argument
-of which is a ``RowGradient``. It returns what the operator returns, with a ``RowGradient`` where the result still has
-one row per sample, or raises ``NoRuleError``: then the gradient is scattered back to n rows and the operator runs so.
+A rule is a function ``rule(func, *args, **kwargs)`` of the very operator call that autograd made. At least one argument
+is a ``RowGradient``. The rule returns what the operator returns, with a ``RowGradient`` for each result that still has
+one row per sample. If the call cannot run on k rows, the rule raises ``NoRuleError``; the gradient is then scattered
+back to n rows and the operator runs on those.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _R = TypeVar("_R", bound=Rule)
 
 
 class NoRuleError(Exception):
-    """Raised by a rule whose call cannot run on k rows; the message says why."""
+    """Raised by a rule whose call cannot run on k rows; the message gives the reason."""
 
 
 class Entry(NamedTuple):
@@ -26,30 +27,31 @@ class Entry(NamedTuple):
 
     name: str  # aten name with its overload
     family: str  # the file of the rule
-    when: str  # first line of the rule's docstring: the condition under which it applies
+    when: str  # the condition under which the rule applies: the first line of its docstring
 
 
 RULES: dict[OpOverload, Rule] = {}
-RULE_OF: dict[int, Rule] = {}  # the same by id: an operator's own hash is Python code, and this runs between two GEMMs
+RULE_OF: dict[int, Rule] = {}  # RULES by id: an operator's own hash is Python code, and dispatch runs between GEMMs
+ZERO_RULES: dict[OpOverload, Rule] = {}  # for operators on ``gradient.new_zeros(...)``, see ``gather_scatter``
 TABLE: list[Entry] = []
 
 
-def need(condition: bool, why: str) -> None:
-    """Leave the rule unless ``condition`` holds."""
+def require(condition: bool, why: str) -> None:
+    """Raise NoRuleError with the reason ``why`` unless ``condition`` holds."""
     if not condition:
         raise NoRuleError(why)
 
 
 def overloads(name: str) -> list[OpOverload]:
-    """The overloads that ``name`` stands for; none where this torch does not have it (it then merely densifies)."""
+    """Return the overload that ``name`` stands for, or an empty list if this torch has none (it then densifies)."""
     base, _, overload = name.partition(".")
     packet = getattr(torch.ops.aten, base, None)
-    found = getattr(packet, overload or "default", None)
-    return [] if found is None else [found]
+    operator = getattr(packet, overload or "default", None)
+    return [] if operator is None else [operator]
 
 
-def put(overload: OpOverload, function: Rule) -> None:
-    """Make ``function`` the rule of ``overload`` (operators live as long as torch does, so that ids stay theirs)."""
+def bind(overload: OpOverload, function: Rule) -> None:
+    """Make ``function`` the rule of ``overload``. Operators live as long as torch does, so their ids stay theirs."""
     RULES[overload] = RULE_OF[id(overload)] = function
 
 
@@ -62,7 +64,19 @@ def rule(*names: str, when: str | None = None) -> Callable[[_R], _R]:
         for name in names:
             TABLE.append(Entry(name, family, text))
             for overload in overloads(name):
-                put(overload, function)
+                bind(overload, function)
+        return function
+
+    return register
+
+
+def zero_rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of the operators ``names`` on a ``Zeros`` as first argument."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            for overload in overloads(name):
+                ZERO_RULES[overload] = function
         return function
 
     return register

@@ -1,4 +1,7 @@
-"""The table of operators in ``docs/rows.md``, made from the rules: run as ``python -m <module> docs/rows.md``."""
+"""Write the table of operators in ``docs/measurements/rows.md`` from the rules.
+
+Run ``python -m selbp.rows.rules_table docs/measurements/rows.md`` to bring it up to date.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ BEGIN, END = "<!-- rules: begin (generated) -->", "<!-- rules: end -->"
 
 
 def table() -> str:
-    """A markdown table: one line per file of rules and condition."""
+    """Return a Markdown table with one line per file of rules and condition."""
     lines: dict[tuple[str, str], list[str]] = defaultdict(list)
     for entry in TABLE:
         names = lines[entry.family, entry.when]
@@ -24,7 +27,7 @@ def table() -> str:
 
 
 def insert(text: str) -> str:
-    """``text`` with the table between its two marks brought up to date."""
+    """Return ``text`` with the current table between its two marks."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"

@@ -3,8 +3,9 @@
 FLOPs alone flatter a backward through rows of a small network, where each operator's Python, and the copies of saved
 rows, cost as much as the second forward that they replace. So three things are added up: an operator's FLOPs or bytes,
 whichever take longer; a fixed time for every call; and the copies. The rates below were fitted once, to six networks on
-one machine (AMD EPYC, 1 thread, see docs/rows.md). A model and not a measurement, because a run that chose by a clock
-would not be the same run twice; near the point where the strategies cost the same, choosing wrongly costs little.
+one machine (AMD EPYC, 1 thread, see docs/measurements/rows.md). A model and not a measurement, because a run that chose
+by a clock would not be the same run twice; near the point where the strategies cost the same, choosing wrongly costs
+little.
 """
 
 from __future__ import annotations

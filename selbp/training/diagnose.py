@@ -1,8 +1,8 @@
-"""``diagnose``: which operators of a model's backward run on k rows, which do not and why, and what that is worth.
+"""``diagnose``: which operators of a model's backward run on k rows, which do not and why, and what that saves.
 
-One forward and one backward on a few samples of the batch. FLOPs are torch's own formulas (matrix products,
-convolutions, attention), and linear in the samples, so a few stand for all. What is recommended follows from the
-modelled time (``cost.py``), which knows of bytes and calls as well.
+It runs one forward and one backward on a few samples of the batch. FLOPs come from torch's own formulas (matrix
+products, convolutions, attention). They are linear in the samples, so a few samples stand for all. The recommendation
+follows from the modelled time (``cost_model.py``), which counts bytes and calls as well.
 """
 
 from __future__ import annotations
@@ -19,39 +19,56 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from selbp.common.batch import Batch
 from selbp.common.keep import check_keep, kept_rows
 from selbp.rows import BatchNormPolicy, select
-from selbp.rows import gradient as row_tensor
 from selbp.rows.engine import nodes_of
+from selbp.rows.gradient import Wrapper
+from selbp.rows.observe import Observer, observing
 from selbp.selectors.checks import check_choice, shown
 from selbp.training.cost_model import Rates, Work, modelled
 from selbp.training.losses import criterion_of, of_some
 
-SAMPLES = 8  # enough to tell the samples' dim from others, few enough to cost little
+SAMPLES = 8  # enough to tell the samples' dim from other dims, few enough to cost little
 
 
 @dataclass
 class Operator:
-    """One operator of the backward, over all its calls."""
+    """All calls of one operator in the backward."""
 
     name: str
-    runs: str  # "rows": at k rows; "dense": scattered back to n; "plain": never saw a row gradient (below a dense one)
-    why: str  # for "dense"
+    runs: str  # "rows": on k rows; "dense": scattered back to n; "plain": met no row gradient (below a dense one)
+    why: str  # the reason, for "dense"
     calls: int = 0
     flops: float = 0.0  # on all n rows
-    seconds: float = 0.0  # modelled, on all n rows, its calls apart
+    seconds: float = 0.0  # modelled, on all n rows, without the time per call
 
 
 @dataclass
 class Diagnosis:
-    """What :func:`diagnose` found. ``print`` it for a table."""
+    """The result of :func:`diagnose`. ``print`` it for a table.
+
+    Attributes
+    ----------
+    n, k : int
+        Samples of the batch, and rows that are kept.
+    operators : list of Operator
+        The operators of the backward: name, whether they run on k rows, why not, calls, FLOPs.
+    forward_flops, row_flops, dense_flops : float
+        FLOPs on n rows of the forward, of the backward's operators that can run on k rows, and of those that cannot.
+    saved_bytes : int
+        Activations that a forward on n rows keeps for the backward.
+    seconds : dict
+        Modelled time of a step by strategy, on a CPU such as this one.
+    recommendation : {"rows", "recompute"}
+        The strategy with the smaller modelled time.
+    """
 
     n: int
     k: int
     operators: list[Operator]
-    forward_flops: float  # of n rows, as are the others
-    row_flops: float  # of the backward's operators that can run on k rows
-    dense_flops: float  # of those that run on n
-    saved_bytes: int  # activations that a forward with a graph keeps, for n rows
-    seconds: dict[str, float]  # modelled time of a step by strategy, on a CPU such as this
+    forward_flops: float
+    row_flops: float
+    dense_flops: float
+    saved_bytes: int
+    seconds: dict[str, float]
     recommendation: Literal["rows", "recompute"] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,7 +76,7 @@ class Diagnosis:
 
     @property
     def cost(self) -> dict[str, float]:
-        """FLOPs of a step by strategy, as a share of the full step; ``"bound"`` has every operator on k rows."""
+        """FLOPs of a step by strategy, as a share of the full step. ``"bound"`` runs every operator on k rows."""
         f, forward, backward = self.k / self.n, self.forward_flops, self.row_flops + self.dense_flops
         full = max(forward + backward, 1.0)
         return {
@@ -98,11 +115,11 @@ class Diagnosis:
         return "\n".join(lines)
 
 
-class _Flops(TorchDispatchMode):
-    """Adds up operators; a RowGradient counts by its outer shape, which is what all n rows would cost.
+class _Flops(TorchDispatchMode, Observer):
+    """Add up the operators that run inside. A RowGradient counts with its outer shape: the cost of all n rows.
 
-    ``scale`` is n over the samples that run. Bytes are those of activations: what is as large for one sample as for n
-    (parameters, and gradients of their shapes) is left out, and so are views.
+    ``scale`` is n over the number of samples that run. Only bytes of activations count. Tensors that are as large for
+    one sample as for n (parameters, and gradients of their shapes) are left out, and so are views.
     """
 
     def __init__(self, scale: float, parameters: list[Tensor]) -> None:
@@ -113,19 +130,28 @@ class _Flops(TorchDispatchMode):
         self._scale, self._threads = scale, torch.get_num_threads()
         self._own = {p.untyped_storage().data_ptr() for p in parameters}
         self._shapes = {tuple(p.shape) for p in parameters}
-        self.total, self.work, self.found = 0.0, Work(), dict[tuple[str, str, str], Operator]()
-        self._reasons: list[str | None] = []
+        self.total, self.work, self.operators = 0.0, Work(), dict[tuple[str, str, str], Operator]()
+        self._reasons: list[str | None] = []  # of the operator that is running, from the row gradient's dispatch
+        self._recomputed: list[float] = []  # n / k of the checkpoints that are being recomputed, innermost last
 
-    def heard(self, func: Any, args: Any, out: Any, reason: str | None) -> None:
-        """The row gradient's own account of the operator that is running."""
+    def ran(self, func: Any, args: Any, result: Any, reason: str | None) -> None:
+        """Record on how many rows the running operator ran."""
         self._reasons.append(reason)
+
+    def recompute_begins(self, n: int, k: int) -> None:
+        """Record that plain tensors hold k rows of n."""
+        self._recomputed.append(n / k)
+
+    def recompute_ends(self) -> None:
+        """Record that plain tensors hold all rows again."""
+        self._recomputed.pop()
 
     def _bytes(self, values: Iterable[Any]) -> int:
         total = 0
         for value in values:
             if isinstance(value, (list, tuple)):
                 total += self._bytes(value)
-            elif isinstance(value, row_tensor.Wrapper):
+            elif isinstance(value, Wrapper):
                 total += value.numel() * value.itemsize
             elif isinstance(value, Tensor) and tuple(value.shape) not in self._shapes:
                 total += 0 if value.untyped_storage().data_ptr() in self._own else value.numel() * value.itemsize
@@ -139,16 +165,15 @@ class _Flops(TorchDispatchMode):
         formula = self._formulas.get(func._overloadpacket)
         flops = float(formula(*args, **(kwargs or {}), out_val=out)) if formula is not None else 0.0
         scale, runs, why = self._scale, "plain", ""
-        if row_tensor.recomputing:
-            rows = row_tensor.recomputing[-1]
-            scale, runs = scale * rows.n / rows.k, "rows"
+        if self._recomputed:
+            scale, runs = scale * self._recomputed[-1], "rows"
         flops *= scale
         self.total += flops
         if self._reasons:
             why = next((reason for reason in self._reasons if reason is not None), "")
             runs = "dense" if why else "rows"
         key = (str(func), runs, why)
-        operator = self.found.setdefault(key, Operator(*key))
+        operator = self.operators.setdefault(key, Operator(*key))
         operator.calls += 1
         operator.flops += flops
         moved = 0.0 if func.is_view else scale * self._bytes((*args, out))
@@ -156,7 +181,7 @@ class _Flops(TorchDispatchMode):
         return out
 
 
-def _together(operators: Iterable[Operator]) -> Work:
+def _total_work(operators: Iterable[Operator]) -> Work:
     chosen = list(operators)
     return Work(sum(operator.seconds for operator in chosen), sum(operator.calls for operator in chosen))
 
@@ -164,9 +189,10 @@ def _together(operators: Iterable[Operator]) -> Work:
 def analyse(
     forward: Callable[[], Tensor], parameters: Iterable[Tensor], samples: int, n: int, k: int, **options: Any
 ) -> Diagnosis:
-    """Run ``forward`` (to the losses of ``samples`` samples) and its backward once; scale what is found to n samples.
+    """Run ``forward`` and its backward once on ``samples`` samples, and scale the result to n samples.
 
-    Gradients are not accumulated into ``parameters``. ``options`` are those of :func:`selbp.select`.
+    ``forward`` returns the (samples,) losses. Gradients are not accumulated into ``parameters``. ``options`` are those
+    of :func:`selbp.select`.
     """
     storages: dict[int, int] = {}
     wanted = [p for p in parameters if p.requires_grad]
@@ -179,30 +205,27 @@ def analyse(
         return tensor
 
     scale = n / samples
-    with torch.enable_grad(), _Flops(scale, wanted) as ahead, torch.autograd.graph.saved_tensors_hooks(saved, _same):
-        losses = forward()
-    _refuse_reentrant(losses)
-    chosen = select(losses, torch.arange((samples + 1) // 2, device=losses.device), **options).sum()
-    behind = _Flops(scale, wanted)
-    row_tensor.observers.append(behind.heard)
-    try:
-        with behind:
-            torch.autograd.grad(chosen, wanted, allow_unused=True)
-    finally:
-        row_tensor.observers.remove(behind.heard)
-    operators = list(behind.found.values())
+    flops, backward = _Flops(scale, wanted), _Flops(scale, wanted)
+    with observing(backward):  # the forward too: the model may make selections of its own, in cuts
+        with torch.enable_grad(), flops, torch.autograd.graph.saved_tensors_hooks(saved, _same):
+            losses = forward()
+        _refuse_reentrant(losses)
+        chosen = select(losses, torch.arange((samples + 1) // 2, device=losses.device), **options).sum()
+    with backward:
+        torch.autograd.grad(chosen, wanted, allow_unused=True)
+    operators = list(backward.operators.values())
     rows = [operator for operator in operators if operator.runs == "rows"]
     dense = [operator for operator in operators if operator.runs != "rows"]
     saved_bytes = int(sum(storages.values()) * scale)
     return Diagnosis(
-        n, k, operators, ahead.total, sum(operator.flops for operator in rows),
+        n, k, operators, flops.total, sum(operator.flops for operator in rows),
         sum(operator.flops for operator in dense), saved_bytes,
-        modelled(ahead.work, _together(rows), _together(dense), saved_bytes, k / n, Rates.here()),
+        modelled(flops.work, _total_work(rows), _total_work(dense), saved_bytes, k / n, Rates.here()),
     )  # fmt: skip
 
 
 def _refuse_reentrant(losses: Tensor) -> None:
-    """Raise where a part of the backward is no part of the graph, so that it cannot be looked at."""
+    """Raise NotImplementedError if a part of the backward is not in the graph and so cannot be looked at."""
     if any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes_of([losses])):
         raise NotImplementedError(
             "selbp: the backward of torch.utils.checkpoint(..., use_reentrant=True) cannot be looked at ahead; "
@@ -211,7 +234,7 @@ def _refuse_reentrant(losses: Tensor) -> None:
 
 
 def _refuse_sharded(model: nn.Module) -> None:
-    """Raise where a forward on few samples would leave the machinery of a sharded model in the middle of a step."""
+    """Raise NotImplementedError for a sharded model: a forward on few samples would leave its sharding mid-step."""
     kinds = {type(p).__name__ for p in model.parameters()}
     kinds |= {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
     kinds &= {"DTensor", "FlatParameter", "FSDPModule", "FullyShardedDataParallel"}
@@ -227,7 +250,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def analyse_batch(model: nn.Module, batch: Batch, k: int, losses: Callable[[Any], Tensor], **options: Any) -> Diagnosis:
-    """:func:`analyse` on the first samples of ``batch``, leaving buffers and random state as they were."""
+    """Run :func:`analyse` on the first samples of ``batch``. Restores buffers and random state."""
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     _refuse_sharded(inner)
     some = torch.arange(min(batch.n, SAMPLES), device=batch.device)
@@ -256,24 +279,51 @@ def diagnose(
     batchnorm: BatchNormPolicy = "exact",
     class_dim: Literal[1, -1] | None = None,
 ) -> Diagnosis:
-    """Find out what a backward through chosen rows would save in ``model``.
+    """Report what a backward through chosen rows would save in ``model``.
 
-    Args:
-        model: in the mode (training or evaluation) in which it will be trained. Its parameters' gradients, buffers and
-            the random state are left as they are; it runs forward and backward once, on at most 8 samples.
-        batch: (inputs, target), or a dict with ``"labels"``, as for :class:`selbp.SelectiveBackprop`.
-        keep: share (float) or number (int) of rows.
-        loss: as for :class:`selbp.SelectiveBackprop`.
-        batchnorm: as in :func:`selbp.select`.
-        class_dim: as for :class:`selbp.SelectiveBackprop`.
+    The model runs forward and backward once, on at most 8 samples. Gradients of its parameters, its buffers and the
+    random state are left as they are.
 
-    Returns:
-        A :class:`Diagnosis`; ``print(selbp.diagnose(...))`` shows the table.
+    Parameters
+    ----------
+    model : nn.Module
+        In the mode (training or evaluation) in which it will be trained.
+    batch : (inputs, target) or dict
+        A minibatch, as for :class:`selbp.SelectiveBackprop`. A dict has its target under ``"labels"``.
+    keep : float or int
+        Share in (0, 1] or number of rows.
+    loss, class_dim
+        As for :class:`selbp.SelectiveBackprop`.
+    batchnorm : {"exact", "subset"}
+        As in :func:`selbp.select`.
 
-    Raises:
-        TypeError, ValueError: for a batch or an option that does not fit.
-        NotImplementedError: for a sharded model, reentrant checkpointing, and what :func:`selbp.select` refuses.
-        RuntimeError: where the model or the loss fails on the few samples.
+    Returns
+    -------
+    Diagnosis
+        ``print`` it for a table.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a batch or an option that does not fit.
+    NotImplementedError
+        For a sharded model, reentrant checkpointing, and everything that :func:`selbp.select` refuses.
+    RuntimeError
+        If the model or the loss fails on the few samples.
+
+    See Also
+    --------
+    selbp.select : the backward that is looked at.
+    selbp.SelectiveBackprop : ``backward="auto"`` follows the recommendation.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> batch = torch.ones(16, 8), torch.zeros(16, dtype=torch.int64)
+    >>> diagnosis = selbp.diagnose(model, batch, keep=0.25)
+    >>> diagnosis.k, diagnosis.dense  # every operator of the backward runs on 4 rows
+    (4, {})
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
@@ -282,7 +332,7 @@ def diagnose(
     check_choice("batchnorm", batchnorm, ("exact", "subset"))
     kept = check_keep(keep)
     inputs, target = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
-    whole = Batch.of(inputs, target, {})
+    minibatch = Batch.of(inputs, target, {})
     criterion = criterion_of(loss, class_weight=None, ignore_index=-100, label_smoothing=0.0, class_dim=class_dim)
 
     def losses(pair: Any) -> Tensor:
@@ -290,12 +340,12 @@ def diagnose(
         return criterion.losses(output, few.target, few.n)
 
     try:
-        with of_some(min(whole.n, SAMPLES), whole.n):
-            return analyse_batch(model, whole, kept_rows(kept, whole.n), losses, batchnorm=batchnorm)
+        with of_some(min(minibatch.n, SAMPLES), minibatch.n):
+            return analyse_batch(model, minibatch, kept_rows(kept, minibatch.n), losses, batchnorm=batchnorm)
     except (NotImplementedError, TypeError, ValueError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise RuntimeError(
-            f"selbp.diagnose runs the model forward and backward on the first {min(whole.n, SAMPLES)} of the batch's "
-            f"{whole.n} samples, and there met {type(error).__name__}: {error}"
+            f"selbp.diagnose runs the model forward and backward on the first {min(minibatch.n, SAMPLES)} of the "
+            f"batch's {minibatch.n} samples, and there met {type(error).__name__}: {error}"
         ) from error

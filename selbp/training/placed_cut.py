@@ -1,15 +1,17 @@
-"""``SelectiveBackprop(cut=...)``: an ordinary full step on all rows, with a cut placed at one module's output."""
+"""``SelectiveBackprop(cut=...)``: a step with a forward on all rows and a cut at one module's output."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from selbp.common.batch import Batch
 from selbp.common.distributed import unwrap
+from selbp.common.figures import Choice
 from selbp.cut.choice import Cut
 from selbp.cut.recompute import RecomputedCut, check_reached, cut_at
 from selbp.cut.report import CutReport
@@ -19,49 +21,29 @@ from selbp.training.report import StepReport
 
 
 class CutStepReport(StepReport):
-    """A step's report whose selection is the one that the cut makes in the backward: before it, figures are None."""
+    """A step's report whose figures are those of its cut, which chooses in the backward.
+
+    Before the backward has run, reading a figure of the choice raises RuntimeError.
+    """
 
     cut: CutReport | None = None
 
-    @cached_property
-    def weight_sum(self) -> float:
-        """Sum of the cut's weights."""
-        return self._made.weight_sum
-
-    @cached_property
-    def weight_max(self) -> float:
-        """The cut's greatest weight."""
-        return self._made.weight_max
-
-    @cached_property
-    def effective_sample_size(self) -> float:
-        """(sum w)^2 / sum w^2 of the cut's weights."""
-        return self._made.effective_sample_size
-
-    @cached_property
-    def relative_residual(self) -> float | None:
-        """||mean - sum w g|| / ||mean|| of the gradients at the cut."""
-        return self._made.relative_residual
-
-    @cached_property
-    def gain(self) -> float | None:
-        """See :attr:`CutReport.gain`."""
-        return self._made.gain
+    def _choice(self) -> Choice:
+        if self.cut is None:
+            raise RuntimeError("the cut chooses in the backward, which has not run yet")
+        return self.cut._choice()
 
     @cached_property
     def gain_at_cost(self) -> float | None:
         """None: what a cut costs depends on where it is."""
         return None
 
-    @property
-    def _made(self) -> CutReport:
-        if self.cut is None:
-            raise RuntimeError("the cut chooses in the backward, which has not run yet")
-        return self.cut
-
 
 class PlacedCut:
-    """A cut at the output of one module of a model, for as long as a step's forward runs."""
+    """A cut at the output of one module of a model. It is in place only while a step's forward runs.
+
+    ``place`` is the module or its name. Raises ValueError if the model has no such module.
+    """
 
     def __init__(
         self,
@@ -77,15 +59,15 @@ class PlacedCut:
     ) -> None:
         names = {name: module for name, module in unwrap(model).named_modules() if name}
         if isinstance(place, str):
-            outer = dict(model.named_modules())  # a wrapper's own name for the same module is as good
+            outer = dict(model.named_modules())  # a wrapper such as DDP has its own name for the module
             if place not in names and (not place or place not in outer):
                 raise ValueError(f"cut={place!r} names no module of the model; it has {', '.join(names)}")
             self.name, self.module = place, names[place] if place in names else outer[place]
         else:
-            found = [name for name, module in names.items() if module is place]
-            if not found:
+            matches = [name for name, module in names.items() if module is place]
+            if not matches:
                 raise ValueError(f"cut must be a module of the model, or its name, got another {type(place).__name__}")
-            self.name, self.module = found[0], place
+            self.name, self.module = matches[0], place
         self._model = model
         self._cut = Cut(keep, selector, generator=generator, losses=None, proxy="pooled", batchnorm=batchnorm)
         self._recomputed = None
@@ -94,19 +76,18 @@ class PlacedCut:
 
     @property
     def strategy(self) -> str:
-        """How the layers below run backward."""
+        """How the layers below run backward: ``"rows"`` or ``"recompute"``."""
         return "rows" if self._recomputed is None else "recompute"
 
-    def feed(self, batch: Batch, report: list[CutStepReport]) -> Any:
-        """The model's output; what its backward chooses goes to the report that ``report`` holds by then."""
-
-        def made(found: CutReport) -> None:
-            for entry in report:
-                entry.cut = found
-
+    def feed(self, batch: Batch, on_choice: Callable[[CutReport], None]) -> Any:
+        """Run the forward and return the model's output. The backward calls ``on_choice`` when it has chosen."""
         if self._recomputed is not None:
-            return self._recomputed.feed(batch, made)
-        with cut_at(self.module, self.name, lambda hidden, features: self._cut.attach(hidden, features, made)) as runs:
+            return self._recomputed.feed(batch, on_choice)
+
+        def attach(hidden: Tensor, features: Tensor | None) -> Tensor:
+            return self._cut.attach(hidden, features, on_choice)
+
+        with cut_at(self.module, self.name, attach) as runs:
             output = batch.feed(self._model)
         check_reached(runs, self._model, self.name)
         return output

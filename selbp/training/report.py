@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selbp.common.figures import WeightFigures
-from selbp.common.keep import random_error
+from selbp.common.figures import Choice, SelectionFigures
 from selbp.common.proxies import HeadProxies
 from selbp.training.schedule import rows_at_cost, step_cost
 from selbp.training.stopwatch import Stopwatch
@@ -19,7 +17,7 @@ from selbp.types import BatchStatistics, Selection
 
 
 @dataclass
-class StepReport(WeightFigures):
+class StepReport(SelectionFigures):
     """One step's figures. The fields are known at once; the properties synchronise with the device when read.
 
     Figures that the step had no means to know are None: those that need gradients, where the rule looked at none;
@@ -59,32 +57,12 @@ class StepReport(WeightFigures):
         return correct / total if total else None
 
     @cached_property
-    def relative_residual(self) -> float | None:
-        """||mean - sum w g|| / ||mean|| of the head's gradients; None where the mean is zero."""
-        if self._proxies is None:
-            return None
-        value = float(self._proxies.matching_residual(self.selection))
-        return value if math.isfinite(value) else None
-
-    @cached_property
-    def gain(self) -> float | None:
-        """Expected squared error of k rows drawn at random, over that of the chosen ones: above 1 the rule helps."""
-        return self._gain(self.k)
-
-    @cached_property
     def gain_at_cost(self) -> float | None:
-        """The same against as many random rows as this step's cost would pay for, without a scoring forward."""
-        return self._gain(rows_at_cost(self.n, step_cost(self.n, self.k, scored=True, backward=self.backward)))
+        """:attr:`gain` against as many random rows as this step's cost would pay for, without a scoring forward."""
+        return self._gain_over(rows_at_cost(self.n, step_cost(self.n, self.k, scored=True, backward=self.backward)))
 
-    def _gain(self, k: int) -> float | None:
-        if self._proxies is None or self.relative_residual is None:
-            return None
-        valid = self._stats.valid
-        squares = torch.where(valid, self._stats.residual_sq * self._stats.feature_sq, 0).double().sum()
-        target_sq = float(self._proxies.mean_gradient().target_sq)
-        expected = random_error(self.n, int(valid.sum()), k, float(squares), target_sq)
-        error = self.relative_residual**2 * target_sq
-        return expected / error if error > 0 else float("inf") if expected else None
+    def _choice(self) -> Choice:
+        return Choice(self.selection.weights, self.selection, self._stats, self._proxies)
 
     @property
     def seconds(self) -> dict[str, float]:

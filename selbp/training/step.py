@@ -15,6 +15,7 @@ from selbp.common.guards import PRECISIONS, RunningStatistics, without_autocast
 from selbp.common.in_place import Untouched
 from selbp.common.keep import check_keep, kept_rows
 from selbp.common.state import CHOICE_ENTRIES, ChoiceState, check_counts
+from selbp.cut.report import CutReport
 from selbp.rows.layout import BatchNormPolicy
 from selbp.selectors import Full, Random, Selector
 from selbp.selectors.checks import check_flag, check_generator, shown
@@ -272,11 +273,17 @@ class SelectiveBackprop:
         return loss, report
 
     def _run_cut(self, batch: Batch, cut: PlacedCut, watch: Stopwatch, k: int) -> tuple[Tensor, StepReport]:
-        """All rows forward, an ordinary mean loss; the choice comes with the backward."""
-        scored, made = unscored(batch, self._criterion, self.model), list[CutStepReport]()
+        """Run an ordinary forward on all rows to the mean loss. The backward makes the choice."""
+        report: CutStepReport | None = None
+
+        def on_choice(chosen: CutReport) -> None:
+            if report is not None:  # None: a backward inside the forward
+                report.cut = chosen
+
+        scored = unscored(batch, self._criterion, self.model)
         selection = Full().select(scored.stats, batch.n)
         clean = batch.rows(None, scored.stats.valid)
-        output = cut.feed(clean, made)
+        output = cut.feed(clean, on_choice)
         with torch.no_grad():
             hits = self._criterion.hits(output, batch.target, scored.stats.valid)
         scaled = self._criterion.losses(output, clean.target, clean.n) * scored.scale
@@ -287,7 +294,6 @@ class SelectiveBackprop:
             batch.n, k, self._step, True, False, cut.strategy, f"the cut at {cut.name}",
             selection, scored.stats, None, scaled.detach(), hits, watch,
         )  # fmt: skip
-        made.append(report)
         return loss, report
 
     def _score(self, batch: Batch, keep_graph: bool) -> Scored:

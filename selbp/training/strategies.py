@@ -54,7 +54,8 @@ def row_losses(
         return recomputed_losses(batch, selection, forward)
     spare = selection.indices.index_select(0, live.to(torch.int8).argmax(0, keepdim=True))
     indices = torch.where(live, selection.indices, spare)
-    chosen: Tensor = select(losses, indices, batchnorm=batchnorm, dense=dense, live=None if asked else live.any())
+    any_valid = None if asked else live.any()
+    chosen: Tensor = select(losses, indices, batchnorm=batchnorm, densified=dense, any_valid=any_valid)
     return chosen
 
 

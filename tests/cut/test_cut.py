@@ -289,3 +289,21 @@ def test_create_graph_is_refused_and_the_state_is_empty() -> None:
     assert not cut.state_dict() and "keep=2" in repr(cut)
     with pytest.raises(NotImplementedError, match="create_graph"):
         torch.autograd.grad(loss_of(head(cut(trunk(x)))), list(trunk.parameters()), create_graph=True)
+
+
+def test_the_figures_of_a_lower_cut_are_about_the_rows_that_arrive() -> None:
+    """Of 4 rows that the upper cut lets on, the lower one keeps 2: figures as of a cut that is given those 4 alone."""
+    torch.manual_seed(0)
+    upper = selbp.BackwardCut(4, selbp.Random(), generator=torch.Generator().manual_seed(1))
+    lower = selbp.BackwardCut(2, selbp.GradientMatching())
+    bottom, middle, top = nn.Linear(3, 5).double(), nn.Linear(5, 5).double(), nn.Linear(5, 1).double()
+    x = torch.randn(12, 3, dtype=torch.float64)
+    top(upper(torch.tanh(middle(lower(torch.tanh(bottom(x))))))).square().sum().backward()
+    rows, weights = upper.report.selection
+    alone = selbp.BackwardCut(2, selbp.GradientMatching())
+    losses = top(torch.tanh(middle(alone(torch.tanh(bottom(x[rows])))))).square().sum(1)
+    (losses * 12 * weights).sum().backward()
+    assert torch.equal(lower.report.selection.indices, rows[alone.report.selection.indices])
+    assert lower.report.relative_residual == pytest.approx(alone.report.relative_residual, rel=1e-9)
+    assert lower.report.gain == pytest.approx(alone.report.gain, rel=1e-9)
+    assert lower.report.weight_sum == pytest.approx(alone.report.weight_sum * 4 / 12, rel=1e-9)

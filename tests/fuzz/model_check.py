@@ -27,7 +27,7 @@ from model_generator import Outcome, Program, Store, build, describe, random_mod
 from model_step import RULES, only_rows, step_gradients
 
 import selbp
-from selbp.rows.gradient import observers
+from selbp.rows.observe import current_observers
 
 
 # ------------------------------------------------------------------------------------------------------ what is tried
@@ -136,7 +136,7 @@ def check(program: Program) -> None:
             store = build(program)
             if name != "step" or (program.n > 1 and program.steps):
                 function(program, store, random.Random(f"{name} {program.seed}"))
-    if observers or not torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
+    if current_observers() or not torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
         raise Wrong("a mode or an observer is left behind")
 
 

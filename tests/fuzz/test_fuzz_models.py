@@ -21,8 +21,8 @@ from model_kept import KEPT
 from torch import Tensor
 
 from selbp.rows import RowGradient, registry
-from selbp.rows.registry import RULES, put
-from selbp.rows.slices import Slices
+from selbp.rows.layout import Slices
+from selbp.rows.registry import RULES, bind
 
 FAST, CHUNKS = 300, 10
 SLOW, SLOW_CHUNK = 10_000, 500
@@ -106,12 +106,12 @@ def _scaled(name: str) -> None:
                 return out * 1.001
             return tuple(part * 1.001 if isinstance(part, Tensor) else part for part in out)
 
-        put(overload, wrong)
+        bind(overload, wrong)
 
 
 def _without_conjugation(monkeypatch: pytest.MonkeyPatch) -> None:
     for overload in registry.overloads("_conj"):
-        put(overload, lambda func, gradient: gradient.clone())
+        bind(overload, lambda func, gradient: gradient.clone())
 
 
 def _other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def _rules_restored() -> Iterator[None]:
     before = dict(RULES)
     yield
     for overload, function in before.items():
-        put(overload, function)
+        bind(overload, function)
 
 
 @pytest.mark.usefixtures("_rules_restored")

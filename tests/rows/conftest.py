@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from selbp.rows.gradient import FAILED, observers
+from selbp.rows.gradient import FAILED
+from selbp.rows.observe import Observer, observing
 
 
 @pytest.fixture(autouse=True)
@@ -24,11 +25,11 @@ def _no_rule_fails() -> Iterator[None]:
     """An operator whose rule raises runs on n rows instead, which would hide a fault of the rule."""
     failures: list[str] = []
 
-    def heard(func: Any, args: Any, out: Any, reason: str | None) -> None:
-        if reason is not None and reason.startswith(FAILED):
-            failures.append(f"{func}: {reason}")
+    class Failures(Observer):
+        def ran(self, func: Any, args: Any, result: Any, reason: str | None) -> None:
+            if reason is not None and reason.startswith(FAILED):
+                failures.append(f"{func}: {reason}")
 
-    observers.append(heard)
-    yield
-    observers.remove(heard)
+    with observing(Failures()):
+        yield
     assert not failures

@@ -180,7 +180,7 @@ def test_reentrant_checkpoints_hand_rows_on(nested: bool) -> None:
         return [leaf.grad for leaf in leaves]
 
     dense: Counter[str] = Counter()
-    got = gradients(lambda values: selbp.select(values, torch.tensor([1, 4, 6]), dense=dense))
+    got = gradients(lambda values: selbp.select(values, torch.tensor([1, 4, 6]), densified=dense))
     for a, b in zip(got, gradients(lambda values: values[torch.tensor([1, 4, 6])]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert dense.total() == 3  # the gradients of x and of the two parameters of one row a sample

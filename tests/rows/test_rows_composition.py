@@ -262,7 +262,7 @@ def test_no_samples_at_all() -> None:
 def test_saved_copies_are_released() -> None:
     model, x, y = pair()
     dense: Counter[str] = Counter()
-    chosen = selbp.select(losses(model, x, y), INDEX, dense=dense)
+    chosen = selbp.select(losses(model, x, y), INDEX, densified=dense)
     rows = chosen.grad_fn.rows
     chosen.sum().backward()
     assert not rows.slices._copies

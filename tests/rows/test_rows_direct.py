@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 import selbp
 from selbp.rows import RULES, RowGradient, RowSet
-from selbp.rows.gradient import densify, observers, wrap
+from selbp.rows.exposed import densify
+from selbp.rows.observe import Observer, observing
+from selbp.rows.wrap import wrap
 
 aten = torch.ops.aten
 DATA = torch.linspace(-2, 3, 3 * 4 * 5, dtype=F64).view(3, 4, 5)
@@ -220,13 +222,13 @@ def ran() -> Iterator[set[Any]]:
     """The operators that ran by a rule."""
     seen: set[Any] = set()
 
-    def observe(func: Any, args: Any, out: Any, reason: str | None) -> None:
-        if reason is None:
-            seen.add(func)
+    class Seen(Observer):
+        def ran(self, func: Any, args: Any, result: Any, reason: str | None) -> None:
+            if reason is None:
+                seen.add(func)
 
-    observers.append(observe)
-    yield seen
-    observers.remove(observe)
+    with observing(Seen()):
+        yield seen
 
 
 def test_every_rule_is_exercised(ran: set[Any]) -> None:

@@ -8,12 +8,12 @@ from selbp.rows import RULES
 from selbp.rows.registry import TABLE, overloads
 from selbp.rows.rules_table import insert
 
-GUIDE = Path(__file__).parents[2] / "docs" / "rows.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "measurements" / "rows.md"
 
 
 def test_the_table_is_current() -> None:
-    text = GUIDE.read_text()
-    assert insert(text) == text, "run: python -m selbp.rows.rules_table docs/rows.md"
+    text = DOCUMENT.read_text()
+    assert insert(text) == text, "run: python -m selbp.rows.rules_table docs/measurements/rows.md"
 
 
 def test_every_rule_is_registered_for_an_operator_of_this_torch() -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import selbp
 from selbp.rows import RowGradient, RowSet
-from selbp.rows.gradient import densify, wrap
+from selbp.rows.exposed import densify
+from selbp.rows.wrap import wrap
 
 F64 = torch.float64
 N, INDEX = 6, torch.tensor([1, 2, 5])
@@ -193,7 +194,7 @@ def test_a_custom_function_below_a_selection(how: str) -> None:
         return torch.autograd.grad(choose(losses).sum(), [*below.parameters(), *above.parameters()])
 
     dense: Counter[str] = Counter()
-    got = gradients(lambda losses: selbp.select(losses, INDEX, dense=dense))
+    got = gradients(lambda losses: selbp.select(losses, INDEX, densified=dense))
     for a, b in zip(got, gradients(lambda losses: losses[INDEX]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert dense  # counted: the layers below run on all rows

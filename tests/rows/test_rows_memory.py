@@ -74,13 +74,13 @@ def test_checkpointed_blocks_hold_about_what_a_second_forward_holds() -> None:
 @pytest.mark.parametrize("name", ["CNN", "ViT"])
 def test_copies_that_are_kept_would_be_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first test can fail: a backward that remembers every copy holds more than the full step."""
-    monkeypatch.setattr("selbp.rows.slices.REMEMBERED", 10**6)
-    take = selbp.rows.slices.Slices.take
+    monkeypatch.setattr("selbp.rows.layout.REMEMBERED", 10**6)
+    take = selbp.rows.layout.Slices.take
     held = []
 
     def hold(self, tensor, layout, dim):
         held.append(tensor)  # and the n rows that they were cut from
         return take(self, tensor, layout, dim)
 
-    monkeypatch.setattr("selbp.rows.slices.Slices.take", functools.wraps(take)(hold))
+    monkeypatch.setattr("selbp.rows.layout.Slices.take", functools.wraps(take)(hold))
     assert peak(name, "rows") > peak(name, "full")

@@ -36,7 +36,7 @@ def gradients(
     model, inputs, target = build(name)
     torch.manual_seed(1)
     losses = SMALL[name].losses(model(inputs), target)
-    chosen = selbp.select(losses, index, dense=dense, **options) if rows else losses[index]
+    chosen = selbp.select(losses, index, densified=dense, **options) if rows else losses[index]
     (chosen * torch.arange(1, len(index) + 1)).sum().backward()
     return [parameter.grad for parameter in model.parameters()]
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import selbp
 from selbp.rows import RowSet
-from selbp.rows.gradient import densify
+from selbp.rows.exposed import densify
 
 N = 6
 REPEATED = torch.tensor([3, 0, 3, 5, 3])
@@ -30,7 +30,7 @@ def compare(
     weights = WEIGHTS[: len(index)].to(inputs[0].dtype)
     want = torch.autograd.grad((losses()[index] * weights).sum(), inputs)
     dense: Counter[str] = Counter()
-    chosen = selbp.select(losses(), index, dense=dense, **options)
+    chosen = selbp.select(losses(), index, densified=dense, **options)
     got = torch.autograd.grad((chosen * weights).sum(), inputs)
     for a, b in zip(got, want, strict=True):
         a = densify(a)
@@ -109,7 +109,7 @@ def test_merged_rows_keep_their_sums_in_one_slot(indices: list[int], monkeypatch
     for looked_at in (True, False):
         if not looked_at:
             monkeypatch.setattr(RowSet, "_distinct", lambda self: False)
-        merged = RowSet(index, N).merged(gradient)
+        merged = RowSet(index, N).merge_duplicates(gradient)
         assert torch.equal(torch.zeros(N, 4, dtype=F64).index_add(0, index, merged), want)
         assert int((merged != 0).any(1).sum()) == len(set(indices))
         if len(set(indices)) == len(indices):
@@ -152,7 +152,7 @@ def test_one_sample(name: str) -> None:
     inputs = [leaf, *parameters]
     assert not compare(losses, torch.tensor([0, 0]), inputs)  # an ordinary gradient
     for index in ([0], [0, 0, 0], []):  # rows, as where only a device knows whether one counts
-        compare(losses, torch.tensor(index, dtype=torch.int64), inputs, live=torch.tensor(bool(index)))
+        compare(losses, torch.tensor(index, dtype=torch.int64), inputs, any_valid=torch.tensor(bool(index)))
 
 
 SPARSE: dict[str, Callable[[Tensor], Tensor]] = {

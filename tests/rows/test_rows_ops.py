@@ -66,7 +66,7 @@ def compare(name: str, indices: list[int]) -> Counter[str]:
     if state:
         function.load_state_dict(state)
     dense: Counter[str] = Counter()
-    chosen = selbp.select(losses(name, leaf, x, function), index, dense=dense)
+    chosen = selbp.select(losses(name, leaf, x, function), index, densified=dense)
     actual = torch.autograd.grad((chosen * weights).sum(), parameters, allow_unused=True)
     for got, want in zip(actual, expected, strict=True):
         assert (got is None) == (want is None)
@@ -163,7 +163,7 @@ def test_the_fused_lstm_of_single_precision(name: str, what: str) -> None:
     inputs = [x, *module.parameters()]
     want = torch.autograd.grad(values()[index].sum(), inputs)
     dense: Counter[str] = Counter()
-    got = torch.autograd.grad(selbp.select(values(), index, dense=dense).sum(), inputs)
+    got = torch.autograd.grad(selbp.select(values(), index, densified=dense).sum(), inputs)
     assert not dense
     for a, b in zip(got, want, strict=True):
         a = a.to_dense() if isinstance(a, RowGradient) else a

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections import Counter
 
 import pytest
 import torch
@@ -79,3 +80,17 @@ def test_without_gradients_it_is_index_select() -> None:
     with torch.no_grad():
         assert torch.equal(selbp.select(values, INDEX), values[INDEX])
     assert not selbp.select(values.detach(), INDEX).requires_grad
+
+
+def test_the_former_names_of_options_are_taken() -> None:
+    """``dense`` counts as ``densified`` does, and ``live`` keeps NaN out as ``any_valid`` does."""
+    model, counts = nn.Linear(3, 1), Counter[str]()
+    hidden = model(torch.full((4, 3), torch.nan))
+    selbp.select(hidden, INDEX, live=torch.tensor(False)).backward(torch.zeros(2, 1), retain_graph=True)
+    assert not model.weight.grad.any()
+    selbp.select(hidden.sort(0).values, INDEX, dense=counts).sum().backward()
+    assert counts
+    given = {"dense": counts, "densified": counts, "live": torch.tensor(True), "any_valid": torch.tensor(True)}
+    for former, name in (("dense", "densified"), ("live", "any_valid")):
+        with pytest.raises(TypeError, match=f"{name} or its former name {former}, got both"):
+            selbp.select(hidden, INDEX, **{former: given[former], name: given[name]})

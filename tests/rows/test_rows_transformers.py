@@ -77,7 +77,7 @@ def test_model_is_exact(name: str) -> None:
         return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
 
     dense: Counter[str] = Counter()
-    got = gradients(lambda losses: selbp.select(losses, INDEX, dense=dense))
+    got = gradients(lambda losses: selbp.select(losses, INDEX, densified=dense))
     want = gradients(lambda losses: losses[INDEX])
     assert got.keys() == want.keys() and len(got) > 10
     for key, gradient in want.items():

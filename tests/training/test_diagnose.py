@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import selbp
 from selbp.common.batch import Batch
-from selbp.rows import gradient as row_tensor
+from selbp.rows.observe import current_observers
 from selbp.training.cost_model import Rates, Work, modelled
 from selbp_study.row_models import SMALL, TIMED
 
@@ -150,7 +150,6 @@ def test_a_checkpoint_is_counted_as_what_it_recomputes() -> None:
     block = 2 * 32 * 2 * (16 * 32)  # its forward, which runs again on the chosen rows
     assert found.row_flops == plain.row_flops + block
     assert found.cost["rows"] == found.cost["bound"] < plain.cost["rows"]
-    assert not row_tensor.recomputing
 
 
 class Eight(nn.Linear):
@@ -196,7 +195,7 @@ def test_auto_recomputes_where_it_cannot_look_ahead(name: str) -> None:
     step._strategy.decide(model, Batch.of(x, y, {}), 10, step._criterion, "train")
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
-    assert all(p.grad is None for p in model.parameters()) and not row_tensor.observers
+    assert all(p.grad is None for p in model.parameters()) and not current_observers()
     step(x, y).backward()
     assert step.report.backward == "recompute" and why in step.report.backward_reason
     assert all(p.grad is not None for p in model.parameters())
@@ -226,3 +225,10 @@ def test_what_diagnose_cannot_look_at_it_says() -> None:
         selbp.diagnose(Eight(), (x, y))
     with pytest.raises(NotImplementedError, match="use_reentrant=False"):
         selbp.diagnose(Checkpointed("reentrant"), (x, y))
+
+
+def test_a_cut_in_the_model_is_looked_at_too() -> None:
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), selbp.BackwardCut(2, selbp.Random()), nn.Linear(16, 3))
+    found = selbp.diagnose(model, (torch.randn(32, 12), torch.randint(3, (32,))), 16)
+    runs = {operator.name: operator.runs for operator in found.operators}
+    assert runs["aten.mm.default"] == runs["aten.tanh_backward.default"] == "rows" and found.dense_flops == 0

@@ -147,6 +147,6 @@ def test_without_the_mask_an_invalid_batch_does_spoil_the_gradients():
     losses = F.cross_entropy(model(x * float("nan")), y, reduction="none")
     chosen = torch.arange(4)
     for live in (None, torch.tensor(False)):
-        got = gradients(model, torch.where(torch.zeros(4) > 0, selbp.select(losses, chosen, live=live), 0).sum())
+        got = gradients(model, torch.where(torch.zeros(4) > 0, selbp.select(losses, chosen, any_valid=live), 0).sum())
         assert all(g.isfinite().all() for g in got.values()) == (live is not None)
         losses = F.cross_entropy(model(x * float("nan")), y, reduction="none")

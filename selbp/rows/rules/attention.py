@@ -1,8 +1,8 @@
 """Rules of the fused attention kernels.
 
-With dropout the kernel re-makes its mask from a random offset and the sample's *position in the batch*, so a cut batch
-would get other masks: those calls densify. Attention without a fused kernel (the CPU's when dropout is on) is made of
-products and softmax and needs nothing here.
+With dropout a kernel computes its mask again, from a random offset and the sample's *position in the batch*. A batch of
+k rows would get other masks, so calls with dropout densify. Attention without a fused kernel (on a CPU with dropout)
+runs as products and softmax, and needs no rule of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from selbp.rows.gradient import RowGradient
-from selbp.rows.registry import RULES, need, overloads, put
+from selbp.rows.registry import RULES, bind, overloads, require
 from selbp.rows.rules.per_sample import kernel
 
 _CPU = "_scaled_dot_product_flash_attention_for_cpu_backward"
@@ -29,7 +29,9 @@ kernel(
 )
 
 
-def _cut_mask(position: int) -> Any:
+def _take_mask(position: int) -> Any:
+    """Take the chosen rows of the mask, the argument at ``position``."""
+
     def adjust(gradient: RowGradient, args: list[Any]) -> None:
         args[position] = mask_rows(gradient, args[position])
 
@@ -37,7 +39,7 @@ def _cut_mask(position: int) -> Any:
 
 
 def mask_rows(gradient: RowGradient, mask: Tensor | None) -> Tensor | None:
-    """The rows of a mask that differs from sample to sample."""
+    """Return the chosen rows of a mask that has one row per sample; any other mask as it is."""
     if mask is None or mask.dim() < gradient.dim() or mask.shape[0] == 1:
         return mask
     return gradient._layout.take(mask, 0)
@@ -49,7 +51,7 @@ kernel(
     "rrrr",
     lambda g, args: g._layout.dim == 0 and args[9] == 0 and not args[10][3],
     text="No dropout, no gradient of the mask.",
-    adjust=_cut_mask(4),
+    adjust=_take_mask(4),
 )
 kernel(
     "_scaled_dot_product_cudnn_attention_backward",
@@ -57,7 +59,7 @@ kernel(
     "rrr",
     lambda g, args: g._layout.dim == 0 and args[13] == 0 and args[9] is None,
     text="No dropout, no ragged sequences.",
-    adjust=_cut_mask(8),
+    adjust=_take_mask(8),
 )
 
 _without_mask = {overload: RULES[overload] for overload in overloads(_CPU)}
@@ -66,10 +68,10 @@ _without_mask = {overload: RULES[overload] for overload in overloads(_CPU)}
 def flash_cpu(func: Any, gradient: Any, *args: Any, attn_mask: Any = None, **kwargs: Any) -> Any:
     """No dropout."""
     if attn_mask is not None:
-        need(isinstance(gradient, RowGradient) and not isinstance(attn_mask, RowGradient), "the mask is a gradient")
+        require(isinstance(gradient, RowGradient) and not isinstance(attn_mask, RowGradient), "the mask is a gradient")
         attn_mask = mask_rows(gradient, attn_mask)
     return _without_mask[func](func, gradient, *args, attn_mask=attn_mask, **kwargs)
 
 
 for _overload in _without_mask:
-    put(_overload, flash_cpu)
+    bind(_overload, flash_cpu)

@@ -1,7 +1,7 @@
-"""Rules of pointwise operators: the other operands are cut to the same rows.
+"""Rules of pointwise operators: the chosen rows of the other operands are taken.
 
-A result row that belongs to a zero gradient row must be zero, so only what is linear in the gradient qualifies: sums of
-gradients, products with a dense tensor, and the pointwise ``*_backward`` kernels, linear in their first argument.
+Where the gradient's row is zero, the result's row must be zero. This holds for sums of gradients, products with a dense
+tensor, and the pointwise ``*_backward`` kernels, which are linear in their first argument.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selbp.rows.gradient import RowGradient, base_of, wrap, wrap_view, writable
+from selbp.rows.gradient import RowGradient
 from selbp.rows.layout import Layout
-from selbp.rows.registry import RULES, NoRuleError, need, overloads, rule
+from selbp.rows.registry import RULES, NoRuleError, overloads, require, rule
+from selbp.rows.wrap import base_of, wrap, wrap_view, writable
 
 aten = torch.ops.aten
 
 
 def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-    """Run ``func`` on the k rows of every tensor; they broadcast, so a dim is known by its distance from the end."""
+    """Run ``func`` on the k rows of every tensor. Tensors broadcast, so dims are counted from the end."""
     layout: Layout | None = None
     end = 0
     operands = list(args)
@@ -31,7 +32,7 @@ def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = 
                 layout, end = own, own.dim - data.dim()
             elif own is not layout or own.dim - data.dim() != end:
                 aligned = own.dim - data.dim() == end and (own.pre, own.post) == (layout.pre, layout.post)
-                need(own.rows is layout.rows and aligned, "two gradients with their samples in different places")
+                require(own.rows is layout.rows and aligned, "two gradients with their samples in different places")
     assert layout is not None
     for position, value in enumerate(args):
         if isinstance(value, Tensor) and type(value) is not RowGradient:
@@ -45,7 +46,7 @@ def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = 
 
 
 def linear(func: Any, gradient: RowGradient, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """:func:`pointwise` for what is most frequent: one gradient, of the result's shape, and no other in ``args``."""
+    """Run :func:`pointwise` in the most frequent case: one gradient, of the result's shape, and none in ``args``."""
     data, layout = gradient._data, gradient._layout
     end = layout.dim - data.dim()
     operands: list[Any] = [data]
@@ -80,26 +81,26 @@ def activation(func: Any, gradient: Any, *args: Any, **kwargs: Any) -> Any:
 @rule("_prelu_kernel_backward")
 def leaky(func: Any, gradient: Any, saved: Any, weight: Tensor) -> Any:
     """Linear in the gradient, which is the first argument."""
-    need(type(gradient) is RowGradient and type(saved) is not RowGradient, "not linear in a second gradient")
+    require(type(gradient) is RowGradient and type(saved) is not RowGradient, "not linear in a second gradient")
     return pointwise(func, (gradient, saved, weight))
 
 
 @rule("glu_backward")
 def gated(func: Any, gradient: Any, saved: Tensor, dim: int) -> Any:
     """The halves are not split along the samples."""
-    need(isinstance(gradient, RowGradient) and not isinstance(saved, RowGradient), "the gradient is dense")
-    need(dim % gradient.dim() != gradient._layout.dim, "split along the samples")
+    require(isinstance(gradient, RowGradient) and not isinstance(saved, RowGradient), "the gradient is dense")
+    require(dim % gradient.dim() != gradient._layout.dim, "split along the samples")
     return pointwise(func, (gradient, saved, dim))
 
 
 def _loss_backward(reduction: int) -> Any:
     def loss_backward(func: Any, gradient: Any, output: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Any:
-        need(isinstance(gradient, RowGradient), "the gradient is dense")
-        need(
+        require(isinstance(gradient, RowGradient), "the gradient is dense")
+        require(
             not isinstance(output, RowGradient) and not isinstance(target, RowGradient),
             "not linear in the saved tensors",
         )
-        need(len(args) > reduction and args[reduction] == 0, 'reduction is not "none"')
+        require(len(args) > reduction and args[reduction] == 0, 'reduction is not "none"')
         return pointwise(func, (gradient, output, target, *args), kwargs)
 
     return loss_backward
@@ -122,8 +123,8 @@ def multiply(func: Any, first: Any, second: Any) -> Any:
 
 @rule("div.Tensor", "div.Scalar")
 def divide(func: Any, first: Any, second: Any) -> Any:
-    """The gradient is divided, it does not divide."""
-    need(isinstance(first, RowGradient) and not isinstance(second, RowGradient), "the divisor is a gradient: 0 / 0")
+    """The gradient is the dividend, not the divisor."""
+    require(isinstance(first, RowGradient) and not isinstance(second, RowGradient), "the divisor is a gradient: 0 / 0")
     return pointwise(func, (first, second))
 
 
@@ -133,7 +134,7 @@ def add(func: Any, first: Any, second: Any, **kwargs: Any) -> Any:
     if type(first) is type(second) and first._layout is second._layout and first._data.shape == second._data.shape:
         return wrap(func(first._data, second._data, **kwargs), first._layout)
     both = isinstance(first, RowGradient) and isinstance(second, RowGradient)
-    need(both, "the other summand is not a gradient of this selection")
+    require(both, "the other summand is not a gradient of this selection")
     return pointwise(func, (first, second), kwargs)
 
 
@@ -141,7 +142,7 @@ def add(func: Any, first: Any, second: Any, **kwargs: Any) -> Any:
 def multiply_add(func: Any, gradient: Any, first: Any, second: Any, **kwargs: Any) -> Any:
     """Summand and product are gradients of the same selection."""
     factors = isinstance(first, RowGradient) or isinstance(second, RowGradient)
-    need(isinstance(gradient, RowGradient) and factors, "a summand is dense")
+    require(isinstance(gradient, RowGradient) and factors, "a summand is dense")
     return pointwise(func, (gradient, first, second), kwargs)
 
 
@@ -150,18 +151,18 @@ def multiply_add(func: Any, gradient: Any, first: Any, second: Any, **kwargs: An
     *("masked_fill_.Scalar", "masked_fill_.Tensor"),
 )
 def in_place(func: Any, gradient: Any, *args: Any, **kwargs: Any) -> Any:
-    """As its out-of-place form; the result keeps the gradient's shape."""
-    need(isinstance(gradient, RowGradient) and writable(gradient), "written to a dense tensor, or to a copy")
+    """The out-of-place form has a rule that applies, and the result keeps the gradient's shape."""
+    require(isinstance(gradient, RowGradient) and writable(gradient), "written to a dense tensor, or to a copy")
     name = f"{func._overloadpacket.__name__[:-1]}.{func._overloadname}".removesuffix(".default")
     (other,) = overloads(name)
     out = RULES[other](other, gradient, *args, **kwargs)
-    need(out._layout is gradient._layout and out._data.shape == gradient._data.shape, "the result has another shape")
-    gradient._data.copy_(out._data)  # into the storage: views of it see the write
+    require(out._layout is gradient._layout and out._data.shape == gradient._data.shape, "the result has another shape")
+    gradient._data.copy_(out._data)  # the views share the storage, so they see the write
     return gradient
 
 
 def _is_zero(value: Any) -> bool:
-    """A zero known without asking a device."""
+    """Return whether ``value`` is known to be zero without reading a device."""
     if isinstance(value, RowGradient):
         return False
     if isinstance(value, Tensor):
@@ -172,17 +173,17 @@ def _is_zero(value: Any) -> bool:
 @rule("where.self")
 def where(func: Any, condition: Any, first: Any, second: Any) -> Any:
     """Both branches are gradients of the same selection, or one is the scalar 0."""
-    need(not isinstance(condition, RowGradient), "the condition is a gradient")
+    require(not isinstance(condition, RowGradient), "the condition is a gradient")
     branches = [value for value in (first, second) if not isinstance(value, RowGradient)]
-    need(all(_is_zero(value) for value in branches), "a branch is neither a gradient nor 0")
+    require(all(_is_zero(value) for value in branches), "a branch is neither a gradient nor 0")
     return pointwise(func, (condition, first, second))
 
 
 @rule("masked_fill.Scalar", "masked_fill.Tensor")
 def masked_fill(func: Any, gradient: Any, mask: Any, value: Any) -> Any:
     """The value is 0."""
-    need(isinstance(gradient, RowGradient) and not isinstance(mask, RowGradient), "the gradient is the mask")
-    need(_is_zero(value) and mask.dim() <= gradient.dim(), "the value is not 0")
+    require(isinstance(gradient, RowGradient) and not isinstance(mask, RowGradient), "the gradient is the mask")
+    require(_is_zero(value) and mask.dim() <= gradient.dim(), "the value is not 0")
     return pointwise(aten.masked_fill.Scalar, (gradient, mask, 0))
 
 
@@ -194,7 +195,7 @@ def copy(func: Any, gradient: RowGradient, *args: Any, **kwargs: Any) -> Any:
 
 @rule("_conj", "_neg_view")
 def resolved(func: Any, gradient: RowGradient) -> Any:
-    """Always; at once, since below dispatch torch resolves neither bit."""
+    """Always. The data are resolved at once, because torch resolves no such bit below dispatch."""
     data = gradient._data
     data = data.conj_physical() if func is aten._conj.default else data.neg()
     gradient._rows.copied.add(id(base_of(gradient)))
@@ -203,5 +204,5 @@ def resolved(func: Any, gradient: RowGradient) -> Any:
 
 @rule("abs", "sgn", "sign")
 def maps_zero_to_zero(func: Any, gradient: RowGradient) -> Any:
-    """Maps zero to zero."""
+    """Always: zero is mapped to zero."""
     return wrap(func(gradient._data), gradient._layout)

@@ -1,8 +1,8 @@
 """Rules of kernels that work sample by sample: one declaration each.
 
-``kernel(name, rows_in, rows_out)`` says which positional arguments hold the samples in dim 0 (or wherever the gradient
-has them, if ``when`` allows it) and, by letter, what each result is: ``r`` one row per sample, ``d`` summed over them.
-The first of ``rows_in`` is the gradient unless ``any_row``.
+``kernel(name, rows_in, rows_out)`` says which positional arguments hold the samples, in dim 0 or, if ``when`` allows
+it, in the gradient's dim. The first of ``rows_in`` is the gradient. ``rows_out`` has a letter for each result: ``r``
+for one row per sample, ``d`` for a sum over the samples.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from selbp.rows.gradient import RowGradient, wrap
-from selbp.rows.registry import NoRuleError, need, rule
+from selbp.rows.gradient import RowGradient
+from selbp.rows.registry import NoRuleError, require, rule
+from selbp.rows.wrap import wrap
 
 Condition = Callable[[RowGradient, list[Any]], bool]
 Adjust = Callable[[RowGradient, list[Any]], None]
@@ -34,7 +35,10 @@ def kernel(
     adjust: Adjust | None = None,
     once: tuple[int, ...] = (),
 ) -> None:
-    """Declare the rule of operator ``name``, see the module's text. ``once``: small operands that it alone reads."""
+    """Declare the rule of operator ``name``, as the module's docstring describes.
+
+    ``adjust`` changes the other arguments. ``once`` lists small operands that no other operator reads.
+    """
     gradient_at, cut = rows_in[0], rows_in[1:]
     results = [position for position, kind in enumerate(rows_out) if kind == "r"]
 
@@ -44,15 +48,15 @@ def kernel(
             raise NoRuleError("the gradient is dense, a saved tensor is not")
         layout, operands = gradient._layout, list(args)
         if not when(gradient, operands):
-            raise NoRuleError(f"not so here: {text}")
+            raise NoRuleError(f"does not hold here: {text}")
         operands[gradient_at] = gradient._data
         for position in cut:
             value = args[position]
             if isinstance(value, Tensor) and type(value) is not RowGradient:
-                operands[position] = layout.once(value) if position in once else layout.take(value)
+                operands[position] = layout.take_once(value) if position in once else layout.take(value)
         for position, value in enumerate(operands):
             if type(value) is RowGradient:
-                need(position in cut and value._layout is layout, "another argument is a gradient too")
+                require(position in cut and value._layout is layout, "another argument is a gradient too")
                 operands[position] = value._data
         if adjust is not None:
             adjust(gradient, operands)
@@ -69,7 +73,7 @@ def kernel(
 
 
 def outside(position: int) -> Condition:
-    """The samples are not among the normalized dims, given by the argument at ``position``."""
+    """The samples are not among the normalized dims, whose sizes are the argument at ``position``."""
     return lambda gradient, args: gradient._layout.dim < gradient.dim() - len(args[position])
 
 
@@ -79,7 +83,7 @@ def before_last(n: int) -> Condition:
 
 
 def _batch_size(position: int) -> Adjust:
-    """The kernel is told the number of samples."""
+    """Set the argument at ``position``, the number of samples, to k."""
 
     def adjust(gradient: RowGradient, args: list[Any]) -> None:
         args[position] = gradient._data.shape[0]
@@ -88,7 +92,7 @@ def _batch_size(position: int) -> Adjust:
 
 
 def _input_size(position: int) -> Adjust:
-    """The kernel is told the size of its input."""
+    """Set the argument at ``position``, the size of the kernel's input, to that of the k rows."""
 
     def adjust(gradient: RowGradient, args: list[Any]) -> None:
         size = list(args[position])
@@ -142,9 +146,9 @@ kernel(
 @rule("_cdist_backward")
 def distance(func: Any, gradient: Any, first: Tensor, second: Tensor, p: float, distances: Tensor) -> Any:
     """Batched over the samples."""
-    need(isinstance(gradient, RowGradient) and gradient.dim() > 2, "distances between samples")
+    require(isinstance(gradient, RowGradient) and gradient.dim() > 2, "distances between samples")
     layout = gradient._layout
-    need(layout.dim == 0 and first.dim() == second.dim() == gradient.dim(), "the samples are not dim 0")
+    require(layout.dim == 0 and first.dim() == second.dim() == gradient.dim(), "the samples are not dim 0")
     return wrap(
         func(gradient._data, *(layout.take(x, 0) for x in (first, second)), p, layout.take(distances, 0)), layout
     )

@@ -1,7 +1,8 @@
-"""Rules of reductions and matrix products: here a gradient of n samples becomes a parameter's gradient.
+"""Rules of reductions and matrix products, which turn a gradient of n samples into a parameter's gradient.
 
-A sum over the samples leaves as an ordinary tensor. In a product the samples are either a free index (the result has
-them, the other factor is used whole) or the contracted one (the other factor is cut to the same rows).
+A sum over the samples is an ordinary tensor. In a product the samples are either a free index or the contracted one. If
+they are free, the result has them, and the other factor is used as it is. If they are contracted, the chosen rows of
+the other factor are taken.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selbp.rows.gradient import RowGradient, wrap
-from selbp.rows.registry import need, rule
+from selbp.rows.gradient import RowGradient
+from selbp.rows.registry import require, rule
+from selbp.rows.wrap import wrap
 
 aten = torch.ops.aten
 
 
 @rule("sum.dim_IntList", "sum", "mean.dim", "mean")
 def total(func: Any, gradient: RowGradient, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    """Always; over the samples it gives an ordinary tensor."""
+    """Always. A sum over the samples is an ordinary tensor."""
     data, layout = gradient._data, gradient._layout
     if func is aten.sum.dim_IntList and dims == [layout.dim]:
         return data.sum(dims, keepdim, dtype=dtype)
@@ -29,7 +31,7 @@ def total(func: Any, gradient: RowGradient, dims: Any = None, keepdim: bool = Fa
     over = sorted([dim % ndim for dim in over])
     out = data.sum(over, keepdim, dtype=dtype)
     if func is aten.mean.dim or func is aten.mean.default:
-        out = out / prod(gradient.shape[dim] for dim in over)  # by all n, the zero rows too
+        out = out / prod(gradient.shape[dim] for dim in over)  # the zero rows count too
     if layout.dim in over:
         return out
     return wrap(out, layout if keepdim else layout.at(layout.dim - sum(dim < layout.dim for dim in over)))
@@ -42,7 +44,7 @@ def matrix_product(func: Any, first: Any, second: Any) -> Any:
         layout = first._layout
         if type(second) is RowGradient:
             other = second._layout
-            need(layout.dim == 1 and other is layout.at(0), "two gradients that are not contracted over the samples")
+            require(layout.dim == 1 and other is layout.at(0), "two gradients that are not contracted over the samples")
             return torch.mm(first._data, second._data)
         if layout.dim == 0:
             return wrap(torch.mm(first._data, second), layout)
@@ -60,10 +62,10 @@ def batched_product(func: Any, first: Any, second: Any) -> Any:
     layout = gradient._layout
     both = isinstance(first, RowGradient) and isinstance(second, RowGradient)
     if layout.dim == 0:
-        need(not both or first._layout is second._layout, "two gradients with their samples in different places")
+        require(not both or first._layout is second._layout, "two gradients with their samples in different places")
         rows = [x._data if isinstance(x, RowGradient) else layout.take(x, 0) for x in (first, second)]
         return wrap(func(*rows), layout)
-    need(not both, "two gradients that are not batched over the samples")
+    require(not both, "two gradients that are not batched over the samples")
     if gradient is first:
         if layout.dim == 1:
             return wrap(func(first._data, second), layout)
@@ -78,7 +80,7 @@ def matrix_vector(func: Any, matrix: Any, vector: Any) -> Any:
     """The samples are the matrix's outer dim, or contracted."""
     if isinstance(matrix, RowGradient):
         layout = matrix._layout
-        need(not isinstance(vector, RowGradient), "matrix and vector are both gradients")
+        require(not isinstance(vector, RowGradient), "matrix and vector are both gradients")
         if layout.dim == 0:
             return wrap(func(matrix._data, vector), layout)
         return func(matrix._data, layout.take(vector, 0))
@@ -89,16 +91,16 @@ def matrix_vector(func: Any, matrix: Any, vector: Any) -> Any:
 def dot(func: Any, first: Any, second: Any) -> Any:
     """One factor is dense."""
     gradient, dense = (first, second) if isinstance(first, RowGradient) else (second, first)
-    need(not isinstance(dense, RowGradient), "both factors are gradients")
+    require(not isinstance(dense, RowGradient), "both factors are gradients")
     rows = gradient._layout.take(dense)
     return func(gradient._data, rows) if gradient is first else func(rows, gradient._data)
 
 
 @rule("embedding_dense_backward")
 def embedding(func: Any, gradient: Any, indices: Tensor, n_embeddings: int, padding: int, by_frequency: bool) -> Any:
-    """Not scaled by frequency, which is counted over all samples."""
-    need(isinstance(gradient, RowGradient) and not isinstance(indices, RowGradient), "the indices are a gradient")
+    """scale_grad_by_freq=False, because frequencies are counted over all samples."""
+    require(isinstance(gradient, RowGradient) and not isinstance(indices, RowGradient), "the indices are a gradient")
     layout = gradient._layout
-    need(not by_frequency, "scale_grad_by_freq counts over all samples")
-    need(layout.dim < indices.dim(), "the samples are the embedding's features")
+    require(not by_frequency, "scale_grad_by_freq counts over all samples")
+    require(layout.dim < indices.dim(), "the samples are the embedding's features")
     return func(gradient._data, layout.take(indices), n_embeddings, padding, False)

@@ -1,4 +1,4 @@
-"""Rules of data movement: the backwards of views, joins, padding, reordering."""
+"""Rules of operators that move data: the backwards of views, joins, padding and reordering."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selbp.rows.gradient import RowGradient, wrap
+from selbp.rows.gradient import RowGradient
 from selbp.rows.layout import Layout
-from selbp.rows.registry import need, rule
-from selbp.rows.rules.views import blocks
+from selbp.rows.registry import require, rule
+from selbp.rows.rules.views import whole_sets
+from selbp.rows.wrap import wrap
 
 aten = torch.ops.aten
 
 
 @rule("slice_backward")
 def narrow_backward(func: Any, gradient: RowGradient, size: Any, dim: int, start: int, end: int, step: int) -> Any:
-    """Not along the samples, or whole sets of n."""
+    """Not along the samples, or only whole sets of n samples."""
     layout, size = gradient._layout, list(size)
     dim %= len(size)
     if dim == layout.dim:
-        first, last = blocks(layout, start, end, step, size[dim])
-        need(
+        first, last = whole_sets(layout, start, end, step, size[dim])
+        require(
             last - first == layout.pre and size[dim] % (layout.rows.n * layout.post) == 0, "took a part of the samples"
         )
         kept = layout.rows.k * layout.post
@@ -48,24 +49,24 @@ def unfold_backward(func: Any, gradient: RowGradient, size: Any, dim: int, lengt
     """Not along the samples."""
     layout, size = gradient._layout, list(size)
     dim %= len(size)
-    need(dim != layout.dim and layout.dim < len(size), "windows over the samples")
+    require(dim != layout.dim and layout.dim < len(size), "windows over the samples")
     size[layout.dim] = layout.kept
     return wrap(func(gradient._data, size, dim, length, step), layout)
 
 
 def same_layout(parts: Any) -> tuple[Layout, list[Tensor]]:
-    """The layout that all ``parts`` share, and their rows. An unused part's gradient is a plain tensor of zeros."""
+    """Return the layout that all ``parts`` share, and their rows. The gradient of an unused part is ordinary zeros."""
     first = next(part for part in parts if isinstance(part, RowGradient))
     layout, rows = first._layout, []
     for part in parts:
         if isinstance(part, RowGradient):
-            need(part._layout is layout, "two gradients with their samples in different places")
+            require(part._layout is layout, "two gradients with their samples in different places")
             rows.append(part._data)
         else:
             zeros = part.dim() == first.dim() and part.device.type == "cpu" and not part.any()
-            need(zeros, "a part is dense")
+            require(zeros, "a part is dense")
             size = list(part.shape)
-            need(size[layout.dim] == layout.full, "a part has its samples elsewhere")
+            require(size[layout.dim] == layout.full, "a part has its samples elsewhere")
             size[layout.dim] = layout.kept
             rows.append(part.new_zeros(size))
     return layout, rows
@@ -76,7 +77,7 @@ def concatenate(func: Any, parts: list[Any], dim: int = 0) -> Any:
     """All parts are gradients of the same selection laid out alike, or (on a CPU) zeros."""
     layout, rows = same_layout(parts)
     dim %= parts[0].dim()
-    if dim == layout.dim:  # blocks one after another: (parts, pre, n, post)
+    if dim == layout.dim:  # the parts follow each other: (parts, pre, n, post)
         return wrap(func(rows, dim), layout.rows.layout(dim, len(parts) * layout.pre, layout.post))
     return wrap(func(rows, dim), layout)
 
@@ -93,7 +94,7 @@ def stack(func: Any, parts: list[Any], dim: int = 0) -> Any:
 def pad(func: Any, gradient: RowGradient, padding: list[int], value: float = 0) -> Any:
     """Filled with 0, and not along the samples."""
     behind = 2 * (gradient.dim() - 1 - gradient._layout.dim)
-    need(value == 0 and not any(padding[behind : behind + 2]), "pads the samples, or not with 0")
+    require(value == 0 and not any(padding[behind : behind + 2]), "pads the samples, or not with 0")
     return wrap(func(gradient._data, padding, value), gradient._layout)
 
 
@@ -102,7 +103,7 @@ def along(func: Any, gradient: RowGradient, amount: Any, dims: Any = None, **kwa
     """Not along the samples."""
     over = dims if func is aten.roll.default else amount
     over = [over] if isinstance(over, int) else over
-    need(bool(over) and all(dim % gradient.dim() != gradient._layout.dim for dim in over), "runs along the samples")
+    require(bool(over) and all(dim % gradient.dim() != gradient._layout.dim for dim in over), "runs along the samples")
     args = (amount,) if dims is None else (amount, dims)
     return wrap(func(gradient._data, *args, **kwargs), gradient._layout)
 
@@ -110,22 +111,22 @@ def along(func: Any, gradient: RowGradient, amount: Any, dims: Any = None, **kwa
 @rule("_fft_c2c", "_fft_r2c", "_fft_c2r")
 def fourier(func: Any, gradient: RowGradient, dims: list[int], *args: Any) -> Any:
     """Not along the samples."""
-    need(all(dim % gradient.dim() != gradient._layout.dim for dim in dims), "transforms the samples")
+    require(all(dim % gradient.dim() != gradient._layout.dim for dim in dims), "transforms the samples")
     return wrap(func(gradient._data, dims, *args), gradient._layout)
 
 
 @rule("tril", "triu")
 def triangle(func: Any, gradient: RowGradient, diagonal: int = 0) -> Any:
     """The samples are not one of the matrix dims."""
-    need(gradient._layout.dim < gradient.dim() - 2, "the samples are a side of the triangle")
+    require(gradient._layout.dim < gradient.dim() - 2, "the samples are a side of the triangle")
     return wrap(func(gradient._data, diagonal), gradient._layout)
 
 
 @rule("index_select")
 def index_select(func: Any, gradient: Any, dim: int, index: Tensor) -> Any:
     """Not along the samples."""
-    need(isinstance(gradient, RowGradient), "the index is a gradient")
-    need(dim % gradient.dim() != gradient._layout.dim, "picks samples")
+    require(isinstance(gradient, RowGradient), "the index is a gradient")
+    require(dim % gradient.dim() != gradient._layout.dim, "picks samples")
     return wrap(func(gradient._data, dim, index), gradient._layout)
 
 
@@ -135,7 +136,7 @@ def diagonal_backward(func: Any, gradient: RowGradient, size: Any, offset: int, 
     layout, size = gradient._layout, list(size)
     first, second = first % len(size), second % len(size)
     others = [dim for dim in range(len(size)) if dim not in (first, second)]
-    need(layout.dim < len(others), "the samples are the diagonal")
+    require(layout.dim < len(others), "the samples are the diagonal")
     layout = layout.at(others[layout.dim])
     size[layout.dim] = layout.kept
     return wrap(func(gradient._data, size, offset, first, second), layout)

@@ -1,4 +1,4 @@
-"""Rules of views: where the samples stand afterwards. The result shares the gradient's memory, and remembers it."""
+"""Rules of views: where the samples are afterwards. The result shares the gradient's memory and keeps its parent."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from typing import Any
 
 import torch
 
-from selbp.rows.engine import becomes_a_leafs
-from selbp.rows.gradient import RowGradient, wrap, wrap_view
+from selbp.rows.engine import becomes_leaf_grad
+from selbp.rows.gradient import RowGradient
 from selbp.rows.layout import Layout
-from selbp.rows.registry import NoRuleError, need, rule
+from selbp.rows.registry import NoRuleError, require, rule
+from selbp.rows.wrap import wrap, wrap_view
 
 aten = torch.ops.aten
 
 
 def follow(shape: Any, layout: Layout, size: Any) -> tuple[list[int], tuple[int, int, int]]:
-    """The stored size, and the layout's (dim, pre, post), after viewing ``shape`` as ``size``.
+    """Return the stored size, and the layout's (dim, pre, post), after viewing ``shape`` as ``size``.
 
-    Row-major, an element's position is (left, sample, right) with ``left`` and ``right`` running over what stands
-    before and after the samples. The new dim that holds the samples must hold all n of them: it spans (left / before) *
-    n * (right / after) positions, where ``before`` and ``after`` are the products of the dims on either side of it.
+    In row-major order an element's position is (left, sample, right): ``left`` runs over everything before the samples,
+    ``right`` over everything after them. The new dim of the samples must hold all n of them. It then spans
+    (left / before) * n * (right / after) positions, where ``before`` and ``after`` are the products of the dims before
+    and after it. Raises NoRuleError if no dim does.
     """
     out = list(size)
     if -1 in out:
@@ -48,15 +50,15 @@ def view(func: Any, gradient: RowGradient, size: Any, *args: Any) -> Any:
         out = [layout.kept, *size[1:]]  # the samples stay in front
     else:
         key = (gradient.shape, tuple(size))
-        found = layout.views.get(key)
-        if found is None:
-            found = layout.views[key] = follow(gradient.shape, layout, size)
-        out, place = found
+        known = layout.views.get(key)
+        if known is None:
+            known = layout.views[key] = follow(gradient.shape, layout, size)
+        out, place = known
         layout = layout.rows.layout(*place)
     try:
         return wrap_view(data.view(out), layout, gradient, aten.view.default, (size,))
-    except RuntimeError:  # the k rows lie otherwise in memory than the n would
-        need(func is not aten.view.default, "the rows' memory does not admit the view")
+    except RuntimeError:  # the k rows lie in memory in another way than the n would
+        require(func is not aten.view.default, "the rows' memory does not admit the view")
         return wrap(data.reshape(out), layout)
 
 
@@ -96,11 +98,11 @@ def unsqueeze(func: Any, gradient: RowGradient, dim: int) -> Any:
 
 @rule("squeeze.dim", "squeeze.dims", "squeeze")
 def squeeze(func: Any, gradient: RowGradient, dims: Any = None) -> Any:
-    """Always; the samples' dim stays even where n is 1."""
+    """The samples' dim is not squeezed (it has size 1 if n = 1)."""
     ndim, layout = gradient.dim(), gradient._layout
     wanted = range(ndim) if dims is None else [dims] if isinstance(dims, int) else dims
     gone = sorted({dim % ndim for dim in wanted if gradient.shape[dim] == 1})
-    need(layout.dim not in gone, "the only sample's dim disappears")
+    require(layout.dim not in gone, "the only sample's dim disappears")
     data = gradient._data
     for dim in reversed(gone):
         data = data.squeeze(dim)
@@ -110,10 +112,10 @@ def squeeze(func: Any, gradient: RowGradient, dims: Any = None) -> Any:
 
 @rule("expand")
 def expand(func: Any, gradient: RowGradient, size: Any, **kwargs: Any) -> Any:
-    """The samples' dim is not what is expanded."""
+    """The samples' dim is not expanded."""
     layout, kept = gradient._layout, list(size)
     dim = layout.dim + len(kept) - gradient.dim()
-    need(kept[dim] in (-1, layout.full), "the samples' dim is expanded")
+    require(kept[dim] in (-1, layout.full), "the samples' dim is expanded")
     kept[dim] = layout.kept
     return wrap_view(gradient._data.expand(kept), layout.at(dim), gradient, func, (size,))
 
@@ -123,29 +125,30 @@ def select(func: Any, gradient: RowGradient, dim: int, index: int) -> Any:
     """Not along the samples."""
     layout = gradient._layout
     dim %= gradient.dim()
-    need(dim != layout.dim, "takes one sample")
+    require(dim != layout.dim, "takes one sample")
     after = layout.at(layout.dim - (dim < layout.dim))
     return wrap_view(gradient._data.select(dim, index), after, gradient, func, (dim, index))
 
 
-def blocks(layout: Layout, start: int, end: int, step: int, size: int) -> tuple[int, int]:
-    """``start:end`` of a samples' dim of ``size`` in units of n samples: (first, last), where it cuts no n apart.
+def whole_sets(layout: Layout, start: int, end: int, step: int, size: int) -> tuple[int, int]:
+    """Return ``start:end`` of a samples' dim of ``size`` in sets of n samples. Raises NoRuleError if it splits a set.
 
-    The dim is (pre, n, post): after ``cat`` of three tensors, say, a part of it can be all n samples of one.
+    The dim is (pre, n, post). After ``cat`` of three tensors, for example, a part of it can be all n samples of one.
     """
-    whole = layout.rows.n * layout.post
+    length = layout.rows.n * layout.post
     start, end = max(start + size if start < 0 else start, 0), min(end + size if end < 0 else end, size)
-    need(step == 1 and whole > 0 and start % whole == end % whole == 0 and start < end, "takes a part of the samples")
-    return start // whole, end // whole
+    sets = step == 1 and length > 0 and start % length == end % length == 0 and start < end
+    require(sets, "takes a part of the samples")
+    return start // length, end // length
 
 
 @rule("slice.Tensor")
 def narrow(func: Any, gradient: RowGradient, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
-    """Not along the samples, or whole sets of n."""
+    """Not along the samples, or only whole sets of n samples."""
     layout = gradient._layout
     dim %= gradient.dim()
     if dim == layout.dim:
-        first, last = blocks(layout, start or 0, layout.full if end is None else end, step, layout.full)
+        first, last = whole_sets(layout, start or 0, layout.full if end is None else end, step, layout.full)
         kept = layout.rows.k * layout.post
         layout = layout.rows.layout(dim, last - first, layout.post)
         data = gradient._data.narrow(dim, first * kept, (last - first) * kept)
@@ -159,7 +162,7 @@ def unbind(func: Any, gradient: RowGradient, dim: int = 0) -> Any:
     """Not along the samples."""
     layout = gradient._layout
     dim %= gradient.dim()
-    need(dim != layout.dim, "takes the samples apart")
+    require(dim != layout.dim, "takes the samples apart")
     layout = layout.at(layout.dim - (dim < layout.dim))
     parts = func(gradient._data, dim)
     return [wrap_view(part, layout, gradient, func, (dim,), i) for i, part in enumerate(parts)]
@@ -168,7 +171,7 @@ def unbind(func: Any, gradient: RowGradient, dim: int = 0) -> Any:
 @rule("split.Tensor", "split_with_sizes")
 def split(func: Any, gradient: RowGradient, sizes: Any, dim: int = 0) -> Any:
     """Not along the samples."""
-    need(dim % gradient.dim() != gradient._layout.dim, "takes the samples apart")
+    require(dim % gradient.dim() != gradient._layout.dim, "takes the samples apart")
     parts = func(gradient._data, sizes, dim)
     return [wrap_view(part, gradient._layout, gradient, func, (sizes, dim), i) for i, part in enumerate(parts)]
 
@@ -178,7 +181,7 @@ def diagonal(func: Any, gradient: RowGradient, offset: int = 0, first: int = 0, 
     """The samples are not on the diagonal."""
     ndim, layout = gradient.dim(), gradient._layout
     first, second = first % ndim, second % ndim
-    need(layout.dim not in (first, second), "the samples are a side of the diagonal")
+    require(layout.dim not in (first, second), "the samples are a side of the diagonal")
     after = layout.at(layout.dim - (first < layout.dim) - (second < layout.dim))
     return wrap_view(func(gradient._data, offset, first, second), after, gradient, func, (offset, first, second))
 
@@ -187,12 +190,13 @@ def diagonal(func: Any, gradient: RowGradient, offset: int = 0, first: int = 0, 
 def same_samples(func: Any, gradient: RowGradient) -> Any:
     """The samples are not the dim of real and imaginary parts."""
     layout = gradient._layout
-    need(func is not aten.view_as_complex.default or layout.dim < gradient.dim() - 1, "the samples are complex parts")
+    apart = func is not aten.view_as_complex.default or layout.dim < gradient.dim() - 1
+    require(apart, "the samples are complex parts")
     return wrap_view(func(gradient._data), layout, gradient, func, ())
 
 
 @rule("detach")
 def detach(func: Any, gradient: RowGradient) -> Any:
-    """Not where it becomes the ``.grad`` of a leaf, which is an ordinary tensor (but for a checkpoint's own leaves)."""
-    need(not becomes_a_leafs(gradient), "a leaf's gradient is an ordinary tensor")
+    """The result does not become the ``.grad`` of a leaf, which is an ordinary tensor. A checkpoint's own may."""
+    require(not becomes_leaf_grad(gradient._rows.task), "a leaf's gradient is an ordinary tensor")
     return wrap_view(gradient._data.detach(), gradient._layout, gradient, func, ())
