@@ -17,6 +17,8 @@ except ImportError as error:
 if _stale := stale(getattr(selbp._native, "SOURCES", "")):
     raise ImportError(_stale)
 
+from selbp import sampling  # noqa: E402
+from selbp.sampling import NoiseAwareCrossEntropy  # noqa: E402
 from selbp.selectors import (  # noqa: E402
     BatchStatistics,
     CubeSampling,
@@ -53,6 +55,7 @@ __all__ = [
     "GradientProxies",
     "LossPercentile",
     "LossRank",
+    "NoiseAwareCrossEntropy",
     "Random",
     "ReducibleLoss",
     "Schedule",
@@ -69,6 +72,7 @@ __all__ = [
     "fence",
     "keep_freed_memory",
     "recommended",
+    "sampling",
     "select",
     "selective_backward",
 ]

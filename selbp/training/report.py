@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from selbp.ops.types import BatchStatistics, Selection
+from selbp.sampling.table import ScoreTable
 from selbp.training.budget import random_error, rows_at_cost, step_cost
 from selbp.training.proxies import HeadProxies
 
@@ -84,7 +85,7 @@ class WeightFigures:
             for name in [name for name, value in vars(kind).items() if isinstance(value, cached_property)]:
                 with suppress(RuntimeError):  # a cut's report before its backward: not known
                     getattr(self, name)
-        return {**self.__dict__, "_proxies": None}
+        return {**self.__dict__, "_proxies": None, **({"table": None} if "table" in self.__dict__ else {})}
 
     @cached_property
     def weight_sum(self) -> float:
@@ -125,6 +126,27 @@ class StepReport(WeightFigures):
     _chosen: Tensor = field(repr=False)  # (k,) scaled losses of the chosen rows
     _hits: tuple[Tensor, Tensor] | None = field(repr=False)
     _watch: Stopwatch = field(repr=False)
+    table: ScoreTable | None = field(default=None, repr=False)  # the step's, whose figures are those of the moment
+
+    @cached_property
+    def headroom(self) -> float | None:
+        """The table's: the batch multiplier that the best odds could have; None without a table."""
+        return None if self.table is None else self.table.headroom
+
+    @cached_property
+    def price(self) -> float | None:
+        """What a step of this kind costs over random's, as :class:`selbp.AutoSelect` measured it; None where not."""
+        return None if self.table is None else self.table.price
+
+    @cached_property
+    def noise_share(self) -> float | None:
+        """The table's estimate of the share of wrong labels; None without a table."""
+        return None if self.table is None else self.table.noise_share
+
+    @cached_property
+    def coverage(self) -> float | None:
+        """Share of all samples that have been trained on while the table watched; None without a table."""
+        return None if self.table is None else self.table.coverage
 
     @cached_property
     def loss(self) -> float:
@@ -182,5 +204,6 @@ class StepReport(WeightFigures):
         names = (
             "n", "k", "step", "selected", "scored", "backward", "backward_reason", "loss", "accuracy", "weight_sum",
             "weight_max", "effective_sample_size", "relative_residual", "gain", "gain_at_cost", "seconds",
+            *(() if self.table is None else ("headroom", "price", "noise_share", "coverage")),
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
