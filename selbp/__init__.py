@@ -6,6 +6,7 @@ from selbp.allocator import keep_freed_memory
 from selbp.cut.module import BackwardCut, backward_cut
 from selbp.cut.report import CutReport
 from selbp.rows import checkpoint, fence, select
+from selbp.sampling import NoiseAwareCrossEntropy
 from selbp.selectors import (
     BatchStatistics,
     CubeSampling,
@@ -42,6 +43,7 @@ __all__ = [
     "GradientProxies",
     "LossPercentile",
     "LossRank",
+    "NoiseAwareCrossEntropy",
     "Random",
     "ReducibleLoss",
     "Schedule",
@@ -61,6 +63,7 @@ __all__ = [
     "ops",
     "recommended",
     "rows",
+    "sampling",
     "select",
     "selective_backward",
 ]

@@ -23,7 +23,7 @@ class WeightFigures:
             for name in [name for name, value in vars(kind).items() if isinstance(value, cached_property)]:
                 with suppress(RuntimeError):  # a cut's report before its backward: not known
                     getattr(self, name)
-        return {**self.__dict__, "_proxies": None}
+        return {**self.__dict__, "_proxies": None, **({"table": None} if "table" in self.__dict__ else {})}
 
     @cached_property
     def weight_sum(self) -> float:
