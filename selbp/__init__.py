@@ -18,7 +18,7 @@ if _stale := stale(getattr(selbp._native, "SOURCES", "")):
     raise ImportError(_stale)
 
 from selbp import sampling  # noqa: E402
-from selbp.sampling import NoiseAwareCrossEntropy  # noqa: E402
+from selbp.sampling import AutoSelect, NoiseAwareCrossEntropy  # noqa: E402
 from selbp.selectors import (  # noqa: E402
     BatchStatistics,
     CubeSampling,
@@ -44,6 +44,7 @@ from selbp.training.memory import keep_freed_memory  # noqa: E402
 from selbp.training.recommended import recommended  # noqa: E402
 
 __all__ = [
+    "AutoSelect",
     "BatchStatistics",
     "CubeSampling",
     "CutReport",

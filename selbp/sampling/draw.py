@@ -102,7 +102,9 @@ def _unbiased(first: Tensor, odds: Tensor, draws: Tensor, k: int) -> tuple[Tenso
     """The rows ``first`` (u,) at 1 / n each, and k - u of the others by systematic sampling at 1 / (n pi)."""
     valid = torch.ones_like(odds, dtype=torch.bool)
     rows, weights = choose(odds, valid, draws, k - len(first), "odds", "unbiased")
-    return torch.cat([first, rows]), torch.cat([torch.full_like(weights[:1], 1.0 / len(odds)).expand(len(first)), weights])
+    return torch.cat([first, rows]), torch.cat(
+        [torch.full_like(weights[:1], 1.0 / len(odds)).expand(len(first)), weights]
+    )
 
 
 def draw(

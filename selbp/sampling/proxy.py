@@ -94,7 +94,9 @@ def fit_proxy(
     x, y = _read(dataset, features, n, table.classes)
     read = time.process_time()
     noisy = table.noise != "none"
-    logits, done, epsilon = _fitted(x, y, table.classes, hidden, passes, limit, check_flag("halves", halves), seed, noisy)
+    logits, done, epsilon = _fitted(
+        x, y, table.classes, hidden, passes, limit, check_flag("halves", halves), seed, noisy
+    )
     if noisy:
         table.epsilon.fill_(epsilon)
     table.fill(torch.arange(n), logits, y)

@@ -27,8 +27,8 @@ from selbp.training.in_place import Untouched
 from selbp.training.interaction import FirstComparison, SamplesInteractError
 from selbp.training.losses import CrossEntropy, criterion_of, of_some
 from selbp.training.report import StepReport, Stopwatch
+from selbp.training.scores import check_table, weighted, with_irreducible, write_back
 from selbp.training.scoring import Scored, score, unscored, worth_keeping
-from selbp.training.scores import check_table, weighted, write_back
 from selbp.training.state import CHOICE_ENTRIES, ChoiceState, check_counts
 
 NEEDS = ("nothing", "loss", "statistics", "gradients")
@@ -200,6 +200,8 @@ class SelectiveBackprop:
             ids = per_sample.pop("ids", None)
         batch = Batch.of(inputs, target, per_sample)
         issued = None if table is None else table.next(batch.n, ids)
+        if table is not None and issued is not None:
+            batch = with_irreducible(batch, table, issued)
         self._synchronised = self._synchronised or check_not_bypassed(self.model)
         restore = self._choice.snapshot(), self._running.snapshot()
         try:
@@ -344,6 +346,11 @@ class SelectiveBackprop:
         if self._report is None:
             raise RuntimeError("there is no report before the first step")
         return self._report
+
+    @property
+    def table(self) -> ScoreTable | None:
+        """The table of scores that the step writes to."""
+        return self._table
 
     @property
     def optimizer_step(self) -> int:
