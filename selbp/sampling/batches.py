@@ -137,7 +137,7 @@ class TableSampler(Sampler[list[int]]):
         epoch, consumed = check_int("the state's epoch", state["epoch"], 0), check_int("consumed", state["consumed"], 0)
         device = self.table.device
         issued = [
-            Draw(d["ids"].to(device), int(d["uniform"]), None if d["weights"] is None else d["weights"].to(device), d["tag"])
+            Draw(d["ids"].to(device), int(d["uniform"]), _moved(d["weights"], device), d["tag"])
             for d in state["issued"]
         ]  # fmt: skip
         self.epoch, self._consumed = epoch, consumed
@@ -147,6 +147,10 @@ class TableSampler(Sampler[list[int]]):
         # Before the first batch of all there is no plan yet; after the last one of an epoch the next epoch is due.
         self._begun = bool(self._plan)
         self._resumed = self._begun and consumed < self._length()
+
+
+def _moved(x: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if x is None else x.to(device)
 
 
 class ScoredBatchSampler(TableSampler):

@@ -82,7 +82,7 @@ def automatic(inputs: Any) -> Tensor:
         return torch.cat([_pooled(_pixels(x), exact=True) for x in inputs])
     raise TypeError(
         'features="auto" takes images, vectors, texts or tokens; pass features=, a function of a list of inputs that '
-        f"gives (m, d), or a matrix (N, d) of embeddings. Got {shown(inputs[0] if isinstance(inputs, list) else inputs)}"
+        f"gives (m, d), or a matrix (N, d) of embeddings; got {shown(inputs[0] if isinstance(inputs, list) else 0)}"
     )
 
 

@@ -115,8 +115,8 @@ def remember(
 def record(table: Columns, averages: Averages, fresh: Fresh, logits: Tensor, time: int) -> int:
     """Write the probability that ``logits`` (rows, C) float32 give each row's label, and what follows, to the table.
 
-    Rows that are not live, whose target is no class or whose probability is not a number leave the table as it is. Those
-    that were drawn uniformly enter the averages.
+    Rows that are not live, whose target is no class or whose probability is not a number leave the table as it is.
+    Those that were drawn uniformly enter the averages.
 
     Returns:
         -1, or the first row whose target is not the label that the table has of its sample: nothing is written then.
@@ -133,5 +133,6 @@ def record(table: Columns, averages: Averages, fresh: Fresh, logits: Tensor, tim
         rows, classes, logits.stride(0), logits.data_ptr(), target.data_ptr(), ids.data_ptr(),
         0 if place is None else place.data_ptr(), 0 if live is None else live.data_ptr(), fresh.uniform, time,
         table.addresses(), averages.state.data_ptr(), 0 if transition is None else transition.data_ptr(),
-        0 if counts is None else counts.data_ptr(), float(averages.window), 0 if scratch is None else scratch.data_ptr(),
+        0 if counts is None else counts.data_ptr(), float(averages.window),
+        0 if scratch is None else scratch.data_ptr(),
     )  # fmt: skip

@@ -45,10 +45,10 @@ class ScoreTable:
     """What is known of each of N samples: the probability p of its label, and how far that label is believed.
 
     A proxy fills it (:func:`selbp.sampling.fit_proxy`), every row that trains writes its fresh p back
-    (``table=`` of :class:`selbp.SelectiveBackprop`), and :class:`selbp.sampling.ScoredBatchSampler` draws by it. With the
-    responsibility r = P(label right | p) of a mixture, (1 - eps) p / ((1 - eps) p + eps / C), a sample's score is
-    g = r (1 - p), the size of its gradient in the noise-aware loss. eps is estimated by expectation-maximisation: on the
-    proxy's scan, then from the rows that were drawn uniformly only, since on rows chosen for r it would fall to 0.
+    (``table=`` of :class:`selbp.SelectiveBackprop`), and :class:`selbp.sampling.ScoredBatchSampler` draws by it. With
+    the responsibility r = P(label right | p) of a mixture, (1 - eps) p / ((1 - eps) p + eps / C), a sample's score is
+    g = r (1 - p), the size of its gradient in the noise-aware loss. eps is estimated by expectation-maximisation: on
+    the proxy's scan, then from the rows that were drawn uniformly only, since on rows chosen for r it would fall to 0.
 
     Args:
         samples: N, the length of the data set.
@@ -238,7 +238,8 @@ class ScoreTable:
         """Estimate the noise from the scores there are, as after a proxy's scan of all samples or of uniform ones.
 
         Args:
-            logits, target: (m, C) and (m,): what ``noise="class"`` learns its transition from; not used otherwise.
+            logits: (m, C) of samples drawn uniformly, which ``noise="class"`` learns its transition from; else not used.
+            target: (m,) int64 their labels.
         """
         p = self.probability[torch.isfinite(self.probability)]
         if not len(p):

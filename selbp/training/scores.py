@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from selbp.common.batch import Batch
 from selbp.sampling.issued import Draw
 from selbp.sampling.table import ScoreTable
 from selbp.selectors import Selector
 from selbp.selectors.checks import shown
 from selbp.types import Selection
+
+IRREDUCIBLE = "irreducible_loss"  # by which selbp.ReducibleLoss knows it
 
 
 def check_table(table: object) -> ScoreTable | None:
@@ -20,6 +24,14 @@ def check_table(table: object) -> ScoreTable | None:
     if table is not None and not isinstance(table, ScoreTable):
         raise TypeError(f"table must be a selbp.sampling.ScoreTable or None, got {shown(table)}")
     return table
+
+
+def with_irreducible(batch: Batch, table: ScoreTable, draw: Draw) -> Batch:
+    """The batch with what the table knows of each sample's irreducible loss, unless the caller has said it."""
+    if table.irreducible is None or IRREDUCIBLE in batch.extras:
+        return batch
+    loss = table.irreducible[draw.ids].to(batch.device, non_blocking=True)
+    return replace(batch, extras={**batch.extras, IRREDUCIBLE: loss})
 
 
 def weighted(selection: Selection, factor: Tensor, rule: Selector) -> Selection:

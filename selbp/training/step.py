@@ -27,7 +27,7 @@ from selbp.training.losses import CrossEntropy, criterion_of, of_some
 from selbp.training.placed_cut import CutStepReport, PlacedCut
 from selbp.training.report import StepReport
 from selbp.training.schedule import Schedule
-from selbp.training.scores import check_table, weighted, write_back
+from selbp.training.scores import check_table, weighted, with_irreducible, write_back
 from selbp.training.scoring import Scored, score, unscored, worth_keeping
 from selbp.training.stopwatch import Stopwatch
 from selbp.training.strategies import UNSCORED, Strategy
@@ -202,6 +202,8 @@ class SelectiveBackprop:
             ids = per_sample.pop("ids", None)
         batch = Batch.of(inputs, target, per_sample)
         issued = None if table is None else table.next(batch.n, ids)
+        if table is not None and issued is not None:
+            batch = with_irreducible(batch, table, issued)
         self._synchronised = self._synchronised or check_not_bypassed(self.model)
         restore = self._choice.snapshot(), self._running.snapshot()
         try:
@@ -346,6 +348,11 @@ class SelectiveBackprop:
         if self._report is None:
             raise RuntimeError("there is no report before the first step")
         return self._report
+
+    @property
+    def table(self) -> ScoreTable | None:
+        """The table of scores that the step writes to."""
+        return self._table
 
     @property
     def optimizer_step(self) -> int:
