@@ -62,6 +62,8 @@ class AutoSelect:
         sampler: its batches are drawn as the controller says.
         random_k: rows of a random step; the sampler's k for None. Give random the keep that is best for it.
         others: further candidates by name, each with a step of its own, such as one that scores a pool of 64.
+        prices: of each candidate's step over random's, where they are known: nothing is timed then, and a run is the
+            same each time.
         every: steps between decisions.
         trial: timed steps of each candidate in the beginning.
         margin: by how much more another one must be worth, at least 0.
@@ -77,6 +79,7 @@ class AutoSelect:
         *,
         random_k: int | None = None,
         others: Mapping[str, Candidate] | None = None,
+        prices: Mapping[str, float] | None = None,
         every: int = 100,
         trial: int = 8,
         margin: float = 0.1,
@@ -97,6 +100,7 @@ class AutoSelect:
         self.every, self.trial = check_int("every", every, 1), check_int("trial", trial, 1)
         self.margin = check_number("margin", margin, 0.0)
         self.log: list[Decision] = []
+        self._fixed = None if prices is None else _checked(prices, self.candidates)
         self._times: dict[str, deque[float]] = {name: deque(maxlen=TIMES) for name in self.candidates}
         self._count = dict.fromkeys(self.candidates, 0)
         self._steps, self._last = 0, ("", 0.0)
@@ -112,7 +116,17 @@ class AutoSelect:
         """One minibatch: the scalar to call ``backward()`` on, by the step that its batch was drawn for."""
         draws = self.sampler.table.issued.draws
         name = draws[0].tag if draws and draws[0].tag in self.candidates else self.current
-        device = getattr(target, "device", None)
+        if self._fixed is None:
+            self._time(name, getattr(target, "device", None))
+        self._steps += 1
+        if self._steps % self.every == 0 or (self._untried() and not self._trying()):
+            self.decide()
+        loss: Tensor = self.candidates[name].step(inputs, target, **per_sample)
+        self._report = self.candidates[name].step.report
+        return loss
+
+    def _time(self, name: str, device: Any) -> None:
+        """Note what the last step took, where this one is of the same candidate."""
         now = time.perf_counter() if device is not None and device.type == "cuda" else time.process_time()
         last, before = self._last
         if last == name:  # two alike in a row: what the first one took
@@ -120,13 +134,14 @@ class AutoSelect:
             if self._count[name] > WARM:
                 self._times[name].append(now - before)
         self._last = name, now
-        self._steps += 1
-        measuring = len(self._times[self.current]) < self.trial
-        if not measuring and (self._steps % self.every == 0 or any(len(t) < self.trial for t in self._times.values())):
-            self.decide()
-        loss: Tensor = self.candidates[name].step(inputs, target, **per_sample)
-        self._report = self.candidates[name].step.report
-        return loss
+
+    def _trying(self) -> bool:
+        """Whether the candidate in use has not made its trial steps."""
+        return self._fixed is None and len(self._times[self.current]) < self.trial
+
+    def _untried(self) -> list[str]:
+        """Candidates whose price is not known."""
+        return [] if self._fixed else [name for name, times in self._times.items() if len(times) < self.trial]
 
     @property
     def report(self) -> Any:
@@ -138,6 +153,8 @@ class AutoSelect:
     @property
     def prices(self) -> dict[str, float]:
         """Median seconds of each candidate's steps over those of random's; of those that were measured."""
+        if self._fixed is not None:
+            return dict(self._fixed)
         known = {name: median(times) for name, times in self._times.items() if len(times) >= self.trial}
         base = known.get(FALLBACK, 0.0)
         return {name: seconds / base for name, seconds in known.items()} if base > 0 else {}
@@ -153,7 +170,9 @@ class AutoSelect:
     def decide(self) -> str:
         """Try the next candidate without a price, or choose among those that have one; log it, and return its name."""
         headroom, prices = self.sampler.table.headroom, self.prices
-        untried = [name for name, times in self._times.items() if len(times) < self.trial]
+        if self._trying():
+            return self.current
+        untried = self._untried()
         before = self.current
         if untried:
             chosen, why = untried[0], f"its price is not known: {self.trial} steps will tell"
@@ -202,3 +221,14 @@ class AutoSelect:
         self._steps, self._last = check_int("steps", state["steps"], 0), ("", 0.0)
         self.log = [Decision(*line) for line in state["log"]]
         self._use(state["current"])
+
+
+def _checked(prices: Mapping[str, float], candidates: Mapping[str, Candidate]) -> dict[str, float]:
+    """``prices`` as floats above 0, one for each candidate. Raises TypeError or ValueError."""
+    if not isinstance(prices, Mapping) or set(prices) != set(candidates):
+        got = sorted(map(str, prices)) if isinstance(prices, Mapping) else shown(prices)
+        raise ValueError(f"prices must name the candidates {sorted(candidates)}, got {got}")
+    found = {name: check_number(f"the price of {name}", price, 0.0) for name, price in prices.items()}
+    if min(found.values()) == 0.0:
+        raise ValueError(f"prices must be above 0, got {found}")
+    return found
