@@ -28,9 +28,9 @@ from selbp_study.show import Bar, Show, say
 from selbp_study.storage import Lock, LockedError, StorageError, write_text
 from selbp_study.timing import CLOCKS, clock_for
 
-DEMO_ARMS = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching")
+DEMO_ARMS = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching", "auto")
 DEFAULT_EPOCHS = 4.0
-DEMO_EPOCHS = 3.0  # eighteen runs in about five minutes on two cores
+DEMO_EPOCHS = 3.0  # twenty-one runs in some six minutes on two cores
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 

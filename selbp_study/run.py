@@ -71,6 +71,9 @@ class Run:
         self.random = torch.get_rng_state()  # torch's global generator, as this run has left it
         self.backward_samples = 0
         self.seconds = dict.fromkeys(PHASES, 0.0)  # medians of each window x its steps: robust against a busy machine
+        if sampled is not None:
+            for phase in ("select", "total"):
+                self.seconds[phase] += sampled.proxy_seconds
         self.journal_seconds = 0.0
         self.window = torch.zeros(WINDOW, len(PHASES) + 1, dtype=torch.float64)  # the last: whether the rule chose
 
