@@ -94,7 +94,9 @@ def build_parser() -> argparse.ArgumentParser:
         "  selbp train --selector top-loss:weights=refit --epochs 2 --out runs/top --resume\n\n"
         f"selectors (options as name:option=value,...):\n{_selector_help()}",
     )  # fmt: skip
-    train.add_argument("--selector", default="matching", metavar="RULE", help="see below (default: %(default)s)")
+    train.add_argument(
+        "--selector", default="matching", metavar="RULE", help="a selector or an arm, see below (default: %(default)s)"
+    )
     train.add_argument("--lr", type=above_zero, help="peak learning rate (default: the rule's own)")
     train.add_argument(
         "--seed", type=seed_argument, default=0, help="weights, order of samples, draws (default: %(default)s)"

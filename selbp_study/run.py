@@ -276,6 +276,8 @@ class Run:
             "seconds": self.seconds["total"], "gain": report.gain, "gain_at_cost": report.gain_at_cost,
             "milliseconds": dict(zip(PHASES, (1e3 * medians).tolist(), strict=True)),
         }  # fmt: skip
+        if isinstance(self.order, SampledOrder):
+            row |= self.order.figures()
         self.log.append(row)
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
             raise Diverged(f"the weights are no longer finite after step {self.step}: try a lower --lr")

@@ -124,6 +124,11 @@ class SampledOrder:
         generator = torch.Generator().manual_seed(step)
         return torch.randint(len(self.split), (getattr(self.sampler, "k", 1),), generator=generator)
 
+    def figures(self) -> dict[str, float | None]:
+        """Headroom, noise share and coverage, for a line of the log; None for what is not known yet."""
+        found = {name: float(getattr(self.table, name)) for name in ("headroom", "noise_share", "coverage")}
+        return {name: value if value == value else None for name, value in found.items()}
+
     def state(self) -> dict[str, Any]:
         """What the next draw depends on."""
         state = {"table": self.table.state_dict(), "sampler": self.sampler.state_dict(), "seconds": self.proxy_seconds}

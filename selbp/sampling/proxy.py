@@ -15,6 +15,8 @@ from selbp.sampling.noise import noise_aware
 from selbp.sampling.table import ScoreTable
 from selbp.selectors.checks import check_flag, check_int, check_number, shown
 
+LEAST = 100  # minibatches, from which the noise is seen
+MOST = 10  # passes that are made for them
 RATE, BATCH = 0.01, 128  # of Adam
 START, PACE = 0.2, 0.05  # eps before the first minibatch, and how far each one moves it
 FOR_TRANSITION = 20_000  # samples that a transition matrix is learned from
@@ -37,7 +39,7 @@ def fit_proxy(
     *,
     features: Features = "auto",
     hidden: int = 64,
-    passes: int = 1,
+    passes: int | None = None,
     seconds: float | None = None,
     halves: bool = False,
     seed: int = 0,
@@ -59,7 +61,8 @@ def fit_proxy(
             vectors as they are. Or a function of the inputs (a tensor, or a list where they do not stack) of m samples
             that gives (m, d); or a matrix (N, d), such as embeddings.
         hidden: units of its one hidden layer.
-        passes: over the data, in a random order.
+        passes: over the data, in a random order. None: one, and of a small data set as many as it takes to make 100
+            minibatches, at most 10; fewer leave the noise unseen.
         seconds: end the training after so many processor seconds, reading not counted, even if the passes are not
             through.
         halves: train two, each on every other sample, and score by the one that has not seen the sample: scores that
@@ -89,7 +92,8 @@ def fit_proxy(
     if len(dataset) != n:
         raise ValueError(f"dataset must have the table's {n} samples, got {len(dataset)}")
     features = _check_features(features, n)
-    hidden, passes, seed = check_int("hidden", hidden, 1), check_int("passes", passes, 1), check_int("seed", seed, 0)
+    hidden, seed = check_int("hidden", hidden, 1), check_int("seed", seed, 0)
+    passes = _enough(n) if passes is None else check_int("passes", passes, 1)
     limit = None if seconds is None else check_number("seconds", seconds, 0.0)
     x, y = _read(dataset, features, n, table.classes)
     read = time.process_time()
@@ -106,6 +110,11 @@ def fit_proxy(
     accuracy = float((logits.argmax(1) == y).double().mean())
     end = time.process_time()
     return Proxy(end - start, end - read, done, accuracy, losses)
+
+
+def _enough(n: int) -> int:
+    """Passes over ``n`` samples that make :data:`LEAST` minibatches, at most :data:`MOST`."""
+    return max(1, min(MOST, -(-LEAST * BATCH // n)))
 
 
 def _check_features(features: Features, n: int) -> Features:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from selbp_study.arms import ARMS, Arm
+from selbp_study.cli import main
+from selbp_study.config import RunConfig
 from selbp_study.costs import ONCE, Cost, measure, steps_within
+from selbp_study.data import load, resolve
 from selbp_study.protocols import PROTOCOLS, Cell, Protocol
 from selbp_study.run import Run
 from selbp_study.sampled import WAYS, SampledOrder, Sampling
@@ -88,6 +92,38 @@ def test_the_controller_says_why(config, dataset, tmp_path):
 def test_a_text_is_drawn_without_classes(config, text, tmp_path):
     wanted = config_of(config, "auto", dataset=text.name, fingerprint=text.fingerprint, model="transformer")
     assert finish(wanted, text, tmp_path).order.table.classes is None
+
+
+def test_train_writes_what_is_thought_mislabelled(tmp_path, capsys):
+    out = tmp_path / "run"
+    command = ["train", "--selector", "scored", "--dataset", "digits", "--steps", "60", "--keep", "16", "--quiet"]
+    assert main([*command, "--out", str(out)]) == 0
+    assert "samples thought mislabelled" in capsys.readouterr().out
+    head, *rows = (out / "suspects.csv").read_text().splitlines()
+    assert head == "id,given_label,probable_label,probability"
+    for row in rows:
+        number, given, probable, chance = row.split(",")
+        assert given != probable and 0.5 <= float(chance) <= 1 and 0 <= int(number) < 1438
+    page = (out / "scores.html").read_text()
+    assert "headroom and noise share" in page and 'name="viewport"' in page
+    logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert any(row.get("noise_share") is not None for row in logged)
+
+
+def test_suspects_find_planted_errors(tmp_path):
+    """Of labels that were turned into another class, most are found, and most that is found was turned."""
+    clean, noisy = load("digits"), resolve("digits+noise=0.2")
+    config = RunConfig(
+        dataset=noisy.name, fingerprint=noisy.fingerprint, selector="full", steps=300, lr=0.1, model="mlp", threads=1,
+        options="sampling=scored", keep=48, journal_every=1000,
+    )  # fmt: skip
+    run = finish(config, noisy, tmp_path)
+    planted = clean.train.labels != noisy.train.labels
+    found = torch.zeros_like(planted)
+    listed = run.order.table.suspects(len(planted))
+    found[listed.ids[listed.probability >= 0.5]] = True
+    right = float((found & planted).sum())
+    assert right / float(found.sum()) > 0.85 and right / float(planted.sum()) > 0.75
 
 
 @pytest.mark.parametrize("name", [name for name, (_, spec) in ARMS.items() if "sampling=" in spec])
