@@ -20,7 +20,7 @@ export PYTHON VENV TORCH PIP_ARGS
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo       install, then train Fashion-MNIST with six selection rules; prints a table and a page"
+	@echo "make demo       install, then train Fashion-MNIST with seven ways of choosing; prints a table and a page"
 	@echo "make test       install for development and run the fast tests"
 	@echo "make test-all   every test, the slow ones included; the kernels on every supported Triton, the rows' rules on torch"
 	@echo "make test-versions  the fast suite on every supported torch, in environments of their own; a table"

@@ -13,6 +13,7 @@
 #include "choose_rows/cpu.hpp"
 #include "cpu/level.hpp"
 #include "cube/cpu.hpp"
+#include "draw/cpu.hpp"
 #include "gram/cpu.hpp"
 #include "matching/matching.hpp"
 #include "statistics/cpu.hpp"
@@ -59,6 +60,36 @@ void bind_cube(py::module_& m) {
                                  at<double>(draws), at<double>(scratch), at<std::int64_t>(group)});
       },
       py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_draw(py::module_& m) {
+  using Address = std::uintptr_t;
+  using Size = std::int64_t;
+  using Columns = std::array<Address, 5>;
+  using Released = py::call_guard<py::gil_scoped_release>;
+  static const auto columns = [](const Columns& x) {
+    return selbp::ScoreColumns{at<float>(x[0]), at<float>(x[1]), at<std::int32_t>(x[2]), at<std::int32_t>(x[3]),
+                               at<Size>(x[4])};
+  };
+  m.def(
+      "draw",
+      [](Size pool, Size k, Size uniform, Address ids, const Columns& table, Address factor, double power, double floor,
+         std::uint64_t seed, std::uint64_t step, Address rows, Address odds, Address draws, Address scratch) {
+        SELBP_PICK(draw)({pool, k, uniform, at<Size>(ids), columns(table), at<double>(factor), power, floor, seed, step,
+                          at<Size>(rows), at<double>(odds), at<double>(draws), at<void>(scratch)});
+      },
+      Released());
+  m.def(
+      "record",
+      [](Size rows, Size classes, Size stride, Address logits, Address target, Address ids, Address place, Address live,
+         Size uniform, Size time, const Columns& table, Address state, Address transition, Address counts,
+         double window, Address scratch) {
+        return SELBP_PICK(record)({rows, classes, stride, at<float>(logits), at<Size>(target), at<Size>(ids),
+                                   at<Size>(place), at<unsigned char>(live), uniform, time, columns(table),
+                                   at<double>(state), at<double>(transition), at<double>(counts), window,
+                                   at<double>(scratch)});
+      },
+      Released());
 }
 
 void bind_gram(py::module_& m) {
@@ -195,6 +226,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("level", [] { return selbp::level_name(); }, "The x86-64 level whose kernels are in use.");
   bind_choose_rows(m);
   bind_cube(m);
+  bind_draw(m);
   bind_gram(m);
   bind_matching(m);
   bind_statistics(m);

@@ -6,6 +6,7 @@ from selbp.allocator import keep_freed_memory
 from selbp.cut.module import BackwardCut, backward_cut
 from selbp.cut.report import CutReport
 from selbp.rows import checkpoint, fence, select
+from selbp.sampling import AutoSelect, NoiseAwareCrossEntropy
 from selbp.selectors import (
     BatchStatistics,
     CubeSampling,
@@ -30,6 +31,7 @@ from selbp.training.recommended import recommended
 SelectiveBackward, selective_backward = BackwardCut, backward_cut  # their names before 0.1
 
 __all__ = [
+    "AutoSelect",
     "BackwardCut",
     "BatchStatistics",
     "CubeSampling",
@@ -42,6 +44,7 @@ __all__ = [
     "GradientProxies",
     "LossPercentile",
     "LossRank",
+    "NoiseAwareCrossEntropy",
     "Random",
     "ReducibleLoss",
     "Schedule",
@@ -61,6 +64,7 @@ __all__ = [
     "ops",
     "recommended",
     "rows",
+    "sampling",
     "select",
     "selective_backward",
 ]

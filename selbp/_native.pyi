@@ -19,6 +19,40 @@ def percentile(n: int, length: int, loss: int, history: int, next: int, share: i
 def cube(
     n: int, dimensions: int, x: int, probability: int, order: int, draws: int, scratch: int, group: int
 ) -> int: ...
+def draw(
+    pool: int,
+    k: int,
+    uniform: int,
+    ids: int,
+    table: tuple[int, int, int, int, int],
+    factor: int,
+    power: float,
+    floor: float,
+    seed: int,
+    step: int,
+    rows: int,
+    odds: int,
+    draws: int,
+    scratch: int,
+) -> None: ...
+def record(
+    rows: int,
+    classes: int,
+    stride: int,
+    logits: int,
+    target: int,
+    ids: int,
+    place: int,
+    live: int,
+    uniform: int,
+    time: int,
+    table: tuple[int, int, int, int, int],
+    state: int,
+    transition: int,
+    counts: int,
+    window: float,
+    scratch: int,
+) -> int: ...
 def gram(
     out: int,
     packed: int,

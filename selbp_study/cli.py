@@ -94,7 +94,9 @@ def build_parser() -> argparse.ArgumentParser:
         "  selbp train --selector top-loss:weights=refit --epochs 2 --out runs/top --resume\n\n"
         f"selectors (options as name:option=value,...):\n{_selector_help()}",
     )  # fmt: skip
-    train.add_argument("--selector", default="matching", metavar="RULE", help="see below (default: %(default)s)")
+    train.add_argument(
+        "--selector", default="matching", metavar="RULE", help="a selector or an arm, see below (default: %(default)s)"
+    )
     train.add_argument("--lr", type=above_zero, help="peak learning rate (default: the rule's own)")
     train.add_argument(
         "--seed", type=seed_argument, default=0, help="weights, order of samples, draws (default: %(default)s)"
@@ -115,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
         "  selbp compare --arms random,matching --keep 0.1 --tune 0.02,0.05,0.1   # rates on held-out training data\n\n"
         f"arms:\n{_arm_help()}",
     )  # fmt: skip
-    compare.add_argument("--preset", choices=["demo"], help="demo: the six rules of `make demo`, minutes on two cores")
+    compare.add_argument("--preset", choices=["demo"], help="demo: the seven arms of `make demo`, minutes on two cores")
     compare.add_argument("--arms", type=list_argument, metavar="A,B,...", help="rules to compare (default: the demo's)")
     compare.add_argument("--seeds", "--seed", type=seeds_argument, metavar="S", help="0-4 or 0,1,7 (default: 0-2)")
     compare.add_argument("--budget", choices=["steps", "samples", "time"], default="steps",

@@ -24,13 +24,14 @@ from selbp_study.data import DataError, Dataset, load
 from selbp_study.folder import read_config, read_result
 from selbp_study.models import model_for
 from selbp_study.run import Diverged, Run
+from selbp_study.sampled import SampledOrder
 from selbp_study.show import Bar, Show, say
 from selbp_study.storage import Lock, LockedError, StorageError, write_text
 from selbp_study.timing import CLOCKS, clock_for
 
-DEMO_ARMS = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching")
+DEMO_ARMS = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching", "auto")
 DEFAULT_EPOCHS = 4.0
-DEMO_EPOCHS = 3.0  # eighteen runs in about five minutes on two cores
+DEMO_EPOCHS = 3.0  # twenty-one runs in some six minutes on two cores
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -101,10 +102,13 @@ def _base(arguments: argparse.Namespace, data: Dataset, selector: str, lr: float
 def train(arguments: argparse.Namespace) -> int:
     """``selbp train``."""
     with asked_by(f"--selector {arguments.selector}"):
-        lr = parse(arguments.selector)[0].lr if arguments.lr is None else arguments.lr
-        build_selector(arguments.selector)
+        arm = Arm.parse(arguments.selector)
+        build_selector(arm.selector)
     data = _load(arguments)
-    config = _base(arguments, data, arguments.selector, lr, arguments.seed)
+    lr = arm.rate() if arguments.lr is None else arguments.lr
+    base = _base(arguments, data, arm.selector, lr, arguments.seed)
+    own = arm if arguments.keep is None else replace(arm, keep=arguments.keep)
+    config = replace(own.config(base, arguments.seed), lr=lr)
     name = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in arguments.selector)
     folder = arguments.out or Path("runs") / f"{data.name}-{name}-seed{arguments.seed}"
     before = read_config(folder)
@@ -131,6 +135,7 @@ def train(arguments: argparse.Namespace) -> int:
             return INTERRUPTED
         finally:
             bar.close()
+        _write_scores(run, data)
     seconds = result["seconds"]
     processor = "processor " if result.get("clock") == "process" else ""
     say(f"test accuracy {result['accuracy']:.2f} %, {result['backward_samples']} backward samples, {processor}seconds: "
@@ -138,6 +143,16 @@ def train(arguments: argparse.Namespace) -> int:
         f"backward {seconds['backward']:.1f}, total {seconds['total']:.1f}")  # fmt: skip
     say(f"log {folder / 'log.jsonl'}, weights {folder / 'model.pt'}, result {folder / 'result.json'}")
     return OK
+
+
+def _write_scores(run: Run, data: Dataset) -> None:
+    """What a table of scores learned, where the run had one."""
+    if isinstance(run.order, SampledOrder) and run.order.table.classes is not None:
+        from selbp_study.suspects import write
+
+        plots = importlib.util.find_spec("matplotlib") is not None
+        written = write(run.folder, run.order.table, data, run.log.read(), with_page=plots)
+        say(f"samples thought mislabelled: {', '.join(map(str, written))}")
 
 
 # ----------------------------------------------------------------------------------------------------- compare

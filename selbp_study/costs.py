@@ -24,19 +24,22 @@ from selbp_study.config import RunConfig
 from selbp_study.data import Dataset
 from selbp_study.folder import is_number, short
 from selbp_study.run import PHASES, Run, thread_limit, typical
+from selbp_study.sampled import SampledOrder
 from selbp_study.storage import checked, read_object, write_text
 
 WARM = 30  # steps of each arm before the first that counts
 BLOCK = 6  # steps of one arm before the next arm's turn; the first of them is not counted: its caches are another's
 ROUNDS = 20
 TOTAL = PHASES.index("total")
+ONCE = "once"
 
 
 @dataclass(frozen=True)
 class Cost:
     """Milliseconds of a step: median and quartiles of processor time, and the medians of its phases.
 
-    The phases "read" and "read kept" are no part of the step: a minibatch, and k rows of one.
+    The phases "read" and "read kept" are no part of the step: a minibatch, and k rows of one. "once" is what the arm
+    pays before its first step.
     """
 
     median: float
@@ -90,6 +93,9 @@ def measure(
         phases = dict(zip(PHASES, (1e3 * typical(torch.stack(measured))).tolist(), strict=True))
         low, _, high = statistics.quantiles([1e3 * float(row[TOTAL]) for row in measured], n=4, method="inclusive")
         phases |= {phase: 1e3 * statistics.median(times) for phase, times in reads[name].items()}
+        order = runs[name].order
+        if isinstance(order, SampledOrder):
+            phases[ONCE] = 1e3 * order.proxy_seconds
         costs[name] = Cost(phases.pop("total"), low, high, phases)
     return costs
 
@@ -97,7 +103,7 @@ def measure(
 def _reading(run: Run, kept: bool) -> float:
     """Seconds to read the next minibatch, or as many of its samples as run backward."""
     started = run.clock()
-    indices = run.order.indices(run.step).to(run.device)
+    indices = run.order.elsewhere(run.step).to(run.device)
     run.train.batch(indices[: run.config.kept()] if kept else indices)
     return run.clock() - started
 
@@ -159,5 +165,5 @@ class Costs:
 
 
 def steps_within(milliseconds: float, cost: Cost) -> int:
-    """Whole steps of ``cost`` that fit in a budget of time; at least one."""
-    return max(1, int(milliseconds / cost.median + 1e-9))
+    """Whole steps of ``cost`` that fit in a budget of time, beside what is paid once; at least one."""
+    return max(1, int((milliseconds - cost.phases.get(ONCE, 0.0)) / cost.median + 1e-9))

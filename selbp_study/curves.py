@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from selbp_study.findings import Findings
-from selbp_study.plots import COLOURS, DASHES, PHASE_COLOURS, _figure, _png, _style, spread_labels
+from selbp_study.plots import COLOURS, DASHES, PHASE_COLOURS, _style, new_figure, png_of, spread_labels
 from selbp_study.table import PHASES
 from selbp_study.text import label
 
@@ -17,7 +17,7 @@ UNITS = {"steps": "optimizer steps", "samples": "samples that ran backward (thou
 
 def curves_plot(findings: Findings, entries: Sequence[dict[str, Any]], axis: str, title: str) -> bytes:
     """PNG: mean test accuracy against steps, samples or seconds; only the ends are finished trainings."""
-    figure, axes = _figure(5.2)
+    figure, axes = new_figure(5.2)
     ends: list[tuple[float, float, str, str]] = []
     for index, entry in enumerate(entries):
         scale = {"steps": 1.0, "samples": entry["samples"] / entry["steps"] / 1e3,
@@ -45,12 +45,12 @@ def curves_plot(findings: Findings, entries: Sequence[dict[str, Any]], axis: str
     axes.set_ylabel("test accuracy (%)")
     axes.set_title(label(title), loc="left", fontsize=11)
     _style(axes)
-    return _png(figure)
+    return png_of(figure)
 
 
 def split_plot(findings: Findings, entries: Sequence[dict[str, Any]]) -> bytes:
     """PNG: milliseconds of a step by phase, and those of the whole step beside them; medians."""
-    figure, axes = _figure(0.9 + 0.42 * max(2, len(entries)))
+    figure, axes = new_figure(0.9 + 0.42 * max(2, len(entries)))
     labels, left = [label(entry["label"]) for entry in entries], np.zeros(len(entries))
     places = np.arange(len(entries))
     for phase in PHASES:
@@ -66,4 +66,4 @@ def split_plot(findings: Findings, entries: Sequence[dict[str, Any]]) -> bytes:
     axes.legend(ncols=len(PHASES), loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=10)
     _style(axes)
     axes.grid(visible=False)
-    return _png(figure)
+    return png_of(figure)

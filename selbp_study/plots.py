@@ -54,13 +54,15 @@ def _style(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _png(figure: Any) -> bytes:
+def png_of(figure: Any) -> bytes:
+    """``figure`` as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
 
 
-def _figure(height: float) -> tuple[Any, Axes]:
+def new_figure(height: float) -> tuple[Any, Axes]:
+    """A figure ``height`` inches high with one plot, drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -71,7 +73,7 @@ def _figure(height: float) -> tuple[Any, Axes]:
 
 def accuracy_plot(lines: Sequence[Line], axis: str, title: str) -> bytes:
     """PNG: test accuracy against ``axis``, ``"backward_samples"`` or ``"seconds"``; the band spans the seeds."""
-    figure, axes = _figure(4.8)
+    figure, axes = new_figure(4.8)
     ends: list[tuple[float, float, str, str]] = []
     finals, firsts = [], []
     for index, line in enumerate(lines):
@@ -88,7 +90,7 @@ def accuracy_plot(lines: Sequence[Line], axis: str, title: str) -> bytes:
         firsts.append(float(mean[1]) if len(mean) > 1 else float(mean[0]))
     if not ends:
         axes.text(0.5, 0.5, "no run finished", ha="center", transform=axes.transAxes)
-        return _png(figure)
+        return png_of(figure)
     top = max(finals)
     bottom = max(min(firsts), top - 20)  # the untrained network's accuracy would flatten all the rest
     axes.set_ylim(bottom - 0.04 * (top - bottom), top + 0.06 * (top - bottom) + 0.01)
@@ -109,13 +111,13 @@ def accuracy_plot(lines: Sequence[Line], axis: str, title: str) -> bytes:
     axes.set_ylabel("test accuracy (%)")
     axes.set_title(title, loc="left", fontsize=11)
     _style(axes)
-    return _png(figure)
+    return png_of(figure)
 
 
 def time_plot(lines: Sequence[Line]) -> bytes:
     """PNG: milliseconds of a step, by phase."""
     lines = [line for line in lines if line.results]
-    figure, axes = _figure(0.9 + 0.42 * max(2, len(lines)))
+    figure, axes = new_figure(0.9 + 0.42 * max(2, len(lines)))
     left, places = np.zeros(len(lines)), np.arange(len(lines))
     labels = [label(line.label) for line in lines]
     for phase in PHASES:
@@ -134,7 +136,7 @@ def time_plot(lines: Sequence[Line]) -> bytes:
     axes.legend(ncols=len(PHASES), loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=10)
     _style(axes)
     axes.grid(visible=False)
-    return _png(figure)
+    return png_of(figure)
 
 
 def _longest(lines: Sequence[Line]) -> float:

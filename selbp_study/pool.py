@@ -103,7 +103,10 @@ def _work(pipe: Connection, folder: Path, data_folder: Path | None) -> None:
             finished = carry_out(config, sets(config.dataset), folder)
         except DataError as error:
             finished = Finished(config, None, str(error))
-        pipe.send(finished)
+        try:
+            pipe.send(finished)
+        except BrokenPipeError:  # the parent was killed; what is finished is on disk
+            return
 
 
 class Pool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 BUDGETS = ("steps", "samples", "time")
 OWN_KEEP = "random-own-keep"  # random with a keep of its own: an arm of the budget of time, and its baseline there
@@ -32,6 +32,7 @@ class Protocol:
     seeds: tuple[int, ...]
     budgets: tuple[str, ...] = BUDGETS
     own_keeps: tuple[int, ...] = (13, 16, 24, 32, 64)  # among which random chooses its own
+    tuned_keeps: tuple[str, ...] = ()  # arms whose keep is chosen among own_keeps too, under the budget of time
     clock: str = "matching"  # the arm whose steps, at the dearest keep, set the budget of time
     note: str = ""  # for who reads the result
     claim: bool = False  # Holm-corrected over all of its differences, cells by arms, in each budget
@@ -45,12 +46,25 @@ class Protocol:
         for name, values in (("arm", self.arms), ("seed", self.seeds), ("cell", self.cells)):
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"a study needs at least one {name} and none twice")
+        if not set(self.tuned_keeps) <= set(self.arms):
+            raise ValueError(f"an arm whose keep is tuned is one of the arms, got {', '.join(self.tuned_keeps)}")
+        if self.tuned_keeps and any(len(cell.keeps) > 1 for cell in self.cells):
+            raise ValueError("where an arm's keep is tuned, a cell has one keep: that of the others")
         if set(self.seeds) & {1000, 1001}:
             raise ValueError("the seeds 1000 and 1001 tune: a study reports others")
 
 
 PAPER = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching")
 MORE = ("full", "random", "top-loss", "gradnorm", "matching", "divbs", "matching-recut")
+AUTO = ("full", "random", "auto", "aware-random")
+AGAINST_AUTO: dict[str, Any] = {
+    "budgets": ("time",), "own_keeps": (32, 48, 64), "tuned_keeps": ("auto", "aware-random"), "clock": "random",
+    "claim": True,
+}  # fmt: skip
+AUTO_NOTE = (
+    "The budget of time is what 600 (digits: 400) steps of random on 48 samples take. The seconds of the small network "
+    "that first fills the table are paid out of it."
+)
 CLEAN, NOISY, TEXT = "fashion-mnist", "fashion-mnist+noise=0.2", "bible-kjv"
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -106,6 +120,35 @@ PROTOCOLS: dict[str, Protocol] = {
             ("full", "random", "top-loss", "top-loss-every2", "matching-cut1"), tuple(range(300, 310)),
             budgets=("time",), own_keeps=(16, 32, 48, 64), clock="top-loss", claim=True,
             note="The small CNN trains in float32, all arms of the wider one under autocast to bfloat16.",
+        ),
+        # Fixed before it ran, on seeds that nothing else has seen. Random's keep, auto's and every rate are tuned here.
+        Protocol(
+            "confirm-auto", "choosing by a table of scores, while it pays, against random and the full batch",
+            (Cell(CLEAN, "cnn", 600, (48,)), Cell(NOISY, "cnn", 600, (48,)), Cell("digits", "mlp", 400, (48,))),
+            AUTO, tuple(range(500, 510)), **AGAINST_AUTO, note=AUTO_NOTE,
+        ),
+        Protocol(
+            "confirm-auto-hard", "the same with more noise, noise of a direction, long-tailed classes, duplicates",
+            tuple(Cell(CLEAN + change, "cnn", 600, (48,)) for change in (
+                "+noise=0.4", "+class-noise=0.2", "+long-tail=50", "+duplicates=0.3")),
+            AUTO, tuple(range(500, 510)), **AGAINST_AUTO, note=AUTO_NOTE,
+        ),
+        Protocol(
+            "confirm-auto-text", "the same on a text, whose windows are alike: nothing to choose",
+            (Cell(TEXT, "transformer", 300, (32,), batch_size=64),),
+            ("full", "random", "auto"), tuple(range(500, 510)), budgets=("time",), own_keeps=(16, 32, 48),
+            tuned_keeps=("auto",), clock="random", claim=True,
+        ),
+        # What of "auto" helps, on the seeds that explore.
+        Protocol(
+            "ablate-auto", "what of the table helps",
+            (Cell(CLEAN, "cnn", 600, (48,)), Cell(NOISY, "cnn", 600, (48,))),
+            (
+                "full", "random", "top-loss-64", "aware-random", "scored", "scored-history", "scored-proxy",
+                "scored-plain-loss", "scored-hard", "scored-right", "scored-512", "info-batch", "rho-loss",
+            ),
+            (0, 1, 2, 3, 4), budgets=("time",), own_keeps=(32, 48, 64), clock="random",
+            note="An exploration: the best of so many arms looks better than it is.",
         ),
         Protocol(
             "explore", "what else was tried, every arm in bfloat16, and whether the matching matters below the head",

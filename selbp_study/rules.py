@@ -34,6 +34,7 @@ RULES: dict[str, Rule] = {
     "matching-average": Rule(
         "selbp_study.ideas:AveragedTarget", "matching an average", "matches the mean gradient's exponential average"
     ),
+    "rho": Rule("ReducibleLoss", "RHO-LOSS", "the largest losses above those of a small network"),
     "divbs": Rule("DivBS", "diverse (DivBS)", "odds by what the chosen ones do not yet span"),
 }
 
@@ -65,5 +66,18 @@ ARMS: dict[str, tuple[str, str]] = {
     "matching-average-recut": ("matching an average below the head, recomputed", f"matching-average@{RECUT}"),
     "top-loss-every2": ("top loss every second step, else random", "top-loss@every=2,between=random"),
     "top-loss-128": ("top loss, 16 of 128", "top-loss@batch_size=128,keep=16"),
+    "scored": ("the whole: proxy, history, noise-aware loss", "full@keep=48,sampling=scored"),
+    "auto": ("auto", "full@keep=48,sampling=auto"),
+    "aware-random": ("random, noise-aware loss", "full@keep=48,sampling=uniform,proxy=false"),
+    "scored-history": ("history alone", "full@keep=48,sampling=scored,proxy=false"),
+    "scored-proxy": ("proxy alone", "full@keep=48,sampling=scored,history=false"),
+    "scored-plain-loss": ("the whole without the noise-aware loss", "full@keep=48,sampling=scored,aware=false"),
+    "scored-hard": ("hardness alone", "full@keep=48,sampling=scored,responsibility=false,aware=false"),
+    "scored-right": ("responsibility alone", "full@keep=48,sampling=scored,power=0"),
+    "scored-64": ("the whole, 64 rows", "full@keep=64,sampling=scored"),
+    "scored-512": ("the whole, pools of 512", "full@keep=48,sampling=scored,pool=512"),
+    "info-batch": ("InfoBatch", "full@keep=64,sampling=info-batch,proxy=false,aware=false,responsibility=false"),
+    "rho-loss": ("RHO-LOSS", "rho@keep=32,sampling=rho,pool=128,aware=false,responsibility=false"),
+    "top-loss-64": ("top loss, 32 of 64", "top-loss@batch_size=64,keep=32"),
     "random-cut2": ("random rows two layers below the head", "random@cut=2"),
 }

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selbp_study.arms import options_of
 from selbp_study.config import RunConfig
 from selbp_study.data import Dataset
 from selbp_study.folder import ANEW, check_log, is_number, read_config, read_result, short, to_json
 from selbp_study.journal import Journal
 from selbp_study.models import build_model
+from selbp_study.sampled import SampledOrder, Sampling, order_of
 from selbp_study.samples import Order, evaluate
 from selbp_study.storage import JsonLines, Lock, StorageError, write_bytes, write_text
 from selbp_study.timing import CLOCKS, PHASES, clock_for, phases_of, thread_limit, typical, wrapper_of
@@ -50,10 +52,13 @@ class Run:
         self.clock = CLOCKS[clock_for(config.device)] if clock is None else clock
         self.device = torch.device(config.device)
         self.train, self.evaluation = data.train.to(self.device), data.test.to(self.device)
-        self.order = Order(len(data.train), config.batch_size, config.seed)
+        sampling = Sampling.split(options_of(config.options))[0]
+        self.order = order_of(sampling, config, data.train, data.n_classes, self.clock)
         self.model = build_model(config.model, data.train, data.n_classes, config.seed).to(self.device)
         self.generator = torch.Generator(self.device).manual_seed(config.seed + 1)
-        self.wrapper = wrapper_of(config, self.model, self.generator)
+        sampled = self.order if isinstance(self.order, SampledOrder) else None
+        self.wrapper = wrapper_of(config, self.model, self.generator, None if sampled is None else sampled.step_options)
+        self.stepping = self.wrapper if sampled is None else sampled.steps_by(self.wrapper)
         self.wrapper.clock = self.clock
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
@@ -66,6 +71,9 @@ class Run:
         self.random = torch.get_rng_state()  # torch's global generator, as this run has left it
         self.backward_samples = 0
         self.seconds = dict.fromkeys(PHASES, 0.0)  # medians of each window x its steps: robust against a busy machine
+        if sampled is not None:
+            for phase in ("select", "total"):
+                self.seconds[phase] += sampled.proxy_seconds
         self.journal_seconds = 0.0
         self.window = torch.zeros(WINDOW, len(PHASES) + 1, dtype=torch.float64)  # the last: whether the rule chose
 
@@ -78,6 +86,7 @@ class Run:
             "wrapper": self.wrapper.state_dict(), "generator": self.generator.get_state(),
             "rng": torch.get_rng_state(), "backward_samples": self.backward_samples, "seconds": self.seconds,
             "journal_seconds": self.journal_seconds, "window": self.window,
+            **({"order": self.order.state()} if self.order.charged else {}),
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -97,6 +106,7 @@ class Run:
         self.wrapper.load_state_dict(state["wrapper"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["rng"])
+        self.order.load_state(state.get("order", {}))
         self.step, self.backward_samples = state["step"], state["backward_samples"]
         self.seconds, self.journal_seconds, self.window = state["seconds"], state["journal_seconds"], state["window"]
 
@@ -222,11 +232,14 @@ class Run:
         """One optimizer step; its times are the newest row of the window, by the run's clock (on a GPU, by events)."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(self.step)
-        inputs, target = self.train.batch(self.order.indices(self.step).to(self.device))
+        drawing = self._now()
+        indices = self.order.indices(self.step)
+        draw = self._now() - drawing if self.order.charged else 0.0
+        inputs, target = self.train.batch(indices.to(self.device))
         self.wrapper.choice = None
         started = self._now()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            loss = self.wrapper(inputs, target)
+            loss = self.stepping(inputs, target)
         forward = self._now()
         loss.backward()
         before = self._now()
@@ -236,7 +249,8 @@ class Run:
         report = self.wrapper.report
         events = self.device.type == "cuda"
         split = report.seconds if events else phases_of(self.wrapper.choice, started, forward, before)
-        seconds = {**split, "optimizer": now - before, "total": now - started}
+        seconds = {**split, "optimizer": now - before, "total": now - started + draw}
+        seconds["select"] = seconds.get("select", 0.0) + draw
         phases = [seconds.get(phase, 0.0) for phase in PHASES]
         self.window[self.step % WINDOW] = torch.tensor([*phases, report.selected])
         self.step += 1
@@ -262,6 +276,8 @@ class Run:
             "seconds": self.seconds["total"], "gain": report.gain, "gain_at_cost": report.gain_at_cost,
             "milliseconds": dict(zip(PHASES, (1e3 * medians).tolist(), strict=True)),
         }  # fmt: skip
+        if isinstance(self.order, SampledOrder):
+            row |= self.order.figures()
         self.log.append(row)
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
             raise Diverged(f"the weights are no longer finite after step {self.step}: try a lower --lr")

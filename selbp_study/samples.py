@@ -33,6 +33,8 @@ class Order:
     incomplete batch of an epoch is dropped.
     """
 
+    charged = False  # what is read does not depend on what is read
+
     def __init__(self, n: int, batch_size: int, seed: int) -> None:
         if batch_size > n:
             raise ValueError(f"batch_size must be at most the {n} training samples, got {batch_size}")
@@ -47,3 +49,13 @@ class Order:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch, self._order = epoch, torch.randperm(self.n, generator=generator)
         return self._order[position * self.batch_size : (position + 1) * self.batch_size]
+
+    def elsewhere(self, step: int) -> Tensor:
+        """As many samples as a step reads: those of step ``step``."""
+        return self.indices(step)
+
+    def state(self) -> None:
+        """Nothing: the step's number is all that the order depends on."""
+
+    def load_state(self, state: object) -> None:
+        """The inverse of :meth:`state`."""

@@ -43,6 +43,11 @@ class Plan:
         """``arm`` at one of the cell's keeps, with the cell's steps."""
         return arm.config(replace(self.base, keep=keep), 0)
 
+    def own_keeps(self) -> list[RunConfig]:
+        """Random, and each arm whose keep is tuned, at every keep that may be chosen."""
+        arms = (own_keep_arm(), *map(Arm.parse, self.protocol.tuned_keeps))
+        return [replace(self.config(arm, keep), keep=keep) for arm in arms for keep in self.protocol.own_keeps]
+
     def steps(self, budget: str, config: RunConfig, keep: float | int) -> int:
         """How many steps a budget gives ``config`` where the others choose ``keep``."""
         if budget == "time":
@@ -67,7 +72,7 @@ def plan_cell(cell: Cell, protocol: Protocol, sets: Sets, costs: Costs, advance:
     )  # fmt: skip
     plan = Plan(cell, protocol, base, data.held_out(), costs)
     configs = [plan.config(Arm.parse(name), keep) for keep in cell.keeps for name in protocol.arms]
-    own = [plan.config(own_keep_arm(), keep) for keep in protocol.own_keeps]
+    own = plan.own_keeps()
     clean = sets(cell.dataset.partition("+")[0])
     costs.add([*configs, *own], lambda wanted: measure(wanted, clean, advance=advance))
     arms = [Arm.parse(protocol.clock)] if protocol.clock in protocol.arms else []
@@ -119,15 +124,14 @@ def arm_job(plan: Plan, arm: Arm, keep: float | int, budgets: Sequence[str]) -> 
             for budget, choice, configs in asked]  # fmt: skip
 
 
-def own_keep_job(plan: Plan) -> Job:
-    """Random at the keep and rate that are best under the budget of time."""
-    arm = own_keep_arm()
+def own_keep_job(plan: Plan, arm: Arm, name: str) -> Job:
+    """``arm`` at the keep and rate that are best under the budget of time; called ``name`` in the result."""
     keeps = [min(keep, plan.cell.batch_size) for keep in plan.protocol.own_keeps]
     choice, steps = yield from tuned(plan, plan.config(arm, keeps[0]), list(dict.fromkeys(keeps)), arm.rate())
-    configs = seeded(plan, replace(plan.base, selector="random", keep=choice.keep, lr=choice.lr,
-                                   steps=steps[choice.keep]))  # fmt: skip
-    found = yield configs
-    return [entry(plan, arm, 0, "time", choice, found) | {"arm": OWN_KEEP}]
+    chosen = replace(plan.config(arm, keeps[0]), keep=choice.keep, lr=choice.lr, steps=steps[choice.keep])
+    found = yield seeded(plan, chosen)
+    keep = 0 if name == OWN_KEEP else plan.cell.keeps[0]  # 0: for every keep of the cell
+    return [entry(plan, arm, keep, "time", choice, found) | {"arm": name}]
 
 
 def seeded(plan: Plan, config: RunConfig) -> list[RunConfig]:
@@ -248,13 +252,18 @@ def run_study(
     for plan in plans:
         where = f"{plan.cell.dataset}, {plan.cell.model}, n={plan.cell.batch_size}"
         if "time" in protocol.budgets:
-            jobs[f"{where}: {OWN_KEEP}"] = own_keep_job(plan)
+            jobs[f"{where}: {OWN_KEEP}"] = own_keep_job(plan, own_keep_arm(), OWN_KEEP)
+            for name in protocol.tuned_keeps:
+                arm = Arm.parse(name)
+                jobs[f"{where}: {name}, own keep"] = own_keep_job(plan, arm, arm.name)
         for keep in plan.cell.keeps:
-            for name in protocol.arms:
+            for name in (name for name in protocol.arms if name not in protocol.tuned_keeps):
                 jobs[f"{where}, keep {keep}: {name}"] = arm_job(plan, Arm.parse(name), keep, protocol.budgets)
     ended = drive(jobs, pool, progress=progress, say=say)
-    used = {cost_name(plan.config(arm, keep)) for plan in plans for keep in (*plan.cell.keeps, *protocol.own_keeps)
-            for arm in (*map(Arm.parse, protocol.arms), own_keep_arm())}  # fmt: skip
+    asked = [
+        plan.config(arm, keep) for plan in plans for keep in plan.cell.keeps for arm in map(Arm.parse, protocol.arms)
+    ]
+    used = {cost_name(config) for config in [*asked, *(config for plan in plans for config in plan.own_keeps())]}
     return {
         "format": FORMAT,
         "protocol": asdict(protocol),

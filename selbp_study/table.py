@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -52,9 +53,22 @@ class Line:
         """Median over seeds of a phase's seconds, or of the whole steps' (``total``)."""
         return statistics.median(result["seconds"][phase] for result in self.results)
 
+    def accuracy_at(self, seconds: float) -> float:
+        """Mean over seeds of the test accuracy after so many seconds, between two evaluations in proportion."""
+        return statistics.fmean(_between(result["curve"], seconds) for result in self.results)
+
     def by_seed(self) -> dict[int, float]:
         """Accuracy by seed."""
         return {result["config"]["seed"]: result["accuracy"] for result in self.results}
+
+
+def _between(curve: Sequence[dict[str, Any]], seconds: float) -> float:
+    """The accuracy of a curve at ``seconds``; its last one beyond its end."""
+    points = sorted((point["seconds"], point["accuracy"]) for point in curve)
+    for (begin, low), (end, high) in itertools.pairwise(points):
+        if begin <= seconds < end:
+            return low + (high - low) * (seconds - begin) / (end - begin)
+    return points[-1][1] if seconds >= points[-1][0] else points[0][1]
 
 
 def lines_of(outcomes: Sequence[Outcome]) -> list[Line]:
@@ -83,14 +97,15 @@ def paired_difference(line: Line, baseline: Line) -> tuple[float, float | None] 
 
 
 HEADINGS = (
-    "arm", "keep", "lr", "test accuracy, %", "minus random, points", "backward samples", "forward, s", "select, s",
-    "backward, s", "total, s",
+    "arm", "keep", "lr", "test accuracy, %", "minus random, points", "at equal seconds, %", "backward samples",
+    "forward, s", "select, s", "backward, s", "total, s",
 )  # fmt: skip
 
 
 def rows_of(lines: Sequence[Line]) -> list[list[str]]:
     """The table's cells, as text, under :data:`HEADINGS`."""
     baseline = next((line for line in lines if line.name == BASELINE and line.results), None)
+    least = min((line.seconds("total") for line in lines if line.results), default=0.0)
     rows = []
     for line in lines:
         keep = line.keep if isinstance(line.keep, str) else f"{line.keep:g}"
@@ -111,7 +126,8 @@ def rows_of(lines: Sequence[Line]) -> list[list[str]]:
         samples = statistics.median(result["backward_samples"] for result in line.results)
         forward = line.seconds("score") + line.seconds("forward")
         times = [f"{seconds:.2f}" for seconds in (forward, *map(line.seconds, ("select", "backward", "total")))]
-        rows.append([*head, accuracy, against, f"{samples:,.0f}".replace(",", " "), *times])
+        equal = f"{line.accuracy_at(least):.2f}"
+        rows.append([*head, accuracy, against, equal, f"{samples:,.0f}".replace(",", " "), *times])
     return rows
 
 

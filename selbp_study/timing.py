@@ -8,7 +8,7 @@ events are the measure.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from selbp.training import Schedule, SelectiveBackprop
 from selbp_study.arms import build_selector, options_of
 from selbp_study.config import RunConfig
 from selbp_study.models import HEAD, place_of
+from selbp_study.sampled import Sampling
 
 PHASES = ("score", "select", "forward", "backward", "optimizer", "total")
 CLOCKS = {"process": time.process_time, "wall": time.perf_counter}
@@ -43,14 +44,20 @@ class TimedStep(SelectiveBackprop):
             self.choice = begun, self.clock()
 
 
-def wrapper_of(config: RunConfig, model: nn.Module, generator: torch.Generator) -> TimedStep:
-    """The training step that ``config`` describes. ValueError for options that do not exist or do not go together."""
+def wrapper_of(
+    config: RunConfig, model: nn.Module, generator: torch.Generator, own: Mapping[str, Any] | None = None
+) -> TimedStep:
+    """The training step that ``config`` describes. ValueError for options that do not exist or do not go together.
+
+    ``own`` are options that stand above the configuration's.
+    """
     options: dict[str, Any] = {"keep": config.keep, "backward": config.backward, "scoring": config.scoring}
-    options |= {"head_gradient": config.head_gradient, **options_of(config.options)}
+    options |= {"head_gradient": config.head_gradient, **Sampling.split(options_of(config.options))[1]}
     options |= {"cut": place_of(config.model, config.cut)} if config.cut else {"head": HEAD}
     schedule = {name: options.pop(name) for name in ("start", "end", "every", "between") if name in options}
     try:
         options["schedule"] = Schedule(**schedule)
+        options |= own or {}
         return TimedStep(model, selector=build_selector(config.selector), generator=generator, **options)
     except TypeError as error:
         raise ValueError(f"training options {config.options!r}: {error}") from error

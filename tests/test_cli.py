@@ -15,6 +15,7 @@ import torch
 import selbp
 from selbp_study import commands
 from selbp_study.arguments import keep_argument, list_argument, seeds_argument
+from selbp_study.arms import Arm
 from selbp_study.cli import build_parser, main
 from selbp_study.data.idx import write_idx
 from selbp_study.rules import RULES
@@ -54,7 +55,7 @@ def test_compare_prints_the_table_and_the_page(
     assert main(command) == 0
     out = capsys.readouterr().out
     for name in commands.DEMO_ARMS:
-        assert f"| {RULES[name].label} " in out
+        assert f"| {Arm.parse(name).label} " in out
     assert f"page: {tmp_path / 'report.html'}" in out and (tmp_path / "report.html").exists()
     assert main(command) == 0
     assert capsys.readouterr().out.count("(from before)") == 12

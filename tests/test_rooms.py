@@ -23,8 +23,9 @@ ROOMS = [
     ("selbp.rows",),
     ("selbp.common",),
     ("selbp.cut",),
+    ("selbp.sampling",),
     ("selbp.training",),
-    ("selbp.sampling", "selbp.integrations"),
+    ("selbp.integrations",),
     ("selbp_study",),
 ]
 FACADE = "selbp"  # its own imports make the public names: no room, and no module but the study's imports it

@@ -49,7 +49,7 @@ class SelectionFigures:
             for name in [name for name, value in vars(kind).items() if isinstance(value, cached_property)]:
                 with suppress(RuntimeError):  # a figure of a choice that has not been made yet
                     getattr(self, name)
-        return {**self.__dict__, "_proxies": None}
+        return {**self.__dict__, "_proxies": None, **({"table": None} if "table" in self.__dict__ else {})}
 
     @cached_property
     def weight_sum(self) -> float:

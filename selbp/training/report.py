@@ -11,6 +11,7 @@ from torch import Tensor
 
 from selbp.common.figures import Choice, SelectionFigures
 from selbp.common.proxies import HeadProxies
+from selbp.sampling.table import ScoreTable
 from selbp.training.schedule import rows_at_cost, step_cost
 from selbp.training.stopwatch import Stopwatch
 from selbp.types import BatchStatistics, Selection
@@ -37,6 +38,27 @@ class StepReport(SelectionFigures):
     _chosen: Tensor = field(repr=False)  # (k,) scaled losses of the chosen rows
     _hits: tuple[Tensor, Tensor] | None = field(repr=False)
     _watch: Stopwatch = field(repr=False)
+    table: ScoreTable | None = field(default=None, repr=False)  # the step's, whose figures are those of the moment
+
+    @cached_property
+    def headroom(self) -> float | None:
+        """The table's: the batch multiplier that the best odds could have; None without a table."""
+        return None if self.table is None else self.table.headroom
+
+    @cached_property
+    def price(self) -> float | None:
+        """What a step of this kind costs over random's, as :class:`selbp.AutoSelect` measured it; None where not."""
+        return None if self.table is None else self.table.price
+
+    @cached_property
+    def noise_share(self) -> float | None:
+        """The table's estimate of the share of wrong labels; None without a table."""
+        return None if self.table is None else self.table.noise_share
+
+    @cached_property
+    def coverage(self) -> float | None:
+        """Share of all samples that have been trained on while the table watched; None without a table."""
+        return None if self.table is None else self.table.coverage
 
     @cached_property
     def loss(self) -> float:
@@ -74,5 +96,6 @@ class StepReport(SelectionFigures):
         names = (
             "n", "k", "step", "selected", "scored", "backward", "backward_reason", "loss", "accuracy", "weight_sum",
             "weight_max", "effective_sample_size", "relative_residual", "gain", "gain_at_cost", "seconds",
+            *(() if self.table is None else ("headroom", "price", "noise_share", "coverage")),
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}

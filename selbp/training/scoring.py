@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ class Scored:
     proxies: HeadProxies | None
     losses: Tensor | None  # (n,) unscaled, with their graph, where the forward recorded one
     hits: tuple[Tensor, Tensor] | None  # () correct entries and () all entries, for a loss with classes
+    output: Any = None  # the model's, where it was to be kept
 
 
 class _Rows(NamedTuple):
@@ -68,12 +69,13 @@ def score(
     keep_graph: bool,
     reduce: Callable[[Tensor], Tensor] | None = None,
     feed: Callable[[Batch, nn.Module], Any] = Batch.feed,
+    keep_output: bool = False,
 ) -> Scored:
     """Run the forward on all rows; with ``gradients``, read gradient norms and proxies as well as losses.
 
     ``precision`` is the forward's, see :func:`scoring_autocast`. ``keep_graph`` records the forward for a backward
     through chosen rows of it; else nothing is recorded below the head. ``reduce`` averages the mean gradient over
-    ranks. ``feed`` calls the model.
+    ranks. ``feed`` calls the model. ``keep_output`` hands on what it gave.
     """
     mass, present = criterion.mass(batch.target, batch.n, batch.device)
     leaf = gradients and not keep_graph
@@ -113,7 +115,8 @@ def score(
                     "the loss does not depend on the head's output: pass head=, the last linear layer; "
                     f"{listed_candidates(model)}"
                 )
-        return _scaled(rows, mass, bias, gradients, reduce, losses if keep_graph else None)
+        scored = _scaled(rows, mass, bias, gradients, reduce, losses if keep_graph else None)
+        return replace(scored, output=output) if keep_output else scored
 
 
 def _is_head_output(output: Any, logits: Tensor) -> bool:

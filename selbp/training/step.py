@@ -17,6 +17,8 @@ from selbp.common.keep import check_keep, kept_rows
 from selbp.common.state import CHOICE_ENTRIES, ChoiceState, check_counts
 from selbp.cut.report import CutReport
 from selbp.rows.layout import BatchNormPolicy
+from selbp.sampling.issued import Draw
+from selbp.sampling.table import ScoreTable
 from selbp.selectors import Full, Random, Selector
 from selbp.selectors.checks import check_flag, check_generator, shown
 from selbp.training.head import check_full_gradient, find_clear_head, find_head
@@ -26,6 +28,7 @@ from selbp.training.losses import CrossEntropy, criterion_of, of_some
 from selbp.training.placed_cut import CutStepReport, PlacedCut
 from selbp.training.report import StepReport
 from selbp.training.schedule import Schedule
+from selbp.training.scores import check_table, weighted, with_irreducible, write_back
 from selbp.training.scoring import Scored, score, unscored, worth_keeping
 from selbp.training.stopwatch import Stopwatch
 from selbp.training.strategies import UNSCORED, Strategy
@@ -83,6 +86,8 @@ class SelectiveBackprop:
             an approximation, see :func:`selbp.select`. A second forward has k rows' statistics either way.
         class_dim: where the classes of ``"cross_entropy"`` are in the logits: 1 as in torch, (n, C, ...), or -1, (n,
             ..., C). By default the target's shape (n, ...) tells, and where both fit an earlier minibatch's.
+        table: a :class:`selbp.sampling.ScoreTable`, to which each step writes what it saw of its samples. Their numbers
+            come from the table's sampler, in its order, or from ``ids=`` at the call. State: the table has its own.
 
     Raises:
         TypeError, ValueError: at construction, for anything that could not work later.
@@ -110,6 +115,7 @@ class SelectiveBackprop:
         cut: nn.Module | str | None = None,
         batchnorm: BatchNormPolicy = "exact",
         class_dim: Literal[1, -1] | None = None,
+        table: ScoreTable | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -167,6 +173,7 @@ class SelectiveBackprop:
             assert self.head is not None
             check_full_gradient(model, self.head)
         self._reduce = averaging(model) if target == "global" else None
+        self._table = check_table(table)
         self._running, self._choice = RunningStatistics(model), ChoiceState(selector, generator)
         self._comparison = FirstComparison(model)
         self._step, self._auto_advance = 0, check_flag("auto_advance", auto_advance)
@@ -184,39 +191,49 @@ class SelectiveBackprop:
                 array of n entries that are not tensors of n rows (strings, ragged tensors, dicts of boxes) is one entry
                 a sample, and the chosen ones are taken; what has another length is a constant.
             target: n rows; for a dict, its ``"labels"`` where None.
-            per_sample: tensors (n,) that the selector knows by name.
+            per_sample: tensors (n,) that the selector knows by name. With ``table``, ``ids`` are the samples' numbers,
+                int64.
 
         Raises:
             TypeError, ValueError: for a batch that does not fit, before anything has run. Whatever is raised, also by
                 the model, the selector, the generator and the running statistics are left as they were.
         """
+        table, ids = self._table, None
+        if table is not None:
+            ids = per_sample.pop("ids", None)
         batch = Batch.of(inputs, target, per_sample)
+        issued = None if table is None else table.next(batch.n, ids)
+        if table is not None and issued is not None:
+            batch = with_irreducible(batch, table, issued)
         self._synchronised = self._synchronised or check_not_bypassed(self.model)
         restore = self._choice.snapshot(), self._running.snapshot()
         try:
             try:
-                loss, report = self._run(batch)
+                loss, report = self._run(batch, issued)
             except SamplesInteractError:
                 if not self._strategy.auto or self._scoring != "same":
                     raise
                 for undo in restore:
                     undo()
                 self._strategy.settle("rows", "samples interact: a second forward of some would train another loss")
-                loss, report = self._run(batch)
+                loss, report = self._run(batch, issued)
         except BaseException:
             for undo in restore:
                 undo()
             raise
         self._report = report
+        if table is not None and issued is not None:
+            table.issued.done(issued)
+            report.table = table
         if self._auto_advance:
             self._step += 1
         return loss
 
-    def _run(self, batch: Batch) -> tuple[Tensor, StepReport]:
+    def _run(self, batch: Batch, issued: Draw | None) -> tuple[Tensor, StepReport]:
         watch, k = Stopwatch(batch.device), kept_rows(self.keep, batch.n)
         chosen, drawn = self.schedule.selects(self._step), self.schedule.draws(self._step)
         if self._cut is not None and chosen:
-            return self._run_cut(batch, self._cut, watch, k)
+            return self._run_cut(batch, self._cut, watch, k, issued)
         selecting = chosen or drawn
         scoring = chosen and (self.selector.needs != "nothing" or self._full_head)
         if scoring and self._strategy.undecided:
@@ -233,10 +250,13 @@ class SelectiveBackprop:
         with torch.no_grad(), without_autocast(batch.device):
             rule = self.selector if chosen else Random() if drawn else Full()
             selection = self._select(rule, batch, scored, k if selecting else batch.n)
+            if issued is not None and issued.weights is not None:
+                selection = weighted(selection, issued.weights, rule)
             mean = scored.proxies.mean_gradient() if full_head is not None and scored.proxies is not None else None
         proxies, hits = worth_keeping(scored.proxies, self.head, batch.n), scored.hits
         losses_of_forward, unscaled, scale = scored.losses, scored.stats.loss, scored.scale
         stats = scored.stats._replace(loss=scored.stats.loss * scale)  # as the report averages it
+        seen: tuple[Any, Tensor, Tensor | None, Tensor] = scored.output, unscaled, None, stats.valid
         del scored  # and with it the factors, unless they are worth keeping
         watch.lap("select")
         output: Any = None
@@ -260,6 +280,8 @@ class SelectiveBackprop:
                 )  # fmt: skip
             else:
                 losses = forward(batch.rows(None, stats.valid))
+        if not scoring:
+            seen = output, losses, selection.indices, selection.weights != 0
         scaled = losses * scale
         loss = torch.where(selection.weights != 0, scaled * selection.weights.to(scaled.dtype), 0).sum()
         if full_head is not None and mean is not None:
@@ -270,9 +292,13 @@ class SelectiveBackprop:
             batch.n, len(selection.indices), self._step, chosen, scoring, strategy.name,
             self._strategy.reason, selection, stats, proxies, scaled.detach(), hits, watch,
         )  # fmt: skip
+        if self._table is not None and issued is not None:
+            write_back(self._table, issued, batch.target, *seen)
         return loss, report
 
-    def _run_cut(self, batch: Batch, cut: PlacedCut, watch: Stopwatch, k: int) -> tuple[Tensor, StepReport]:
+    def _run_cut(
+        self, batch: Batch, cut: PlacedCut, watch: Stopwatch, k: int, issued: Draw | None
+    ) -> tuple[Tensor, StepReport]:
         """Run an ordinary forward on all rows to the mean loss. The backward makes the choice."""
         report: CutStepReport | None = None
 
@@ -286,7 +312,10 @@ class SelectiveBackprop:
         output = cut.feed(clean, on_choice)
         with torch.no_grad():
             hits = self._criterion.hits(output, batch.target, scored.stats.valid)
-        scaled = self._criterion.losses(output, clean.target, clean.n) * scored.scale
+        losses = self._criterion.losses(output, clean.target, clean.n)
+        if self._table is not None and issued is not None:
+            write_back(self._table, issued, batch.target, output, losses, None, scored.stats.valid)
+        scaled = losses * scored.scale
         loss = torch.where(selection.weights != 0, scaled * selection.weights.to(scaled.dtype), 0).sum()
         watch.lap("forward")
         watch.follow(loss)
@@ -304,6 +333,7 @@ class SelectiveBackprop:
             batch, model, self.head, self._criterion,
             gradients=self._gradients, mode=self._scoring, precision=self._precision, keep_graph=keep_graph,
             reduce=self._reduce, feed=Batch.feed if keep_graph else self._untouched.feed,
+            keep_output=self._table is not None,
         )  # fmt: skip
 
     def _select(self, rule: Selector, batch: Batch, scored: Scored, k: int) -> Selection:
@@ -324,6 +354,11 @@ class SelectiveBackprop:
         if self._report is None:
             raise RuntimeError("there is no report before the first step")
         return self._report
+
+    @property
+    def table(self) -> ScoreTable | None:
+        """The table of scores that the step writes to."""
+        return self._table
 
     @property
     def optimizer_step(self) -> int:

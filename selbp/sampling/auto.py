@@ -1,0 +1,234 @@
+"""The controller: choose only while choosing pays, and say why."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from statistics import median
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from selbp.sampling.batches import ScoredBatchSampler
+from selbp.selectors.checks import check_int, check_number, shown
+
+FALLBACK = "random"
+TIMES = 32  # of the last steps of each candidate, whose median counts
+WARM = 2  # first steps of a candidate that do not count
+
+
+class Candidate(NamedTuple):
+    """One way to make a step."""
+
+    step: Any  # a SelectiveBackprop with the sampler's table
+    k: int | None = None  # rows of the sampler's batches; None: the sampler's own
+    scored: bool = True  # whether they are drawn by the table's odds
+
+
+class Decision(NamedTuple):
+    """A line of the controller's log."""
+
+    step: int  # steps before it
+    chosen: str
+    headroom: float
+    prices: dict[str, float]  # of each candidate, over random's
+    why: str
+
+
+class AutoSelect:
+    """Steps that choose only while choosing pays: drawn by the table where headroom exceeds the price, else random.
+
+    ::
+
+        auto = selbp.AutoSelect(step, sampler, random_k=48)
+        for inputs, target in loader:
+            auto(inputs, target).backward()
+            optimizer.step(); optimizer.zero_grad()
+
+    *Headroom* h = mean(g^2) / mean(g)^2 over uniform rows (:attr:`selbp.sampling.ScoreTable.headroom`) is the factor by
+    which the best odds could multiply the batch; it needs no row that would not run anyway. *Price* is what a
+    candidate's step takes over random's, from call to call, so with backward, optimizer and the loader's part:
+    processor time, or on a GPU the clock's. A candidate is worth ``h * (its rows / random's rows) / price``, random 1.
+    Every ``every`` steps the most valuable one takes over if it is worth ``1 + margin`` times the one in use; the one
+    in use is left for random as soon as it is worth less than 1. In the beginning each candidate makes ``trial`` steps,
+    for its price.
+
+    With headroom near 1, as for windows of text, nothing is chosen: the step is random's at its own keep, and the
+    controller costs a few microseconds.
+
+    Args:
+        step: the :class:`selbp.SelectiveBackprop` of ``"random"`` and ``"drawn"``, with ``table=`` the sampler's.
+        sampler: its batches are drawn as the controller says.
+        random_k: rows of a random step; the sampler's k for None. Give random the keep that is best for it.
+        others: further candidates by name, each with a step of its own, such as one that scores a pool of 64.
+        prices: of each candidate's step over random's, where they are known: nothing is timed then, and a run is the
+            same each time.
+        every: steps between decisions.
+        trial: timed steps of each candidate in the beginning.
+        margin: by how much more another one must be worth, at least 0.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
+    """
+
+    def __init__(
+        self,
+        step: Any,
+        sampler: ScoredBatchSampler,
+        *,
+        random_k: int | None = None,
+        others: Mapping[str, Candidate] | None = None,
+        prices: Mapping[str, float] | None = None,
+        every: int = 100,
+        trial: int = 8,
+        margin: float = 0.1,
+    ) -> None:
+        if not isinstance(sampler, ScoredBatchSampler):
+            raise TypeError(f"sampler must be a selbp.sampling.ScoredBatchSampler, got {shown(sampler)}")
+        self.candidates = {
+            FALLBACK: Candidate(step, random_k, scored=False), "drawn": Candidate(step), **dict(others or {}),
+        }  # fmt: skip
+        for name, candidate in self.candidates.items():
+            if not isinstance(candidate, Candidate) or not callable(candidate.step):
+                raise TypeError(f"candidate {name!r} must be a Candidate with a step, got {shown(candidate)}")
+            if getattr(candidate.step, "table", None) is not sampler.table:
+                raise ValueError(f"the step of {name!r} must have table= the sampler's table")
+        if self.candidates[FALLBACK].scored:
+            raise ValueError(f"the candidate {FALLBACK!r} must not be scored")
+        self.sampler = sampler
+        self.every, self.trial = check_int("every", every, 1), check_int("trial", trial, 1)
+        self.margin = check_number("margin", margin, 0.0)
+        self.log: list[Decision] = []
+        self._fixed = None if prices is None else _checked(prices, self.candidates)
+        self._times: dict[str, deque[float]] = {name: deque(maxlen=TIMES) for name in self.candidates}
+        self._count = dict.fromkeys(self.candidates, 0)
+        self._steps, self._last = 0, ("", 0.0)
+        self._report: Any = None
+        self._use(FALLBACK)
+
+    def _use(self, name: str) -> None:
+        candidate = self.candidates[name]
+        self.sampler.use(k=candidate.k, scored=candidate.scored, tag=name)
+        self.current = name
+
+    def __call__(self, inputs: Any, target: Any = None, **per_sample: Tensor) -> Tensor:
+        """One minibatch: the scalar to call ``backward()`` on, by the step that its batch was drawn for."""
+        draws = self.sampler.table.issued.draws
+        name = draws[0].tag if draws and draws[0].tag in self.candidates else self.current
+        if self._fixed is None:
+            self._time(name, getattr(target, "device", None))
+        self._steps += 1
+        if self._steps % self.every == 0 or (self._untried() and not self._trying()):
+            self.decide()
+        loss: Tensor = self.candidates[name].step(inputs, target, **per_sample)
+        self._report = self.candidates[name].step.report
+        return loss
+
+    def _time(self, name: str, device: Any) -> None:
+        """Note what the last step took, where this one is of the same candidate."""
+        now = time.perf_counter() if device is not None and device.type == "cuda" else time.process_time()
+        last, before = self._last
+        if last == name:  # two alike in a row: what the first one took
+            self._count[name] += 1
+            if self._count[name] > WARM:
+                self._times[name].append(now - before)
+        self._last = name, now
+
+    def _trying(self) -> bool:
+        """Whether the candidate in use has not made its trial steps."""
+        return self._fixed is None and len(self._times[self.current]) < self.trial
+
+    def _untried(self) -> list[str]:
+        """Candidates whose price is not known."""
+        return [] if self._fixed else [name for name, times in self._times.items() if len(times) < self.trial]
+
+    @property
+    def report(self) -> Any:
+        """The last step's :class:`selbp.StepReport`. Raises RuntimeError before the first one."""
+        if self._report is None:
+            raise RuntimeError("there is no report before the first step")
+        return self._report
+
+    @property
+    def prices(self) -> dict[str, float]:
+        """Median seconds of each candidate's steps over those of random's; of those that were measured."""
+        if self._fixed is not None:
+            return dict(self._fixed)
+        known = {name: median(times) for name, times in self._times.items() if len(times) >= self.trial}
+        base = known.get(FALLBACK, 0.0)
+        return {name: seconds / base for name, seconds in known.items()} if base > 0 else {}
+
+    def worth(self, headroom: float, prices: Mapping[str, float]) -> dict[str, float]:
+        """What each measured candidate is worth, random's step being 1."""
+        rows = {name: candidate.k or self.sampler.k for name, candidate in self.candidates.items()}
+        return {
+            name: (headroom if self.candidates[name].scored else 1.0) * rows[name] / rows[FALLBACK] / price
+            for name, price in prices.items()
+        }
+
+    def decide(self) -> str:
+        """Try the next candidate without a price, or choose among those that have one; log it, and return its name."""
+        headroom, prices = self.sampler.table.headroom, self.prices
+        if self._trying():
+            return self.current
+        untried = self._untried()
+        before = self.current
+        if untried:
+            chosen, why = untried[0], f"its price is not known: {self.trial} steps will tell"
+        else:
+            chosen, why = self._best(headroom, prices)
+        if chosen != before or not self.log:
+            self.log.append(Decision(self._steps, chosen, headroom, prices, why))
+            self._use(chosen)
+        self.sampler.table.price = prices.get(chosen)
+        return chosen
+
+    def _best(self, headroom: float, prices: Mapping[str, float]) -> tuple[str, str]:
+        worth = {name: value for name, value in self.worth(headroom, prices).items() if value == value}
+        mine = worth.get(self.current, 0.0)
+        best = max(worth, key=lambda name: worth[name])
+        said = f"headroom {headroom:.2f}, price {prices[best]:.2f}: worth {worth[best]:.2f} of random's step"
+        if best != self.current and worth[best] > (1.0 + self.margin) * max(mine, 1.0):
+            return best, f"{best} pays: {said}"
+        if self.current != FALLBACK and mine < 1.0:
+            return (
+                FALLBACK,
+                f"{self.current} no longer pays: worth {mine:.2f} of random's step at headroom {headroom:.2f}",
+            )
+        return self.current, f"no other is worth {1.0 + self.margin:.2f} times as much: {said}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The candidate in use, the times measured, and the log. The steps' own states are saved beside it."""
+        return {
+            "current": self.current,
+            "steps": self._steps,
+            "times": {name: list(times) for name, times in self._times.items()},
+            "count": dict(self._count),
+            "log": [[*decision] for decision in self.log],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a :meth:`state_dict`. Raises ValueError, and changes nothing, where it does not fit."""
+        names = {"current", "steps", "times", "count", "log"}
+        if not isinstance(state, Mapping) or set(state) != names:
+            got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"state of AutoSelect must have the entries {sorted(names)}, got {got}")
+        if set(state["times"]) != set(self.candidates) or state["current"] not in self.candidates:
+            raise ValueError(f"the state is of the candidates {sorted(state['times'])}, here {sorted(self.candidates)}")
+        self._times = {name: deque(state["times"][name], maxlen=TIMES) for name in self.candidates}
+        self._count = {name: int(state["count"][name]) for name in self.candidates}
+        self._steps, self._last = check_int("steps", state["steps"], 0), ("", 0.0)
+        self.log = [Decision(*line) for line in state["log"]]
+        self._use(state["current"])
+
+
+def _checked(prices: Mapping[str, float], candidates: Mapping[str, Candidate]) -> dict[str, float]:
+    """``prices`` as floats above 0, one for each candidate. Raises TypeError or ValueError."""
+    if not isinstance(prices, Mapping) or set(prices) != set(candidates):
+        got = sorted(map(str, prices)) if isinstance(prices, Mapping) else shown(prices)
+        raise ValueError(f"prices must name the candidates {sorted(candidates)}, got {got}")
+    found = {name: check_number(f"the price of {name}", price, 0.0) for name, price in prices.items()}
+    if min(found.values()) == 0.0:
+        raise ValueError(f"prices must be above 0, got {found}")
+    return found

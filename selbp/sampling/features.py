@@ -1,0 +1,126 @@
+"""What a proxy sees of each sample: at most 256 numbers, made without a network."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from selbp._numpy import ARRAYS
+from selbp.selectors.checks import shown
+
+WIDTH = 256  # numbers a sample
+GRAMS = 2  # characters or tokens that are hashed together, beside single ones
+CHUNK = 4096  # samples that are read at a time
+
+Features = str | Tensor | Callable[[Any], Any]
+
+
+def samples_of(dataset: Any, ids: range) -> tuple[Any, Tensor]:
+    """Inputs and (m,) int64 labels of the samples ``ids``: as one tensor where the data set holds tensors."""
+    tensors = getattr(dataset, "tensors", None)  # of a TensorDataset
+    if isinstance(tensors, (tuple, list)) and len(tensors) >= 2 and all(isinstance(x, Tensor) for x in tensors):
+        part = slice(ids.start, ids.stop)
+        return tensors[0][part], _labels([tensors[1][part]])
+    many = getattr(dataset, "__getitems__", None)
+    items = many(list(ids)) if many is not None else [dataset[i] for i in ids]
+    if not all(isinstance(item, (tuple, list)) and len(item) >= 2 for item in items):
+        raise TypeError(f"dataset must give (input, label) for each number, got {shown(items[0])}")
+    inputs = [item[0] for item in items]
+    return _stacked(inputs), _labels([item[1] for item in items])
+
+
+def _labels(labels: list[Any]) -> Tensor:
+    found = labels[0] if len(labels) == 1 and isinstance(labels[0], Tensor) else torch.as_tensor(labels)
+    if found.dim() != 1 or found.is_floating_point() or found.dtype == torch.bool:
+        raise ValueError(
+            f"a proxy needs one class a sample: the labels are {shown(found)}; without classes leave the proxy out"
+        )
+    return found.long()
+
+
+def _stacked(inputs: list[Any]) -> Any:
+    if all(isinstance(x, Tensor) and x.shape == inputs[0].shape for x in inputs):
+        return torch.stack(inputs)
+    if all(isinstance(x, ARRAYS) and x.shape == inputs[0].shape for x in inputs):
+        return torch.stack([torch.as_tensor(x) for x in inputs])
+    return inputs
+
+
+def features_of(inputs: Any, features: Features, ids: range) -> Tensor:
+    """(m, d) float32 of the samples ``ids``, d at most 256 for ``"auto"``."""
+    if isinstance(features, Tensor):
+        return features[ids.start : ids.stop].float()
+    found = automatic(inputs) if isinstance(features, str) else features(inputs)
+    if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(ids):
+        raise ValueError(f"features must give a tensor (m, d) = ({len(ids)}, d), got {shown(found)}")
+    return found.detach().float()
+
+
+def automatic(inputs: Any) -> Tensor:
+    """(m, d) features of m samples.
+
+    Images (m, [channels,] height, width): pooled by averages to at most 256 numbers. Vectors (m, d) floating: as they
+    are, or averages of neighbours. Texts, and tokens (m, T) or ragged: counts of hashed n-grams. A PIL image is read
+    as one of its pixels.
+    """
+    if isinstance(inputs, Tensor) and inputs.is_floating_point() | (inputs.dim() > 2):
+        return _pooled(inputs)
+    if isinstance(inputs, Tensor) and inputs.dim() == 2:
+        return _hashed([row.tolist() for row in inputs])
+    if isinstance(inputs, Sequence) and all(isinstance(x, (str, bytes)) for x in inputs):
+        return _hashed(inputs)
+    if isinstance(inputs, Sequence) and all(isinstance(x, Tensor) and x.dim() == 1 for x in inputs):
+        return _hashed([x.tolist() for x in inputs])
+    if isinstance(inputs, Sequence) and all(isinstance(x, Tensor) and x.dim() in (2, 3) for x in inputs):
+        return torch.cat([_pooled(x[None], exact=True) for x in inputs])  # images of several sizes
+    if isinstance(inputs, Sequence) and all(hasattr(x, "getbands") for x in inputs):
+        return torch.cat([_pooled(_pixels(x), exact=True) for x in inputs])
+    raise TypeError(
+        'features="auto" takes images, vectors, texts or tokens; pass features=, a function of a list of inputs that '
+        f"gives (m, d), or a matrix (N, d) of embeddings; got {shown(inputs[0] if isinstance(inputs, list) else 0)}"
+    )
+
+
+def _pixels(image: Any) -> Tensor:
+    """(1, channels, height, width) of a PIL image."""
+    image = image.convert("RGB" if len(image.getbands()) > 1 else "L")
+    width, height = image.size
+    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return data.view(1, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _pooled(x: Tensor, exact: bool = False) -> Tensor:
+    """(m, d) averages of neighbours; ``exact``: the same d for every size of image with as many channels."""
+    x = x.float()
+    if x.dim() == 1:
+        return x[:, None]
+    if x.dim() == 2:
+        return x if x.shape[1] <= WIDTH else F.adaptive_avg_pool1d(x[:, None], WIDTH)[:, 0]
+    x = x[:, None] if x.dim() == 3 else x.flatten(1, x.dim() - 3)
+    if x.shape[1] > WIDTH // 4:
+        return _pooled(x.flatten(1))
+    side = int((WIDTH // x.shape[1]) ** 0.5)
+    height, width = x.shape[-2:]
+    if exact or height > side or width > side:
+        factor = -(-max(height, width) // side)  # a whole factor pools faster, and blurs no edge
+        whole = not exact and height % factor == 0 and width % factor == 0
+        x = F.avg_pool2d(x, factor) if whole else F.adaptive_avg_pool2d(x, side)
+    return x.flatten(1)
+
+
+def _hashed(texts: Sequence[Any]) -> Tensor:
+    """(m, 256) square roots of the counts of hashed single characters or tokens and of pairs, each row of norm 1."""
+    found = torch.zeros(len(texts), WIDTH)
+    for row, text in enumerate(texts):
+        units = text.split() if isinstance(text, (str, bytes)) else text
+        grams = [repr(unit) for unit in units]
+        grams += [f"{a} {b}" for a, b in zip(grams, grams[1:], strict=False)] if GRAMS > 1 else []
+        slots = torch.tensor([zlib.crc32(gram.encode()) % WIDTH for gram in grams], dtype=torch.int64)
+        found[row] = torch.bincount(slots, minlength=WIDTH).float()
+    found = found.sqrt()
+    return found / found.norm(dim=1, keepdim=True).clamp(min=1e-12)

@@ -1,0 +1,122 @@
+"""Others' ways of choosing before or beside the forward, on the same table: to compare with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selbp.sampling.batches import ScoredBatchSampler, TableSampler
+from selbp.sampling.draw import uniform
+from selbp.sampling.issued import Draw
+from selbp.sampling.proxy import Proxy
+from selbp.sampling.table import ScoreTable
+from selbp.selectors import ReducibleLoss
+from selbp.selectors.checks import check_int, check_number, shown
+
+
+class InfoBatchSampler(TableSampler):
+    """Epochs without part of the easy samples, whose others count for them; see :func:`info_batch`."""
+
+    def __init__(self, table: ScoreTable, k: int, ratio: float, epochs: int, anneal: float, seed: int) -> None:
+        super().__init__(table, seed, None, None)
+        if self.world_size > 1:
+            raise ValueError(f"info_batch is for one rank, got {self.world_size}: ranks would prune differently many")
+        self.k, self.epochs = check_int("k", k, 1), check_int("epochs", epochs, 1)
+        self.ratio = check_number("ratio", ratio, 0.0, 1.0)
+        if self.ratio == 1.0:
+            raise ValueError("ratio must be below 1, got 1: the samples that are kept count for the others")
+        self.anneal = check_number("anneal", anneal, 0.0, 1.0)
+
+    def _plan_epoch(self) -> dict[str, Tensor]:
+        ids = self.ids
+        weight = torch.ones(len(ids), dtype=torch.float64, device=ids.device)
+        keep = torch.ones_like(ids, dtype=torch.bool)
+        if self.epoch < self.anneal * self.epochs:
+            loss = -self.table.probability.double().log()
+            known = torch.isfinite(loss)
+            easy = known & (loss < torch.where(known, loss, 0.0).sum() / known.sum().clamp(min=1))
+            keep = ~(easy & (uniform(self.seed, self.epoch, 2, ids) < self.ratio))
+            weight = torch.where(easy, 1.0 / (1.0 - self.ratio), 1.0)
+        order = self._shuffled(ids[keep])
+        return {"order": order, "weight": weight[order]}
+
+    def _length(self) -> int:
+        return -(-len(self._plan["order"] if self._plan else self.ids) // self.k)
+
+    def _draw(self, index: int) -> Draw:
+        part = slice(index * self.k, (index + 1) * self.k)
+        ids, weight = self._plan["order"][part], self._plan["weight"][part]
+        return Draw(ids, len(ids) if len(self._plan["order"]) == self.table.samples else 0, weight)
+
+
+def info_batch(
+    table: ScoreTable, k: int = 128, *, epochs: int, ratio: float = 0.5, anneal: float = 0.875, seed: int = 0
+) -> InfoBatchSampler:
+    """InfoBatch (Qin et al. 2024): each epoch leaves out a share ``ratio`` of the samples below the mean loss.
+
+    Those below it that are kept count 1 / (1 - ratio) times, so that the expectation over the draw of an epoch is the
+    whole data set's; the last ``1 - anneal`` of the ``epochs`` see everything. A sample's loss is the one that it had
+    when it was last trained on.
+
+    Args:
+        table: whose p tell the losses, -log p; a step with ``table=`` writes them.
+        k: rows of a batch; an epoch's last one may have fewer.
+        epochs: of the whole training.
+        ratio: share of the samples below the mean that is left out, in [0, 1).
+        anneal: share of the epochs that leave samples out.
+        seed: of every draw.
+
+    Returns:
+        A batch sampler: ``DataLoader(dataset, batch_sampler=...)``, with ``selector=selbp.Full()``. Its length is that
+        of the epoch it is in.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range; several ranks.
+
+    Example:
+        >>> len(info_batch(ScoreTable(1000, classes=10), k=100, epochs=8))
+        10
+    """
+    return InfoBatchSampler(table, k, ratio, epochs, anneal, seed)
+
+
+def rho_loss(
+    table: ScoreTable, proxy: Proxy, k: int = 32, pool: int = 320, *, seed: int = 0
+) -> tuple[ScoredBatchSampler, dict[str, Any]]:
+    """RHO-LOSS (Mindermann et al. 2022) with the proxy as the irreducible model: train on the greatest loss - proxy's.
+
+    The source trains the irreducible model on held-out data; ``fit_proxy(..., halves=True)`` scores each sample by a
+    proxy that has not seen it.
+
+    Args:
+        table: it keeps the irreducible losses, and the step hands them to the rule.
+        proxy: what :func:`fit_proxy` returned.
+        k: rows that are trained on.
+        pool: rows that run forward.
+        seed: of every draw.
+
+    Returns:
+        A sampler of ``pool`` uniform samples a batch, and arguments of :class:`selbp.SelectiveBackprop`, which then
+        runs all of them forward and the k of greatest reducible loss backward::
+
+            sampler, arguments = selbp.sampling.rho_loss(table, proxy)
+            step = selbp.SelectiveBackprop(model, **arguments)
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, or the proxy is of another number of samples.
+
+    Example:
+        >>> table = ScoreTable(4, classes=2)
+        >>> proxy = Proxy(0.0, 0.0, 1.0, 1.0, torch.zeros(4))
+        >>> rho_loss(table, proxy, k=1, pool=2)[1]["keep"]
+        1
+    """
+    if not isinstance(proxy, Proxy):
+        raise TypeError(f"proxy must be what fit_proxy returned, got {shown(proxy)}")
+    sampler = ScoredBatchSampler(table, pool, pool, uniform=1.0, seed=seed)
+    if proxy.losses.shape != (table.samples,):
+        raise ValueError(f"the proxy must be of the table's {table.samples} samples, got {tuple(proxy.losses.shape)}")
+    table.irreducible = proxy.losses.to(table.device)
+    return sampler, {"selector": ReducibleLoss(), "keep": check_int("k", k, 1), "table": table}

@@ -1,0 +1,189 @@
+"""Losses for labels of which a share is wrong, and the share's estimate by expectation-maximisation.
+
+The label that is given is taken for a draw from a mixture: with the chance 1 - eps the true one, which the model gives
+the probability p, else any of the C classes. Its likelihood is (1 - eps) p + eps / C. More generally, with
+T[y', y] = P(given y | true y'), it is sum_y' T[y', y] p_y' (the forward correction of Patrini et al. 2017).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from selbp.selectors.checks import check_int, check_number, shown
+
+ROUNDS = 200  # of expectation-maximisation
+SETTLED = 1e-5  # a change of eps or of an entry of T that ends it
+PRIOR = 1.0  # pseudo-counts on the diagonal of T
+
+
+@runtime_checkable
+class KnowsNoise(Protocol):
+    """What a :class:`~selbp.sampling.ScoreTable` tells a loss."""
+
+    @property
+    def epsilon(self) -> Tensor:
+        """() float64."""
+        ...
+
+    @property
+    def transition(self) -> Tensor | None:
+        """(C, C) float64, or None where eps says all."""
+        ...
+
+
+def noise_aware(loss: Tensor, epsilon: Tensor | float, classes: int) -> Tensor:
+    """Cross-entropies (n,) turned into ``-log((1 - eps) exp(-loss) + eps / classes)``; differentiable.
+
+    The gradient is that of ``loss`` times ``r = (1 - eps) p / ((1 - eps) p + eps / C)``, how far the label is believed.
+    It needs nothing but the loss, and so goes with heads that never store their logits::
+
+        losses = selbp.sampling.noise_aware(selbp.ops.linear_cross_entropy(h, w, b, y), 0.2, len(w))
+
+    Args:
+        loss: (n,) or any shape, floating: each sample's cross-entropy -log p.
+        epsilon: a number in [0, 1) or a tensor () on the CPU or on the loss's device, whose value is not read back.
+        classes: C, at least 2.
+
+    Returns:
+        The shape and dtype of ``loss``. A NaN stays with its sample.
+
+    Raises:
+        TypeError: ``loss`` is no floating tensor, or ``epsilon`` or ``classes`` no number.
+        ValueError: a number out of range, or an ``epsilon`` of another shape than ().
+
+    Example:
+        >>> noise_aware(torch.tensor([0.0, 100.0]), 0.2, 10)
+        tensor([0.1985, 3.9120])
+    """
+    if not isinstance(loss, Tensor) or not loss.is_floating_point():
+        raise TypeError(f"loss must be a floating tensor of cross-entropies, got {shown(loss)}")
+    classes = check_int("classes", classes, 2)
+    if isinstance(epsilon, Tensor):
+        if epsilon.shape != ():
+            raise ValueError(f"epsilon must be a number or a tensor (), got {shown(epsilon)}")
+        epsilon = epsilon.double()
+    else:
+        epsilon = _check_epsilon(epsilon)
+        if epsilon == 0.0:
+            return loss * 1.0
+        epsilon = torch.tensor(epsilon, dtype=torch.float64)
+    right, other = torch.log1p(-epsilon).to(loss.dtype), torch.log(epsilon / classes).to(loss.dtype)
+    return -torch.logaddexp(right - loss, other)
+
+
+def _check_epsilon(epsilon: object) -> float:
+    value = check_number("epsilon", epsilon, 0.0, 1.0)
+    if value == 1.0:
+        raise ValueError("epsilon must be below 1: else no label says anything, got 1")
+    return value
+
+
+def estimate_epsilon(probability: Tensor, classes: int, start: Tensor | float = 0.1) -> Tensor:
+    """() float64 eps of greatest likelihood for the given labels' probabilities (n,), by expectation-maximisation."""
+    p = probability.double()
+    epsilon = torch.as_tensor(start, dtype=torch.float64, device=p.device).clamp(0.01, 0.9)
+    for _ in range(ROUNDS):
+        other = epsilon / classes
+        found = (other / ((1.0 - epsilon) * p + other)).mean()
+        moved, epsilon = (found - epsilon).abs(), found
+        if p.device.type == "cpu" and float(moved) < SETTLED:
+            break
+    return epsilon.clamp(0.0, 0.99)
+
+
+def estimate_transition(probability: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    """T (C, C) float64 of greatest likelihood, and the mean posterior of each true label and given label (C, C).
+
+    ``probability`` (n, C), the model's; ``given`` (n,) int64. Each round gives every sample its posterior of the true
+    label, ``T[y', y] p_y'`` normalised, and T becomes the share of each given label among each true one's.
+    """
+    p = probability.double()
+    classes = p.shape[1]
+    transition = torch.full((classes, classes), 0.2 / classes, dtype=torch.float64, device=p.device)
+    transition += 0.8 * torch.eye(classes, dtype=torch.float64, device=p.device)
+    for _ in range(ROUNDS):
+        joint = p * transition.T[given]
+        joint = joint / joint.sum(1, keepdim=True).clamp(min=1e-300)
+        counts = torch.zeros_like(transition).index_add_(0, given, joint).T  # a row for each true label
+        found = normalised(counts)
+        moved, transition = (found - transition).abs().max(), found
+        if p.device.type == "cpu" and float(moved) < SETTLED:
+            break
+    return transition, counts / max(len(p), 1)
+
+
+def normalised(counts: Tensor, prior: float = PRIOR) -> Tensor:
+    """The counts (C, C) with ``prior`` more on the diagonal, each row scaled to sum to 1."""
+    counts = counts + prior * torch.eye(len(counts), dtype=counts.dtype, device=counts.device)
+    return counts / counts.sum(1, keepdim=True)
+
+
+class NoiseAwareCrossEntropy:
+    """Cross-entropy for labels of which a share is wrong: ``-log((1 - eps) p + eps / C)`` for each sample.
+
+    Pass it as ``loss=`` of :class:`selbp.SelectiveBackprop`. The gradient is cross-entropy's times the responsibility
+    r, so that a sample whose label the model holds for wrong pulls little; at eps = 0 it is cross-entropy.
+
+    Args:
+        noise: a :class:`selbp.sampling.ScoreTable`, whose estimate is read at each call; a number eps in [0, 1); or a
+            tensor: () eps, or (C, C) the transition ``T[y', y] = P(given y | true y')``, for
+            ``-log sum_y' T[y', y] p_y'``.
+
+    Raises:
+        TypeError, ValueError: at construction for anything else; at the call for logits that are not (n, C) floating
+            or a target that is not (n,) int64.
+
+    Example:
+        >>> loss = NoiseAwareCrossEntropy(0.2)
+        >>> loss(torch.tensor([[8.0, 0.0]]), torch.tensor([1]))
+        tensor([2.2992])
+    """
+
+    def __init__(self, noise: KnowsNoise | Tensor | float) -> None:
+        self._read: Callable[[], tuple[Tensor | float, Tensor | None]]
+        if isinstance(noise, Tensor):
+            if not noise.is_floating_point() or noise.dim() not in (0, 2) or (noise.dim() and noise.shape[0] < 2):
+                raise ValueError(f"noise must be eps () or a transition (C, C), floating, got {shown(noise)}")
+            if noise.dim() == 2:
+                _check_transition(noise)
+            else:
+                _check_epsilon(float(noise))
+            fixed = (noise, None) if noise.dim() == 0 else (0.0, noise)
+            self._read = lambda: fixed
+        elif isinstance(noise, KnowsNoise):
+            table = noise
+            self._read = lambda: (table.epsilon, table.transition)
+        else:
+            epsilon = _check_epsilon(noise)
+            self._read = lambda: (epsilon, None)
+        self.__name__ = type(self).__name__
+
+    def __call__(self, output: Any, target: Tensor) -> Tensor:
+        """(n,) losses of logits ``output`` (n, C), or something with ``.logits``, and classes ``target`` (n,) int64."""
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", output)
+        if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() != 2:
+            raise ValueError(f"logits must be (n, C), floating, got {shown(logits)}")
+        if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.shape != logits.shape[:1]:
+            raise ValueError(f"target must be (n,) = ({len(logits)},) int64 classes, got {shown(target)}")
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        epsilon, transition = self._read()
+        classes = logits.shape[1]
+        if transition is None:
+            return noise_aware(F.cross_entropy(logits, target, reduction="none"), epsilon, classes)
+        if len(transition) != classes:
+            raise ValueError(f"the transition is of {len(transition)} classes, the logits of {classes}")
+        log_given = transition.to(logits).log().T.index_select(0, target)
+        return -torch.logsumexp(log_given + F.log_softmax(logits, 1), 1)
+
+
+def _check_transition(transition: Tensor) -> None:
+    if transition.shape[0] != transition.shape[1]:
+        raise ValueError(f"a transition must be (C, C), got {tuple(transition.shape)}")
+    rows = transition.double().sum(1)
+    if not bool((torch.isfinite(transition) & (transition >= 0)).all()) or float((rows - 1.0).abs().max()) > 1e-4:
+        raise ValueError("a transition's entries must be at least 0, and each row must sum to 1")

@@ -1,0 +1,69 @@
+"""What passes between a step and a table of scores: the rows' weights one way, what the step saw the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selbp.common.batch import Batch
+from selbp.sampling.issued import Draw
+from selbp.sampling.table import ScoreTable
+from selbp.selectors import Selector
+from selbp.selectors.checks import shown
+from selbp.types import Selection
+
+IRREDUCIBLE = "irreducible_loss"  # by which selbp.ReducibleLoss knows it
+
+
+def check_table(table: object) -> ScoreTable | None:
+    """``table``. Raises TypeError unless it is None or a :class:`selbp.sampling.ScoreTable`."""
+    if table is not None and not isinstance(table, ScoreTable):
+        raise TypeError(f"table must be a selbp.sampling.ScoreTable or None, got {shown(table)}")
+    return table
+
+
+def with_irreducible(batch: Batch, table: ScoreTable, draw: Draw) -> Batch:
+    """The batch with what the table knows of each sample's irreducible loss, unless the caller has said it."""
+    if table.irreducible is None or IRREDUCIBLE in batch.extras:
+        return batch
+    loss = table.irreducible[draw.ids].to(batch.device, non_blocking=True)
+    return replace(batch, extras={**batch.extras, IRREDUCIBLE: loss})
+
+
+def weighted(selection: Selection, factor: Tensor, rule: Selector) -> Selection:
+    """The selection with each row's weight times the sampler's factor (n,) for it.
+
+    Raises ValueError for a rule that matches gradients: its weights are for rows that count alike.
+    """
+    if rule.needs == "gradients":
+        raise ValueError(
+            f"{rule!r} matches the mean of rows that count alike, and the sampler's weights='unbiased' does not let "
+            "them: pass weights='mean' to the sampler, or a rule that does not match gradients"
+        )
+    indices, weights = selection
+    return Selection(indices, weights * factor.to(weights)[indices])
+
+
+def write_back(
+    table: ScoreTable, draw: Draw, target: Any, output: Any, losses: Tensor, place: Tensor | None, live: Tensor
+) -> None:
+    """Record the rows ``place`` (k,) of the minibatch (None: all), those that are ``live`` (k,) bool.
+
+    ``output`` is the model's of these rows, ``losses`` (k,) theirs, ``target`` the minibatch's.
+    """
+    if table.classes is None:
+        tokens = target[0].numel() if isinstance(target, Tensor) and target.dtype == torch.int64 else 1
+        table.record(draw, live, losses=losses.detach() / max(tokens, 1), place=place, live=live)
+        return
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or not isinstance(target, Tensor) or target.dim() != 1:
+        raise ValueError(
+            f"a table with classes needs logits (n, {table.classes}) and a target (n,), got {shown(logits)} and "
+            f"{shown(target)}; for other outputs leave classes= out: ScoreTable(len(dataset))"
+        )
+    rows = target if place is None else target[place]
+    table.record(draw, rows, logits=logits, place=place, live=live)
