@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from selbp.training.places import PLAIN, Key, Places
 from selbp.training.samples import (
     finite_entry,
     map_samples,
@@ -33,21 +34,23 @@ class Batch:
     extras: Mapping[str, Tensor]
     n: int
     device: torch.device
+    places: Places = PLAIN  # how the inputs, with the samples in dim 0, are put together for the model
+    held: Mapping[Key, Any] = field(default_factory=dict)  # the inputs that have no samples
 
     @classmethod
-    def of(cls, inputs: Any, target: Any, extras: Mapping[str, Any]) -> Batch:
-        """Check a step's arguments. In a dict without a ``target``, ``"labels"`` is the target.
+    def of(cls, inputs: Any, target: Any, extras: Mapping[str, Any], places: Places = PLAIN) -> Batch:
+        """Check a step's arguments. In a dict without a ``target``, ``"labels"`` is the target, or what places name.
 
         Raises TypeError or ValueError that names what is wrong, before anything has run.
         """
         if not isinstance(inputs, (Tensor, tuple, list, Mapping)):
             raise TypeError(f"inputs must be a Tensor, a tuple or a dict of tensors, got {type(inputs).__name__}")
         if target is None and isinstance(inputs, Mapping):
-            inputs = dict(inputs)
-            target = inputs.pop("labels", None)
+            inputs, target = places.take_target(inputs)
         if target is None:
             raise ValueError('target is missing: pass step(inputs, target), or a dict batch with "labels"')
         refuse_packed(inputs)
+        inputs, held = places.split(inputs)
         devices: list[torch.device] = []
 
         def note(x: Tensor) -> Tensor:
@@ -64,7 +67,7 @@ class Batch:
                 f"the batch may have {' or '.join(map(str, candidates))} samples: its lists and their tensors both "
                 "fit. Pass a tensor with one row a sample, the target for one"
             )
-        batch = cls(inputs, target, extras, candidates[0], devices[0])
+        batch = cls(inputs, target, extras, candidates[0], devices[0], places, held)
         batch._check()
         return batch
 
@@ -119,7 +122,7 @@ class Batch:
                 host.append((list(range(self.n)) if indices is None else indices.tolist(), live.tolist()))
             return take_entries(entries, *host[0])
 
-        return Batch(*self._map(alive, some), {}, len(live), self.device)
+        return self._some(len(live), *self._map(alive, some))
 
     def take(self, indices: Tensor) -> Batch:
         """The samples ``indices`` (k,), without what the caller knows of each."""
@@ -130,7 +133,10 @@ class Batch:
         def some(entries: Any) -> Any:
             return take_entries(entries, indices.tolist(), [True] * len(indices))
 
-        return Batch(*self._map(rows, some), {}, len(indices), self.device)
+        return self._some(len(indices), *self._map(rows, some))
+
+    def _some(self, n: int, inputs: Any, target: Any) -> Batch:
+        return replace(self, inputs=inputs, target=target, extras={}, n=n)
 
     def finite(self) -> Tensor:
         """(n,) bool: every floating entry of the sample's inputs and target is finite."""
@@ -155,11 +161,12 @@ class Batch:
 
     def feed(self, model: nn.Module) -> Any:
         """Call the model: ``model(x)``, ``model(*tuple)`` or ``model(**dict)``."""
-        if isinstance(self.inputs, Tensor):
-            return model(self.inputs)
-        if isinstance(self.inputs, Mapping):
-            return model(**self.inputs)
-        return model(*self.inputs)
+        inputs = self.places.join(self.inputs, self.held)
+        if isinstance(inputs, Tensor):
+            return model(inputs)
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(*inputs)
 
 
 def _packed(inputs: Any) -> list[str]:

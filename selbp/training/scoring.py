@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from selbp.training.batch import Batch
 from selbp.training.distributed import inner_outputs
 from selbp.training.guards import evaluating, scoring_autocast, without_autocast, without_autocast_cache
 from selbp.training.head import Captured, capture, listed_candidates
+from selbp.training.head_kinds import is_pointwise, positions_last
 from selbp.training.losses import Criterion, CrossEntropy, logits_of
 from selbp.training.proxies import HeadProxies, sequence_norm_sq
 
@@ -36,6 +37,7 @@ class Scored:
     proxies: HeadProxies | None
     losses: Tensor | None  # (n,) unscaled, with their graph, where the forward recorded one
     hits: tuple[Tensor, Tensor] | None  # () correct entries and () all entries, for a loss with classes
+    auxiliary: Tensor | None = None  # () the model's own further loss, of all n rows, where a graph is kept
 
 
 class _Rows(NamedTuple):
@@ -54,7 +56,8 @@ class _Rows(NamedTuple):
 
 def scale_of(mass: Tensor, valid: Tensor) -> Tensor:
     """() s with (1/n) sum s l_i = torch's mean over valid samples; 0 where there is none."""
-    total = torch.where(valid, mass, 0.0).sum()
+    wide = torch.float32 if mass.device.type == "mps" else torch.float64
+    total = torch.where(valid, mass, 0.0).sum(dtype=wide)
     return torch.where(total > 0, len(mass) / total, 0.0)
 
 
@@ -70,12 +73,13 @@ def score(
     keep_graph: bool,
     reduce: Callable[[Tensor], Tensor] | None = None,
     feed: Callable[[Batch, nn.Module], Any] = Batch.feed,
+    auxiliary: Callable[[Any], Tensor | None] = lambda output: None,
 ) -> Scored:
     """Run the forward on all rows; with ``gradients``, read gradient norms and proxies as well as losses.
 
     ``precision`` is the forward's, see :func:`scoring_autocast`. ``keep_graph`` records the forward for a backward
     through chosen rows of it; else nothing is recorded below the head. ``reduce`` averages the mean gradient over
-    ranks. ``feed`` calls the model.
+    ranks. ``feed`` calls the model. ``auxiliary`` reads a further loss off its output.
     """
     mass, present = criterion.mass(batch.target, batch.n, batch.device)
     leaf = gradients and not keep_graph
@@ -87,11 +91,15 @@ def score(
     returned = inner[-1] if inner else output  # in whose graph gradients may be read
     seen = head is not None and (gradients or captured.calls == 1)  # a rule that reads losses does without
     features, logits = captured.check(model) if seen else (None, None)
+    features = None if features is None else positions_last(head, features)
     edited = captured.edited  # then the loss reads other logits than the head gave
-    fused = isinstance(criterion, CrossEntropy) and (
+    convolution = head is not None and is_pointwise(head)
+    fused = (isinstance(criterion, CrossEntropy) and not criterion.soft(batch.target)) and (
         logits is None
         or (
-            not edited and _is_head_output(returned, logits) and criterion.classes_last(logits_of(output), batch.target)
+            not (edited or convolution)
+            and _is_head_output(returned, logits)
+            and criterion.classes_last(logits_of(output), batch.target)
         )
     )
     losses = read = None
@@ -108,14 +116,15 @@ def score(
         else:
             assert read is not None
             hits = criterion.hits(output, batch.target, present)
-            at = (captured, features) if gradients and features is not None else None
+            at = (captured, features, head) if gradients and features is not None else None
             rows = _from_losses(read, present, at, bias, hits, keep_graph)
             if at is not None and rows.residual is None:
                 raise RuntimeError(
                     "the loss does not depend on the head's output: pass head=, the last linear layer; "
                     f"{listed_candidates(model)}"
                 )
-        return _scaled(rows, mass, bias, gradients, reduce, losses if keep_graph else None)
+        scored = _scaled(rows, mass, bias, gradients, reduce, losses if keep_graph else None)
+    return replace(scored, auxiliary=auxiliary(output)) if keep_graph else scored
 
 
 def _is_head_output(output: Any, logits: Tensor) -> bool:
@@ -165,7 +174,7 @@ def _from_logits(criterion: CrossEntropy, logits: Tensor, features: Tensor | Non
 def _from_losses(
     losses: Tensor,
     present: Tensor,
-    at: tuple[Captured, Tensor] | None,  # the head's output and input
+    at: tuple[Captured, Tensor, nn.Module | None] | None,  # the head's output and input, and the head
     bias: bool,
     hits: tuple[Tensor, Tensor] | None,
     keep_graph: bool,
@@ -177,7 +186,7 @@ def _from_losses(
     without = _Rows(loss, unknown, unknown, unknown, never, valid, None, None, hits)
     if at is None:
         return without
-    captured, features = at
+    captured, features, head = at
     if captured.logits is not None and len(captured.logits) % n:
         shape = tuple(captured.logits.shape)
         raise RuntimeError(f"the head's output must have the samples first, {n} of them: got {shape}")
@@ -187,6 +196,7 @@ def _from_losses(
         gradient = torch.autograd.grad(losses, captured.edge, ones, retain_graph=keep_graph, allow_unused=True)[0]
     if gradient is None:
         return without
+    gradient = positions_last(head, gradient)
     residual = gradient.to(loss.dtype).reshape(n, -1, gradient.shape[-1])
     h = features.reshape(n, -1, features.shape[-1])
     squares = residual.square().sum(2)

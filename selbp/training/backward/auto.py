@@ -63,14 +63,31 @@ class Auto:
     def _current(self) -> Rows | Recompute:
         return Recompute() if self._chosen is None else self._chosen
 
-    def decide(self, model: nn.Module, batch: Batch, k: int, criterion: Criterion, scoring: str) -> None:
-        """Choose the strategy for this model. Gradients, buffers and random state are left as they are."""
+    def decide(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        k: int,
+        criterion: Criterion,
+        scoring: str,
+        auxiliary: Callable[[Any], Tensor | None] = lambda output: None,
+    ) -> None:
+        """Choose the strategy for this model. Gradients, buffers and random state are left as they are.
+
+        ``auxiliary`` reads a further loss off the model's output, which rows would differentiate for all samples.
+        """
         if not torch.is_grad_enabled() or not any(p.requires_grad for p in model.parameters()):
             return  # nothing to differentiate: recompute until there is
-        self._chosen, self.reason = self._decide(model, batch, k, criterion, scoring)
+        self._chosen, self.reason = self._decide(model, batch, k, criterion, scoring, auxiliary)
 
     def _decide(
-        self, model: nn.Module, batch: Batch, k: int, criterion: Criterion, scoring: str
+        self,
+        model: nn.Module,
+        batch: Batch,
+        k: int,
+        criterion: Criterion,
+        scoring: str,
+        auxiliary: Callable[[Any], Any],
     ) -> tuple[Rows | Recompute, str]:
         from selbp.training.diagnose import analyse_batch  # imports the strategies' package
 
@@ -81,6 +98,8 @@ class Auto:
 
         def losses(pair: Any) -> Tensor:
             few, output = pair
+            if (found := auxiliary(output)) is not None and found.requires_grad:
+                raise NotImplementedError("the model's auxiliary loss has a gradient for every sample")
             return criterion.losses(output, few.target, few.n)
 
         try:
