@@ -37,6 +37,7 @@ from selbp.selectors import (  # noqa: E402
 from selbp.training import Schedule, SelectiveBackprop, StepReport  # noqa: E402
 from selbp.training.backward.rows import checkpoint, fence, select  # noqa: E402
 from selbp.training.cut import CutReport, SelectiveBackward, selective_backward  # noqa: E402
+from selbp.training.cut_insert import InsertedCut, insert_cut  # noqa: E402
 from selbp.training.diagnose import Diagnosis, diagnose  # noqa: E402
 from selbp.training.memory import keep_freed_memory  # noqa: E402
 from selbp.training.recommended import recommended  # noqa: E402
@@ -51,6 +52,7 @@ __all__ = [
     "GradNormImportance",
     "GradientMatching",
     "GradientProxies",
+    "InsertedCut",
     "LossPercentile",
     "LossRank",
     "Random",
@@ -67,6 +69,7 @@ __all__ = [
     "checkpoint",
     "diagnose",
     "fence",
+    "insert_cut",
     "keep_freed_memory",
     "recommended",
     "select",
