@@ -311,7 +311,7 @@ class SelectiveBackprop:
         watch.follow(loss)
         report = StepReport(
             batch.n, len(selection.indices), self._step, chosen, scoring, strategy.name,
-            getattr(strategy, "reason", self._reason), selection, stats, proxies, scaled.detach(), hits, watch,
+            getattr(strategy, "reason", self._reason), selection, stats, proxies, scaled.detach(), hits, watch, share,
         )  # fmt: skip
         return loss, report
 
@@ -332,12 +332,13 @@ class SelectiveBackprop:
             hits = self._criterion.hits(output, batch.target, scored.stats.valid)
         scaled = self._criterion.losses(output, clean.target, clean.n) * scored.scale
         loss = torch.where(selection.weights != 0, scaled * selection.weights.to(scaled.dtype), 0).sum()
-        loss = add(loss, auxiliary, call.share(scored, batch.n))
+        share = call.share(scored, batch.n)
+        loss = add(loss, auxiliary, share)
         watch.lap("forward")
         watch.follow(loss)
         report = CutStepReport(
             batch.n, k, self._step, True, False, cut.strategy, f"the cut at {cut.name}",
-            selection, scored.stats, None, scaled.detach(), hits, watch,
+            selection, scored.stats, None, scaled.detach(), hits, watch, share,
         )  # fmt: skip
         made.append(report)
         return loss, report
