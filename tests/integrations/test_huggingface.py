@@ -329,6 +329,29 @@ def test_a_cut_and_an_inserted_one_under_the_trainer(tmp_path):
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("backward", ["rows", "recompute"])
+def test_a_low_rank_adapter_on_the_head(backward):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model, batch = peft.get_peft_model(llama().double(), config), texts()[:]
+    step = selbp.SelectiveBackprop(
+        model, selector=selbp.GradientMatching(), keep=0.25, loss="causal_lm", backward=backward
+    )
+    assert step.head is model.get_base_model().lm_head
+    step(batch).backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert any("lm_head.lora_A" in name for name in got) and step.report.relative_residual < 1
+    model.zero_grad()
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none").sum(1)
+    indices, chosen = step.report.selection
+    count = (batch["labels"][:, 1:] != -100).sum()
+    ((losses[indices] * chosen).sum() * len(losses) / count).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(got[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
 def test_nothing_of_it_is_imported_with_the_library():
     import subprocess
     import sys
