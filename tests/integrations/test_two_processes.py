@@ -62,7 +62,11 @@ def trainer_check(rank: int) -> None:
         full = {"selector": selbp.Full(), "keep": 1.0, "backward": backward}
         assert difference(train(SelectiveTrainer, full).model, plain.model, start) < 1e-5
         chosen = {"selector": selbp.GradientMatching(), "keep": 0.5, "backward": backward}
-        for extra in ({}, {"gradient_checkpointing": True}, {"ddp_static_graph": True, "gradient_accumulation_steps": 1}):
+        for extra in (
+            {},
+            {"gradient_checkpointing": True},
+            {"ddp_static_graph": True, "gradient_accumulation_steps": 1},
+        ):
             check_equal_on_both(weights(train(SelectiveTrainer, chosen, **extra).model))
 
     def own() -> dict[str, Any]:
