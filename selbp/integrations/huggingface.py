@@ -13,6 +13,7 @@ or, for a trainer that is built already, ``selective(trainer, selector=selbp.Top
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -85,8 +86,10 @@ class SelectiveTrainerMixin:
         loss, output = self._selective.loss(model, inputs, num_items_in_batch, return_outputs)
         if self._selective.metrics:  # TRL's own, read off the same forward
             with torch.no_grad():
-                replay = Replay(model, output, self._selective.labels(inputs, output))
-                parent.compute_loss(replay, dict(inputs), num_items_in_batch=num_items_in_batch, **kwargs)
+                seen = self._selective.inputs_of(inputs, output)
+                replay = Replay(model, output, seen["labels"])
+                shown = seen if self._selective.by_logits else dict(inputs)
+                parent.compute_loss(replay, shown, num_items_in_batch=num_items_in_batch, **kwargs)
         return (loss, output) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -164,6 +167,8 @@ class _Selective:
         self.step: SelectiveBackprop | None = None
         self.window = Window()
         self.metrics = self._own_metrics()
+        # TRL before 1 reads its metrics off the logits and the inputs beside them, all of the rows that ran
+        self.by_logits = not hasattr(sys.modules.get("trl.trainer.utils"), "add_fused_lm_head")
         self._state: Mapping[str, Any] | None = None  # of a checkpoint, for the step that is to be built
         self._mean: Tensor | None = None
         if trainer.args.n_gpu > 1:
@@ -213,12 +218,18 @@ class _Selective:
         self._mean = mean * (share if scaled else 1.0 / self._accumulated)
         return loss, seen.output(report.n)
 
-    def labels(self, inputs: Any, output: Any) -> Tensor:
-        """The labels of the rows that the model's ``output`` has."""
-        labels: Tensor = inputs["labels"]
-        if self.step is None or rows_in(output) == len(labels):
-            return labels
-        return labels.index_select(0, self.step.report.selection.indices.to(labels.device))
+    def inputs_of(self, inputs: Any, output: Any) -> dict[str, Any]:
+        """The inputs of the rows that the model's ``output`` has."""
+        n = len(inputs["labels"])
+        if self.step is None or rows_in(output) == n:
+            return dict(inputs)
+        indices = self.step.report.selection.indices
+
+        def some(x: Any) -> Any:
+            rows = isinstance(x, Tensor) and x.dim() and len(x) == n
+            return x.index_select(0, indices.to(x.device)) if rows else x
+
+        return {name: some(value) for name, value in inputs.items()}
 
     def take_mean(self) -> Tensor | None:
         """() the mean loss of the last minibatch as the trainer's loss is scaled, once."""

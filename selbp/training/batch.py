@@ -87,6 +87,8 @@ class Batch:
             return entries
 
         self._map_inputs(check, found)
+        if n == 1 and (names := _packed(self.inputs)):
+            raise ValueError(_packed_message(names))
         if not held:
             raise ValueError("inputs hold no tensor with a batch dimension, nor a list with one entry a sample")
         map_samples(self.target, n, check, found)
@@ -180,13 +182,17 @@ def _packed(inputs: Any) -> list[str]:
     return names
 
 
+def _packed_message(names: list[str]) -> str:
+    return (
+        f"the batch is packed ({', '.join(names)}): one row holds several sequences, so that there are no rows to "
+        "choose among. Pad instead (packing=False, padding_free=False), so that a row is a sequence"
+    )
+
+
 def _wrong_rows(x: Tensor, inputs: Any, n: int) -> str:
     message = f"every tensor of the batch must have n = {n} rows, got one of {tuple(x.shape)}"
     if names := _packed(inputs):
-        return (
-            f"the batch is packed ({', '.join(names)}): one row holds several sequences, so that there are no rows to "
-            f"choose among; {message}. Pad instead (packing=False, padding_free=False), so that a row is a sequence"
-        )
+        return f"{_packed_message(names)}; {message}"
     if isinstance(inputs, list) and len(inputs) > 1 and not isinstance(inputs[0], Mapping):
         message += ". A list is the model's arguments: where it holds the samples, pass step((samples,), target)"
     return message

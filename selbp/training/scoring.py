@@ -24,6 +24,7 @@ from selbp.training.head import Captured, capture, listed_candidates
 from selbp.training.head_kinds import is_pointwise, positions_last
 from selbp.training.losses import Criterion, CrossEntropy, logits_of
 from selbp.training.proxies import HeadProxies, sequence_norm_sq
+from selbp.training.sketched import Sketcher
 
 DIAGNOSTIC_BYTES = 32 << 20  # of residual and features kept for the report of a rule that does not read them
 
@@ -38,6 +39,7 @@ class Scored:
     losses: Tensor | None  # (n,) unscaled, with their graph, where the forward recorded one
     hits: tuple[Tensor, Tensor] | None  # () correct entries and () all entries, for a loss with classes
     auxiliary: Tensor | None = None  # () the model's own further loss, of all n rows, where a graph is kept
+    mass: Tensor | None = None  # (n,) what each sample counts in torch's mean: its targets, or their class weights
 
 
 class _Rows(NamedTuple):
@@ -74,12 +76,14 @@ def score(
     reduce: Callable[[Tensor], Tensor] | None = None,
     feed: Callable[[Batch, nn.Module], Any] = Batch.feed,
     auxiliary: Callable[[Any], Tensor | None] = lambda output: None,
+    sketch: Sketcher | None = None,
 ) -> Scored:
     """Run the forward on all rows; with ``gradients``, read gradient norms and proxies as well as losses.
 
     ``precision`` is the forward's, see :func:`scoring_autocast`. ``keep_graph`` records the forward for a backward
     through chosen rows of it; else nothing is recorded below the head. ``reduce`` averages the mean gradient over
-    ranks. ``feed`` calls the model. ``auxiliary`` reads a further loss off its output.
+    ranks. ``feed`` calls the model. ``auxiliary`` reads a further loss off its output. ``sketch`` stands
+    for the exact gradients of samples with several positions.
     """
     mass, present = criterion.mass(batch.target, batch.n, batch.device)
     leaf = gradients and not keep_graph
@@ -123,8 +127,8 @@ def score(
                     "the loss does not depend on the head's output: pass head=, the last linear layer; "
                     f"{listed_candidates(model)}"
                 )
-        scored = _scaled(rows, mass, bias, gradients, reduce, losses if keep_graph else None)
-    return replace(scored, auxiliary=auxiliary(output)) if keep_graph else scored
+        scored = _scaled(rows, mass, bias, gradients, reduce, losses if keep_graph else None, sketch)
+    return replace(scored, mass=mass, auxiliary=auxiliary(output) if keep_graph else None)
 
 
 def _is_head_output(output: Any, logits: Tensor) -> bool:
@@ -213,6 +217,7 @@ def _scaled(
     gradients: bool,
     reduce: Callable[[Tensor], Tensor] | None,
     losses: Tensor | None,
+    sketch: Sketcher | None,
 ) -> Scored:
     """Gradients in the units of torch's mean, 0 for a sample that is not valid; losses stay as they are.
 
@@ -225,15 +230,22 @@ def _scaled(
     if residual is not None and rows.features is not None:
         compute, live = residual, valid[:, None, None]
         h = rows.features
-        proxies = HeadProxies(
-            lambda: torch.where(live, compute() * scale, 0.0),
-            lambda: torch.where(live, h.to(rows.loss.dtype), 0.0),
-            positions=h.shape[1],
-            bias=bias,
-            reduce=reduce,
-        )
+
+        def left() -> Tensor:
+            return torch.where(live, compute() * scale, 0.0)
+
+        def right() -> Tensor:
+            return torch.where(live, h.to(rows.loss.dtype), 0.0)
+
+        if sketch is not None and h.shape[1] > 1:
+            made = sketch(left(), right(), bias)[:, None]
+            proxies = HeadProxies(
+                lambda: made, lambda: made.new_ones(len(made), 1, 1), positions=1, bias=False, reduce=reduce
+            )
+        else:
+            proxies = HeadProxies(left, right, positions=h.shape[1], bias=bias, reduce=reduce)
         if gradients and h.shape[1] > 1:  # a sum over positions: its norm needs the factors of every position
-            exact = sequence_norm_sq(proxies.token_residual, proxies.token_features, bias=bias)
+            exact = sequence_norm_sq(proxies.token_residual, proxies.token_features, bias=proxies.bias)
             feature_sq = exact / (rows.residual_sq * scale.square()).clamp(min=1e-30)
     stats = BatchStatistics(rows.loss, rows.lse, rows.residual_sq * scale.square(), feature_sq, rows.correct, valid)
     return Scored(stats, scale, proxies, losses, rows.hits)

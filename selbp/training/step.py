@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from selbp.ops.types import Selection
 from selbp.selectors import Full, Random, Selector
 from selbp.selectors.checks import check_flag, check_generator, shown
+from selbp.selectors.top import TARGETS
 from selbp.training.auxiliary import Auxiliary, add
 from selbp.training.backward import STRATEGIES, Auto, resolve
 from selbp.training.backward.rows.layout import BatchNormPolicy
@@ -29,6 +30,7 @@ from selbp.training.per_call import PerCall
 from selbp.training.places import Places
 from selbp.training.report import StepReport, Stopwatch
 from selbp.training.scoring import Scored, score, unscored, worth_keeping
+from selbp.training.sketched import Sketcher
 from selbp.training.state import CHOICE_ENTRIES, ChoiceState, check_counts
 
 NEEDS = ("nothing", "loss", "statistics", "gradients")
@@ -94,6 +96,10 @@ class SelectiveBackprop:
         aux_weight: what the model's ``output.aux_loss``, such as the load balancing of a mixture of experts, counts
             beside a built-in loss. None for the model's ``router_aux_loss_coef`` where it has one, else 1; 0 leaves it
             out. A second forward has that of the chosen rows, rows of the forward that scored that of all.
+        proxy: ``"sketch"`` compares the head gradients of sequences by random projections with unbiased inner products,
+            see :func:`selbp.ops.sketch`, in place of the ``"exact"`` ones, which may cost more than the choice saves.
+            Norms, and what the report says of gradients, are of the projections then. Samples with one position each
+            are compared exactly.
         class_dim: where the classes of ``"cross_entropy"`` are in the logits: 1 as in torch, (n, C, ...), or -1, (n,
             ..., C). By default the target's shape (n, ...) tells, and where both fit an earlier minibatch's.
 
@@ -128,6 +134,7 @@ class SelectiveBackprop:
         target_keys: Iterable[str] | None = None,
         pass_labels: bool = False,
         aux_weight: float | None = None,
+        proxy: Literal["exact", "sketch"] = "exact",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -139,6 +146,7 @@ class SelectiveBackprop:
             ("target", target, ("local", "global")),
             ("scoring_precision", scoring_precision, PRECISIONS),
             ("batchnorm", batchnorm, ("exact", "subset")),
+            ("proxy", proxy, ("exact", "sketch")),
         ):
             if not isinstance(value, str) or value not in choices:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {shown(value)}")
@@ -170,6 +178,9 @@ class SelectiveBackprop:
         self._scoring: Literal["same", "eval"] = scoring
         self._precision = scoring_precision
         self._full_head = head_gradient == "full"
+        self._sketch = Sketcher() if proxy == "sketch" else None
+        if self._sketch is not None and (self._full_head or cut is not None):
+            raise ValueError('proxy="sketch" goes with none of cut and head_gradient="full": it has no exact gradient')
         self._cut = None
         if cut is not None:
             recompute = self._strategy is STRATEGIES["recompute"]
@@ -351,11 +362,12 @@ class SelectiveBackprop:
             batch, model, self.head, self._criterion,
             gradients=self._gradients, mode=self._scoring, precision=self._precision, keep_graph=keep_graph,
             reduce=self._reduce, feed=Batch.feed if keep_graph else self._untouched.feed,
-            auxiliary=self._auxiliary,
+            auxiliary=self._auxiliary, sketch=self._sketch,
         )  # fmt: skip
 
     def _select(self, rule: Selector, batch: Batch, scored: Scored, k: int) -> Selection:
-        selection = rule.select(scored.stats, k, proxies=scored.proxies, extras=batch.extras, generator=self.generator)
+        extras = batch.extras if scored.mass is None else {**batch.extras, TARGETS: scored.mass}
+        selection = rule.select(scored.stats, k, proxies=scored.proxies, extras=extras, generator=self.generator)
         indices, weights = selection
         if indices.dim() != 1 or indices.shape != weights.shape or indices.dtype != torch.int64:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from typing import Any
@@ -37,6 +38,12 @@ from selbp.integrations.huggingface import SelectiveTrainerMixin, selective  # n
 
 transformers.logging.set_verbosity_error()
 FULL = {"selector": selbp.Full(), "keep": 1.0}
+NEWER = "num_items_in_batch"
+SHIFTS = "_loss_shifts_labels" in inspect.getsource(transformers.Trainer.__init__)  # before it counts labels
+
+
+def parameters(function):
+    return inspect.signature(function).parameters
 
 
 class SelectiveTrainer(SelectiveTrainerMixin, transformers.Trainer):
@@ -78,6 +85,10 @@ CASES = {
 @pytest.mark.parametrize("backward", ["rows", pytest.param("recompute", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_all_rows_train_as_the_plain_trainer_does(name, backward, tmp_path):
+    if NEWER not in parameters(transformers.trainer_pt_utils.LabelSmoother.__call__) and "smoothed, acc" in name:
+        pytest.skip("this transformers divides a smoothed loss by each minibatch's own labels")
+    if not SHIFTS and "router" in name:
+        pytest.skip("this transformers counts the first token, which has no loss, among the labels")
     build, data, args, options = CASES[name]
     torch.manual_seed(0)
     samples, ours, plain = data(), build(), build()
@@ -118,7 +129,7 @@ def test_chosen_rows_train_as_a_loop_by_hand(backward, tmp_path):
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     for step in range(steps):
         batches = recorded[step * accumulated : (step + 1) * accumulated]
-        count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        count = sum(int((batch["labels"][:, int(SHIFTS) :] != -100).sum()) for batch in batches)
         for batch in batches:
             logits = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
             entries = F.cross_entropy(logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none")

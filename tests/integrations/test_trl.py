@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -64,6 +65,15 @@ def train(model, folder, options=None, kind=None, **extra):
     return trainer
 
 
+FUSED = hasattr(trl.trainer.utils, "add_fused_lm_head")  # and with it, smoothing divides by all labels
+
+
+def require(args):
+    missing = set(args) - set(inspect.signature(trl.SFTConfig).parameters)
+    if missing or ("label_smoothing_factor" in args and not FUSED):
+        pytest.skip(f"this TRL has not, or not rightly: {', '.join(missing or args)}")
+
+
 def logged(trainer, name):
     return [line[name] for line in trainer.state.log_history if name in line]
 
@@ -81,6 +91,7 @@ CASES = {
 @pytest.mark.parametrize("backward", ["rows", pytest.param("recompute", marks=pytest.mark.slow)])
 def test_all_rows_train_as_the_plain_trainer_does_and_its_metrics_stay(name, backward, tmp_path):
     build, args = CASES[name]
+    require(args)
     ours, plain = build(), build()
     start = weights(plain).clone()
     selecting = train(ours, tmp_path, {**FULL, "backward": backward}, **args)
@@ -98,7 +109,8 @@ def test_metrics_are_those_of_the_rows_that_ran(rule, backward, tmp_path):
     theirs = train(llama(), tmp_path, kind=trl.SFTTrainer, max_steps=1)
     rel = 1e-4 if rule is selbp.GradientMatching else 0.1
     assert logged(trainer, "entropy") == pytest.approx(logged(theirs, "entropy"), rel=rel)
-    assert logged(trainer, "num_tokens") == logged(theirs, "num_tokens")
+    if FUSED or rule is selbp.GradientMatching:
+        assert logged(trainer, "num_tokens") == logged(theirs, "num_tokens")
     assert "gain" in trainer.state.log_history[0] or rule is selbp.Random
 
 
@@ -120,6 +132,7 @@ def test_low_rank_adapters(tmp_path):
 
 
 def test_losses_that_a_step_would_replace_are_refused(tmp_path):
+    require({"loss_type": "dft"})
     trainer = train(llama(), tmp_path, kind=trl.SFTTrainer, loss_type="dft", max_steps=1)
     with pytest.raises(ValueError, match="SFTTrainer has a loss of its own"):
         selective(trainer, **FULL)

@@ -551,3 +551,14 @@ def test_one_process_is_a_world_of_one():
         chosen.append((step.report.selection, step.report.relative_residual))
     torch.testing.assert_close(chosen[0][0], chosen[1][0])
     assert chosen[0][1] == pytest.approx(chosen[1][1], rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 3], ids=["one-row", "with-lengths"])
+def test_a_packed_row_is_named(n):
+    ids = torch.randint(0, 11, (1, 6))
+    packed = {"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    if n > 1:
+        packed["cu_seq_lens_q"] = torch.tensor([0, 3, 6])
+    step = selbp.SelectiveBackprop(TokenModel(), selector=selbp.TopLoss(), keep=0.5, loss="causal_lm")
+    with pytest.raises(ValueError, match="the batch is packed .*Pad instead"):
+        step(packed)
