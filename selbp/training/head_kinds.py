@@ -20,7 +20,10 @@ def positions_last(head: nn.Module | None, x: Tensor) -> Tensor:
 
 
 def widths(module: nn.Module) -> tuple[int, int]:
-    """Features that a linear or 1x1 convolution layer reads, and classes that it gives."""
+    """Features that a linear or 1x1 convolution layer reads, and classes that it gives; its weight may be sharded."""
+    for reads, gives in (("in_features", "out_features"), ("in_channels", "out_channels")):
+        if isinstance(found := getattr(module, reads, None), int):
+            return found, int(getattr(module, gives))
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.shape[1], weight.shape[0]
 

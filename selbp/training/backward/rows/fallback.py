@@ -52,8 +52,8 @@ def run_mixed(func: Any, types: tuple[type, ...], args: Any, kwargs: dict[str, A
     for kind in types:
         if kind.__name__ == "DTensor":
             raise NotImplementedError(
-                f"selbp: {func} met a DTensor in the backward of a row selection. FSDP and tensor parallelism are not "
-                'supported there; use backward="recompute".'
+                f"selbp: {func} met a DTensor in the backward of a row selection, where activations must be plain "
+                'tensors; use backward="recompute".'
             )
         if not issubclass(kind, Wrapper):  # a tensor subclass of somebody else's: n rows are what it knows
             return run_dense(func, args, kwargs, f"an operand is a {kind.__name__}")

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from selbp.training.backward.rows.engine import nodes_of
-
 _INSTEAD = 'use backward="recompute" there'
 
 
@@ -26,7 +24,10 @@ def refuse_backward() -> None:
 
 
 def refuse_forward(tensors: Sequence[Tensor]) -> None:
-    """Raise where the forward ran under a transform or a parallelism whose gradients are not plain tensors."""
+    """Raise where the forward ran under a transform or a parallelism whose gradients are not plain tensors.
+
+    Parameters may be sharded: FSDP and tensor parallelism inside the model hand plain gradients to plain activations.
+    """
     for tensor in tensors:
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             raise NotImplementedError(
@@ -34,19 +35,3 @@ def refuse_forward(tensors: Sequence[Tensor]) -> None:
             )
         if type(tensor).__name__ == "DTensor":
             raise NotImplementedError("selbp: DTensor losses (tensor parallelism) are not supported; " + _INSTEAD)
-    if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
-        for tensor in tensors:
-            _refuse_sharded(tensor)
-
-
-def _refuse_sharded(tensor: Tensor) -> None:
-    """FSDP leaves its mark in the graph: its post-backward node, or a flat or distributed parameter at a leaf.
-
-    ``fully_shard`` on a whole model whose input needs no gradient leaves none. Its gradients are exact (a test compares
-    them in two processes), and modules elsewhere in the process do not matter.
-    """
-    for node in nodes_of([tensor]):
-        leaf = getattr(node, "variable", None)
-        marks = {type(node).__name__, type(leaf).__name__}
-        if marks & {"RegisterPostBackwardFunctionBackward", "FlatParameter", "DTensor"}:
-            raise NotImplementedError(f"selbp: FSDP and tensor parallelism are not supported; {_INSTEAD}")

@@ -86,7 +86,7 @@ def select(
 
     Raises:
         TypeError, ValueError: ``indices`` is not a (k,) int64 tensor, or the tensors disagree about n.
-        NotImplementedError: under FSDP, tensor parallelism or a functional transform; in the backward, under
+        NotImplementedError: for a DTensor, or under a functional transform; in the backward, under
             ``create_graph=True`` or compiled autograd.
     """
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
