@@ -67,6 +67,8 @@ class Places:
             if wrong := [key for key in keys if key not in entries]:
                 has = ", ".join(map(repr, entries))
                 raise ValueError(f"{name}: the batch has no {wrong[0]!r}; it has {has}")
+        if len(self.shared) == len(entries):
+            raise ValueError("shared names every entry of the batch: one at least must have samples")
         held = {key: entries[key] for key in self.shared}
         for key in self.shared:
             entries[key] = None

@@ -293,6 +293,9 @@ def test_names_that_the_batch_has_not_are_refused():
         step = selbp.SelectiveBackprop(mlp(), selector=selbp.Full(), keep=1.0, **options)
         with pytest.raises(ValueError, match="the batch has no 'z'; it has 'input'"):
             step({"input": samples()[0]}, samples()[1])
+    step = selbp.SelectiveBackprop(mlp(), selector=selbp.Full(), keep=1.0, shared=0)
+    with pytest.raises(ValueError, match="one at least must have samples"):
+        step(*samples())
 
 
 # ------------------------------------------------------------------------------------------------------- loss
