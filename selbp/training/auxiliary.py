@@ -28,8 +28,10 @@ class Auxiliary:
 
     def of(self, output: Any) -> Tensor | None:
         """() the weighted auxiliary loss, None where there is none. Raises ValueError where it is no scalar."""
+        if not self._taken or type(output) is Tensor:
+            return None
         found = output.get(NAME) if isinstance(output, Mapping) else getattr(output, NAME, None)
-        if not self._taken or not isinstance(found, Tensor):
+        if not isinstance(found, Tensor):
             return None
         if found.numel() != 1 or not found.is_floating_point():
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from selbp.training.samples import (
 )
 
 __all__ = ["Batch", "map_tensors"]
+
+
+_NOTHING: Mapping[Key, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Batch:
         if target is None:
             raise ValueError('target is missing: pass step(inputs, target), or a dict batch with "labels"')
         refuse_packed(inputs)
-        inputs, held = places.split(inputs)
+        inputs, held = (inputs, _NOTHING) if places is PLAIN else places.split(inputs)
         devices: list[torch.device] = []
 
         def note(x: Tensor) -> Tensor:
@@ -138,7 +141,7 @@ class Batch:
         return self._some(len(indices), *self._map(rows, some))
 
     def _some(self, n: int, inputs: Any, target: Any) -> Batch:
-        return replace(self, inputs=inputs, target=target, extras={}, n=n)
+        return Batch(inputs, target, {}, n, self.device, self.places, self.held)
 
     def finite(self) -> Tensor:
         """(n,) bool: every floating entry of the sample's inputs and target is finite."""
@@ -163,7 +166,7 @@ class Batch:
 
     def feed(self, model: nn.Module) -> Any:
         """Call the model: ``model(x)``, ``model(*tuple)`` or ``model(**dict)``."""
-        inputs = self.places.join(self.inputs, self.held)
+        inputs = self.inputs if self.places is PLAIN else self.places.join(self.inputs, self.held)
         if isinstance(inputs, Tensor):
             return model(inputs)
         if isinstance(inputs, Mapping):

@@ -37,6 +37,8 @@ class PerCall:
     @classmethod
     def of(cls, normalizer: Any, num_items_in_batch: Any, selection: Any) -> PerCall:
         """Raises TypeError or ValueError that names the option."""
+        if normalizer is None and num_items_in_batch is None and selection is None:
+            return NOTHING
         if normalizer is not None and num_items_in_batch is not None:
             raise ValueError("normalizer and num_items_in_batch are two names of one option: pass one")
         name, value = "normalizer", normalizer
@@ -65,6 +67,9 @@ class PerCall:
         mass = torch.where(scale > 0, n / scale, 0.0)
         whole = torch.as_tensor(self.normalizer, dtype=mass.dtype, device=mass.device)
         return torch.where(whole > 0, mass / whole, 0.0)
+
+
+NOTHING = PerCall()
 
 
 def _number(name: str, value: Any) -> float | Tensor | None:

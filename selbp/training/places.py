@@ -38,7 +38,8 @@ class Places:
         targets = ("labels",) if target_keys is None else _names("target_keys", target_keys, (str,))
         if not targets:
             raise ValueError("target_keys must name at least one entry of the batch, got none")
-        return cls(names, dims, tuple(map(str, targets)), check_flag("pass_labels", pass_labels))
+        made = cls(names, dims, tuple(map(str, targets)), check_flag("pass_labels", pass_labels))
+        return PLAIN if made == PLAIN else made
 
     @property
     def plain(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -106,6 +106,7 @@ def score(
             and criterion.classes_last(logits_of(output), batch.target)
         )
     )
+    beside = auxiliary(output) if keep_graph else None  # here, where a gradient is recorded
     losses = read = None
     if keep_graph or not fused:
         with torch.set_grad_enabled(keep_graph or gradients):
@@ -127,8 +128,7 @@ def score(
                     "the loss does not depend on the head's output: pass head=, the last linear layer; "
                     f"{listed_candidates(model)}"
                 )
-        scored = _scaled(rows, mass, bias, gradients, reduce, losses if keep_graph else None, sketch)
-    return replace(scored, mass=mass, auxiliary=auxiliary(output) if keep_graph else None)
+        return _scaled(rows, mass, bias, gradients, reduce, losses if keep_graph else None, beside, sketch)
 
 
 def _is_head_output(output: Any, logits: Tensor) -> bool:
@@ -217,6 +217,7 @@ def _scaled(
     gradients: bool,
     reduce: Callable[[Tensor], Tensor] | None,
     losses: Tensor | None,
+    auxiliary: Tensor | None,
     sketch: Sketcher | None,
 ) -> Scored:
     """Gradients in the units of torch's mean, 0 for a sample that is not valid; losses stay as they are.
@@ -248,7 +249,7 @@ def _scaled(
             exact = sequence_norm_sq(proxies.token_residual, proxies.token_features, bias=proxies.bias)
             feature_sq = exact / (rows.residual_sq * scale.square()).clamp(min=1e-30)
     stats = BatchStatistics(rows.loss, rows.lse, rows.residual_sq * scale.square(), feature_sq, rows.correct, valid)
-    return Scored(stats, scale, proxies, losses, rows.hits)
+    return Scored(stats, scale, proxies, losses, rows.hits, auxiliary, mass)
 
 
 def unscored(batch: Batch, criterion: Criterion, model: nn.Module) -> Scored:
