@@ -3,6 +3,7 @@
 from selbp import _load  # noqa: F401  (before the rest: torch, then the native core)
 from selbp._version import __version__
 from selbp.allocator import keep_freed_memory
+from selbp.cut.insert import InsertedCut, insert_cut
 from selbp.cut.module import BackwardCut, backward_cut
 from selbp.cut.report import CutReport
 from selbp.rows import checkpoint, fence, select
@@ -42,6 +43,7 @@ __all__ = [
     "GradNormImportance",
     "GradientMatching",
     "GradientProxies",
+    "InsertedCut",
     "LossPercentile",
     "LossRank",
     "NoiseAwareCrossEntropy",
@@ -60,6 +62,7 @@ __all__ = [
     "checkpoint",
     "diagnose",
     "fence",
+    "insert_cut",
     "keep_freed_memory",
     "ops",
     "recommended",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from selbp.common.places import PLAIN, Key, Places
 from selbp.common.samples import (
     finite_entry,
     map_samples,
@@ -24,6 +25,9 @@ from selbp.common.samples import (
 __all__ = ["Batch", "map_tensors"]
 
 
+_NOTHING: Mapping[Key, Any] = {}
+
+
 @dataclass(frozen=True)
 class Batch:
     """``n`` samples: what the model is called with, the target, and what the caller knows of each sample."""
@@ -33,21 +37,23 @@ class Batch:
     extras: Mapping[str, Tensor]
     n: int
     device: torch.device
+    places: Places = PLAIN  # how the inputs, with the samples in dim 0, are put together for the model
+    held: Mapping[Key, Any] = field(default_factory=dict)  # the inputs that have no samples
 
     @classmethod
-    def of(cls, inputs: Any, target: Any, extras: Mapping[str, Any]) -> Batch:
-        """Check a step's arguments. In a dict without a ``target``, ``"labels"`` is the target.
+    def of(cls, inputs: Any, target: Any, extras: Mapping[str, Any], places: Places = PLAIN) -> Batch:
+        """Check a step's arguments. In a dict without a ``target``, ``"labels"`` is the target, or what places name.
 
         Raises TypeError or ValueError that names what is wrong, before anything has run.
         """
         if not isinstance(inputs, (Tensor, tuple, list, Mapping)):
             raise TypeError(f"inputs must be a Tensor, a tuple or a dict of tensors, got {type(inputs).__name__}")
         if target is None and isinstance(inputs, Mapping):
-            inputs = dict(inputs)
-            target = inputs.pop("labels", None)
+            inputs, target = places.take_target(inputs)
         if target is None:
             raise ValueError('target is missing: pass step(inputs, target), or a dict batch with "labels"')
         refuse_packed(inputs)
+        inputs, held = (inputs, _NOTHING) if places is PLAIN else places.split(inputs)
         devices: list[torch.device] = []
 
         def note(x: Tensor) -> Tensor:
@@ -64,7 +70,7 @@ class Batch:
                 f"the batch may have {' or '.join(map(str, candidates))} samples: its lists and their tensors both "
                 "fit. Pass a tensor with one row a sample, the target for one"
             )
-        batch = cls(inputs, target, extras, candidates[0], devices[0])
+        batch = cls(inputs, target, extras, candidates[0], devices[0], places, held)
         batch._check()
         return batch
 
@@ -84,6 +90,8 @@ class Batch:
             return entries
 
         self._map_inputs(check, found)
+        if n == 1 and (names := _packed(self.inputs)):
+            raise ValueError(_packed_message(names))
         if not held:
             raise ValueError("inputs hold no tensor with a batch dimension, nor a list with one entry a sample")
         map_samples(self.target, n, check, found)
@@ -119,7 +127,7 @@ class Batch:
                 host.append((list(range(self.n)) if indices is None else indices.tolist(), live.tolist()))
             return take_entries(entries, *host[0])
 
-        return Batch(*self._map(alive, some), {}, len(live), self.device)
+        return self._some(len(live), *self._map(alive, some))
 
     def take(self, indices: Tensor) -> Batch:
         """The samples ``indices`` (k,), without what the caller knows of each."""
@@ -130,7 +138,10 @@ class Batch:
         def some(entries: Any) -> Any:
             return take_entries(entries, indices.tolist(), [True] * len(indices))
 
-        return Batch(*self._map(rows, some), {}, len(indices), self.device)
+        return self._some(len(indices), *self._map(rows, some))
+
+    def _some(self, n: int, inputs: Any, target: Any) -> Batch:
+        return Batch(inputs, target, {}, n, self.device, self.places, self.held)
 
     def finite(self) -> Tensor:
         """(n,) bool: every floating entry of the sample's inputs and target is finite."""
@@ -155,11 +166,12 @@ class Batch:
 
     def feed(self, model: nn.Module) -> Any:
         """Call the model: ``model(x)``, ``model(*tuple)`` or ``model(**dict)``."""
-        if isinstance(self.inputs, Tensor):
-            return model(self.inputs)
-        if isinstance(self.inputs, Mapping):
-            return model(**self.inputs)
-        return model(*self.inputs)
+        inputs = self.inputs if self.places is PLAIN else self.places.join(self.inputs, self.held)
+        if isinstance(inputs, Tensor):
+            return model(inputs)
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(*inputs)
 
 
 def _packed(inputs: Any) -> list[str]:
@@ -173,13 +185,17 @@ def _packed(inputs: Any) -> list[str]:
     return names
 
 
+def _packed_message(names: list[str]) -> str:
+    return (
+        f"the batch is packed ({', '.join(names)}): one row holds several sequences, so that there are no rows to "
+        "choose among. Pad instead (packing=False, padding_free=False), so that a row is a sequence"
+    )
+
+
 def _wrong_rows(x: Tensor, inputs: Any, n: int) -> str:
     message = f"every tensor of the batch must have n = {n} rows, got one of {tuple(x.shape)}"
     if names := _packed(inputs):
-        return (
-            f"the batch is packed ({', '.join(names)}): one row holds several sequences, so that there are no rows to "
-            f"choose among; {message}. Pad instead (packing=False, padding_free=False), so that a row is a sequence"
-        )
+        return f"{_packed_message(names)}; {message}"
     if isinstance(inputs, list) and len(inputs) > 1 and not isinstance(inputs[0], Mapping):
         message += ". A list is the model's arguments: where it holds the samples, pass step((samples,), target)"
     return message

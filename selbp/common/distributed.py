@@ -25,29 +25,40 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 class _Averaging:
-    """Averages a tensor over the ranks of ``group``, torch's default one for None, in place."""
+    """Averages a tensor over the ranks of ``model``'s process group, torch's default one without a wrapper, in place.
 
-    def __init__(self, group: Any) -> None:
-        self._group = group
+    The group is looked up when the first tensor comes: a step may be built before the processes meet. Where there are
+    no others, one process is a world of one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
 
     def __call__(self, x: Tensor) -> Tensor:
+        if not distributed.is_available() or not distributed.is_initialized():
+            return x
+        group = self._group
+        if (size := distributed.get_world_size(group)) == 1:
+            return x
         x = x.contiguous()
-        distributed.all_reduce(x, group=self._group)
-        return x.div_(distributed.get_world_size(self._group))
+        distributed.all_reduce(x, group=group)
+        return x.div_(size)
+
+    @property
+    def _group(self) -> Any:
+        parallel = parallel_in(self._model)
+        return None if parallel is None else parallel.process_group
 
     def __getstate__(self) -> dict[str, Any]:
-        """The default group, which every process has. Raises TypeError for another, which is this process's own."""
-        if self._group not in (None, distributed.group.WORLD):
+        """The model. Raises TypeError where that has a process group of its own, which is this process's alone."""
+        if distributed.is_available() and self._group not in (None, distributed.group.WORLD):
             raise TypeError('target="global" over a process group of its own does not pickle: build the step anew')
-        return {"_group": None}
+        return {"_model": self._model}
 
 
 def averaging(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """A function that averages a tensor over the ranks of ``model``'s process group, in place."""
-    if not distributed.is_available() or not distributed.is_initialized():
-        raise ValueError('target="global" needs torch.distributed to be initialised')
-    parallel = parallel_in(model)
-    return _Averaging(None if parallel is None else parallel.process_group)
+    return _Averaging(model)
 
 
 def parallel_in(model: nn.Module) -> DistributedDataParallel | None:

@@ -78,7 +78,7 @@ def watched(module: nn.Module, watcher: Watcher, *, optional: bool = False) -> I
         handle = module.register_forward_hook(call, with_kwargs=True)
         entry.undo.append(handle.remove)
         if compiling and not isinstance(module, torch.jit.ScriptModule):
-            entry.undo.append(_mark(module))
+            entry.undo.append(mark(module))
     entry.watchers.append(watcher)
     try:
         yield
@@ -90,7 +90,7 @@ def watched(module: nn.Module, watcher: Watcher, *, optional: bool = False) -> I
                 undo()
 
 
-def _mark(module: nn.Module) -> Callable[[], None]:
+def mark(module: nn.Module) -> Callable[[], None]:
     """Give ``module`` a ``forward`` of its own that does what its forward does; returns what takes it away."""
     own = vars(module)
     patched = own.get("forward")

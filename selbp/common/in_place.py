@@ -60,10 +60,11 @@ class Untouched:
     def feed(self, batch: Batch, model: nn.Module) -> Any:
         """``batch.feed(model)``. Raises RuntimeError where the model has begun to edit its inputs."""
         if self._edits is not False:
-            batch = replace(batch, inputs=map_tensors(batch.inputs, Tensor.clone))
-        before = _versions(batch.inputs)
+            copies = [map_tensors(part, Tensor.clone) for part in (batch.inputs, batch.held)]
+            batch = replace(batch, inputs=copies[0], held=copies[1])
+        before = _versions((batch.inputs, batch.held))
         output = batch.feed(model)
-        if edited := _versions(batch.inputs) != before:
+        if edited := _versions((batch.inputs, batch.held)) != before:
             if self._edits is False:
                 raise RuntimeError(
                     "the model edits its inputs in place, which it did not in the first step: the rows that run again "

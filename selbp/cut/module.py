@@ -191,6 +191,11 @@ class BackwardCut(nn.Module):
         return self._cut.selector
 
     @property
+    def generator(self) -> torch.Generator | None:
+        """Where draws come from."""
+        return self._cut.generator
+
+    @property
     def report(self) -> CutReport:
         """What the last backward chose. Raises RuntimeError before the first one."""
         if self._cut.last is None:

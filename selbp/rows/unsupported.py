@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selbp.rows.engine import nodes_of
-
 FENCE = "put selbp.fence(x) around the tensor x whose gradient this is: it gets an ordinary one"
 _INSTEAD = 'use backward="recompute" there'
 
@@ -28,7 +26,10 @@ def refuse_backward() -> None:
 
 
 def refuse_forward(tensors: Sequence[Tensor]) -> None:
-    """Raise NotImplementedError if the forward ran under a transform, or sharded: its gradients are not plain."""
+    """Raise NotImplementedError if the forward ran under a transform, or gave a DTensor.
+
+    Parameters may be sharded: FSDP and tensor parallelism inside a model hand plain gradients to plain activations.
+    """
     for tensor in tensors:
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             raise NotImplementedError(
@@ -36,30 +37,14 @@ def refuse_forward(tensors: Sequence[Tensor]) -> None:
             )
         if type(tensor).__name__ == "DTensor":
             raise NotImplementedError("selbp: DTensor losses (tensor parallelism) are not supported; " + _INSTEAD)
-    if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
-        for tensor in tensors:
-            _refuse_sharded(tensor)
-
-
-def _refuse_sharded(tensor: Tensor) -> None:
-    """Raise NotImplementedError if FSDP is in the graph: its post-backward node, or a flat or distributed parameter.
-
-    ``fully_shard`` on a whole model whose input needs no gradient leaves no such mark. Its gradients are exact (a test
-    compares them in two processes). Modules elsewhere in the process do not matter.
-    """
-    for node in nodes_of([tensor]):
-        leaf = getattr(node, "variable", None)
-        marks = {type(node).__name__, type(leaf).__name__}
-        if marks & {"RegisterPostBackwardFunctionBackward", "FlatParameter", "DTensor"}:
-            raise NotImplementedError(f"selbp: FSDP and tensor parallelism are not supported; {_INSTEAD}")
 
 
 def refuse_subclass(func: Any, kind: type) -> None:
     """Raise NotImplementedError if ``kind``, which operator ``func`` met beside a row gradient, is DTensor."""
     if kind.__name__ == "DTensor":
         raise NotImplementedError(
-            f"selbp: {func} met a DTensor in the backward of a row selection. FSDP and tensor parallelism are not "
-            'supported there; use backward="recompute".'
+            f"selbp: {func} met a DTensor in the backward of a row selection, where activations must be plain "
+            'tensors; use backward="recompute".'
         )
 
 

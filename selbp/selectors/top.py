@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from selbp.selectors.base import Needs, Stateless, check_choice, check_number, c
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import Weights, refit_weights
 from selbp.types import BatchStatistics, Selection, gradient_norm
+
+TARGETS = "targets of a sample"  # the extra that a step adds: no name that a caller may pass
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,19 @@ class TopLoss(_Top):
 
     Mislabelled samples have great losses: where there are many, this rule trains on them (``docs/study.md``).
     ``weights``: ``"mean"`` (1 / k), ``"batch"`` (1 / n) or ``"refit"`` (nonnegative least squares with ``ridge``); see
-    :mod:`selbp.selectors.weighting`.
+    :mod:`selbp.selectors.weighting`. ``normalize="tokens"`` compares the mean loss of a sample's tokens,
+    weighted by class where there are class weights; ``"sample"`` compares their sum, which long sequences win.
     """
+
+    normalize: Literal["sample", "tokens"] = field(default="sample", kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("normalize", self.normalize, ("sample", "tokens"))
+
+    def __repr__(self) -> str:
+        per = "" if self.normalize == "sample" else f", normalize={self.normalize!r}"
+        return f"TopLoss(weights={self.weights!r}, ridge={self.ridge!r}{per})"
 
     @property
     def needs(self) -> Needs:
@@ -66,7 +80,12 @@ class TopLoss(_Top):
         return "gradients" if self.weights == "refit" else "loss"
 
     def _score(self, stats: BatchStatistics, extras: Mapping[str, Tensor] | None) -> Tensor:
-        return stats.loss
+        if self.normalize == "sample":
+            return stats.loss
+        count = None if extras is None else extras.get(TARGETS)
+        if count is None:
+            raise ValueError('normalize="tokens" needs what a selbp.SelectiveBackprop knows of the targets')
+        return stats.loss / count.to(stats.loss.dtype).clamp(min=torch.finfo(stats.loss.dtype).tiny)
 
 
 @dataclass(frozen=True)

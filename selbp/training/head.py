@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge
 from selbp.common.distributed import unwrap
 from selbp.common.hooks import COMPILED, is_compiled, watched
 from selbp.common.in_place import Kept, edge_of, hookable, source, version_of
+from selbp.training.head_kinds import is_adapter, is_pointwise, raw_parameter_after, through_adapter, widths
 
 
 def listed_candidates(model: nn.Module) -> str:
@@ -25,6 +26,7 @@ def listed_candidates(model: nn.Module) -> str:
 def find_head(model: nn.Module, head: nn.Module | str | None) -> nn.Module:
     """The head as given, by name, or the last ``nn.Linear`` where no layer with parameters follows it.
 
+    The last 1x1 convolution is taken as well, and an adapter such as LoRA's as the layer that it adapts.
     Raises ValueError that lists the candidates where it is ambiguous, absent, or not of this model.
     """
     inner = unwrap(model)
@@ -44,14 +46,23 @@ def find_head(model: nn.Module, head: nn.Module | str | None) -> nn.Module:
         raise TypeError(f"head must be a module, its name or None, got {type(head).__name__}")
     else:
         last = [name for name, module in names.items() if next(module.parameters(recurse=False), None) is not None]
+        if last and is_pointwise(names[last[-1]]):
+            candidates = [name for name, module in names.items() if is_pointwise(module)]
         if not candidates or last[-1] != candidates[-1]:
             raise ValueError(f"head is ambiguous: pass head=, the last linear layer; {listed}")
         if (rival := _beside(names, candidates)) is not None:
             raise ValueError(f"head is ambiguous, {rival!r} and {candidates[-1]!r} look like two heads side by side: "
                              f"pass head=, the one whose output the loss reads; {listed}")  # fmt: skip
-        found = names[candidates[-1]]
+        chosen = through_adapter(names, candidates[-1])
+        if (raw := raw_parameter_after(names, chosen)) is not None:
+            raise ValueError(
+                f"head is ambiguous: the parameter {raw!r} of the model may be what the output of {chosen!r} is "
+                f"multiplied with. A head is a layer: pass head={chosen!r} if the loss reads its output, else use "
+                f"cut={chosen!r} or a rule that reads losses"
+            )
+        found = names[chosen]
     weight = getattr(found, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
+    if not isinstance(weight, Tensor) or (weight.dim() != 2 and not is_pointwise(found)):
         raise ValueError(f"head must be a linear layer with a weight (C, d), got {type(found).__name__}; {listed}")
     return found
 
@@ -63,7 +74,7 @@ def _beside(names: dict[str, nn.Module], candidates: list[str]) -> str | None:
     before, last = (names[name] for name in candidates[-2:])
     parents = [name.rpartition(".")[0] for name in candidates[-2:]]
     same_place = parents[0] == parents[1] and not isinstance(names[parents[0]], nn.Sequential)
-    reads_alike = before.in_features == last.in_features and before.out_features != last.in_features
+    reads_alike = widths(before)[0] == widths(last)[0] != widths(before)[1]
     return candidates[-2] if same_place and reads_alike else None
 
 
@@ -77,6 +88,8 @@ def find_clear_head(model: nn.Module) -> nn.Module | None:
 
 def check_full_gradient(model: nn.Module, head: nn.Module) -> None:
     """Raise ValueError unless the head's gradient can be replaced: trainable, not shared, not in compiled code."""
+    if is_adapter(head):
+        raise ValueError(f'head_gradient="full" needs a plain linear head, but {type(head).__name__} is an adapter')
     mine = {id(p) for p in head.parameters(recurse=False)}
     owners = [name for name, p in unwrap(model).named_parameters(remove_duplicate=False) if id(p) in mine]
     if len(owners) > len(mine):

@@ -48,13 +48,14 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, weight: Tensor, bias: Tensor | None, delivery: _Delivery) -> Tensor:
         ctx.delivery, ctx.dtypes = delivery, (weight.dtype, None if bias is None else bias.dtype)
+        ctx.shape = weight.shape  # (C, d), or that of a 1x1 convolution
         return output.detach()  # the same memory, and no view: a model may edit its logits in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         upstream, mean = ctx.delivery.upstream, ctx.delivery.mean
         bias = None if mean.head_bias is None else (upstream * mean.head_bias).to(ctx.dtypes[1])
-        return grads[0], (upstream * mean.head_weight).to(ctx.dtypes[0]), bias, None
+        return grads[0], (upstream * mean.head_weight).to(ctx.dtypes[0]).view(ctx.shape), bias, None
 
 
 class FullHeadGradient:

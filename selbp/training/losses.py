@@ -7,6 +7,7 @@ valid samples, so that (1/n) sum l_i is what torch calls ``reduction="mean"``.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selbp.selectors.checks import check_int, check_number, shown
+from selbp.training.soft_labels import is_soft, soft_hits, soft_losses, soft_mass
 
 LOSSES = ("cross_entropy", "mse", "bce", "causal_lm")
 HINT = 'one loss per sample, (n,): use reduction="none" and sum or average over every other dimension'
@@ -69,6 +71,7 @@ class Criterion(Protocol):
 class CrossEntropy:
     """Cross-entropy of logits (n, C), or of token logits (n, ..., C) with targets (n, ...) summed over tokens.
 
+    A floating target of the logits' shape holds class probabilities, as torch's ``cross_entropy`` has them.
     Logits may be (n, C, ...) as well, as torch's ``cross_entropy`` has them: the target's shape tells which.
     ``class_dim``, 1 or -1, does where both fit, and so does an earlier minibatch. ``shift`` makes it the causal
     language-modelling loss: logits (n, T, C) at position t predict the label at t + 1.
@@ -103,14 +106,18 @@ class CrossEntropy:
         if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.dim() < 1:
             got = f"{target.dtype} {tuple(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
             raise TypeError(
-                f"target must be int64 class indices (n,) or (n, T), got {got}; for class probabilities pass a "
-                "callable loss (output, target) -> (n,)"
+                f"target must be int64 class indices (n,) or (n, T), or class probabilities of the logits' shape "
+                f"(n, C), got {got}"
             )
         if self.shift:
             if target.dim() != 2 or target.shape[1] < 2:
                 raise ValueError(f"causal_lm needs target (n, T) with T > 1, got {tuple(target.shape)}")
             return target[:, 1:]
         return target.reshape(len(target), -1)
+
+    def soft(self, target: Any) -> bool:
+        """Whether ``target`` holds class probabilities, for which there is no shift."""
+        return not self.shift and is_soft(target)
 
     def classes_last(self, logits: Tensor, target: Tensor) -> bool:
         """Whether the classes are the last dim of ``logits`` (n, ...), not dim 1. Raises ValueError where both fit."""
@@ -152,6 +159,9 @@ class CrossEntropy:
 
     def losses(self, output: Any, target: Any, n: int) -> Tensor:
         """See :class:`Criterion`."""
+        if self.soft(target):
+            logits = logits_of(output)
+            return soft_losses(logits, target, self.weight_on(logits.device), self.label_smoothing, self.class_dim)
         labels = self.labels(target)
         logits = logits_of(output)
         if logits.dim() < 2 or logits.shape[0] != len(target):
@@ -168,6 +178,8 @@ class CrossEntropy:
 
     def mass(self, target: Any, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """See :class:`Criterion`: the class weights of the sample's targets that are not ignored."""
+        if self.soft(target):
+            return soft_mass(target, self.class_dim)
         labels = self.labels(target)
         present = labels != self.ignore_index
         weight = self.weight_on(labels.device)
@@ -178,6 +190,8 @@ class CrossEntropy:
 
     def hits(self, output: Any, target: Any, live: Tensor) -> tuple[Tensor, Tensor] | None:
         """See :class:`Criterion`."""
+        if self.soft(target):
+            return soft_hits(logits_of(output), target, live, self.class_dim)
         labels, logits = self.labels(target), self.tokens(logits_of(output), target)
         present = (labels != self.ignore_index) & live[:, None]
         return (present & (logits.argmax(-1) == labels)).sum(), present.sum()
@@ -210,6 +224,8 @@ class PerSample:
 def _mean_over_sample(function: Callable[..., Tensor], output: Any, target: Tensor) -> Tensor:
     """(n,) means of an elementwise loss over each sample's entries."""
     values = logits_of(output)
+    if {tuple(values.shape), tuple(target.shape)} == {(len(target),), (len(target), 1)}:
+        values = values.reshape(target.shape)  # one output a sample, with or without a dim of its own
     if values.shape != target.shape:
         raise ValueError(f"target must have the output's shape {tuple(values.shape)}, got {tuple(target.shape)}")
     return function(values, target.to(values.dtype), reduction="none").reshape(len(target), -1).mean(1)
@@ -276,3 +292,16 @@ def _reduction(loss: Callable[..., Any]) -> object:
     except (TypeError, ValueError):  # a builtin without a signature
         return None
     return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+
+
+def warn_of_unshifted_labels(model: object, loss: object) -> None:
+    """Warn where a causal language model is given the loss of unshifted labels, which few mean."""
+    names = [kind.__name__ for kind in type(model).mro()]
+    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    if causal and isinstance(loss, str) and loss == "cross_entropy":
+        warnings.warn(
+            f'{names[0]} predicts the next token, and loss="cross_entropy" compares each position with the label at '
+            'the same position: pass loss="causal_lm", unless the labels are shifted already',
+            UserWarning,
+            stacklevel=3,
+        )

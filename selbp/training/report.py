@@ -38,6 +38,7 @@ class StepReport(SelectionFigures):
     _chosen: Tensor = field(repr=False)  # (k,) scaled losses of the chosen rows
     _hits: tuple[Tensor, Tensor] | None = field(repr=False)
     _watch: Stopwatch = field(repr=False)
+    share: Tensor | None = field(default=None, repr=False)  # () of an accumulated loss, where a normalizer was given
     table: ScoreTable | None = field(default=None, repr=False)  # the step's, whose figures are those of the moment
 
     @cached_property
@@ -63,12 +64,20 @@ class StepReport(SelectionFigures):
     @cached_property
     def loss(self) -> float:
         """Unweighted mean loss of the minibatch; of the chosen rows, where no others were scored."""
+        return float(self.mean_loss())
+
+    def mean_loss(self) -> Tensor:
+        """() :attr:`loss` on the device: nothing waits."""
         valid = self._stats.valid
         if self.scored:
-            return float(torch.where(valid, self._stats.loss, 0).sum()) / self.n
+            return torch.where(valid, self._stats.loss, 0).sum() / self.n
         live = self.selection.weights != 0
         mean = torch.where(live, self._chosen, 0).sum() / live.sum().clamp(min=1)
-        return float(mean * valid.sum()) / self.n
+        return mean * valid.sum() / self.n
+
+    def hits(self) -> tuple[Tensor, Tensor] | None:
+        """() correctly classified entries and () all entries on the device; None for a loss without classes."""
+        return self._hits
 
     @cached_property
     def accuracy(self) -> float | None:

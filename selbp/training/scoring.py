@@ -21,7 +21,9 @@ from selbp.common.distributed import inner_outputs
 from selbp.common.guards import evaluating, scoring_autocast, without_autocast, without_autocast_cache
 from selbp.common.proxies import DIAGNOSTIC_BYTES, HeadProxies, sequence_norm_sq
 from selbp.training.head import Captured, capture, listed_candidates
+from selbp.training.head_kinds import is_pointwise, positions_last
 from selbp.training.losses import Criterion, CrossEntropy, logits_of
+from selbp.training.sketched import Sketcher
 from selbp.types import BatchStatistics, real_dtype
 
 
@@ -34,6 +36,8 @@ class Scored:
     proxies: HeadProxies | None
     losses: Tensor | None  # (n,) unscaled, with their graph, where the forward recorded one
     hits: tuple[Tensor, Tensor] | None  # () correct entries and () all entries, for a loss with classes
+    auxiliary: Tensor | None = None  # () the model's own further loss, of all n rows, where a graph is kept
+    mass: Tensor | None = None  # (n,) what each sample counts in torch's mean: its targets, or their class weights
     output: Any = None  # the model's, where it was to be kept
 
 
@@ -53,7 +57,8 @@ class _Rows(NamedTuple):
 
 def scale_of(mass: Tensor, valid: Tensor) -> Tensor:
     """() s with (1/n) sum s l_i = torch's mean over valid samples; 0 where there is none."""
-    total = torch.where(valid, mass, 0.0).sum()
+    wide = torch.float32 if mass.device.type == "mps" else torch.float64
+    total = torch.where(valid, mass, 0.0).sum(dtype=wide)
     return torch.where(total > 0, len(mass) / total, 0.0)
 
 
@@ -70,12 +75,15 @@ def score(
     reduce: Callable[[Tensor], Tensor] | None = None,
     feed: Callable[[Batch, nn.Module], Any] = Batch.feed,
     keep_output: bool = False,
+    auxiliary: Callable[[Any], Tensor | None] = lambda output: None,
+    sketch: Sketcher | None = None,
 ) -> Scored:
     """Run the forward on all rows; with ``gradients``, read gradient norms and proxies as well as losses.
 
     ``precision`` is the forward's, see :func:`scoring_autocast`. ``keep_graph`` records the forward for a backward
     through chosen rows of it; else nothing is recorded below the head. ``reduce`` averages the mean gradient over
-    ranks. ``feed`` calls the model. ``keep_output`` hands on what it gave.
+    ranks. ``feed`` calls the model. ``keep_output`` hands on what it gave. ``auxiliary`` reads a further loss off it.
+    ``sketch`` stands for the exact gradients of samples with several positions.
     """
     mass, present = criterion.mass(batch.target, batch.n, batch.device)
     leaf = gradients and not keep_graph
@@ -87,13 +95,18 @@ def score(
     returned = inner[-1] if inner else output  # in whose graph gradients may be read
     seen = head is not None and (gradients or captured.calls == 1)  # a rule that reads losses does without
     features, logits = captured.check(model) if seen else (None, None)
+    features = None if features is None else positions_last(head, features)
     edited = captured.edited  # then the loss reads other logits than the head gave
-    fused = isinstance(criterion, CrossEntropy) and (
+    convolution = head is not None and is_pointwise(head)
+    fused = (isinstance(criterion, CrossEntropy) and not criterion.soft(batch.target)) and (
         logits is None
         or (
-            not edited and _is_head_output(returned, logits) and criterion.classes_last(logits_of(output), batch.target)
+            not (edited or convolution)
+            and _is_head_output(returned, logits)
+            and criterion.classes_last(logits_of(output), batch.target)
         )
     )
+    beside = auxiliary(output) if keep_graph else None  # here, where a gradient is recorded
     losses = read = None
     if keep_graph or not fused:
         with torch.set_grad_enabled(keep_graph or gradients):
@@ -108,14 +121,14 @@ def score(
         else:
             assert read is not None
             hits = criterion.hits(output, batch.target, present)
-            at = (captured, features) if gradients and features is not None else None
+            at = (captured, features, head) if gradients and features is not None else None
             rows = _from_losses(read, present, at, bias, hits, keep_graph)
             if at is not None and rows.residual is None:
                 raise RuntimeError(
                     "the loss does not depend on the head's output: pass head=, the last linear layer; "
                     f"{listed_candidates(model)}"
                 )
-        scored = _scaled(rows, mass, bias, gradients, reduce, losses if keep_graph else None)
+        scored = _scaled(rows, mass, bias, gradients, reduce, losses if keep_graph else None, beside, sketch)
         return replace(scored, output=output) if keep_output else scored
 
 
@@ -166,7 +179,7 @@ def _from_logits(criterion: CrossEntropy, logits: Tensor, features: Tensor | Non
 def _from_losses(
     losses: Tensor,
     present: Tensor,
-    at: tuple[Captured, Tensor] | None,  # the head's output and input
+    at: tuple[Captured, Tensor, nn.Module | None] | None,  # the head's output and input, and the head
     bias: bool,
     hits: tuple[Tensor, Tensor] | None,
     keep_graph: bool,
@@ -178,7 +191,7 @@ def _from_losses(
     without = _Rows(loss, unknown, unknown, unknown, never, valid, None, None, hits)
     if at is None:
         return without
-    captured, features = at
+    captured, features, head = at
     if captured.logits is not None and len(captured.logits) % n:
         shape = tuple(captured.logits.shape)
         raise RuntimeError(f"the head's output must have the samples first, {n} of them: got {shape}")
@@ -188,6 +201,7 @@ def _from_losses(
         gradient = torch.autograd.grad(losses, captured.edge, ones, retain_graph=keep_graph, allow_unused=True)[0]
     if gradient is None:
         return without
+    gradient = positions_last(head, gradient)
     residual = gradient.to(loss.dtype).reshape(n, -1, gradient.shape[-1])
     h = features.reshape(n, -1, features.shape[-1])
     squares = residual.square().sum(2)
@@ -204,6 +218,8 @@ def _scaled(
     gradients: bool,
     reduce: Callable[[Tensor], Tensor] | None,
     losses: Tensor | None,
+    auxiliary: Tensor | None,
+    sketch: Sketcher | None,
 ) -> Scored:
     """Gradients in the units of torch's mean, 0 for a sample that is not valid; losses stay as they are.
 
@@ -216,18 +232,25 @@ def _scaled(
     if residual is not None and rows.features is not None:
         compute, live = residual, valid[:, None, None]
         h = rows.features
-        proxies = HeadProxies(
-            lambda: torch.where(live, compute() * scale, 0.0),
-            lambda: torch.where(live, h.to(rows.loss.dtype), 0.0),
-            positions=h.shape[1],
-            bias=bias,
-            reduce=reduce,
-        )
+
+        def left() -> Tensor:
+            return torch.where(live, compute() * scale, 0.0)
+
+        def right() -> Tensor:
+            return torch.where(live, h.to(rows.loss.dtype), 0.0)
+
+        if sketch is not None and h.shape[1] > 1:
+            made = sketch(left(), right(), bias)[:, None]
+            proxies = HeadProxies(
+                lambda: made, lambda: made.new_ones(len(made), 1, 1), positions=1, bias=False, reduce=reduce
+            )
+        else:
+            proxies = HeadProxies(left, right, positions=h.shape[1], bias=bias, reduce=reduce)
         if gradients and h.shape[1] > 1:  # a sum over positions: its norm needs the factors of every position
-            exact = sequence_norm_sq(proxies.token_residual, proxies.token_features, bias=bias)
+            exact = sequence_norm_sq(proxies.token_residual, proxies.token_features, bias=proxies.bias)
             feature_sq = exact / (rows.residual_sq * scale.square()).clamp(min=1e-30)
     stats = BatchStatistics(rows.loss, rows.lse, rows.residual_sq * scale.square(), feature_sq, rows.correct, valid)
-    return Scored(stats, scale, proxies, losses, rows.hits)
+    return Scored(stats, scale, proxies, losses, rows.hits, auxiliary, mass)
 
 
 def unscored(batch: Batch, criterion: Criterion, model: nn.Module) -> Scored:

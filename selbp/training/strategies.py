@@ -112,12 +112,31 @@ class Strategy:
             self._way = decision
             self.reason = UNDECIDED if decision is None else "decided before the run was resumed"
 
-    def decide(self, model: nn.Module, batch: Batch, k: int, criterion: Criterion, scoring: str) -> None:
-        """Choose for this model. Gradients, buffers and random state are left as they are."""
-        if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):  # else: until there is
-            self.settle(*self._cheaper(model, batch, k, criterion, scoring))
+    def decide(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        k: int,
+        criterion: Criterion,
+        scoring: str,
+        auxiliary: Callable[[Any], Tensor | None] = lambda output: None,
+    ) -> None:
+        """Choose for this model. Gradients, buffers and random state are left as they are.
 
-    def _cheaper(self, model: nn.Module, batch: Batch, k: int, criterion: Criterion, scoring: str) -> tuple[Way, str]:
+        ``auxiliary`` reads a further loss off the model's output, which rows would differentiate for all samples.
+        """
+        if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):  # else: until there is
+            self.settle(*self._cheaper(model, batch, k, criterion, scoring, auxiliary))
+
+    def _cheaper(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        k: int,
+        criterion: Criterion,
+        scoring: str,
+        auxiliary: Callable[[Any], Tensor | None],
+    ) -> tuple[Way, str]:
         if scoring == "eval":
             return "recompute", 'scoring="eval": the forward that scores is not the one that trains'
         if batch.device.type != "cpu":
@@ -125,6 +144,8 @@ class Strategy:
 
         def losses(pair: Any) -> Tensor:
             few, output = pair
+            if (found := auxiliary(output)) is not None and found.requires_grad:
+                raise NotImplementedError("the model's auxiliary loss has a gradient for every sample")
             return criterion.losses(output, few.target, few.n)
 
         try:

@@ -224,7 +224,7 @@ def test_a_rule_that_reads_losses_leaves_the_code_whole() -> None:
 @pytest.mark.parametrize("options", [{}, {"cut": "cut"}], ids=["head", "cut"])
 def test_a_module_that_is_not_reached_is_an_error(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Dynamo sees no difference: never a step without the cut, and the error names the cause."""
-    monkeypatch.setattr(hooks, "_mark", lambda module: lambda: None)
+    monkeypatch.setattr(hooks, "mark", lambda module: lambda: None)
     model = whole(Net())
     x, y = batch(0)
     model(x)

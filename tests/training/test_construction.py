@@ -75,7 +75,6 @@ def refused_id(value):
         (ValueError, {"head_gradient": "exact"}, "'subset' or 'full'"),
         (ValueError, {"target": "all"}, "'local' or 'global'"),
         (ValueError, {"target": "global"}, "rules that match gradients"),
-        (ValueError, {"target": "global", "selector": selbp.GradientMatching()}, "torch.distributed"),
         (TypeError, {"schedule": (0, 1)}, "selbp.Schedule"),
         (TypeError, {"generator": 0}, "torch.Generator"),
         (ValueError, {"loss": "hinge"}, "cross_entropy.*callable"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -71,7 +73,7 @@ def check_cut(rank: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def sharded(blocks: bool) -> tuple[nn.Module, nn.Module]:
+def sharded(blocks: bool, **options: Any) -> tuple[nn.Module, nn.Module]:
     """A model under FSDP2, as a whole or block by block, and the same one that is not."""
     from torch.distributed.fsdp import fully_shard
 
@@ -82,13 +84,13 @@ def sharded(blocks: bool) -> tuple[nn.Module, nn.Module]:
         models.append(nn.Sequential(*layers).double())
     mesh = dist.init_device_mesh("cpu", (2,))
     for block in models[0][1:] if blocks else ():
-        fully_shard(block, mesh=mesh)
-    fully_shard(models[0], mesh=mesh)
+        fully_shard(block, mesh=mesh, **options)
+    fully_shard(models[0], mesh=mesh, **options)
     return models[0], models[1]
 
 
 def check_sharded_as_a_whole(rank: int) -> None:
-    """No mark in the graph says so, and the gradients are exact, step after step, with other rows on every rank."""
+    """The gradients are exact, step after step, with other rows on every rank."""
     model, plain = sharded(blocks=False)
     for step in range(3):
         torch.manual_seed(step)
@@ -103,14 +105,99 @@ def check_sharded_as_a_whole(rank: int) -> None:
             torch.testing.assert_close(a.grad.full_tensor(), b.grad, rtol=1e-11, atol=1e-13)
 
 
-def check_sharded_by_blocks() -> None:
-    """Refused where the graph at hand is sharded, and only there."""
-    model, plain = sharded(blocks=True)
-    x, y = torch.randn(16, 4, dtype=torch.float64), torch.randint(3, (16,))
-    with pytest.raises(NotImplementedError, match="FSDP"):
-        selbp.select(F.cross_entropy(model(x), y, reduction="none"), torch.tensor([1, 2]))
-    selbp.select(F.cross_entropy(plain(x), y, reduction="none"), torch.tensor([1, 2])).sum().backward()
-    assert all(p.grad is not None for p in plain.parameters())
+def whole(gradient: Tensor) -> Tensor:
+    """A gradient that may be sharded."""
+    return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+
+
+def check_steps(rank: int, model: nn.Module, plain: nn.Module, kind: str, same: bool) -> None:
+    """Three steps of ``model`` against the plain one's; ``same``: every rank has the same samples."""
+    options: dict[str, Any] = {"backward": "rows"} if kind == "rows" else {"cut": "1", "backward": "rows"}
+    steps = [
+        selbp.SelectiveBackprop(network, selector=selbp.GradientMatching(), keep=0.25, **options)
+        for network in (model, plain)
+    ]
+    for number in range(3):
+        torch.manual_seed(10 * number + (0 if same else rank))
+        x, y = torch.randn(16, 4, dtype=torch.float64), torch.randint(3, (16,))
+        model.zero_grad()
+        plain.zero_grad()
+        for step in steps:
+            step(x, y).backward()
+        found, expected = (step.report.cut if kind == "cut" else step.report for step in steps)
+        assert found.selection.indices.tolist() == expected.selection.indices.tolist()
+        for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
+            dist.all_reduce(b.grad)
+            torch.testing.assert_close(whole(a.grad), b.grad / 2, rtol=1e-10, atol=1e-13, msg=f"{kind} {name}")
+
+
+def check_sharded_by_blocks(rank: int) -> None:
+    """Exact too, though there every block leaves its mark in the graph."""
+    for kind in ("rows", "cut"):
+        for reshard in (True, False):
+            model, plain = sharded(blocks=True, reshard_after_forward=reshard)
+            check_steps(rank, model, plain, kind, same=False)
+
+
+def check_tensor_parallel(rank: int) -> None:
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = x + self.down(F.gelu(self.up(x)))
+            return found
+
+    for kind in ("rows", "cut"):
+        models = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            models.append(nn.Sequential(nn.Linear(4, 8), Block(), nn.Linear(8, 3)).double())
+        mesh = dist.init_device_mesh("cpu", (2,))
+        plan = {"1.up": ColwiseParallel(), "1.down": RowwiseParallel()}
+        check_steps(rank, parallelize_module(models[0], mesh, plan), models[1], kind, same=True)
+
+
+def check_flat_parameters(rank: int) -> None:
+    """FSDP1, whose head has no weight (C, d) of its own outside of its forward."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    for original in (True, False):
+        networks = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            networks.append(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double())
+        networks[0] = FullyShardedDataParallel(
+            networks[0], auto_wrap_policy=ModuleWrapPolicy({nn.Linear}), use_orig_params=original,
+            device_id=torch.device("cpu"),
+        )  # fmt: skip
+        for number in range(2):
+            torch.manual_seed(10 * number + rank)
+            x, y = torch.randn(16, 4, dtype=torch.float64), torch.randint(3, (16,))
+            for network in networks:
+                optimizer = torch.optim.SGD(network.parameters(), 1.0)
+                step = selbp.SelectiveBackprop(network, selector=selbp.TopLoss(), keep=0.25, backward="rows")
+                step(x, y).backward()
+                if network is networks[1]:
+                    for parameter in network.parameters():
+                        dist.all_reduce(parameter.grad)
+                        parameter.grad /= 2
+                optimizer.step(), optimizer.zero_grad()
+        with FullyShardedDataParallel.summon_full_params(networks[0]):
+            flat = [torch.cat([p.flatten() for p in network.parameters()]) for network in networks]
+            torch.testing.assert_close(*flat, rtol=1e-10, atol=1e-13)
+
+
+def check_a_loss_that_is_distributed() -> None:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    losses = DTensor.from_local(torch.rand(8, requires_grad=True), dist.init_device_mesh("cpu", (2,)), [Replicate()])
+    with pytest.raises(NotImplementedError, match="DTensor losses"):
+        selbp.select(losses, torch.tensor([1, 2]))
 
 
 def check_auto_of_a_sharded_model(rank: int) -> None:
@@ -133,7 +220,10 @@ def check_all(rank: int) -> None:
 
 def check_sharded(rank: int) -> None:
     check_sharded_as_a_whole(rank)
-    check_sharded_by_blocks()
+    check_sharded_by_blocks(rank)
+    check_tensor_parallel(rank)
+    check_flat_parameters(rank)
+    check_a_loss_that_is_distributed()
     check_auto_of_a_sharded_model(rank)
 
 

@@ -287,7 +287,6 @@ COMBINATIONS = {
     "eval with rows": combined(scoring="eval", backward="rows", words='scoring="eval" is for backward="recompute"'),
     "precision with rows": combined(scoring_precision="bfloat16", backward="rows", words='is for backward="recompute"'),
     "global of losses": combined(target="global", words='target="global" is for rules that match gradients|TopLoss'),
-    "global alone": combined(target="global", selector=selbp.GradientMatching(), words="torch.distributed"),
     "cut and head": combined(cut="0", head="2", selector=selbp.Random(), words="cut= goes with none of head"),
     "cut and full head": combined(
         cut="0", head_gradient="full", selector=selbp.Random(), words="cut= goes with none of"
@@ -578,7 +577,7 @@ STEP_CALLS = {
     "target=list": ({}, (X, [0] * N), TypeError, "target must be int64 class indices|got list"),
     "target=array": ({}, (X, np.zeros(N)), TypeError, "target must be int64 class indices|got ndarray"),
     "target=string": ({}, (X, "labels"), TypeError, "target must be int64 class indices|got str"),
-    "target=probabilities": ({}, (X, torch.ones(N, C)), TypeError, "for class probabilities pass a callable loss"),
+    "target=probabilities": ({}, (X, torch.ones(N, C + 1)), ValueError, "shape of the logits, (8, 5), got (8, 6)"),
     "target=tokens": ({}, (X, torch.zeros(N, 3).long()), ValueError, "got logits (8, 5) for target (8, 3)"),
     "mse shape": ({"loss": "mse"}, (X, torch.zeros(N)), ValueError, "output's shape (8, 5), got (8,)"),
     "bce shape": ({"loss": "bce"}, (X, torch.zeros(N, 1)), ValueError, "output's shape (8, 5), got (8, 1)"),

@@ -1,0 +1,315 @@
+"""Selective steps in Hugging Face's ``Trainer`` and those built on it, such as TRL's ``SFTTrainer``.
+
+::
+
+    class SelectiveTrainer(SelectiveTrainerMixin, Trainer): ...
+
+    trainer = SelectiveTrainer(model, args, train_dataset=data, selective=dict(selector=selbp.TopLoss(), keep=0.25))
+    trainer.train()
+
+or, for a trainer that is built already, ``selective(trainer, selector=selbp.TopLoss(), keep=0.25)``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selbp.integrations.seen import Observed, Replay, rows_in
+from selbp.integrations.tasks import base_of, per_sample, task_options
+from selbp.integrations.window import Window
+from selbp.selectors.checks import shown
+from selbp.training.step import SelectiveBackprop
+
+FILE = "selbp_state_{}.pt"  # one a process, in the checkpoint's folder
+TOKEN_LOSSES = ("cross_entropy", "causal_lm")
+
+
+class SelectiveTrainerMixin:
+    """Trains on chosen rows of each minibatch: put it before a ``transformers.Trainer`` among the bases of a class.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        The trainer's own.
+    selective : dict, optional
+        Options of :class:`selbp.SelectiveBackprop`, at least ``selector`` and ``keep``. ``loss`` is that of the model's
+        task where it is left out. Without ``selective`` the trainer is what it was.
+
+    Notes
+    -----
+    The step is built on the wrapped model at the first training step. It divides by ``num_items_in_batch`` where the
+    trainer would, takes ``label_smoothing_factor`` and the model's auxiliary loss, counts optimizer steps for a
+    ``schedule``, and its state is saved with every checkpoint, one file a process, and restored with it. A
+    ``compute_loss_func`` must return one loss a sample. Evaluation is the trainer's own. Logged are the unweighted mean
+    loss of the minibatches, as ``loss``, and the figures of :class:`~selbp.integrations.window.Window`.
+
+    Examples
+    --------
+    >>> class SelectiveTrainer(SelectiveTrainerMixin, Trainer): ...
+    >>> options = dict(selector=selbp.GradientMatching(), keep=0.25, loss="causal_lm")
+    >>> SelectiveTrainer(model, args, train_dataset=data, selective=options).train()  # doctest: +SKIP
+    """
+
+    _selective: _Selective | None = None
+
+    def __init__(self, *args: Any, selective: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if selective is not None:
+            self._selective = _Selective(self, selective)
+
+    @property
+    def selective_step(self) -> SelectiveBackprop:
+        """The step in use. Raises RuntimeError before the first training step."""
+        if self._selective is None or self._selective.step is None:
+            raise RuntimeError("there is no selective step before the first training step")
+        return self._selective.step
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The loss whose backward runs the chosen rows; outside of training, the trainer's own."""
+        parent: Any = super()
+        if self._selective is None or not model.training:
+            return parent.compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
+        loss, output = self._selective.loss(model, inputs, num_items_in_batch, return_outputs)
+        if self._selective.metrics:  # TRL's own, read off the same forward
+            with torch.no_grad():
+                seen = self._selective.inputs_of(inputs, output)
+                replay = Replay(model, output, seen["labels"])
+                shown = seen if self._selective.by_logits else dict(inputs)
+                parent.compute_loss(replay, shown, num_items_in_batch=num_items_in_batch, **kwargs)
+        return (loss, output) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's; returns the unweighted mean loss, which is what it logs."""
+        parent: Any = super()
+        result = parent.training_step(*args, **kwargs)
+        mean = None if self._selective is None else self._selective.take_mean()
+        return result if mean is None else mean.to(result)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the trainer's, with the figures of the steps since the last line."""
+        parent: Any = super()
+        if self._selective is not None and "loss" in logs:
+            logs.update(self._selective.window.figures(every=False))
+        parent.log(logs, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        parent: Any = super()
+        parent._save_rng_state(output_dir)
+        if self._selective is not None:
+            self._selective.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        parent: Any = super()
+        parent._load_optimizer_and_scheduler(checkpoint)
+        if self._selective is not None:
+            self._selective.begin(checkpoint)
+
+
+def selective(trainer: Any, **options: Any) -> Any:
+    """Make ``trainer``, which is built already, select; returns it.
+
+    Parameters
+    ----------
+    trainer : transformers.Trainer
+        Or one of a class built on it. Its class becomes one with :class:`SelectiveTrainerMixin` in front.
+    **options
+        Of :class:`selbp.SelectiveBackprop`, at least ``selector`` and ``keep``.
+
+    Returns
+    -------
+    transformers.Trainer
+        The same object.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For options that do not fit, or a trainer with a loss of its own.
+
+    Examples
+    --------
+    >>> selective(SFTTrainer(model, args, train_dataset=data), selector=selbp.TopLoss(), keep=0.25).train()
+    ... # doctest: +SKIP
+    """
+    kind = type(trainer)
+    if not hasattr(trainer, "compute_loss") or not hasattr(trainer, "training_step"):
+        raise TypeError(f"trainer must be a transformers.Trainer, got {shown(trainer)}")
+    if not isinstance(trainer, SelectiveTrainerMixin):
+        trainer.__class__ = type(f"Selective{kind.__name__}", (SelectiveTrainerMixin, kind), {})
+    try:
+        trainer._selective = _Selective(trainer, options)
+    except BaseException:
+        trainer.__class__ = kind
+        raise
+    return trainer
+
+
+class _Selective:
+    """What a selective trainer holds: its options, its step, and what it logs."""
+
+    def __init__(self, trainer: Any, options: Mapping[str, Any]) -> None:
+        if not isinstance(options, Mapping) or not {"selector", "keep"} <= set(options):
+            raise TypeError(f"selective must be a dict with at least 'selector' and 'keep', got {shown(options)}")
+        self.trainer, self.options = trainer, dict(options)
+        self.step: SelectiveBackprop | None = None
+        self.window = Window()
+        self.metrics = self._own_metrics()
+        # TRL before 1 reads its metrics off the logits and the inputs beside them, all of the rows that ran
+        self.by_logits = not hasattr(sys.modules.get("trl.trainer.utils"), "add_fused_lm_head")
+        self._state: Mapping[str, Any] | None = None  # of a checkpoint, for the step that is to be built
+        self._mean: Tensor | None = None
+        if trainer.args.n_gpu > 1:
+            raise ValueError("a selective trainer needs one process a GPU: start it with torchrun, not DataParallel")
+
+    def _own_metrics(self) -> bool:
+        """Whether the trainer reads metrics in its ``compute_loss``. Raises ValueError where it has another loss."""
+        mro = type(self.trainer).__mro__
+        after = mro[mro.index(SelectiveTrainerMixin) + 1 :]
+        owner = next(kind for kind in after if "compute_loss" in vars(kind))
+        if owner.__module__.startswith("transformers."):
+            return False
+        plain = getattr(self.trainer.args, "loss_type", "nll") in ("nll", "chunked_nll")
+        if owner.__name__ == "SFTTrainer" and (plain or callable(self.options.get("loss"))):
+            return True
+        if "loss" in self.options and owner.__name__ != "SFTTrainer":
+            return False
+        raise ValueError(
+            f"{owner.__name__} has a loss of its own, which a step on chosen rows would replace: pass loss=, a "
+            "function (output, target) -> (n,), or leave the trainer as it is and place a cut by selbp.insert_cut"
+        )
+
+    # ------------------------------------------------------------------------------------------------- the step
+
+    def loss(self, model: Any, inputs: Any, count: Any, outputs: bool) -> tuple[Tensor, Any]:
+        """The scalar for ``backward()``, and the model's output on all rows, or on those that ran, if it is wanted."""
+        trainer = self.trainer
+        if self.metrics:
+            inputs["use_cache"] = False
+            if getattr(trainer, "aux_loss_enabled", False):
+                inputs["output_router_logits"] = True
+        step = self._step_on(model, inputs)
+        while step.optimizer_step < trainer.state.global_step:
+            step.advance()
+        scaled, factor = self._scaled(count), 1.0
+        by_count = scaled and count is not None and self._counts_targets
+        if by_count and trainer.args.average_tokens_across_devices:
+            factor = trainer.accelerator.num_processes // (trainer.get_tp_size() if self._splits_tensors else 1)
+        elif scaled and not by_count:
+            factor = 1.0 / self._accumulated
+        with Observed(model, self.metrics or outputs) as seen:
+            loss = step(inputs, normalizer=count if by_count else None) * factor
+        report = step.report
+        self.window.add(report)
+        mean = report.mean_loss().detach()
+        share = factor if report.share is None else report.share * factor
+        self._mean = mean * (share if scaled else 1.0 / self._accumulated)
+        return loss, seen.output(report.n)
+
+    def inputs_of(self, inputs: Any, output: Any) -> dict[str, Any]:
+        """The inputs of the rows that the model's ``output`` has."""
+        n = len(inputs["labels"])
+        if self.step is None or rows_in(output) == n:
+            return dict(inputs)
+        indices = self.step.report.selection.indices
+
+        def some(x: Any) -> Any:
+            rows = isinstance(x, Tensor) and x.dim() and len(x) == n
+            return x.index_select(0, indices.to(x.device)) if rows else x
+
+        return {name: some(value) for name, value in inputs.items()}
+
+    def take_mean(self) -> Tensor | None:
+        """() the mean loss of the last minibatch as the trainer's loss is scaled, once."""
+        mean, self._mean = self._mean, None
+        return mean
+
+    def _step_on(self, model: Any, inputs: Any) -> SelectiveBackprop:
+        """The step, built on ``model`` when it is first asked for."""
+        if self.step is None or self.step.model is not model:
+            state = self._state if self.step is None else self.step.state_dict()
+            self.step = SelectiveBackprop(model, **self._step_options(model, inputs))
+            if state is not None:
+                self.step.load_state_dict(state)
+            self._state = None
+        return self.step
+
+    def _step_options(self, model: Any, inputs: Any) -> dict[str, Any]:
+        trainer, options = self.trainer, {"auto_advance": False, **self.options}
+        if trainer.compute_loss_func is not None:
+            if "loss" in self.options:
+                raise ValueError("compute_loss_func and loss= of selective are two losses: pass one")
+            options["loss"] = per_sample(trainer.compute_loss_func)
+        elif "loss" not in options:
+            options = {**task_options(model, inputs.get("labels")), **options}
+        if base_of(model).__class__.__name__.endswith("ForConditionalGeneration") and "pass_labels" not in options:
+            options["pass_labels"] = bool(getattr(base_of(model).config, "is_encoder_decoder", False))
+        smoothing = trainer.args.label_smoothing_factor
+        if smoothing and "label_smoothing" not in options:
+            if options["loss"] not in TOKEN_LOSSES:
+                raise ValueError(
+                    f"label_smoothing_factor={smoothing} is for cross-entropy, not for {options['loss']!r}"
+                )
+            options["label_smoothing"] = smoothing
+        if getattr(trainer, "aux_loss_enabled", False):
+            options.setdefault("aux_weight", trainer.router_aux_loss_coef)
+        loss = options.get("loss")
+        self._counts_targets = isinstance(loss, str) and loss in TOKEN_LOSSES and options.get("class_weight") is None
+        return options
+
+    # ------------------------------------------------------------------------------------------------ the scale
+
+    def _scaled(self, count: Any) -> bool:
+        """Whether the trainer takes the loss for one that counts in the whole accumulated batch, as it is."""
+        trainer = self.trainer
+        told = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if told is not None:
+            return bool(told)
+        return (trainer.model_accepts_loss_kwargs and count is not None) or trainer.compute_loss_func is not None
+
+    @property
+    def _accumulated(self) -> int:
+        trainer = self.trainer
+        own = getattr(trainer, "current_gradient_accumulation_steps", None)
+        return int(own or trainer.args.gradient_accumulation_steps)
+
+    @property
+    def _splits_tensors(self) -> bool:
+        return hasattr(self.trainer, "get_tp_size")
+
+    # ------------------------------------------------------------------------------------------------ its state
+
+    def save(self, folder: str) -> None:
+        """Write this process's state into a checkpoint's folder."""
+        state = self._state if self.step is None else self.step.state_dict()
+        if state is not None:
+            os.makedirs(folder, exist_ok=True)
+            torch.save(dict(state), self._file(folder))
+
+    def begin(self, checkpoint: str | None) -> None:
+        """A training begins, from ``checkpoint`` or anew: the next step is built for it."""
+        self.step, self._state, self.window = None, None, Window()
+        if checkpoint is None:
+            return
+        file = self._file(checkpoint)
+        if os.path.isfile(file):
+            self._state = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            warnings.warn(
+                f"{checkpoint} holds no {os.path.basename(file)}: the rule's memory starts empty", UserWarning, 2
+            )
+
+    def _file(self, folder: str) -> str:
+        return os.path.join(folder, FILE.format(self.trainer.args.process_index))

@@ -1,0 +1,123 @@
+"""Selective steps in a Lightning module: a callback that counts, saves and logs them.
+
+::
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = ...
+            self.step = selbp.SelectiveBackprop(self.model, selector=selbp.TopLoss(), keep=0.25)
+
+        def training_step(self, batch, index):
+            return self.step(*batch)
+
+    lightning.Trainer(callbacks=[SelectiveCallback()]).fit(Module(), loader)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+try:
+    from lightning.pytorch import Callback
+except ImportError:  # the package's older name
+    from pytorch_lightning import Callback  # type: ignore[import-not-found, no-redef, unused-ignore]
+
+from selbp.cut.insert import InsertedCut
+from selbp.cut.module import BackwardCut
+from selbp.integrations.ranks import gathered, own
+from selbp.integrations.window import Window
+from selbp.training.step import SelectiveBackprop
+
+
+class SelectiveCallback(Callback):
+    """Counts the optimizer steps of a module's selective steps, saves their state in its checkpoints, and logs.
+
+    It finds every :class:`selbp.SelectiveBackprop`, and every cut of :func:`selbp.insert_cut`, that is an attribute of
+    the module. The state of a :class:`selbp.BackwardCut` is in the module's own.
+
+    Parameters
+    ----------
+    log : bool
+        Log the figures of :class:`~selbp.integrations.window.Window` every ``log_every_n_steps``.
+    prefix : str
+        What the logged names begin with; the attribute's name follows where there are several.
+
+    Notes
+    -----
+    Calls of a step no longer count by themselves: optimizer steps do. Each process has a state of its own in the
+    checkpoint; to go on, there must be as many processes.
+
+    Examples
+    --------
+    >>> lightning.Trainer(callbacks=[SelectiveCallback()]).fit(module, loader)  # doctest: +SKIP
+    """
+
+    def __init__(self, *, log: bool = True, prefix: str = "selective/") -> None:
+        super().__init__()
+        self._log, self._prefix = log, prefix
+        self._parts: dict[str, SelectiveBackprop | InsertedCut] = {}
+        self._windows: dict[str, Window] = {}
+        self._saved: Mapping[str, Any] | None = None  # of a checkpoint, until the module is known
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Find the steps of the module, and give them a checkpoint's state."""
+        self._parts = _found(pl_module)
+        steps = [name for name, part in self._parts.items() if isinstance(part, SelectiveBackprop)]
+        cuts = any(isinstance(part, BackwardCut) for part in pl_module.modules())
+        if not self._parts and not cuts:
+            raise ValueError(
+                f"{type(pl_module).__name__} has no attribute that is a selbp.SelectiveBackprop or a cut of "
+                "selbp.insert_cut: build it in the module's __init__"
+            )
+        self._windows = {name: Window() for name in steps}
+        for name in steps:
+            self._parts[name]._auto_advance = False  # type: ignore[union-attr]
+        self._restore()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Count the optimizer steps that were taken."""
+        for name in self._windows:
+            step: Any = self._parts[name]
+            while step.optimizer_step < trainer.global_step:
+                step.advance()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the figures, where the trainer logs."""
+        for name, window in self._windows.items():
+            step: Any = self._parts[name]
+            if step._report is None:
+                continue
+            window.add(step.report)
+            if self._log and trainer.global_step % max(1, trainer.log_every_n_steps) == 0:
+                prefix = self._prefix + (f"{name}/" if len(self._windows) > 1 else "")
+                pl_module.log_dict({prefix + key: value for key, value in window.figures().items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all processes, as the main one saves them."""
+        return gathered({name: part.state_dict() for name, part in self._parts.items()})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a :meth:`state_dict`, now or when the module is known."""
+        self._saved = state_dict
+        if self._parts:
+            self._restore()
+
+    def _restore(self) -> None:
+        if self._saved is None:
+            return
+        states, self._saved = own(self._saved), None
+        if set(states) != set(self._parts):
+            raise ValueError(
+                f"the checkpoint has the state of {', '.join(states) or 'no step'}, and the module has "
+                f"{', '.join(self._parts) or 'no step'}"
+            )
+        for name, part in self._parts.items():
+            part.load_state_dict(states[name])
+
+
+def _found(module: Any) -> dict[str, SelectiveBackprop | InsertedCut]:
+    """Attributes of a module that have a state which its own ``state_dict`` has not."""
+    own_parts = {name: value for name, value in vars(module).items() if not name.startswith("__")}
+    return {name: value for name, value in own_parts.items() if isinstance(value, (SelectiveBackprop, InsertedCut))}

@@ -1,0 +1,69 @@
+"""Heads beside a plain ``nn.Linear``: 1x1 convolutions, adapters around a linear layer, and raw parameters."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether ``module`` is a convolution that is a linear layer at each position: kernel 1, no groups, no stride."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return False
+    ones = all(size == 1 for size in (*module.kernel_size, *module.stride))
+    padding = module.padding if isinstance(module.padding, tuple) else ()
+    return ones and module.groups == 1 and not any(padding)
+
+
+def positions_last(head: nn.Module | None, x: Tensor) -> Tensor:
+    """What ``head`` read or gave, with its channels in the last dim: (n, d, ...) of a convolution as (n, ..., d)."""
+    return x.movedim(1, -1) if head is not None and is_pointwise(head) else x
+
+
+def widths(module: nn.Module) -> tuple[int, int]:
+    """Features that a linear or 1x1 convolution layer reads, and classes that it gives; its weight may be sharded."""
+    for reads, gives in (("in_features", "out_features"), ("in_channels", "out_channels")):
+        if isinstance(found := getattr(module, reads, None), int):
+            return found, int(getattr(module, gives))
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.shape[1], weight.shape[0]
+
+
+def is_adapter(module: nn.Module | None) -> bool:
+    """Whether ``module`` wraps a linear layer as ``base_layer`` and adds to its output, as LoRA's do."""
+    base = getattr(module, "base_layer", None)
+    weight = getattr(base, "weight", None)
+    return isinstance(base, nn.Module) and isinstance(weight, Tensor) and weight.dim() == 2
+
+
+def through_adapter(names: dict[str, nn.Module], name: str) -> str:
+    """The outermost adapter that the layer ``name`` is inside: what it reads and gives is the head's; else ``name``."""
+    parts = name.split(".")
+    for length in range(len(parts)):
+        outer = ".".join(parts[:length])
+        if outer in names and is_adapter(names[outer]):
+            return outer
+    return name
+
+
+def raw_parameter_after(names: dict[str, nn.Module], name: str) -> str | None:
+    """A bare parameter that the output of the linear layer ``name`` may be multiplied with, as ArcFace's weight is.
+
+    One with as many columns or rows as ``name`` has outputs, which the model itself, a container around the layer, or a
+    module beside such a container holds. torch's own modules, and their heirs, say what they do with theirs.
+    """
+    around = {"", *(name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1))}
+    around = {outer for outer in around if outer in names}
+    outputs = widths(names[name])[1]
+    for holder, module in names.items():
+        near = holder in around or holder.rpartition(".")[0] in around
+        if not near or _of_torch(module):
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 2 and outputs in parameter.shape and parameter.is_floating_point():
+                return f"{holder}.{own}" if holder else own
+    return None
+
+
+def _of_torch(module: nn.Module) -> bool:
+    heir = any(kind.__module__.startswith("torch.nn.modules") and kind is not nn.Module for kind in type(module).mro())
+    return heir and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))

@@ -1,0 +1,139 @@
+"""Lightning with selective steps: gradients, the count of optimizer steps, checkpoints and the log."""
+
+from __future__ import annotations
+
+import csv
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import selbp
+
+lightning: Any = pytest.importorskip("lightning", reason="lightning is not installed")
+
+from lightning.pytorch.loggers import CSVLogger  # noqa: E402
+
+from selbp.integrations.lightning import SelectiveCallback  # noqa: E402
+
+
+def data(n=36):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, 6, generator=generator).double(), torch.randint(0, 5, (n,), generator=generator)
+
+
+def loader():
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data()), batch_size=6)
+
+
+def network():
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.net, self.selected = network(), []
+        self.step = selbp.SelectiveBackprop(self.net, **options) if options else None
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        x, y = batch
+        if self.step is None:
+            return F.cross_entropy(self.net(x), y)
+        loss = self.step(x, y)
+        self.selected.append(self.step.report.selected)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net.parameters(), 0.1)
+
+
+def fit(module, folder, callback=None, resume=None, **options):
+    callback = callback or SelectiveCallback()
+    trainer = lightning.Trainer(
+        accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=folder, callbacks=[callback], **({"max_epochs": 1, "logger": False} | options),
+    )  # fmt: skip
+    trainer.fit(module, loader(), ckpt_path=resume)
+    return trainer
+
+
+def weights(module):
+    return torch.cat([p.detach().flatten() for p in module.net.parameters()])
+
+
+@pytest.mark.parametrize("backward", ["rows", "recompute"])
+def test_it_trains_as_a_loop_by_hand(backward, tmp_path):
+    module = Module(selector=selbp.TopLoss(), keep=2, backward=backward)
+    fit(module, tmp_path, accumulate_grad_batches=2)
+    plain, (x, y) = network(), data()
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1)
+    for i in range(6):
+        losses = F.cross_entropy(plain(x[6 * i : 6 * i + 6]), y[6 * i : 6 * i + 6], reduction="none")
+        (losses.topk(2).values.mean() / 2).backward()
+        if i % 2:
+            optimizer.step(), optimizer.zero_grad()
+    expected = torch.cat([p.detach().flatten() for p in plain.parameters()])
+    assert float((weights(module) - expected).abs().max()) < 1e-12
+
+
+def test_a_schedule_counts_optimizer_steps(tmp_path):
+    module = Module(selector=selbp.TopLoss(), keep=2, schedule=selbp.Schedule(start=1))
+    fit(module, tmp_path, accumulate_grad_batches=3)
+    assert module.selected == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize("rule", [selbp.LossPercentile, selbp.Random], ids=lambda kind: kind.__name__)
+def test_a_resumed_run_goes_on_bit_for_bit(rule, tmp_path):
+    def build():
+        generator = torch.Generator().manual_seed(5)
+        return Module(selector=rule(), keep=0.5, generator=generator, backward="recompute")
+
+    whole, part, resumed = build(), build(), build()
+    fit(whole, tmp_path, max_epochs=2)
+    fit(part, tmp_path).save_checkpoint(tmp_path / "half.ckpt")
+    fit(resumed, tmp_path, resume=str(tmp_path / "half.ckpt"), max_epochs=2)
+    assert torch.equal(weights(resumed), weights(whole))
+    without = Module()
+    with pytest.raises(ValueError, match="no attribute that is a selbp.SelectiveBackprop"):
+        fit(without, tmp_path)
+
+
+def test_an_inserted_cut_is_saved_too(tmp_path):
+    def build():
+        module = Module()
+        module.cut = selbp.insert_cut(
+            module, "net.1", keep=2, selector=selbp.Random(), generator=torch.Generator().manual_seed(5)
+        )
+        return module
+
+    whole, part, resumed = build(), build(), build()
+    fit(whole, tmp_path, max_epochs=2)
+    fit(part, tmp_path).save_checkpoint(tmp_path / "half.ckpt")
+    fit(resumed, tmp_path, resume=str(tmp_path / "half.ckpt"), max_epochs=2)
+    assert torch.equal(weights(resumed), weights(whole)) and whole.cut.report.k == 2
+    with pytest.raises(ValueError, match="the checkpoint has the state of cut, and the module has step"):
+        other = Module(selector=selbp.Full(), keep=1.0)
+        fit(other, tmp_path, resume=str(tmp_path / "half.ckpt"), max_epochs=2)
+
+
+def test_it_logs_the_figures(tmp_path):
+    module = Module(selector=selbp.GradientMatching(), keep=0.5)
+    logger = CSVLogger(tmp_path)
+    fit(module, tmp_path, logger=logger, log_every_n_steps=2)
+    with open(logger.experiment.metrics_file_path) as file:
+        lines = [line for line in csv.DictReader(file) if line["selective/batch_loss"]]
+    assert len(lines) == 3
+    for name in ("batch_loss", "batch_accuracy", "gain", "relative_residual", "kept", "backward_seconds"):
+        assert all(float(line[f"selective/{name}"]) >= 0 for line in lines), name
+
+
+def test_the_global_target_of_a_module_built_before_the_processes(tmp_path):
+    local, everywhere = (
+        Module(selector=selbp.GradientMatching(), keep=0.5, target=target) for target in ("local", "global")
+    )
+    fit(local, tmp_path), fit(everywhere, tmp_path)
+    assert torch.equal(weights(local), weights(everywhere))

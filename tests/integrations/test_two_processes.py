@@ -1,0 +1,170 @@
+"""Two processes under each framework: gradients are those of all tokens of both, and each keeps its own memory."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from two_trainers import launched
+
+import selbp
+
+pytestmark = pytest.mark.slow
+
+
+def shared_folder() -> Path:
+    """One folder for both processes."""
+    names = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(names)
+    return Path(names[0])
+
+
+def weights(model: Any) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def check_equal_on_both(value: torch.Tensor) -> None:
+    values = [torch.empty_like(value) for _ in range(2)]
+    dist.all_gather(values, value)
+    assert torch.equal(*values)
+
+
+def trainer_check(rank: int) -> None:
+    import transformers
+    from hf_kit import arguments, difference, llama, texts
+
+    from selbp.integrations.huggingface import SelectiveTrainerMixin
+
+    transformers.logging.set_verbosity_error()
+
+    class SelectiveTrainer(SelectiveTrainerMixin, transformers.Trainer):
+        pass
+
+    def train(kind: Any, options: Any, **args: Any) -> Any:
+        extra = {} if options is None else {"selective": options}
+        common = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
+        trainer = kind(
+            model=llama(), args=arguments(shared_folder(), **(common | args)), train_dataset=texts(), **extra
+        )
+        trainer.train()
+        return trainer
+
+    assert arguments("unused", ddp_backend="gloo").world_size == 2
+    start = weights(llama())
+    plain = train(transformers.Trainer, None)
+    for backward in ("rows", "recompute"):
+        full = {"selector": selbp.Full(), "keep": 1.0, "backward": backward}
+        assert difference(train(SelectiveTrainer, full).model, plain.model, start) < 1e-5
+        chosen = {"selector": selbp.GradientMatching(), "keep": 0.5, "backward": backward}
+        for extra in (
+            {},
+            {"gradient_checkpointing": True},
+            {"ddp_static_graph": True, "gradient_accumulation_steps": 1},
+        ):
+            check_equal_on_both(weights(train(SelectiveTrainer, chosen, **extra).model))
+
+    def own() -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(rank)
+        return {"selector": selbp.LossPercentile(), "keep": 0.5, "generator": generator, "backward": "recompute"}
+
+    whole = train(SelectiveTrainer, own(), max_steps=4)
+    folder = shared_folder()
+    half = SelectiveTrainer(
+        model=llama(), train_dataset=texts(), selective=own(),
+        args=arguments(folder, per_device_train_batch_size=4, gradient_accumulation_steps=2, ddp_backend="gloo",
+                       save_strategy="steps", save_steps=2),
+    )  # fmt: skip
+    half.train()
+    dist.barrier()
+    assert (folder / "checkpoint-2" / f"selbp_state_{rank}.pt").exists()
+    resumed = SelectiveTrainer(
+        model=llama(), train_dataset=texts(), selective=own(),
+        args=arguments(folder, per_device_train_batch_size=4, gradient_accumulation_steps=2, ddp_backend="gloo",
+                       max_steps=4),
+    )  # fmt: skip
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+
+
+def data(seed: int, n: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 6, generator=generator).double(), torch.randint(0, 5, (n,), generator=generator)
+
+
+def accelerate_check(rank: int) -> None:
+    import accelerate
+
+    from selbp.integrations.accelerate import AcceleratedStep
+
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    assert accelerator.num_processes == 2
+
+    def build() -> tuple[Any, Any]:
+        model = accelerator.prepare(network())
+        generator = torch.Generator().manual_seed(rank)
+        return model, AcceleratedStep(
+            accelerator, model, selector=selbp.LossPercentile(), keep=0.5, generator=generator, backward="recompute"
+        )
+
+    model = accelerator.prepare(network())
+    step = AcceleratedStep(accelerator, model, selector=selbp.Full(), keep=1.0, backward="rows")
+    everything = [data(10 * r + part) for r in range(2) for part in range(2)]
+    for i, (_, y) in enumerate(everything):
+        y[: 5 * i] = -100
+    count = sum(int((y != -100).sum()) for _, y in everything)
+    for part in range(2):
+        with accelerator.accumulate(model):
+            accelerator.backward(step(*everything[2 * rank + part], normalizer=count))
+    plain = network()
+    sum(F.cross_entropy(plain(x), y, reduction="sum") for x, y in everything).div(count).backward()  # type: ignore
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-14)
+    accelerator._custom_objects.clear(), accelerator._models.clear()
+
+    model, step = build()
+    folder = shared_folder()
+    for i in range(3):
+        step(*data(20 * rank + i)).backward()
+    accelerator.save_state(folder)
+    step(*data(20 * rank + 9))
+    expected = step.report.selection
+    accelerator._custom_objects.clear(), accelerator._models.clear()
+    model, step = build()
+    accelerator.load_state(folder)
+    step(*data(20 * rank + 9))
+    assert torch.equal(step.report.selection.indices, expected.indices)
+
+
+def lightning_check(rank: int) -> None:
+    from selbp.integrations.ranks import gathered, own
+
+    state = gathered({"rank": rank})
+    assert [entry["rank"] for entry in state["ranks"]] == [0, 1] and own(state) == {"rank": rank}
+    with pytest.raises(ValueError, match="of 1 processes, each with its own memory, and there are 2"):
+        own({"ranks": [state]})
+
+
+def test_the_trainer():
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    launched(trainer_check)
+
+
+def test_accelerate():
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    launched(accelerate_check)
+
+
+def test_states_of_all_processes():
+    launched(lightning_check)
