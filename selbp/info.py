@@ -67,11 +67,11 @@ def _cuda() -> str:
 def _triton() -> str:
     version = _version("triton")
     if version == "not installed":
-        return "not installed: CUDA tensors use the reference implementation (pip install triton)"
+        return f"not installed. {_triton_kernels.INSTEAD}"
     if not torch.cuda.is_available():
         return f"{version}, idle: there is no GPU, and CPU tensors use the native core"
     reason = _triton_kernels.unavailable()
-    return version if reason is None else f"{version}; {reason}"
+    return version if reason is None else reason
 
 
 def information() -> dict[str, str]:
