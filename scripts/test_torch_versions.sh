@@ -16,21 +16,22 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" SELBP_CUDA=0
 if [ $# -eq 0 ]; then set -- 2.6.0 2.8.0 2.11.0 2.13.0 2.15.0; fi
 
-# What torch needs besides CUDA's libraries and Triton, as its own metadata says.
+# What torch needs besides CUDA's libraries, as its own metadata says. Triton is among it: torch compiles with its own.
 torch_needs='
 import importlib.metadata as m
 from pip._vendor.packaging.requirements import Requirement
 for line in m.requires("torch"):
     r = Requirement(line)
-    if (r.marker is None or r.marker.evaluate({"extra": ""})) and not r.name.startswith(("nvidia", "cuda", "triton")):
+    if (r.marker is None or r.marker.evaluate({"extra": ""})) and not r.name.startswith(("nvidia", "cuda")):
         print(f"{r.name}{r.specifier}")
 '
 # Without torch: pip would fetch CUDA's libraries, which torch's metadata asks for. So it need not warn of conflicts.
 tests_need='
-import runpy, sys
+import importlib.metadata as m, runpy, sys
 sys.argv = ["install.py"]
 found = runpy.run_path("scripts/install.py")
-print(*(r for r in found["requirements"](["test"]) if r.name != "torch"), "build", "triton>=3.6", sep="\n")
+there = {"torch", *(r.name for r in map(found["Requirement"], m.requires("torch")) if r.name == "triton")}
+print(*(r for r in found["requirements"](["test"]) if r.name not in there), "build", sep="\n")
 '
 
 # Makes the environment $1 with torch $2. Called where `set -e` has no effect: each step says what follows if it fails.
