@@ -61,7 +61,7 @@ test-all: export HYPOTHESIS_PROFILE = random
 test-all: $(VENV)/.with-dev,frameworks
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(ARGS)
 	bash scripts/triton_versions.sh 3.6.0 3.8.0 3.9.0
-	TESTS="tests/training/rows" bash scripts/test_torch_versions.sh
+	TESTS="tests/rows" bash scripts/test_torch_versions.sh
 	bash scripts/sanitize.sh
 	bash scripts/test_aarch64.sh
 

@@ -6,7 +6,7 @@
 # The CPU wheel is taken where pip finds one; else PyPI's CUDA build without its libraries, in whose place
 # scripts/stub_libraries.py puts stubs: under 1 GB a version. About 15 minutes a version on two cores.
 #
-# TESTS           what runs                                    (the fast suite; the rules' tests: tests/training/rows)
+# TESTS           what runs                                    (the fast suite; the rules' tests: tests/rows)
 # JOBS            processes                                    (2)
 # TABLE           the page whose rows are renewed              (none; docs/versions.md)
 # PYTHON, PIP_ARGS  as in the Makefile
