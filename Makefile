@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 export PYTHON VENV TORCH PIP_ARGS
 
-.PHONY: help demo test test-all test-versions test-compilers sanitize wheel lint format bench study study-quick study-full study-explore study-confirm study-document gpu-check clean
+.PHONY: help demo test test-all test-versions test-compilers test-aarch64 sanitize wheel lint format bench study study-quick study-full study-explore study-confirm study-document gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test-all   every test, the slow ones included; the kernels on every supported Triton, the rows' rules on torch"
 	@echo "make test-versions  the fast suite on every supported torch, in environments of their own; a table"
 	@echo "make test-compilers the native core by every supported compiler, without warnings, and its tests"
+	@echo "make test-aarch64   the native core cross-compiled and run in qemu; part of test-all"
 	@echo "make sanitize   the CPU core under the address, undefined-behaviour and thread sanitizers (GCC); part of test-all"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make format     let ruff and clang-format rewrite the sources"
@@ -59,12 +60,16 @@ test: $(VENV)/.with-test
 test-all: export HYPOTHESIS_PROFILE = random
 test-all: $(VENV)/.with-dev,frameworks
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(ARGS)
-	bash scripts/triton_versions.sh 3.8.0 3.9.0
-	TESTS="tests/training/rows" bash scripts/test_torch_versions.sh
+	bash scripts/triton_versions.sh 3.6.0 3.8.0 3.9.0
+	TESTS="tests/rows" bash scripts/test_torch_versions.sh
 	bash scripts/sanitize.sh
+	bash scripts/test_aarch64.sh
 
 test-versions:
 	bash scripts/test_torch_versions.sh $(ARGS)
+
+test-aarch64:
+	bash scripts/test_aarch64.sh
 
 test-compilers: $(VENV)/.with-dev
 	bash scripts/test_compilers.sh $(ARGS)

@@ -51,6 +51,9 @@ folders = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), os.path
 folders.update(os.environ.get("PYTHONPATH", "").split(os.pathsep))
 print(*sorted(f"import site; site.addsitedir({folder!r})" for folder in folders if folder), sep="\n")' >"$scratch/reused.pth"
   cp "$scratch/reused.pth" "$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_reused.pth"
+  # Until Python 3.12 an environment begins with a setuptools of its own, older than the one that is reused.
+  own="$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/setuptools"
+  if [ -d "$own" ]; then "$VENV/bin/python" -m pip --disable-pip-version-check uninstall -q -y setuptools; fi
   "$VENV/bin/python" -c 'import torch' || fail "the new environment does not find the torch of $PYTHON"
   requirement=
 else

@@ -9,9 +9,10 @@
 # VENV    an environment with selbp's test requirements       (.venv)
 # ROOTS   where other releases are unpacked, and kept          (.compilers)
 # TESTS   what runs on each build
+# TABLE   the page whose rows are renewed                      (none; docs/versions.md)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-: "${VENV:=.venv}" "${ROOTS:=.compilers}"
+: "${VENV:=.venv}" "${ROOTS:=.compilers}" "${TABLE:=}"
 : "${TESTS:=tests/test_native_levels.py tests/ops/test_gram.py tests/ops/test_statistics.py tests/ops/test_matching.py}"
 python="$PWD/$VENV/bin/python"
 scratch="$(mktemp -d)"
@@ -62,6 +63,7 @@ mount_into() {
 }
 
 summary=()
+rows=() # of the page
 failed=0
 for compiler in "$@"; do
   if ! cxx=$(command_of "$compiler"); then
@@ -80,20 +82,27 @@ for compiler in "$@"; do
     failed=1
     continue
   fi
+  release=$("$cxx" -dumpfullversion 2>/dev/null || "$cxx" -dumpversion)
   warnings=$(grep -cE '^(csrc|.*/tree-[^/]*/csrc)/.*warning' "$scratch/$compiler.log" || true)
   grep -E '^(csrc|.*/tree-[^/]*/csrc)/.*warning' "$scratch/$compiler.log" | sort | uniq -c || true
   ln -s ../triton_kernels "$tree/selbp/triton_kernels"
   if ! said=$(cd "$tree" && "$python" -c 'import torch, selbp._native' 2>&1); then
-    summary+=("$compiler ($("$cxx" -dumpfullversion)): $warnings warnings; not run: ${said##*said: }")
+    summary+=("$compiler ($release): $warnings warnings; not run: ${said##*said: }")
+    rows+=("| ${compiler%-*} $release | $warnings | not run: it links a newer release's libraries | $(date +%F) |")
     if [ "$warnings" != 0 ] || ! grep -qE 'GLIBC|CXXABI' <<<"$said"; then failed=1; fi  # another release's libraries may be newer
     rm -rf "$tree"
     continue
   fi
   # shellcheck disable=SC2086  # TESTS is a list
   ran=$(cd "$tree" && CXX=g++ "$python" -m pytest -q -p no:cacheprovider -m "not slow and not gpu" $TESTS 2>&1 | tail -n 1) || true
-  summary+=("$compiler ($("$cxx" -dumpfullversion 2>/dev/null || "$cxx" -dumpversion)): $warnings warnings; $ran")
+  summary+=("$compiler ($release): $warnings warnings; $ran")
+  counts=$(grep -oE '[0-9]+ (passed|failed|error)' <<<"$ran" | paste -sd , | sed 's/,/, /g' || true)
+  rows+=("| ${compiler%-*} $release | $warnings | ${counts:-none ran} | $(date +%F) |")
   if [ "$warnings" != 0 ] || [[ "$ran" =~ failed|error ]] || [[ ! "$ran" =~ passed ]]; then failed=1; fi
   rm -rf "$tree"
 done
 printf '%s\n' "" "${summary[@]}"
+if [ -n "$TABLE" ]; then
+  printf '%s\n' "${rows[@]}" | "$python" scripts/versions_table.py write "$TABLE" compilers
+fi
 exit $failed

@@ -44,6 +44,11 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _wanted_by(package: str, what: str, extra: str) -> str:
+    version = _version(package)
+    return version if version != "not installed" else f"{version}: {what} (pip install 'selbp[{extra}]')"
+
+
 def _cuda_core() -> str:
     try:
         core = importlib.import_module("selbp._native_cuda")
@@ -67,11 +72,11 @@ def _cuda() -> str:
 def _triton() -> str:
     version = _version("triton")
     if version == "not installed":
-        return "not installed: CUDA tensors use the reference implementation (pip install triton)"
+        return f"not installed. {_triton_kernels.INSTEAD}"
     if not torch.cuda.is_available():
         return f"{version}, idle: there is no GPU, and CPU tensors use the native core"
     reason = _triton_kernels.unavailable()
-    return version if reason is None else f"{version}; {reason}"
+    return version if reason is None else reason
 
 
 def information() -> dict[str, str]:
@@ -80,7 +85,8 @@ def information() -> dict[str, str]:
         "selbp": f"{__version__}, {Path(__file__).parent}",
         "python": f"{platform.python_version()}, {sys.executable}",
         "torch": torch.__version__,
-        "numpy": _version("numpy"),
+        "numpy": _wanted_by("numpy", "train, compare and study need it", "study"),
+        "tqdm": _wanted_by("tqdm", "train, compare and study need it", "study"),
         "triton": _triton(),
         "processor": machine()["processor"],
         "native core": f"built, {native.__file__}",
@@ -88,6 +94,6 @@ def information() -> dict[str, str]:
         "threads": f"{torch.get_num_threads()} (torch), {os.cpu_count()} logical cores",
         "CUDA core": _cuda_core(),
         "CUDA": _cuda(),
-        "matplotlib": _version("matplotlib"),
-        "scikit-learn": _version("scikit-learn"),
+        "matplotlib": _wanted_by("matplotlib", "without it there are no plots", "demo"),
+        "scikit-learn": _wanted_by("scikit-learn", "the digits come from it", "demo"),
     }

@@ -224,10 +224,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _info(arguments: argparse.Namespace) -> int:
+    """``selbp info``, of torch alone: where the rest is not installed, this is what says so."""
+    import json
+
+    from selbp.info import information
+    from selbp_study.storage import write_text
+
+    values = information()
+    width = max(map(len, values))
+    lines = "\n".join(f"{name:<{width}}  {value}" for name, value in values.items())
+    lines = json.dumps(values, indent=1) if arguments.json else lines
+    print(lines, flush=True)
+    if arguments.out is not None:
+        try:
+            write_text(arguments.out, lines + "\n")
+        except OSError as error:
+            print(f"selbp: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 1
+    return 0
+
+
 def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
+    if arguments.command == "info":
+        return _info(arguments)
     from selbp_study import commands
 
-    handlers = {"train": commands.train, "compare": commands.compare, "info": commands.info, "study": commands.study}
+    handlers = {"train": commands.train, "compare": commands.compare, "study": commands.study}
     try:
         if arguments.command == "bench":
             return commands.bench(arguments, rest)

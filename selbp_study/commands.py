@@ -253,17 +253,3 @@ def bench(arguments: argparse.Namespace, rest: list[str]) -> int:
         if value is not None:
             command += [f"--{name}", str(value.resolve() if isinstance(value, Path) else value)]
     return subprocess.run(command, cwd=root).returncode
-
-
-def info(arguments: argparse.Namespace) -> int:
-    """``selbp info``."""
-    from selbp.info import information
-
-    values = information()
-    width = max(map(len, values))
-    lines = "\n".join(f"{name:<{width}}  {value}" for name, value in values.items())
-    lines = json.dumps(values, indent=1) if arguments.json else lines
-    say(lines)
-    if arguments.out is not None:
-        write_text(arguments.out, lines + "\n")
-    return OK

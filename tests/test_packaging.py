@@ -130,3 +130,26 @@ def test_build_requirements_are_setuptools_and_pybind11_only():
     text = (ROOT / "pyproject.toml").read_text()
     requires = text.split("requires = [")[1].split("]")[0]
     assert [part.strip(' "').split(">")[0] for part in requires.split(",")] == ["setuptools", "pybind11"]
+
+
+LACKING = """
+import runpy, sys
+sys.argv = ["install.py"]
+install = runpy.run_path("scripts/install.py")
+print(install["missing"](install["requirements"](["test"])))
+"""
+
+
+@pytest.mark.slow
+def test_an_environment_that_reuses_a_torch_reuses_all_beside_it(tmp_path):
+    """Without a network: what is there must not be hidden by what a new environment begins with (its setuptools)."""
+    here = subprocess.run([sys.executable, "-c", LACKING], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    if here.strip() != "[]":
+        pytest.skip(f"needs an environment with everything that the tests need: {here.strip()}")
+    made = {**OUTSIDE, "PYTHON": sys.executable, "VENV": str(tmp_path / "venv"), "TORCH": "auto"}
+    nowhere = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+    command = ["bash", "scripts/environment.sh"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env={**made, **nowhere})
+    assert done.returncode == 0, done.stdout + done.stderr
+    command = [str(tmp_path / "venv" / "bin" / "python"), "-c", LACKING]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=OUTSIDE).stdout == "[]\n"

@@ -37,6 +37,7 @@ class Tile:
 def _rows(**kernels: dict[int, Tile]) -> dict[str, dict[int, Tile]]:
     shared = {
         "logits": {2: Tile(4, 1024, 0, 4, 1), 4: Tile(4, 512, 0, 4, 1)},
+        "logits_smoothing": {2: Tile(4, 1024, 0, 4, 1), 4: Tile(2, 1024, 0, 4, 1)},  # Triton 3.6 spills at (4, 512)
         "residual": {2: Tile(2, 512, 0, 4, 1), 4: Tile(2, 512, 0, 4, 1)},
     }
     defaults = {"statistics_ragged": kernels["statistics"], "sketch_softcap": kernels["sketch_smoothing"]}

@@ -287,7 +287,7 @@ def logits_statistics(
 ) -> torch.Tensor:
     """Partials [fields, splits, n] in float32 for :func:`finalize`, from stored logits."""
     n, n_classes = logits.shape
-    tile = tile or configs.tile("logits", logits.device, logits.dtype)
+    tile = tile or configs.tile("logits_smoothing" if smooth else "logits", logits.device, logits.dtype)
     row_tiles, class_tiles = triton.cdiv(n, tile.rows), triton.cdiv(n_classes, tile.columns)
     count, per_split = class_splits(
         row_tiles, class_tiles, splits * row_tiles if splits else 4 * configs.processors(logits.device)

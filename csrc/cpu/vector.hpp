@@ -1,9 +1,10 @@
 // One SIMD vector of the level that this file is compiled for, with exp and tanh that never call libm.
 //
 // Included by per-level cpu.cpp files only. Everything stands in an unnamed namespace: internal linkage keeps a
-// copy compiled for one level out of another level's path. GCC/Clang vector extensions do the arithmetic; intrinsics
-// appear only where -ffp-contract=off (the solver needs it) would keep the compiler from fusing a multiply-add, and
-// for half-precision conversion (in their maskz forms: GCC 12 warns of its own header's plain ones).
+// copy compiled for one level out of another level's path. GCC/Clang vector extensions do the arithmetic, of 16 bytes
+// on aarch64, where they are NEON's registers. Intrinsics appear only where -ffp-contract=off (the solver needs it)
+// would keep the compiler from fusing a multiply-add, and for half-precision conversion (in their maskz forms: GCC 12
+// warns of its own header's plain ones). scripts/test_aarch64.sh sees that NEON's fused multiply-adds are in use.
 #pragma once
 
 #include <cstddef>
@@ -11,6 +12,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define SELBP_INLINE inline __attribute__((always_inline))
@@ -71,6 +74,8 @@ SELBP_INLINE F32 fma(F32 a, F32 b, F32 c) {
   return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
   return (F32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  return (F32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
@@ -80,6 +85,8 @@ SELBP_INLINE F64 fma(F64 a, F64 b, F64 c) {
   return (F64)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
 #elif defined(__FMA__)
   return (F64)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  return (F64)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 #else
   return a * b + c;
 #endif

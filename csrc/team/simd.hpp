@@ -7,6 +7,8 @@
 
 #if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #pragma GCC diagnostic ignored "-Wpsabi"  // packs are never passed to a function that is not inlined
 
@@ -65,6 +67,17 @@ template <>
 SELBP_HD Register<double>::Value fused_register(Register<double>::Value a, Register<double>::Value b,
                                                 Register<double>::Value c) {
   return _mm256_fmadd_pd(a, b, c);
+}
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+template <>
+SELBP_HD Register<float>::Value fused_register(Register<float>::Value a, Register<float>::Value b,
+                                               Register<float>::Value c) {
+  return (Register<float>::Value)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+template <>
+SELBP_HD Register<double>::Value fused_register(Register<double>::Value a, Register<double>::Value b,
+                                                Register<double>::Value c) {
+  return (Register<double>::Value)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 }
 #endif
 

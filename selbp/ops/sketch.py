@@ -163,7 +163,7 @@ def _check(
     check_same_device("target", target, "features", features)
     check_head(flat, weight, bias)
     check_loss("features", flat, weight.shape[0], y, class_weight, label_smoothing, softcap)
-    width = d + (bias is not None)
+    width = d if bias is None else d + 1  # torch 2.6 prints no symbolic size to which a bool was added
     for name, projection, rows in (("projections[0]", left, weight.shape[0]), ("projections[1]", right, width)):
         check_floating(name, projection)
         check_shape(name, projection, f"of {rows} rows", (rows, None))

@@ -93,7 +93,7 @@ def check_select(stats: BatchStatistics, k: int, generator: torch.Generator | No
     valid = stats.valid
     if not isinstance(valid, Tensor) or valid.dtype != torch.bool or valid.dim() != 1:
         raise ValueError(f"stats.valid must be a bool tensor (n,), got {shown(valid)}")
-    for name, value in zip(stats._fields, stats, strict=True):
+    for name, value in zip(BatchStatistics._fields, stats, strict=True):
         if not isinstance(value, Tensor) or value.shape != valid.shape:
             raise ValueError(f"stats.{name} must be a tensor (n,) = {tuple(valid.shape)}, got {shown(value)}")
     n = valid.shape[0]

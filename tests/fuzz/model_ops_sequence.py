@@ -7,6 +7,22 @@ import torch.nn.functional as F
 from model_context import Context, step, table
 from torch import Tensor, nn
 
+
+def has_derivative() -> bool:
+    try:
+        torch.aminmax(torch.ones(2, requires_grad=True))[0].backward()
+    except RuntimeError:
+        return False
+    return True
+
+
+def least_and_greatest(x: Tensor, **along: int) -> tuple[Tensor, Tensor]:
+    """``torch.aminmax``; its two halves where this torch has no derivative of it, as in 2.11 and older."""
+    return torch.aminmax(x, **along) if AMINMAX else (x.amin(**along), x.amax(**along))
+
+
+AMINMAX = has_derivative()
+
 table(
     "vector",
     {
@@ -28,7 +44,7 @@ table(
         "cumprod": lambda x: x.cumprod(-1),
         "cummax": lambda x: x.cummax(1)[0] + x.cummin(1)[0],
         "logcumsumexp": lambda x: x.logcumsumexp(-1),
-        "aminmax": lambda x: sum(torch.aminmax(x, dim=1, keepdim=True)) * x,
+        "aminmax": lambda x: sum(least_and_greatest(x, dim=1, keepdim=True)) * x,
         "diff": lambda x: x.diff(dim=1).sin(),
         "trapezoid": lambda x: torch.trapezoid(x, dim=1)[:, None] * x,
         "cosh": lambda x: x.cosh() * 0.2,

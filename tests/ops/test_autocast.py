@@ -51,7 +51,7 @@ def test_what_is_cast_is_what_a_linear_layer_casts(hidden, low):
     projections = ops.sketch_projections(9, 17, (3, 4))
     calls = {
         "loss": lambda f, w, c: ops.linear_cross_entropy(f, w, c, Y),
-        "statistics": lambda f, w, c: torch.stack(ops.linear_cross_entropy_statistics(f, w, c, Y)[:4]),
+        "statistics": lambda f, w, c: torch.stack([*ops.linear_cross_entropy_statistics(f, w, c, Y)][:4]),
         "sketch": lambda f, w, c: ops.sketch(f.view(3, 4, 16), w, c, Y.view(3, 4), projections),
     }
     f = H.to(hidden)
@@ -73,7 +73,7 @@ R, Z = torch.randn(12, 9), torch.randn(12, 9)
 K = ops.gradient_gram(R, H)
 B = K.mean(1)
 FULL = {
-    "cross_entropy_statistics": lambda: torch.stack(ops.cross_entropy_statistics(Z, Y, H)[:4]),
+    "cross_entropy_statistics": lambda: torch.stack([*ops.cross_entropy_statistics(Z, Y, H)][:4]),
     "residual": lambda: ops.residual(Z, Y, Z.logsumexp(1)),
     "gradient_gram": lambda: ops.gradient_gram(R, H),
     "mean_gradient": lambda: ops.mean_gradient(R, H).head_weight,

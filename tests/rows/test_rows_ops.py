@@ -79,7 +79,6 @@ def compare(name: str, indices: list[int]) -> Counter[str]:
 
 # Operators that have no row-sparse form in a case; everything else must run on k rows.
 DENSIFY: dict[str, set[str]] = {
-    "cumprod": {"aten.where.self"},
     "logcumsumexp": {"aten.gt.Scalar", "aten.log.default", "aten.lt.Scalar"},
     "select_scatter": {"aten.add.Tensor", "aten.select_scatter.default"},
     "slice_scatter": {"aten.add.Tensor", "aten.slice_scatter.default"},
@@ -103,6 +102,13 @@ DENSIFY: dict[str, set[str]] = {
     "frequency_embedding": {"aten.embedding_dense_backward.default"},
     "masked_select": {"aten.masked_scatter_backward.default"},
 }
+if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12):
+    DENSIFY["cumprod"] = {"aten.where.self"}
+else:
+    # These backwards write into `zeros(sizes)`: no argument is a gradient, so the zeros are no row gradient either.
+    # From torch 2.12 on they write into `gradient.new_zeros(sizes)`.
+    DENSIFY |= {name: {"aten.scatter.src"} for name in ("topk", "sort")}
+    DENSIFY |= {name: {"aten.scatter.src", "aten.add.Tensor"} for name in ("max", "median")}
 
 
 def test_there_are_enough_cases() -> None:

@@ -68,7 +68,7 @@ class Model(nn.Module):
     def forward(self, x, marks, constant=None):
         self.seen.append(constant)
         for name in ("of", "names"):
-            marks = getattr(marks, name, marks)
+            marks = marks if isinstance(marks, torch.Tensor) else getattr(marks, name, marks)  # tensors had names too
         marks = marks["names"] if isinstance(marks, dict) else marks
         marks = marks[0] if isinstance(marks, tuple) and isinstance(marks[0], list) else marks
         assert len(marks) == len(x)

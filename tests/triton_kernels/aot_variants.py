@@ -136,8 +136,9 @@ def row_variants(arch: str) -> list[Variant]:
         found.append(Variant(f"target_logit {element} stored", target_logit.target_logit_kernel,
                              {**types, "logits": f"*{element}"},
                              {**constants, "HAS_LOGITS": True, "HAS_BIAS": False}, 4))  # fmt: skip
-        rows, stored = (configs.TABLE[arch][kernel][itemsize] for kernel in ("residual", "logits"))
+        rows = configs.TABLE[arch]["residual"][itemsize]
         for name, options in VARIANTS.items():
+            stored = configs.TABLE[arch]["logits_smoothing" if options["SMOOTH"] else "logits"][itemsize]
             types = {
                 "logits": f"*{element}", "target": "*i64", "partials": "*fp32", "softcap": "fp32", "lse": "*fp32",
                 "out": "*fp32", "sums": "*fp32", "target_logit": "*fp32", "feature_sq": "*fp32", "loss_out": "*fp32",

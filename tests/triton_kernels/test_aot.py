@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", minversion="3.6", reason="needs Triton 3.6 or newer")
 SCRIPT = pathlib.Path(__file__).parent / "aot.py"
 
 

@@ -3,8 +3,11 @@
 import importlib
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import types
+import warnings
 
 import pytest
 import torch
@@ -13,7 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from selbp import ops, reference
 from selbp.ops import _triton
 
-statistics_operator = importlib.import_module("selbp.ops.statistics")
+statistics_operator, residual_operator, gram_operator = (
+    importlib.import_module(f"selbp.ops.{name}") for name in ("statistics", "residual", "gram")
+)
 SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 
 
@@ -53,18 +58,61 @@ def test_scripts_for_a_gpu_say_that_there_is_none(script):
     assert done.returncode == 2 and "no CUDA device" in done.stderr
 
 
-def test_missing_triton_is_said_and_the_reference_runs(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    _triton.unavailable.cache_clear()
-    try:
-        reason = _triton.unavailable()
-        assert reason is not None and "pip install triton" in reason
-        logits, target = torch.randn(5, 7), torch.randint(7, (5,))
-        got = statistics_operator._cuda(logits, target, None, None, -100, 0.0, 0.0, True)
-        spec = reference.cross_entropy_statistics(logits, target)
-        assert all(torch.equal(a, b) for a, b in zip(got, spec, strict=True))
-    finally:
-        _triton.unavailable.cache_clear()
+def old_triton(version: str) -> types.ModuleType:
+    """What a Triton from before the tensor descriptors looks like to an import."""
+    module = types.ModuleType("triton")
+    module.__version__ = version
+    module.__path__ = []
+    return module
+
+
+UNFIT = {
+    "missing": (None, r"Triton is missing .*, 3\.4 or newer is needed.*pip install 'triton>=3\.4'"),
+    "too old": (old_triton("3.3.1"), r"Triton 3\.3\.1 is installed, 3\.4 or newer is needed.*pip install"),
+    "far too old": (old_triton("2.1.0+git"), r"Triton 2\.1\.0\+git is installed, 3\.4 or newer is needed"),
+    "broken": (old_triton("4.0.0"), r"Triton 4\.0\.0 is installed and does not fit \(.*\), 3\.4 or newer"),
+}
+CALLS = {
+    "cross_entropy_statistics": lambda z, y, r: statistics_operator._cuda(z, y, None, None, -100, 0.0, 0.0, True)[0],
+    "residual": lambda z, y, r: residual_operator._cuda(z, y, r.lse, None, -100, 0.0, 0.0),
+    "gradient_gram": lambda z, y, r: gram_operator._cuda(z, z, True),
+}
+
+
+@pytest.fixture
+def unfit(request, monkeypatch):
+    """A process in which Triton is missing, or not the one that the kernels need; what the warning must say."""
+    module, says = UNFIT[request.param]
+    for name in [name for name in sys.modules if name.split(".")[0] == "triton" or "triton_kernels" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", module)
+    for cached in (_triton.unavailable, _triton._warn_once):
+        cached.cache_clear()
+    yield says
+    for cached in (_triton.unavailable, _triton._warn_once):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("unfit", UNFIT, indirect=True)
+@pytest.mark.parametrize("operator", CALLS)
+def test_a_triton_that_does_not_fit_is_said_once_and_the_reference_runs(operator, unfit):
+    """On CPU tensors, in place of a GPU: what is called is the CUDA implementation."""
+    logits, target = torch.randn(5, 7), torch.randint(7, (5,))
+    spec = reference.cross_entropy_statistics(logits, target)
+    expected = {
+        "cross_entropy_statistics": spec.loss,
+        "residual": reference.residual(logits, target, spec.lse),
+        "gradient_gram": reference.gradient_gram(logits, logits, bias=True),
+    }
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        # In float64 the reference is what a CUDA tensor would get anyway: nothing to warn of.
+        CALLS[operator](logits.double(), target, reference.cross_entropy_statistics(logits.double(), target))
+        assert caught == []
+        for _ in range(3):
+            torch.testing.assert_close(CALLS[operator](logits, target, spec), expected[operator])
+    assert [one.category for one in caught] == [RuntimeWarning]
+    assert re.search(unfit, str(caught[0].message))
 
 
 def test_importing_and_running_on_a_cpu_does_not_import_triton():
