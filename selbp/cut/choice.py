@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from selbp._checks import check_choice, check_generator, shown
 from selbp.common.guards import without_autocast
 from selbp.common.in_place import Kept, hookable
 from selbp.common.keep import check_keep, kept_rows
@@ -19,7 +20,6 @@ from selbp.rows.layout import BatchNormPolicy, RowSet
 from selbp.rows.select import enter
 from selbp.rows.unsupported import refuse_backward, refuse_forward
 from selbp.selectors import ReducibleLoss, Selector, TopLoss
-from selbp.selectors.checks import check_choice, check_generator, shown
 from selbp.types import BatchStatistics, Selection, real_dtype
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selbp._checks import shown
 from selbp.common.state import ChoiceState, pack, unpack
 from selbp.cut.choice import Cut
 from selbp.cut.proxies import Proxy
 from selbp.cut.report import CutReport
 from selbp.rows.layout import BatchNormPolicy
 from selbp.selectors import GradientMatching, Selector
-from selbp.selectors.checks import shown
 
 EXTRA_STATE = "_extra_state"  # torch's name of the entry
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from selbp import reference
+from selbp._checks import accumulate_dtype
 from selbp.ops import _triton
-from selbp.ops._checks import accumulate_dtype
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from selbp import reference
-from selbp.ops._checks import accumulate_dtype
+from selbp._checks import accumulate_dtype
 
 Outputs = tuple[Tensor, ...]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selbp.ops._checks import (
+from selbp._checks import (
     check_dtype,
     check_floating,
     check_range,

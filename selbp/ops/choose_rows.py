@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from selbp import _native
-from selbp.ops._checks import check_dtype, check_same_device, check_shape
+from selbp._checks import check_choice, check_dtype, check_same_device, check_shape
 from selbp.ops._library import define, library
 from selbp.types import Selection
 
@@ -180,8 +180,7 @@ def _check(score: Tensor, valid: Tensor, draws: Tensor | None, k: int, rule: str
     if k < 0:
         raise ValueError(f"k must be at least 0, got {k}")
     for name, value, known in (("rule", rule, RULES), ("weights", weights, WEIGHTS)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+        check_choice(name, value, known)
     if draws is not None:
         check_dtype("draws", draws, torch.float64)
         check_shape("draws", draws, f"(n + 1,) with n = {n} as score", (n + 1,))

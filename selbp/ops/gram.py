@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from selbp import _native, reference
-from selbp.ops import _triton
-from selbp.ops._checks import (
+from selbp._checks import (
     accumulate_dtype,
     check_floating,
     check_same_device,
@@ -22,6 +21,7 @@ from selbp.ops._checks import (
     check_tensor,
     flag,
 )
+from selbp.ops import _triton
 from selbp.ops._library import define
 from selbp.ops._threads import native_threads
 

@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 
 from selbp import _native
-from selbp.ops import _gemm
-from selbp.ops import _linear_cross_entropy_cuda as _cuda
-from selbp.ops import _linear_cross_entropy_torch as _torch
-from selbp.ops._checks import (
+from selbp._checks import (
     accumulate_dtype,
     check_dtype,
     check_floating,
@@ -28,6 +25,9 @@ from selbp.ops._checks import (
     check_tensor,
     flag,
 )
+from selbp.ops import _gemm
+from selbp.ops import _linear_cross_entropy_cuda as _cuda
+from selbp.ops import _linear_cross_entropy_torch as _torch
 from selbp.ops._library import define_differentiable
 from selbp.ops._linear_cross_entropy_cuda import Forward, Gradients, empty_gradients
 from selbp.ops._loss import (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from selbp import reference
-from selbp.ops._checks import check_dtype, check_floating, check_same_device, check_shape, check_tensor, flag
+from selbp._checks import check_dtype, check_floating, check_same_device, check_shape, check_tensor, flag
 from selbp.ops._library import define
 from selbp.ops.gram import autocast_factors, check_factors, finite_rows
 from selbp.ops.mean_gradient import row_dots

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from selbp import _native, reference
+from selbp._checks import accumulate_dtype, check_tensor, flag
 from selbp.ops import _gemm
-from selbp.ops._checks import accumulate_dtype, check_tensor, flag
 from selbp.ops._library import define
 from selbp.ops._threads import native_threads
 from selbp.ops.gram import autocast_factors, check_factors, finite_rows

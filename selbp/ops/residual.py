@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from selbp import _native, reference
-from selbp.ops import _triton
-from selbp.ops._checks import (
+from selbp._checks import (
     accumulate_dtype,
     check_floating,
     check_optional_tensor,
@@ -15,6 +14,7 @@ from selbp.ops._checks import (
     check_shape,
     check_tensor,
 )
+from selbp.ops import _triton
 from selbp.ops._library import define
 from selbp.ops._loss import (
     TYPE_CODE,

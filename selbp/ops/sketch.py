@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from selbp import _native, reference
-from selbp.ops import _gemm, _triton
-from selbp.ops._checks import (
+from selbp._checks import (
     FLOATING,
     accumulate_dtype,
     autocast_enabled,
+    check_choice,
     check_dtype,
     check_floating,
     check_optional_tensor,
@@ -37,6 +37,7 @@ from selbp.ops._checks import (
     check_tensor,
     integer,
 )
+from selbp.ops import _gemm, _triton
 from selbp.ops._library import define
 from selbp.ops._loss import (
     TYPE_CODE,
@@ -78,8 +79,7 @@ def sketch_projections(
         TypeError: a size or the seed is not an int, or ``dtype`` is no floating type.
         ValueError: ``kind`` is not one of the two, or a size is negative or a dimension below 1.
     """
-    if kind not in ("sign", "gaussian"):
-        raise ValueError(f"kind must be sign or gaussian, got {kind!r}")
+    check_choice("kind", kind, ("sign", "gaussian"))
     if not isinstance(dimensions, Sequence) or len(dimensions) != 2:
         raise ValueError(f"dimensions must be two positive integers (p, q), got {dimensions!r}")
     p, q = integer("dimensions[0]", dimensions[0]), integer("dimensions[1]", dimensions[1])

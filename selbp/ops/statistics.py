@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from selbp import _native, reference
-from selbp.ops import _gemm, _triton
-from selbp.ops._checks import (
+from selbp._checks import (
     accumulate_dtype,
     check_floating,
     check_optional_tensor,
@@ -21,6 +20,7 @@ from selbp.ops._checks import (
     check_tensor,
     flag,
 )
+from selbp.ops import _gemm, _triton
 from selbp.ops._library import define
 from selbp.ops._loss import (
     TYPE_CODE,

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from selbp._checks import shown
 from selbp.rows.engine import current_task
 from selbp.rows.gradient import densify, wrap
 from selbp.rows.layout import BatchNormPolicy, RowSet
 from selbp.rows.unsupported import refuse_backward, refuse_forward
-from selbp.selectors.checks import shown
 
 
 def enter(rows: RowSet, gradient: Tensor) -> Tensor:

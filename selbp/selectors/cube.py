@@ -9,9 +9,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from selbp._checks import check_choice, check_int
 from selbp.ops.choose_rows import inclusion_probabilities, top_rows
 from selbp.ops.cube import cube_sample
-from selbp.selectors.base import Needs, Stateless, check_choice, check_int, check_select, require_proxies
+from selbp.selectors.base import Needs, Stateless, check_select, require_proxies
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import slot_weights
 from selbp.types import BatchStatistics, Selection

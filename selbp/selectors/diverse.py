@@ -9,8 +9,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from selbp._checks import check_choice
 from selbp.ops.choose_rows import fill_spare, uniform
-from selbp.selectors.base import Needs, Stateless, check_choice, check_select, require_proxies
+from selbp.selectors.base import Needs, Stateless, check_select, require_proxies
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import slot_weights
 from selbp.types import BatchStatistics, Selection

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from selbp._checks import check_choice, check_flag, check_number
 from selbp.ops.choose_rows import choose_rows, sample_with_replacement
-from selbp.selectors.base import Needs, check_choice, check_flag, check_number, check_select, check_state
+from selbp.selectors.base import Needs, check_select, check_state
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import Weights, slot_weights
 from selbp.types import BatchStatistics, Selection, gradient_norm

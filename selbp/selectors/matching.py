@@ -9,9 +9,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from selbp._checks import check_choice, check_flag, check_number
 from selbp.ops.choose_rows import fill_spare
 from selbp.ops.matching import RULES, match
-from selbp.selectors.base import Needs, Stateless, check_choice, check_flag, check_number, check_select, require_proxies
+from selbp.selectors.base import Needs, Stateless, check_select, require_proxies
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import slot_weights
 from selbp.types import BatchStatistics, Selection

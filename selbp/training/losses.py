@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from selbp.selectors.checks import check_int, check_number, shown
+from selbp._checks import check_int, check_number, shown
 
 LOSSES = ("cross_entropy", "mse", "bce", "causal_lm")
 HINT = 'one loss per sample, (n,): use reduction="none" and sum or average over every other dimension'

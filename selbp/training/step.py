@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from selbp._checks import check_flag, check_generator, shown
 from selbp.common.batch import Batch
 from selbp.common.distributed import averaging, check_not_bypassed
 from selbp.common.guards import PRECISIONS, RunningStatistics, without_autocast
@@ -17,7 +18,6 @@ from selbp.common.keep import check_keep, kept_rows
 from selbp.common.state import CHOICE_ENTRIES, ChoiceState, check_counts
 from selbp.rows.layout import BatchNormPolicy
 from selbp.selectors import Full, Random, Selector
-from selbp.selectors.checks import check_flag, check_generator, shown
 from selbp.training.head import check_full_gradient, find_clear_head, find_head
 from selbp.training.head_gradient import FullHeadGradient
 from selbp.training.interaction import FirstComparison, SamplesInteractError
