@@ -60,7 +60,7 @@ def test_missing_triton_is_said_and_the_reference_runs(monkeypatch):
         reason = _triton.unavailable()
         assert reason is not None and "pip install triton" in reason
         logits, target = torch.randn(5, 7), torch.randint(7, (5,))
-        got = statistics_operator._cuda(logits, target, None, None, -100, 0.0, 0.0, True)
+        got = statistics_operator._cuda(*statistics_operator._pack(logits, target, None, None, -100, 0.0, 0.0, True))
         spec = reference.cross_entropy_statistics(logits, target)
         assert all(torch.equal(a, b) for a, b in zip(got, spec, strict=True))
     finally:
