@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selbp import reference
 from selbp._checks import accumulate_dtype
-from selbp.ops import _triton
+from selbp.ops import _backends
 from selbp.ops._loss_options import LossOptions
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -45,7 +45,7 @@ class Needs(NamedTuple):
 def forward(head: Head, target: Tensor, rows: Tensor | None, options: LossOptions) -> Forward:
     """The fields of BatchStatistics, then (n,) 1 - p_y."""
     features, weight, bias = head
-    fused = _triton.kernels("cross_entropy", features)
+    fused = _backends.kernels(features)
     if fused is not None:
         return fused.linear_cross_entropy(features, weight, bias, target, options)
     dtype = accumulate_dtype(features.dtype)
@@ -71,7 +71,7 @@ def backward(
 ) -> Gradients:
     """The gradients of features, weight and bias, of no elements where they are not needed."""
     features, weight, bias = head
-    fused = _triton.kernels("cross_entropy", features)
+    fused = _backends.kernels(features)
     if fused is not None:
         return _backward_fused(fused, grad, head, scored, rows, options, needs)
     dtype, chosen = accumulate_dtype(features.dtype), rows

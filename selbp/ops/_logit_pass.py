@@ -15,8 +15,8 @@ from torch import Tensor
 from selbp import _native
 from selbp._checks import accumulate_dtype
 from selbp.ops import _gemm
+from selbp.ops._backends import native_threads
 from selbp.ops._loss_options import LossOptions, raise_bad_target
-from selbp.ops._threads import native_threads
 
 TYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/statistics/cpu.hpp
 

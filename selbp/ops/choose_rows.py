@@ -15,7 +15,7 @@ from torch import Tensor
 
 from selbp import _native
 from selbp._checks import check_choice, check_dtype, check_same_device, check_shape
-from selbp.ops._library import define, library
+from selbp.ops._register import define, library
 from selbp.types import Selection
 
 RULES = ("top", "odds", "rank")  # both in the order of csrc/choose_rows/cpu.hpp

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from selbp import _native
 from selbp._checks import check_dtype, check_floating, check_same_device, check_shape, check_tensor
-from selbp.ops._library import define
+from selbp.ops._register import define
 
 DECIDED = 1e-9  # distance from 0 or 1 that is rounding
 

@@ -27,7 +27,6 @@ from selbp._checks import (
 from selbp.ops import _gemm
 from selbp.ops import _linear_cross_entropy_cuda as _cuda
 from selbp.ops import _linear_cross_entropy_torch as _torch
-from selbp.ops._library import define_differentiable
 from selbp.ops._linear_cross_entropy_cuda import Forward, Gradients, Head, Needs, Scored, empty_gradients
 from selbp.ops._logit_pass import (
     LogitPass,
@@ -41,6 +40,7 @@ from selbp.ops._logit_pass import (
     weight_sum,
 )
 from selbp.ops._loss_options import LossOptions, autocast_head, check_head, check_loss
+from selbp.ops._register import define_differentiable
 from selbp.types import BatchStatistics
 
 # Of residuals: the two products that read them are slower on larger tiles; but of 16-bit inputs each tile's part of the

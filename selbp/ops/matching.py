@@ -28,10 +28,9 @@ from selbp._checks import (
     integer,
     number,
 )
-from selbp.ops._cuda_core import cuda_core
-from selbp.ops._library import define
-from selbp.ops._threads import native_threads
-from selbp.ops.gram import autocast_factors
+from selbp.ops._backends import cuda_core, native_threads
+from selbp.ops._factors import autocast_factors
+from selbp.ops._register import define
 from selbp.types import Matching
 
 RULES = ("ols", "normalized", "raw")  # in the order of csrc/matching/matching.hpp

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from selbp import reference
 from selbp._checks import accumulate_dtype, check_floating, check_same_device, check_shape, check_tensor
-from selbp.ops import _triton
-from selbp.ops._library import define
+from selbp.ops import _backends
 from selbp.ops._logit_pass import (
     ResidualClasses,
     ResidualRows,
@@ -20,6 +19,7 @@ from selbp.ops._logit_pass import (
     weight_sum,
 )
 from selbp.ops._loss_options import LossOptions, check_loss
+from selbp.ops._register import define
 
 
 def residual(
@@ -87,7 +87,7 @@ def _cpu(logits: Tensor, target: Tensor, lse: Tensor, options: LossOptions) -> T
 
 
 def _cuda(logits: Tensor, target: Tensor, lse: Tensor, options: LossOptions) -> Tensor:
-    fused = _triton.kernels("cross_entropy", logits)
+    fused = _backends.kernels(logits)
     if fused is not None:
         return fused.residual(logits, target, lse, options)
     dtype = accumulate_dtype(logits.dtype)

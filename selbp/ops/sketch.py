@@ -37,8 +37,7 @@ from selbp._checks import (
     check_tensor,
     integer,
 )
-from selbp.ops import _gemm, _triton
-from selbp.ops._library import define
+from selbp.ops import _backends, _gemm
 from selbp.ops._logit_pass import (
     LogitPass,
     ResidualClasses,
@@ -49,6 +48,7 @@ from selbp.ops._logit_pass import (
     weight_sum,
 )
 from selbp.ops._loss_options import LossOptions, autocast_head, check_head, check_loss
+from selbp.ops._register import define
 
 Head = tuple[Tensor, Tensor, Tensor | None]  # features (n, T, d), weight (C, d), bias (C,)
 
@@ -261,7 +261,7 @@ def _project_twice(logit_pass: LogitPass, head: Head, left: Tensor, options: Los
 
 
 def _cuda(head: Head, target: Tensor, projections: tuple[Tensor, Tensor], options: LossOptions) -> Tensor:
-    fused = _triton.kernels("cross_entropy", head[0])
+    fused = _backends.kernels(head[0])
     if fused is not None:
         return fused.sketch(*head, target, *projections, options)
     dtype = accumulate_dtype(head[0].dtype)

@@ -22,10 +22,10 @@ from selbp._checks import (
     check_tensor,
     flag,
 )
-from selbp.ops import _triton
-from selbp.ops._library import define
+from selbp.ops import _backends
 from selbp.ops._logit_pass import LogitPass, Statistics, contiguous_rows, empty_statistics
 from selbp.ops._loss_options import LossOptions, autocast_head, check_head, check_loss
+from selbp.ops._register import define
 from selbp.types import BatchStatistics
 
 
@@ -124,7 +124,7 @@ def _cpu(logits: Tensor, target: Tensor, features: Tensor | None, options: LossO
 
 
 def _cuda(logits: Tensor, target: Tensor, features: Tensor | None, options: LossOptions, bias: bool) -> Statistics:
-    fused = _triton.kernels("cross_entropy", logits, features)
+    fused = _backends.kernels(logits, features)
     if fused is not None:
         return fused.cross_entropy_statistics(logits, target, features, options, bias)
     dtype = accumulate_dtype(logits.dtype)
@@ -160,7 +160,7 @@ def _linear_cpu(
 def _linear_cuda(
     features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, options: LossOptions
 ) -> Statistics:
-    fused = _triton.kernels("cross_entropy", features)
+    fused = _backends.kernels(features)
     if fused is not None:
         return fused.linear_cross_entropy_statistics(features, weight, bias, target, options)
     logits = torch.nn.functional.linear(features, weight, bias)

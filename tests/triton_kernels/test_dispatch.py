@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from selbp import ops, reference
-from selbp.ops import _triton
+from selbp.ops import _backends
 
 statistics_operator = importlib.import_module("selbp.ops.statistics")
 SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
@@ -55,16 +55,16 @@ def test_scripts_for_a_gpu_say_that_there_is_none(script):
 
 def test_missing_triton_is_said_and_the_reference_runs(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    _triton.unavailable.cache_clear()
+    _backends.unavailable.cache_clear()
     try:
-        reason = _triton.unavailable()
+        reason = _backends.unavailable()
         assert reason is not None and "pip install triton" in reason
         logits, target = torch.randn(5, 7), torch.randint(7, (5,))
         got = statistics_operator._cuda(*statistics_operator._pack(logits, target, None, None, -100, 0.0, 0.0, True))
         spec = reference.cross_entropy_statistics(logits, target)
         assert all(torch.equal(a, b) for a, b in zip(got, spec, strict=True))
     finally:
-        _triton.unavailable.cache_clear()
+        _backends.unavailable.cache_clear()
 
 
 def test_importing_and_running_on_a_cpu_does_not_import_triton():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from selbp import ops, reference
-from selbp.ops import _triton
+from selbp.ops import _backends
 
 gram_operator, residual_operator, statistics_operator, sketch_operator, head_operator = (
     importlib.import_module(f"selbp.ops.{name}")
@@ -123,11 +123,11 @@ def test_the_other_rows_are_as_if_the_broken_were_ignored(broken, option, value)
 
 def test_float64_and_missing_triton_take_the_reference(monkeypatch):
     case = cases.make(9, 4, 12).to(torch.float64)
-    assert _triton.kernels("cross_entropy", case.features) is None
+    assert _backends.kernels(case.features) is None
     got = statistics_operator._linear_cuda(
         *statistics_operator._linear_pack(case.features, case.weight, case.bias, case.target, *options(case).values())
     )
     assert got[0].dtype == torch.float64
-    assert _triton.kernels("cross_entropy", torch.empty(1)) is not None
-    monkeypatch.setattr(_triton, "unavailable", lambda: "gone")
-    assert _triton.kernels("cross_entropy", torch.empty(1)) is None
+    assert _backends.kernels(torch.empty(1)) is not None
+    monkeypatch.setattr(_backends, "unavailable", lambda: "gone")
+    assert _backends.kernels(torch.empty(1)) is None
