@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import linear_cross_entropy as head
 from . import residual as residual_kernels
-from .finalize import finalize
+from .combine import finalize
 from .gram import gram
 from .sketch import projected_residuals
 from .statistics import logits_statistics, statistics
