@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selbp import ops, reference
-from selbp.ops import _cuda_core, _triton
+from selbp.ops import _backends
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # run as a script, Python looks beside it only
 from benchmarks.throughput_gpu import throughput  # noqa: E402
@@ -157,7 +157,7 @@ def reproducible(device: str = "cuda", backend: str = "inductor") -> None:
     )  # fmt: skip
     heads = [x.to(device).requires_grad_() for x in (features, weight, bias)]
     rest = (target.to(device), logits.to(device), *ops.sketch_projections(5000, 257, device=device))
-    solve = device == "cpu" or _cuda_core.cuda_core()[0] is not None  # else it is solved on the host
+    solve = device == "cpu" or _backends.cuda_core()[0] is not None  # else it is solved on the host
 
     def work(function: Callable[..., list[Tensor]] = every_operator) -> list[Tensor]:
         *found, loss = function(*heads, *rest, solve)
@@ -189,7 +189,7 @@ def reproducible(device: str = "cuda", backend: str = "inductor") -> None:
 
 def matching() -> None:
     """The solver's kernels have the CPU's bits, where the CPU fuses multiply and add."""
-    core, missing = _cuda_core.cuda_core()
+    core, missing = _backends.cuda_core()
     if core is None:
         print(f"     the solver's kernels are not checked: {missing}")
         return
@@ -213,7 +213,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu_check: torch sees no CUDA device, so nothing can be checked here", file=sys.stderr)
         return 2
-    print(f"device: {torch.cuda.get_device_name()}; kernels: {_triton.unavailable() or 'Triton'}")
+    print(f"device: {torch.cuda.get_device_name()}; kernels: {_backends.unavailable() or 'Triton'}")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for option in OPTIONS:
             for shape in [(300, 257, 1003)] if options.quick else [(1, 8, 1), (300, 257, 1003), (512, 512, 32000)]:

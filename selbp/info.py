@@ -13,7 +13,7 @@ import torch
 
 import selbp._native as native
 from selbp._version import __version__
-from selbp.ops import _triton as _triton_kernels
+from selbp.ops import _backends
 
 
 def machine() -> dict[str, str]:
@@ -72,10 +72,10 @@ def _cuda() -> str:
 def _triton() -> str:
     version = _version("triton")
     if version == "not installed":
-        return f"not installed. {_triton_kernels.INSTEAD}"
+        return f"not installed. {_backends.INSTEAD}"
     if not torch.cuda.is_available():
         return f"{version}, idle: there is no GPU, and CPU tensors use the native core"
-    reason = _triton_kernels.unavailable()
+    reason = _backends.unavailable()
     return version if reason is None else reason
 
 

@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from selbp.ops.choose_rows import fill_spare
+from selbp._checks import check_number
 from selbp.ops.matching import match
 from selbp.ops.mean_gradient import mean_gradient
+from selbp.reference.sampling import fill_spare
 from selbp.selectors import GradientProxies
-from selbp.selectors.base import Needs, check_call, check_number, check_state, require_proxies
+from selbp.selectors.base import Needs, check_call, check_state, require_proxies
 from selbp.types import BatchStatistics, Selection
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from selbp import _native, ops
-from selbp.ops._threads import native_threads
+from selbp.ops._backends import native_threads
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "csrc").glob("*/cpu.cpp"))

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from . import configs
 from .arithmetic import triangle_tile
-from .product import dot_precision, operands, product
+from .matmul_tile import dot_precision, operands, product
 
 
 @triton.jit

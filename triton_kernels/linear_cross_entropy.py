@@ -24,7 +24,7 @@ import triton.language as tl
 
 from . import configs
 from .arithmetic import exponential, grouped_tile
-from .product import dot_precision, logits_tile, operands
+from .matmul_tile import dot_precision, logits_tile, operands
 
 CHUNK_BYTES = 32 << 20  # of residuals: inside the L2 of an A100 (40 MB) or H100 (50 MB)
 

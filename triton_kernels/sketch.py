@@ -4,7 +4,7 @@
 
 r_c = g_c (T p_c - a_c) for c != y and r_y = g_y (A - T q), in the terms of residual.py. P^T r has the shape of
 attention with keys W and values P: ``statistics`` keeps, beside its own running sums and relative to the same
-reference, O = sum_{c != y} g_c e_c P_c; and p_c = e_c q / s with the q and s that finalize.py joins, so that
+reference, O = sum_{c != y} g_c e_c P_c; and p_c = e_c q / s with the q and s that combine.py joins, so that
 
     P^T r = T (q / s) O + r_y P_y - sum_{c != y} g_c a_c P_c
 
@@ -38,7 +38,7 @@ import torch
 
 from . import configs
 from .arithmetic import FLOOR, LOG2E
-from .finalize import finalize
+from .combine import finalize
 from .linear_cross_entropy import row_terms
 from .statistics import WIDTH, statistics
 from .target_logit import target_logit

@@ -4,7 +4,7 @@ For row i with target y, over c != y (the reference c of arithmetic.py, here cal
 
     m   = max z_c          s = sum e_c          s2 = sum (g_c e_c)^2          e_c = 2^(z_c log2 e - ref)
 
-g_c = 1 - tanh^2 is the slope of the soft cap (1 without one). finalize.py joins these with z_y into
+g_c = 1 - tanh^2 is the slope of the soft cap (1 without one). combine.py joins these with z_y into
 
     loss = log(1 + e^(m' - z_y) s)      ||r||^2 = q^2 g_y^2 + sum_c (g_c p_c)^2      q = sum_{c != y} p_c = 1 - p_y
 
@@ -16,6 +16,18 @@ squares fit of e by w instead, kept as Welford and Chan do: with E = g e, V = g 
 
 and ||x E - k V||^2 = x^2 Q + (x rho - k)^2 V2 for every x, k. Two parts merge with delta = rho' - rho:
 Q + Q' + delta^2 V2 V2' / (V2 + V2').
+
+The same sums elsewhere; C++ keeps them relative to m, in natural logarithms, and k is eps / C:
+
+    here                      csrc/statistics/cpu.hpp    selbp/reference/losses.py
+    s      sum e              s                          logsumexp(others) = m + log s
+    s2     sum (g e)^2        s2, without smoothing      -
+    A      sum w              sw                         rest = k A
+    D      sum w (ref - z)    u                          spread = k (u + A (lse - m))
+    rho    E.V / V.V          rho                        -
+    Q      ||E - rho V||^2    s2, with smoothing         -
+    V2     V.V                v2                         -
+    q      1 - p_y            others                     others, in residual()
 
 Tile picture: program (row tile, split) keeps ROWS rows and walks its share of the class tiles.
 
@@ -50,7 +62,7 @@ import triton.language as tl
 
 from . import configs
 from .arithmetic import FLOOR, LOG2E, MINUS_INFINITY, grouped_tile, reference_exponent, soft_cap
-from .product import dot_precision, logits_tile, operands
+from .matmul_tile import dot_precision, logits_tile, operands
 
 FIELDS = {False: 3, True: 7}  # of the partials, by label smoothing: m, s, s2 | m, s, Q, A, D, rho, V2
 WIDTH = 64  # columns of P that one launch projects onto

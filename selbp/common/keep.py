@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from numbers import Integral, Real
 
+from selbp._checks import shown
 from selbp._numpy import BOOLS
-from selbp.selectors.checks import shown
 
 
 def check_keep(keep: float | int) -> float | int:

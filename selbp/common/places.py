@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from selbp._checks import check_flag, check_int, shown
 from selbp.common.samples import map_tensors
-from selbp.selectors.checks import check_flag, check_int, shown
 
 Key = str | int  # an entry of a dict batch by name, of a tuple by position
 

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from selbp._checks import shown
 from selbp.common.batch import map_tensors
 from selbp.selectors import Selector
-from selbp.selectors.checks import shown
 
 CHOICE_ENTRIES = ("selector_type", "selector", "generator")
 COUNT_ENTRIES = ("optimizer_step", "auto_advance", "backward")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selbp._checks import check_choice, check_generator, shown
 from selbp.common.guards import without_autocast
 from selbp.common.in_place import Kept, hookable
 from selbp.common.keep import check_keep, kept_rows
@@ -22,7 +23,6 @@ from selbp.rows.observe import Observer, current_observers
 from selbp.rows.select import as_row_gradient
 from selbp.rows.unsupported import refuse_backward, refuse_forward
 from selbp.selectors import GradientMatching, ReducibleLoss, Selector, TopLoss
-from selbp.selectors.checks import check_choice, check_generator, shown
 from selbp.types import BatchStatistics, Selection, real_dtype
 
 

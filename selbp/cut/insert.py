@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from selbp._checks import check_choice, shown
 from selbp.common.distributed import unwrap
 from selbp.common.hooks import is_compiled, mark
 from selbp.common.state import CHOICE_ENTRIES, ChoiceState
@@ -16,7 +17,6 @@ from selbp.cut.proxies import Proxy
 from selbp.cut.report import CutReport
 from selbp.rows.layout import BatchNormPolicy
 from selbp.selectors import Selector
-from selbp.selectors.checks import check_choice, shown
 
 
 class _Hook:

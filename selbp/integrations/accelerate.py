@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from selbp._checks import shown
 from selbp.integrations.ranks import gathered, own
-from selbp.selectors.checks import shown
 from selbp.training.step import SelectiveBackprop
 from selbp.types import Selection
 

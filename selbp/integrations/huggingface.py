@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selbp._checks import shown
 from selbp.integrations.seen import Observed, Replay, rows_in
 from selbp.integrations.tasks import base_of, per_sample, task_options
 from selbp.integrations.window import Window
-from selbp.selectors.checks import shown
 from selbp.training.step import SelectiveBackprop
 
 FILE = "selbp_state_{}.pt"  # one a process, in the checkpoint's folder

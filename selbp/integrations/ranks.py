@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import distributed
 
-from selbp.selectors.checks import shown
+from selbp._checks import shown
 
 
 def _world() -> tuple[int, int]:

@@ -3,102 +3,118 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from selbp import reference
-from selbp.ops import _triton
-from selbp.ops._checks import accumulate_dtype
+from selbp._checks import accumulate_dtype
+from selbp.ops import _backends
+from selbp.ops._loss_options import LossOptions
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def forward(
-    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None,
-    rows: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
-) -> Forward:  # fmt: skip
+class Head(NamedTuple):
+    """A head and its input."""
+
+    features: Tensor  # (n, d)
+    weight: Tensor  # (C, d)
+    bias: Tensor | None  # (C,)
+
+
+class Scored(NamedTuple):
+    """What the forward keeps of each row for the backward."""
+
+    target: Tensor  # (n,) int64
+    lse: Tensor  # (n,)
+    p_rest: Tensor  # (n,) 1 - p_y, the schema's ``others``
+    valid: Tensor  # (n,) bool
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    features: bool
+    weight: bool
+    bias: bool
+
+
+def forward(head: Head, target: Tensor, rows: Tensor | None, options: LossOptions) -> Forward:
     """The fields of BatchStatistics, then (n,) 1 - p_y."""
-    fused = _triton.kernels("cross_entropy", features)
+    features, weight, bias = head
+    fused = _backends.kernels(features)
     if fused is not None:
-        return fused.linear_cross_entropy(
-            features, weight, bias, target, class_weight, ignore_index, label_smoothing, softcap
-        )
+        return fused.linear_cross_entropy(features, weight, bias, target, options)
     dtype = accumulate_dtype(features.dtype)
     logits = torch.nn.functional.linear(features, weight, bias).to(dtype)
     stats = reference.cross_entropy_statistics(
-        logits, target, features.to(dtype), class_weight=class_weight, ignore_index=ignore_index,
-        label_smoothing=label_smoothing, softcap=softcap, bias=bias is not None,
-    )  # fmt: skip
+        logits, target, features.to(dtype), bias=bias is not None, **options._asdict()
+    )
     y = torch.where((target >= 0) & (target < weight.shape[0]), target, 0)[:, None]
-    capped = reference.soft_cap(logits, softcap).scatter(1, y, -torch.inf)
+    capped = reference.soft_cap(logits, options.softcap).scatter(1, y, -torch.inf)
     return *stats, torch.exp(torch.logsumexp(capped, 1) - stats.lse)
 
 
-def empty_gradients(
-    features: Tensor, weight: Tensor, bias: Tensor | None, need_features: bool, need_weight: bool, need_bias: bool
-) -> Gradients:
+def empty_gradients(head: Head, needs: Needs) -> Gradients:
     """One tensor per input, of no elements where its gradient is not needed."""
-    d_features = features.new_empty(features.shape if need_features else (0,))
-    d_weight = weight.new_empty(weight.shape if need_weight else (0,))
-    return d_features, d_weight, weight.new_empty(weight.shape[0] if need_bias and bias is not None else 0)
+    features, weight, bias = head
+    d_features = features.new_empty(features.shape if needs.features else (0,))
+    d_weight = weight.new_empty(weight.shape if needs.weight else (0,))
+    return d_features, d_weight, weight.new_empty(weight.shape[0] if needs.bias and bias is not None else 0)
 
 
 def backward(
-    grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, others: Tensor,
-    valid: Tensor, class_weight: Tensor | None, rows: Tensor | None, ignore_index: int, label_smoothing: float,
-    softcap: float, need_features: bool, need_weight: bool, need_bias: bool,
-) -> Gradients:  # fmt: skip
+    grad: Tensor, head: Head, scored: Scored, rows: Tensor | None, options: LossOptions, needs: Needs
+) -> Gradients:
     """The gradients of features, weight and bias, of no elements where they are not needed."""
-    fused = _triton.kernels("cross_entropy", features)
+    features, weight, bias = head
+    fused = _backends.kernels(features)
     if fused is not None:
-        options = {
-            "label_smoothing": label_smoothing, "softcap": softcap, "need_features": need_features,
-            "need_weight": need_weight, "need_bias": need_bias,
-        }  # fmt: skip
-        return _backward_fused(
-            fused, grad, features, weight, bias, target, lse, others, valid, class_weight, rows, options
-        )
+        return _backward_fused(fused, grad, head, scored, rows, options, needs)
     dtype, chosen = accumulate_dtype(features.dtype), rows
-    scale = torch.where(valid, grad.to(dtype), 0.0)
+    scale = torch.where(scored.valid, grad.to(dtype), 0.0)
     if chosen is None:
         chosen = torch.arange(len(features), device=features.device)
     else:  # a row named twice shares its gradient between its places
         places = torch.zeros_like(scale).index_add_(0, chosen, torch.ones_like(chosen, dtype=dtype))
         scale = scale / places.clamp(min=1)
-    live = valid[chosen][:, None]
+    live = scored.valid[chosen][:, None]
     h = torch.where(live, features[chosen], 0.0)
     logits = torch.nn.functional.linear(features[chosen], weight, bias).to(dtype)
-    r = reference.residual(
-        logits, target[chosen], lse[chosen], class_weight=class_weight, ignore_index=ignore_index,
-        label_smoothing=label_smoothing, softcap=softcap,
-    ) * scale[chosen, None]  # fmt: skip
-    d_features, d_weight, d_bias = empty_gradients(features, weight, bias, need_features, need_weight, need_bias)
-    if need_features:
+    r = reference.residual(logits, scored.target[chosen], scored.lse[chosen], **options._asdict())
+    r = r * scale[chosen, None]
+    d_features, d_weight, d_bias = empty_gradients(head, needs)
+    if needs.features:
         d_features = d_features.zero_().index_add_(0, chosen, (r.to(weight.dtype) @ weight))
-    if need_weight:
+    if needs.weight:
         d_weight = r.to(weight.dtype).t() @ h
-    if need_bias:
+    if needs.bias:
         d_bias = r.sum(0).to(weight.dtype)
     return d_features, d_weight, d_bias
 
 
 def _backward_fused(
-    fused: ModuleType, grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor,
-    others: Tensor, valid: Tensor, class_weight: Tensor | None, rows: Tensor | None, options: dict[str, Any],
-) -> Gradients:  # fmt: skip
+    fused: ModuleType,
+    grad: Tensor,
+    head: Head,
+    scored: Scored,
+    rows: Tensor | None,
+    options: LossOptions,
+    needs: Needs,
+) -> Gradients:
+    features, weight, bias = head
+    target, lse, p_rest, valid = scored
     scale, h = torch.where(valid, grad.float(), 0.0), torch.where(valid[:, None], features, 0.0)
     if rows is not None:
         # A row named twice counts at its last place, and the others add 0: the same bits in any order.
         place = torch.arange(len(rows), device=rows.device)
         last = torch.full_like(target, -1).scatter_reduce(0, rows, place, "amax")
         scale, h = torch.where(last[rows] == place, scale[rows], 0.0), h[rows]
-        target, lse, others = target[rows], lse[rows], others[rows]
-    dh, dw, db = fused.linear_cross_entropy_backward(
-        scale, h, weight, bias, target, lse, others, class_weight, **options
-    )
+        target, lse, p_rest = target[rows], lse[rows], p_rest[rows]
+    dh, dw, db = fused.linear_cross_entropy_backward(scale, (h, weight, bias), (target, lse, p_rest), options, needs)
     if dh is not None and rows is not None:
         dh = torch.zeros_like(features, dtype=dh.dtype).index_add_(0, rows, dh)
     nothing = features.new_empty(0)

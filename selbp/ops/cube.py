@@ -14,11 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from selbp import _native
-from selbp.ops._checks import check_dtype, check_floating, check_same_device, check_shape, check_tensor
-from selbp.ops._library import define
-
-DECIDED = 1e-9  # distance from 0 or 1 that is rounding
+from selbp import _native, reference
+from selbp._checks import check_dtype, check_floating, check_same_device, check_shape, check_tensor
+from selbp.ops._register import define
 
 
 def cube_sample(
@@ -83,48 +81,11 @@ def _cpu(balance: Tensor, probability: Tensor, order: Tensor, draws: Tensor) -> 
     return point > 0.5
 
 
-def walk(balance: Tensor, probability: Tensor, order: Tensor, draws: Tensor) -> Tensor:
-    """The method in plain torch, n steps of fixed shapes without asking the device: the spec, and CUDA's kernel.
-
-    ``order`` (n,) is the order in which units are looked at, ``draws`` (n,) the uniform draw of each step.
-    """
-    n, p = balance.shape
-    point = probability.clone()
-    columns = torch.cat([torch.ones_like(probability)[:, None], balance / probability.clamp(min=1e-300)[:, None]], 1)
-    slots = torch.arange(p + 2, device=balance.device)
-    for step in range(n):
-        undecided = (point > DECIDED) & (point < 1 - DECIDED)
-        point = torch.where(undecided, point, (point >= 0.5).to(point))
-        # The first p + 2 undecided units; beyond their number, slots repeat units that stay where they are.
-        group = order[(~undecided[order]).to(torch.int8).argsort(stable=True)[: p + 2]]
-        live = undecided[group]
-        used = slots[: len(group)]
-        count = live.sum()
-        constraints = torch.minimum(count - 1, torch.full_like(count, p + 1)).clamp(min=0)  # q, of q + 1 units
-        rows = columns[group].t()[: len(group) - 1]  # (p + 1, p + 2), of which q x (q + 1) are in use
-        inside = (used[:-1, None] < constraints) & (used <= constraints)
-        fixed = (used[:-1, None] >= constraints) & (used == used[:-1, None] + 1)  # every other unit stays
-        matrix = torch.where(inside, rows, fixed.to(rows))
-        direction = torch.linalg.qr(matrix.t(), mode="complete").Q[:, -1]
-        direction = torch.where(live & (used <= constraints), direction, 0.0)
-        size = direction.abs()
-        lead = direction.gather(0, (size > 1e-9 * size.max()).to(torch.int8).argmax(0, keepdim=True))
-        direction = torch.where(lead < 0, -direction, direction) / size.max().clamp(min=1e-300)
-        moves = direction.abs() > 1e-14
-        here = point[group]
-        ahead = torch.where(direction > 0, 1 - here, here) / direction.abs()
-        behind = torch.where(direction > 0, here, 1 - here) / direction.abs()
-        up, down = (torch.where(moves, way, torch.inf).min() for way in (ahead, behind))
-        move = torch.where(draws[step] * (up + down) < down, up, -down)
-        point = point.scatter(0, group, torch.where(moves & (count >= 2), here + move * direction, here))
-    return point >= 0.5
-
-
 def _fake(balance: Tensor, probability: Tensor, order: Tensor, draws: Tensor) -> Tensor:
     return torch.empty_like(probability, dtype=torch.bool)
 
 
 _cube = define(
     "cube_sample(Tensor balance, Tensor probability, Tensor order, Tensor draws) -> Tensor",
-    check=_check, fake=_fake, cpu=_cpu, cuda=walk,
+    check=_check, fake=_fake, cpu=_cpu, cuda=reference.cube_sample,
 )  # fmt: skip

@@ -6,24 +6,15 @@ write to the block's place and to its mirror image, so K is symmetric bit for bi
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from selbp import _native, reference
-from selbp.ops import _triton
-from selbp.ops._checks import (
-    accumulate_dtype,
-    check_floating,
-    check_same_device,
-    check_same_dtype,
-    check_shape,
-    check_tensor,
-    flag,
-)
-from selbp.ops._library import define
-from selbp.ops._threads import native_threads
+from selbp._checks import accumulate_dtype, check_tensor, flag
+from selbp.ops import _backends
+from selbp.ops._backends import native_threads
+from selbp.ops._factors import autocast_factors, check_factors, finite_rows
+from selbp.ops._register import define
 
 _BLOCK = 64  # rows per block of the native kernel, whose scratch holds whole blocks
 
@@ -53,28 +44,6 @@ def gradient_gram(
     check_tensor("residual", residual)
     check_tensor("features", features)
     return _gradient_gram(residual, features, flag("bias", bias))
-
-
-def check_factors(residual: Tensor, features: Tensor, *_: object) -> None:
-    """Raise unless ``residual`` (n, C) and ``features`` (n, d) are floating matrices of one dtype and device."""
-    check_floating("residual", residual)
-    check_floating("features", features)
-    check_shape("residual", residual, "(n, C)", (None, None))
-    check_shape("features", features, f"(n, d) with n = {len(residual)} rows as residual", (len(residual), None))
-    check_same_dtype("features", features, "residual", residual)
-    check_same_device("features", features, "residual", residual)
-
-
-def autocast_factors(a: Tensor, b: Tensor, *others: Any) -> tuple[Any, ...]:
-    """Two tensors of different 16- and 32-bit types as float32: what an operator here accumulates in anyway."""
-    if a.dtype != b.dtype and all(x.is_floating_point() and x.dtype != torch.float64 for x in (a, b)):
-        a, b = a.float(), b.float()
-    return a, b, *others
-
-
-def finite_rows(residual: Tensor, features: Tensor) -> Tensor:
-    """(n,) bool: rows in which both factors are finite."""
-    return torch.isfinite(residual).all(1) & torch.isfinite(features).all(1)
 
 
 def _cpu(residual: Tensor, features: Tensor, bias: bool) -> Tensor:
@@ -111,7 +80,7 @@ def _fake(residual: Tensor, features: Tensor, bias: bool) -> Tensor:
 
 
 def _cuda(residual: Tensor, features: Tensor, bias: bool) -> Tensor:
-    fused = _triton.kernels("cross_entropy", residual, features)
+    fused = _backends.kernels(residual, features)
     if fused is not None:
         return fused.gradient_gram(residual, features, bias)
     dtype = accumulate_dtype(residual.dtype)

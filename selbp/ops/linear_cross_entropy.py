@@ -14,11 +14,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from selbp import _native
-from selbp.ops import _gemm
-from selbp.ops import _linear_cross_entropy_cuda as _cuda
-from selbp.ops import _linear_cross_entropy_torch as _torch
-from selbp.ops._checks import (
+from selbp._checks import (
     accumulate_dtype,
     check_dtype,
     check_floating,
@@ -28,22 +24,23 @@ from selbp.ops._checks import (
     check_tensor,
     flag,
 )
-from selbp.ops._library import define_differentiable
-from selbp.ops._linear_cross_entropy_cuda import Forward, Gradients, empty_gradients
-from selbp.ops._loss import (
-    TYPE_CODE,
-    address,
-    autocast_head,
-    check_head,
-    check_loss,
+from selbp.ops import _gemm
+from selbp.ops import _linear_cross_entropy_cuda as _cuda
+from selbp.ops import _linear_cross_entropy_torch as _torch
+from selbp.ops._linear_cross_entropy_cuda import Forward, Gradients, Head, Needs, Scored, empty_gradients
+from selbp.ops._logit_pass import (
+    LogitPass,
+    ResidualClasses,
+    ResidualRows,
     contiguous_rows,
-    loss_options,
-    native_class_weight,
-    raise_bad_target,
+    empty_statistics,
+    in_place,
+    native_options,
+    residual_tile,
     weight_sum,
 )
-from selbp.ops._threads import native_threads
-from selbp.ops.statistics import StatisticsPass, fold_head
+from selbp.ops._loss_options import LossOptions, autocast_head, check_head, check_loss
+from selbp.ops._register import define_differentiable
 from selbp.types import BatchStatistics
 
 # Of residuals: the two products that read them are slower on larger tiles; but of 16-bit inputs each tile's part of the
@@ -113,21 +110,29 @@ def linear_cross_entropy(
     check_tensor("weight", weight)
     check_optional_tensor("bias", bias)
     check_tensor("target", target)
-    check_optional_tensor("class_weight", class_weight)
     check_optional_tensor("rows", rows)
     flag("return_statistics", return_statistics)
-    loss, *statistics, _ = _linear_cross_entropy(
-        features, weight, bias, target, class_weight, rows, *loss_options(ignore_index, label_smoothing, softcap)
-    )
+    class_weight, *options = LossOptions.of(class_weight, ignore_index, label_smoothing, softcap)
+    loss, *statistics, _ = _linear_cross_entropy(features, weight, bias, target, class_weight, rows, *options)
     return (loss, BatchStatistics(loss.detach(), *statistics)) if return_statistics else loss
 
 
-def _check(
-    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None,
-    rows: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
-) -> None:  # fmt: skip
-    check_head(features, weight, bias)
-    check_loss("features", features, weight.shape[0], target, class_weight, label_smoothing, softcap)
+def _pack(*flat: Any) -> tuple[Any, ...]:
+    features, weight, bias, target, class_weight, rows, *options = flat
+    return Head(features, weight, bias), target, rows, LossOptions(class_weight, *options)
+
+
+def _pack_backward(*flat: Any) -> tuple[Any, ...]:
+    grad, features, weight, bias, target, lse, p_rest, valid, class_weight, rows, *options = flat
+    *options, need_features, need_weight, need_bias = options
+    head, scored = Head(features, weight, bias), Scored(target, lse, p_rest, valid)
+    return grad, head, scored, rows, LossOptions(class_weight, *options), Needs(need_features, need_weight, need_bias)
+
+
+def _check(head: Head, target: Tensor, rows: Tensor | None, options: LossOptions) -> None:
+    features = head.features
+    check_head(*head)
+    check_loss("features", features, head.weight.shape[0], target, options)
     if rows is not None:
         check_dtype("rows", rows, torch.int64)
         check_shape("rows", rows, "(k,)", (None,))
@@ -135,17 +140,16 @@ def _check(
 
 
 def _check_backward(
-    grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, others: Tensor,
-    valid: Tensor, class_weight: Tensor | None, rows: Tensor | None, ignore_index: int, label_smoothing: float,
-    softcap: float, need_features: bool, need_weight: bool, need_bias: bool,
-) -> None:  # fmt: skip
-    _check(features, weight, bias, target, class_weight, rows, ignore_index, label_smoothing, softcap)
+    grad: Tensor, head: Head, scored: Scored, rows: Tensor | None, options: LossOptions, needs: Needs
+) -> None:
+    features, (target, lse, p_rest, valid) = head.features, scored
+    _check(head, target, rows, options)
     check_floating("grad", grad)
     check_dtype("lse", lse, accumulate_dtype(features.dtype))
-    check_dtype("others", others, accumulate_dtype(features.dtype))
+    check_dtype("others", p_rest, accumulate_dtype(features.dtype))
     check_dtype("valid", valid, torch.bool)
     n = features.shape[0]
-    for name, tensor in (("grad", grad), ("lse", lse), ("others", others), ("valid", valid)):
+    for name, tensor in (("grad", grad), ("lse", lse), ("others", p_rest), ("valid", valid)):
         check_shape(name, tensor, f"(n,) with n = {n} as features", (n,))
         check_same_device(name, tensor, "features", features)
 
@@ -158,46 +162,38 @@ def _check_rows(rows: Tensor | None, n: int) -> None:
             raise ValueError(f"rows must lie in [0, {n}), got values from {least} to {most}")
 
 
-def _cpu(
-    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None,
-    rows: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
-) -> Forward:  # fmt: skip
+def _fake(head: Head, target: Tensor, rows: Tensor | None, options: LossOptions) -> Forward:
+    n, dtype = target.shape[0], accumulate_dtype(head.features.dtype)
+    return *empty_statistics(head.features, n, dtype), head.features.new_empty(n, dtype=dtype)
+
+
+def _cpu(head: Head, target: Tensor, rows: Tensor | None, options: LossOptions) -> Forward:
+    features, weight, bias = head
     _check_rows(rows, features.shape[0])
-    one = StatisticsPass(
-        weight.shape[0], features.dtype, target, features, bias is not None, class_weight, ignore_index,
-        label_smoothing, softcap,
-    )  # fmt: skip
-    one.others = torch.empty(features.shape[0], dtype=accumulate_dtype(features.dtype))
-    fold_head(one, features, weight, bias)
-    return *one.outputs, one.others
+    logit_pass = LogitPass(weight.shape[0], features.dtype, target, features, bias is not None, options)
+    p_rest = logit_pass.p_rest = torch.empty(features.shape[0], dtype=accumulate_dtype(features.dtype))
+    logit_pass.add_head(features, weight, bias)
+    return *logit_pass.outputs, p_rest
 
 
-def _fake(
-    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None,
-    rows: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
-) -> Forward:  # fmt: skip
-    n, dtype = features.shape[0], accumulate_dtype(features.dtype)
-
-    def empty(dtype: torch.dtype) -> Tensor:
-        return features.new_empty(n, dtype=dtype)
-
-    flags = empty(torch.bool), empty(torch.bool)
-    return empty(dtype), empty(dtype), empty(dtype), empty(dtype), *flags, empty(dtype)
+def _backward_fake(
+    grad: Tensor, head: Head, scored: Scored, rows: Tensor | None, options: LossOptions, needs: Needs
+) -> Gradients:
+    return empty_gradients(head, needs)
 
 
 def _backward_cpu(
-    grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, others: Tensor,
-    valid: Tensor, class_weight: Tensor | None, rows: Tensor | None, ignore_index: int, label_smoothing: float,
-    softcap: float, need_features: bool, need_weight: bool, need_bias: bool,
-) -> Gradients:  # fmt: skip
+    grad: Tensor, head: Head, scored: Scored, rows: Tensor | None, options: LossOptions, needs: Needs
+) -> Gradients:
+    features, weight, bias = head
     n, n_classes, accumulate = features.shape[0], weight.shape[0], accumulate_dtype(features.dtype)
     _check_rows(rows, n)
-    live = valid & (grad != 0)
+    live = scored.valid & (grad != 0)
     if rows is not None:
         live &= torch.zeros_like(live).index_fill_(0, rows, True)
     chosen = live.nonzero()[:, 0]
     k = len(chosen)
-    d_features, d_weight, d_bias = empty_gradients(features, weight, bias, need_features, need_weight, need_bias)
+    d_features, d_weight, d_bias = empty_gradients(head, needs)
     if not k:
         return d_features.zero_(), d_weight.zero_(), d_bias.zero_()
 
@@ -205,27 +201,20 @@ def _backward_cpu(
         return tensor.contiguous() if k == n else tensor.index_select(0, chosen)
 
     h = features if k == n else take(features)
-    y, lse, others, scale = take(target), take(lse), take(others), take(grad.to(accumulate))
-    w, total = native_class_weight(class_weight, accumulate), weight_sum(class_weight, n_classes, label_smoothing)
+    tile_rows = ResidualRows(take(scored.target), take(scored.lse), take(scored.p_rest), take(grad.to(accumulate)))
+    native, total = native_options(options, accumulate), weight_sum(options, n_classes)
     dh: Tensor | None = None
     columns = min(n_classes, max(64, _TILE_BYTES[features.element_size()] // (4 * k) // 64 * 64))
     for c in range(0, n_classes, columns):
         part = weight[c : c + columns]
         z = contiguous_rows(_gemm.linear(h, part, None if bias is None else bias[c : c + columns]))
-        r = z if z.dtype == accumulate else torch.empty(z.shape, dtype=accumulate)
-        bad = _native.residual(
-            r.data_ptr(), z.data_ptr(), TYPE_CODE[z.dtype], z.stride(0), k, z.shape[1], c, n_classes, total,
-            lse.data_ptr(), others.data_ptr(), scale.data_ptr(), y.data_ptr(), address(w), ignore_index,
-            label_smoothing, softcap, native_threads(z.numel()),
-        )  # fmt: skip
-        if bad >= 0:
-            raise_bad_target(y, bad, n_classes, ignore_index)
-        if need_bias:
+        r = residual_tile(in_place(z, accumulate), z, tile_rows, ResidualClasses(c, n_classes, total), native)
+        if needs.bias:
             d_bias[c : c + columns] = r.sum(0)
         r = r.to(features.dtype)
-        if need_weight:
+        if needs.weight:
             d_weight[c : c + columns] = _gemm.linear(r.t(), h.t())
-        if need_features:
+        if needs.features:
             product = _gemm.linear(r, part.t())
             dh = product.to(accumulate) if dh is None else dh.add_(product)
     if dh is not None:
@@ -233,14 +222,6 @@ def _backward_cpu(
             return dh.to(features.dtype), d_weight, d_bias
         d_features.zero_().index_copy_(0, chosen, dh.to(features.dtype))
     return d_features, d_weight, d_bias
-
-
-def _backward_fake(
-    grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, others: Tensor,
-    valid: Tensor, class_weight: Tensor | None, rows: Tensor | None, ignore_index: int, label_smoothing: float,
-    softcap: float, need_features: bool, need_weight: bool, need_bias: bool,
-) -> Gradients:  # fmt: skip
-    return empty_gradients(features, weight, bias, need_features, need_weight, need_bias)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
@@ -280,7 +261,7 @@ def _backward_second(ctx: Any, needed: Sequence[bool], *upstream: Tensor | None)
     def chosen(*wanted: Tensor) -> tuple[Tensor, ...]:
         for i, x in zip(places, wanted, strict=True):
             inputs[i] = x
-        gradients = _torch.gradients(*inputs, *ctx.options)
+        gradients = _torch.gradients(*_pack_backward(*inputs, *ctx.options))
         return tuple(gradients[i] for i in given)
 
     found: list[Tensor | None] = [None] * len(needed)
@@ -297,14 +278,27 @@ _linear_cross_entropy = define_differentiable(
     "linear_cross_entropy(Tensor features, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
     "Tensor? rows, SymInt ignore_index, float label_smoothing, float softcap) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",  # BatchStatistics, then (n,) 1 - p_y
-    check=_check, fake=_fake, cpu=_cpu, cuda=_cuda.forward, setup_context=_setup_context, backward=_backward,
-    composed=_torch.outputs, autocast=autocast_head,
-)  # fmt: skip
+    check=_check,
+    fake=_fake,
+    cpu=_cpu,
+    cuda=_cuda.forward,
+    setup_context=_setup_context,
+    backward=_backward,
+    composed=_torch.outputs,
+    pack=_pack,
+    autocast=autocast_head,
+)
 _linear_cross_entropy_backward = define_differentiable(
     "linear_cross_entropy_backward(Tensor grad, Tensor features, Tensor weight, Tensor? bias, Tensor target, "
     "Tensor lse, Tensor others, Tensor valid, Tensor? class_weight, Tensor? rows, SymInt ignore_index, "
     "float label_smoothing, float softcap, bool need_features, bool need_weight, bool need_bias) "
     "-> (Tensor, Tensor, Tensor)",
-    check=_check_backward, fake=_backward_fake, cpu=_backward_cpu, cuda=_cuda.backward,
-    setup_context=_setup_second, backward=_backward_second, composed=lambda _, *inputs: _torch.gradients(*inputs),
-)  # fmt: skip
+    check=_check_backward,
+    fake=_backward_fake,
+    cpu=_backward_cpu,
+    cuda=_cuda.backward,
+    setup_context=_setup_second,
+    backward=_backward_second,
+    composed=lambda _, *inputs: _torch.gradients(*inputs),
+    pack=_pack_backward,
+)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from selbp import _native
-from selbp.ops._checks import (
+from selbp._checks import (
     accumulate_dtype,
     autocast_enabled,
+    check_choice,
     check_dtype,
     check_floating,
     check_optional_tensor,
@@ -27,10 +28,9 @@ from selbp.ops._checks import (
     integer,
     number,
 )
-from selbp.ops._cuda_core import cuda_core
-from selbp.ops._library import define
-from selbp.ops._threads import native_threads
-from selbp.ops.gram import autocast_factors
+from selbp.ops._backends import cuda_core, native_threads
+from selbp.ops._factors import autocast_factors
+from selbp.ops._register import define
 from selbp.types import Matching
 
 RULES = ("ols", "normalized", "raw")  # in the order of csrc/matching/matching.hpp
@@ -54,8 +54,7 @@ def _check(
         raise ValueError(f"k must be at least 0, got {k}")
     if k > _MOST:
         raise ValueError(f"k must be at most {_MOST}, got {k}")
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
+    check_choice("rule", rule, RULES)
     check_range("ridge", ridge, 0.0)
     check_range("tolerance", tolerance, 0.0)
 

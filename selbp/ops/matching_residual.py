@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from selbp import reference
-from selbp.ops._checks import check_dtype, check_floating, check_same_device, check_shape, check_tensor, flag
-from selbp.ops._library import define
-from selbp.ops.gram import autocast_factors, check_factors, finite_rows
-from selbp.ops.mean_gradient import row_dots
+from selbp._checks import check_dtype, check_floating, check_same_device, check_shape, check_tensor, flag
+from selbp.ops._factors import autocast_factors, check_factors, finite_rows, row_dots
+from selbp.ops._register import define
 
 _BLOCK = 1 << 21  # float64 entries of one block of M (16 MiB)
 

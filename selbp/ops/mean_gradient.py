@@ -11,12 +11,11 @@ import math
 import torch
 from torch import Tensor
 
-from selbp import _native, reference
+from selbp import reference
+from selbp._checks import accumulate_dtype, check_tensor, flag
 from selbp.ops import _gemm
-from selbp.ops._checks import accumulate_dtype, check_tensor, flag
-from selbp.ops._library import define
-from selbp.ops._threads import native_threads
-from selbp.ops.gram import autocast_factors, check_factors, finite_rows
+from selbp.ops._factors import autocast_factors, check_factors, finite_rows, row_dots
+from selbp.ops._register import define
 from selbp.types import MeanGradient
 
 
@@ -48,15 +47,6 @@ def mean_gradient(
     check_tensor("features", features)
     inner, target_sq, head_weight, head_bias = _mean_gradient(residual, features, flag("bias", bias))
     return MeanGradient(inner, target_sq, head_weight, head_bias if bias else None)
-
-
-def row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """(rows,) float64 sums over the columns of ``a * b``, two contiguous CPU matrices, float32 or float64."""
-    rows, columns = a.shape
-    sums = torch.empty(rows, dtype=torch.float64)
-    threads = native_threads(a.numel())
-    _native.row_dots(sums.data_ptr(), a.data_ptr(), b.data_ptr(), a.dtype == torch.float64, rows, columns, threads)
-    return sums
 
 
 def _cpu(residual: Tensor, features: Tensor, bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from selbp import _native, reference
-from selbp.ops import _triton
-from selbp.ops._checks import (
-    accumulate_dtype,
-    check_floating,
-    check_optional_tensor,
-    check_same_device,
-    check_shape,
-    check_tensor,
-)
-from selbp.ops._library import define
-from selbp.ops._loss import (
-    TYPE_CODE,
-    address,
-    check_loss,
+from selbp import reference
+from selbp._checks import accumulate_dtype, check_floating, check_same_device, check_shape, check_tensor
+from selbp.ops import _backends
+from selbp.ops._logit_pass import (
+    ResidualClasses,
+    ResidualRows,
     contiguous_rows,
-    loss_options,
-    native_class_weight,
-    raise_bad_target,
+    native_options,
+    residual_tile,
     weight_sum,
 )
-from selbp.ops._threads import native_threads
+from selbp.ops._loss_options import LossOptions, check_loss
+from selbp.ops._register import define
 
 
 def residual(
@@ -61,66 +54,52 @@ def residual(
     check_tensor("logits", logits)
     check_tensor("target", target)
     check_tensor("lse", lse)
-    check_optional_tensor("class_weight", class_weight)
-    return _residual(logits, target, lse, class_weight, *loss_options(ignore_index, label_smoothing, softcap))
+    return _residual(logits, target, lse, *LossOptions.of(class_weight, ignore_index, label_smoothing, softcap))
 
 
-def _check(
-    logits: Tensor, target: Tensor, lse: Tensor, class_weight: Tensor | None,
-    ignore_index: int, label_smoothing: float, softcap: float,
-) -> None:  # fmt: skip
+def _pack(logits: Tensor, target: Tensor, lse: Tensor, *options: Any) -> tuple[Any, ...]:
+    return logits, target, lse, LossOptions(*options)
+
+
+def _check(logits: Tensor, target: Tensor, lse: Tensor, options: LossOptions) -> None:
     check_floating("logits", logits)
     check_shape("logits", logits, "(n, C)", (None, None))
-    check_loss("logits", logits, logits.shape[1], target, class_weight, label_smoothing, softcap)
+    check_loss("logits", logits, logits.shape[1], target, options)
     check_floating("lse", lse)
     check_shape("lse", lse, f"(n,) with n = {logits.shape[0]} as logits", (logits.shape[0],))
     check_same_device("lse", lse, "logits", logits)
 
 
-def _cpu(
-    logits: Tensor, target: Tensor, lse: Tensor, class_weight: Tensor | None,
-    ignore_index: int, label_smoothing: float, softcap: float,
-) -> Tensor:  # fmt: skip
+def _fake(logits: Tensor, target: Tensor, lse: Tensor, options: LossOptions) -> Tensor:
+    return logits.new_empty(logits.shape, dtype=accumulate_dtype(logits.dtype))
+
+
+def _cpu(logits: Tensor, target: Tensor, lse: Tensor, options: LossOptions) -> Tensor:
     dtype = accumulate_dtype(logits.dtype)
     n, n_classes = logits.shape
     out = torch.empty(n, n_classes, dtype=dtype)
     if not n:
         return out
-    z, y, lse = contiguous_rows(logits), target.contiguous(), lse.to(dtype).contiguous()
-    weight = native_class_weight(class_weight, dtype)
-    bad = _native.residual(
-        out.data_ptr(), z.data_ptr(), TYPE_CODE[z.dtype], z.stride(0), n, n_classes,
-        0, n_classes, weight_sum(weight, n_classes, label_smoothing), lse.data_ptr(), 0, 0, y.data_ptr(),
-        address(weight), ignore_index, label_smoothing, softcap, native_threads(n * n_classes),
-    )  # fmt: skip
-    if bad >= 0:
-        raise_bad_target(y, bad, n_classes, ignore_index)
-    return out
+    options = native_options(options, dtype)
+    rows = ResidualRows(target.contiguous(), lse.to(dtype).contiguous())
+    classes = ResidualClasses(0, n_classes, weight_sum(options, n_classes))
+    return residual_tile(out, contiguous_rows(logits), rows, classes, options)
 
 
-def _fake(
-    logits: Tensor, target: Tensor, lse: Tensor, class_weight: Tensor | None,
-    ignore_index: int, label_smoothing: float, softcap: float,
-) -> Tensor:  # fmt: skip
-    return logits.new_empty(logits.shape, dtype=accumulate_dtype(logits.dtype))
-
-
-def _cuda(
-    logits: Tensor, target: Tensor, lse: Tensor, class_weight: Tensor | None,
-    ignore_index: int, label_smoothing: float, softcap: float,
-) -> Tensor:  # fmt: skip
-    fused = _triton.kernels("cross_entropy", logits)
+def _cuda(logits: Tensor, target: Tensor, lse: Tensor, options: LossOptions) -> Tensor:
+    fused = _backends.kernels(logits)
     if fused is not None:
-        return fused.residual(logits, target, lse, class_weight, ignore_index, label_smoothing, softcap)
+        return fused.residual(logits, target, lse, options)
     dtype = accumulate_dtype(logits.dtype)
-    return reference.residual(
-        logits.to(dtype), target, lse.to(dtype), class_weight=class_weight, ignore_index=ignore_index,
-        label_smoothing=label_smoothing, softcap=softcap,
-    )  # fmt: skip
+    return reference.residual(logits.to(dtype), target, lse.to(dtype), **options._asdict())
 
 
 _residual = define(
     "residual(Tensor logits, Tensor target, Tensor lse, Tensor? class_weight, SymInt ignore_index, "
     "float label_smoothing, float softcap) -> Tensor",
-    check=_check, fake=_fake, cpu=_cpu, cuda=_cuda,
-)  # fmt: skip
+    check=_check,
+    fake=_fake,
+    cpu=_cpu,
+    cuda=_cuda,
+    pack=_pack,
+)

@@ -17,18 +17,18 @@ finds the statistics, 2 n T C (d + p) flops; only the CPU takes a second one, 2 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from selbp import _native, reference
-from selbp.ops import _gemm, _triton
-from selbp.ops._checks import (
+from selbp import reference
+from selbp._checks import (
     FLOATING,
     accumulate_dtype,
     autocast_enabled,
+    check_choice,
     check_dtype,
     check_floating,
     check_optional_tensor,
@@ -37,20 +37,20 @@ from selbp.ops._checks import (
     check_tensor,
     integer,
 )
-from selbp.ops._library import define
-from selbp.ops._loss import (
-    TYPE_CODE,
-    address,
-    autocast_head,
-    check_head,
-    check_loss,
-    contiguous_rows,
-    loss_options,
-    raise_bad_target,
+from selbp.ops import _backends, _gemm
+from selbp.ops._logit_pass import (
+    LogitPass,
+    ResidualClasses,
+    ResidualRows,
+    head_tiles,
+    in_place,
+    residual_tile,
     weight_sum,
 )
-from selbp.ops._threads import native_threads
-from selbp.ops.statistics import StatisticsPass, fold_head, tile_shape
+from selbp.ops._loss_options import LossOptions, autocast_head, check_head, check_loss
+from selbp.ops._register import define
+
+Head = tuple[Tensor, Tensor, Tensor | None]  # features (n, T, d), weight (C, d), bias (C,)
 
 
 def sketch_projections(
@@ -78,8 +78,7 @@ def sketch_projections(
         TypeError: a size or the seed is not an int, or ``dtype`` is no floating type.
         ValueError: ``kind`` is not one of the two, or a size is negative or a dimension below 1.
     """
-    if kind not in ("sign", "gaussian"):
-        raise ValueError(f"kind must be sign or gaussian, got {kind!r}")
+    check_choice("kind", kind, ("sign", "gaussian"))
     if not isinstance(dimensions, Sequence) or len(dimensions) != 2:
         raise ValueError(f"dimensions must be two positive integers (p, q), got {dimensions!r}")
     p, q = integer("dimensions[0]", dimensions[0]), integer("dimensions[1]", dimensions[1])
@@ -139,20 +138,23 @@ def sketch(
     for name, tensor in (("features", features), ("weight", weight), ("target", target)):
         check_tensor(name, tensor)
     check_optional_tensor("bias", bias)
-    check_optional_tensor("class_weight", class_weight)
+    options = LossOptions.of(class_weight, ignore_index, label_smoothing, softcap)
     if not isinstance(projections, Sequence) or len(projections) != 2:
         raise TypeError(f"projections must be a pair of Tensors, got {type(projections).__name__}")
     left, right = projections
     check_tensor("projections[0]", left)
     check_tensor("projections[1]", right)
-    options = loss_options(ignore_index, label_smoothing, softcap)
-    return _sketch(features, weight, bias, target, left, right, class_weight, *options)
+    return _sketch(features, weight, bias, target, left, right, *options)
 
 
-def _check(
-    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, left: Tensor, right: Tensor,
-    class_weight: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
-) -> None:  # fmt: skip
+def _pack(
+    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, left: Tensor, right: Tensor, *options: Any
+) -> tuple[Any, ...]:
+    return (features, weight, bias), target, (left, right), LossOptions(*options)
+
+
+def _check(head: Head, target: Tensor, projections: tuple[Tensor, Tensor], options: LossOptions) -> None:
+    features, weight, bias = head
     check_floating("features", features)
     check_shape("features", features, "(n, T, d)", (None, None, None))
     n, length, d = features.shape
@@ -162,9 +164,10 @@ def _check(
     y = target.new_empty(()).expand(n * length)
     check_same_device("target", target, "features", features)
     check_head(flat, weight, bias)
-    check_loss("features", flat, weight.shape[0], y, class_weight, label_smoothing, softcap)
+    check_loss("features", flat, weight.shape[0], y, options)
     width = d if bias is None else d + 1  # torch 2.6 prints no symbolic size to which a bool was added
-    for name, projection, rows in (("projections[0]", left, weight.shape[0]), ("projections[1]", right, width)):
+    for side, (projection, rows) in enumerate(zip(projections, (weight.shape[0], width), strict=True)):
+        name = f"projections[{side}]"
         check_floating(name, projection)
         check_shape(name, projection, f"of {rows} rows", (rows, None))
         check_same_device(name, projection, "features", features)
@@ -189,122 +192,92 @@ def sketch_gram(sketches: Tensor) -> Tensor:
     return flat @ flat.t()
 
 
-def _cpu(
-    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, left: Tensor, right: Tensor,
-    class_weight: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
-) -> Tensor:  # fmt: skip
+def _fake(head: Head, target: Tensor, projections: tuple[Tensor, Tensor], options: LossOptions) -> Tensor:
+    features, (left, right) = head[0], projections
+    shape = features.shape[0], left.shape[1], right.shape[1]
+    return features.new_empty(shape, dtype=accumulate_dtype(features.dtype))
+
+
+def _cpu(head: Head, target: Tensor, projections: tuple[Tensor, Tensor], options: LossOptions) -> Tensor:
+    features, weight, bias = head
     n, length, d = features.shape
-    tokens, n_classes, accumulate = n * length, weight.shape[0], accumulate_dtype(features.dtype)
+    tokens, accumulate = n * length, accumulate_dtype(features.dtype)
     h, y = features.reshape(tokens, d), target.reshape(tokens).contiguous()
-    left, right = left.to(accumulate), right.to(accumulate)
-    one = StatisticsPass(
-        n_classes, features.dtype, y, h, bias is not None, class_weight, ignore_index, label_smoothing, softcap
-    )
-    one.others = torch.empty(tokens, dtype=accumulate)
-    projected = (_project_twice if label_smoothing else _project_once)(one, h, weight, bias, left, class_weight)
-    valid = one.outputs[5]
+    left, right = (projection.to(accumulate) for projection in projections)
+    logit_pass = LogitPass(weight.shape[0], features.dtype, y, h, bias is not None, options)
+    logit_pass.p_rest = torch.empty(tokens, dtype=accumulate)
+    project = _project_twice if options.label_smoothing else _project_once
+    projected = project(logit_pass, (h, weight, bias), left, options)
+    valid = logit_pass.outputs[5]
     wide = torch.where(valid[:, None], h, 0.0).to(accumulate)
     mapped = _gemm.linear(wide, right[:d].t(), right[d] if bias is not None else None)
     live = torch.where(valid[:, None], projected, 0.0).view(n, length, left.shape[1])
     return torch.bmm(live.transpose(1, 2), mapped.view(n, length, right.shape[1]))
 
 
-def _project_once(
-    one: StatisticsPass, h: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, class_weight: Tensor | None
-) -> Tensor:
+def _project_once(logit_pass: LogitPass, head: Head, left: Tensor, options: LossOptions) -> Tensor:
     """P^T r of every row in the pass that finds its statistics: attention's running sums, without the target.
 
     With O = sum_{c != y} e^(z_c - m) D_c P_c it is w_y ((q / s) O - q D_y P_y); the terms: csrc/statistics/cpu.hpp.
     """
-    accumulate = left.dtype
-    sums = torch.zeros(len(h), left.shape[1], dtype=accumulate)
-    one.carry()
-    assert one.state is not None and one.others is not None
-    greatest = one.state[:, 0]
-    nothing = torch.zeros(len(h), dtype=accumulate)  # the target's entry: it comes last
-    for part, c, z in _tiles(h, weight, bias):
+    n, accumulate, n_classes = len(head[0]), left.dtype, logit_pass.n_classes
+    sums = torch.zeros(n, left.shape[1], dtype=accumulate)
+    logit_pass.carry()
+    state, p_rest = logit_pass.state, logit_pass.p_rest
+    assert state is not None and p_rest is not None
+    greatest = state[:, 0]
+    nothing = torch.zeros(n, dtype=accumulate)  # the target's entry: it comes last
+    unweighted = logit_pass.options._replace(class_weight=None)
+    for part, c, z in head_tiles(*head):
         before = greatest[part].clone() if c else None
-        one.add(z, part.start, c)
+        logit_pass.add(z, part.start, c)
         m = greatest[part]
         if before is not None:
             sums[part] *= torch.where(before == m, 1.0, (before - m).exp()).to(accumulate)[:, None]
-        e = _residual_tile(one, z, part, c, m.to(accumulate).contiguous(), nothing, None, 0.0)
+        rows = ResidualRows(logit_pass.target[part], m.to(accumulate).contiguous(), nothing[part])
+        classes = ResidualClasses(c, n_classes, float(n_classes))
+        e = residual_tile(in_place(z, accumulate), z, rows, classes, unweighted)
         sums[part] += _gemm.linear(e, left[c : c + z.shape[1]].t())
-    y = torch.where(one.target == one.ignore_index, 0, one.target)
-    mass = one.others if class_weight is None else one.others * class_weight[y].to(accumulate)
-    s, slope = one.state[:, 1], one.state[:, 8]
+    y = torch.where(logit_pass.target == options.ignore_index, 0, logit_pass.target)
+    mass = p_rest if options.class_weight is None else p_rest * options.class_weight[y].to(accumulate)
+    s, slope = state[:, 1], state[:, 8]
     own = left.index_select(0, y).mul_((mass * slope).to(accumulate)[:, None])
     return sums.mul_(torch.where(s > 0, mass / s, 0.0).to(accumulate)[:, None]).sub_(own)
 
 
-def _project_twice(
-    one: StatisticsPass, h: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, class_weight: Tensor | None
-) -> Tensor:
+def _project_twice(logit_pass: LogitPass, head: Head, left: Tensor, options: LossOptions) -> Tensor:
     """The same with label smoothing, whose residuals are small differences: formed from the finished statistics."""
-    fold_head(one, h, weight, bias)
-    assert one.others is not None
-    sums = torch.zeros(len(h), left.shape[1], dtype=left.dtype)
-    total = weight_sum(class_weight, one.n_classes, one.label_smoothing)
-    for part, c, z in _tiles(h, weight, bias):
-        r = _residual_tile(one, z, part, c, one.outputs[1][part], one.others, one.weight, one.label_smoothing, total)
+    logit_pass.add_head(*head)
+    lse, p_rest = logit_pass.outputs[1], logit_pass.p_rest
+    assert p_rest is not None
+    sums = torch.zeros(len(head[0]), left.shape[1], dtype=left.dtype)
+    total = weight_sum(options, logit_pass.n_classes)
+    for part, c, z in head_tiles(*head):
+        rows = ResidualRows(logit_pass.target[part], lse[part], p_rest[part])
+        classes = ResidualClasses(c, logit_pass.n_classes, total)
+        r = residual_tile(in_place(z, left.dtype), z, rows, classes, logit_pass.options)
         sums[part] += _gemm.linear(r, left[c : c + z.shape[1]].t())
     return sums
 
 
-def _tiles(h: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, int, Tensor]]:
-    """The logits of a head tile by tile: (rows, first class, logits), each row's classes in order."""
-    rows, columns = tile_shape(len(h), len(weight), h.dtype)
-    for c in range(0, len(weight), columns):
-        part, part_bias = weight[c : c + columns], None if bias is None else bias[c : c + columns]
-        for row in range(0, len(h), rows):
-            z = contiguous_rows(_gemm.linear(h[row : row + rows], part, part_bias))
-            yield slice(row, row + len(z)), c, z
-
-
-def _residual_tile(
-    one: StatisticsPass, z: Tensor, part: slice, c: int, lse: Tensor, others: Tensor, class_weight: Tensor | None,
-    label_smoothing: float, total: float = 0.0,
-) -> Tensor:  # fmt: skip
-    """The residuals of a tile, in its own memory where it has their dtype; ``lse`` (rows of part,), others (n,)."""
-    r = z if z.dtype == others.dtype else torch.empty(z.shape, dtype=others.dtype)
-    bad = _native.residual(
-        r.data_ptr(), z.data_ptr(), TYPE_CODE[z.dtype], z.stride(0), z.shape[0], z.shape[1], c, one.n_classes,
-        total, lse.data_ptr(), others.data_ptr() + part.start * others.element_size(), 0,
-        one.target.data_ptr() + 8 * part.start, address(class_weight), one.ignore_index, label_smoothing, one.softcap,
-        native_threads(z.numel()),
-    )  # fmt: skip
-    if bad >= 0:
-        raise_bad_target(one.target, part.start + bad, one.n_classes, one.ignore_index)
-    return r
-
-
-def _fake(
-    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, left: Tensor, right: Tensor,
-    class_weight: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
-) -> Tensor:  # fmt: skip
-    shape = features.shape[0], left.shape[1], right.shape[1]
-    return features.new_empty(shape, dtype=accumulate_dtype(features.dtype))
-
-
-def _cuda(
-    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, left: Tensor, right: Tensor,
-    class_weight: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
-) -> Tensor:  # fmt: skip
-    fused = _triton.kernels("cross_entropy", features)
+def _cuda(head: Head, target: Tensor, projections: tuple[Tensor, Tensor], options: LossOptions) -> Tensor:
+    fused = _backends.kernels(head[0])
     if fused is not None:
-        return fused.sketch(
-            features, weight, bias, target, left, right, class_weight, ignore_index, label_smoothing, softcap
-        )
-    dtype = accumulate_dtype(features.dtype)
-    return reference.sketch(
-        features.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), target, left.to(dtype),
-        right.to(dtype), class_weight=class_weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
-        softcap=softcap,
-    )  # fmt: skip
+        return fused.sketch(*head, target, *projections, options)
+    dtype = accumulate_dtype(head[0].dtype)
+    features, weight, bias = (None if x is None else x.to(dtype) for x in head)
+    left, right = (projection.to(dtype) for projection in projections)
+    assert features is not None and weight is not None
+    return reference.sketch(features, weight, bias, target, left, right, **options._asdict())
 
 
 _sketch = define(
     "sketch(Tensor features, Tensor weight, Tensor? bias, Tensor target, Tensor left, Tensor right, "
     "Tensor? class_weight, SymInt ignore_index, float label_smoothing, float softcap) -> Tensor",
-    check=_check, fake=_fake, cpu=_cpu, cuda=_cuda, autocast=autocast_head,
-)  # fmt: skip
+    check=_check,
+    fake=_fake,
+    cpu=_cpu,
+    cuda=_cuda,
+    pack=_pack,
+    autocast=autocast_head,
+)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from selbp._checks import shown
 from selbp.rows.exposed import densify
 from selbp.rows.gradient import RowGradient
 from selbp.rows.layout import Layout
 from selbp.rows.unsupported import refuse_backward
 from selbp.rows.wrap import wrap
-from selbp.selectors.checks import shown
 
 _DROPOUTS = {torch.nn.functional.dropout, torch.dropout, torch.nn.functional.dropout1d}
 _CHANNEL_DROPOUTS = {torch.nn.functional.dropout2d, torch.nn.functional.dropout3d, torch.feature_dropout}

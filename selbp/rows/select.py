@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from selbp._checks import shown
 from selbp.rows.engine import current_task
 from selbp.rows.exposed import densify
 from selbp.rows.layout import BatchNormPolicy, RowSet
 from selbp.rows.unsupported import refuse_backward, refuse_forward
 from selbp.rows.wrap import wrap
-from selbp.selectors.checks import shown
 
 
 def as_row_gradient(rows: RowSet, gradient: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from selbp._checks import check_int, check_number, shown
 from selbp.sampling.batches import ScoredBatchSampler
-from selbp.selectors.checks import check_int, check_number, shown
 
 FALLBACK = "random"
 TIMES = 32  # of the last steps of each candidate, whose median counts

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from selbp._checks import check_choice, check_int, check_number, shown
 from selbp.sampling.draw import Odds, draw
 from selbp.sampling.issued import Draw
 from selbp.sampling.table import ScoreTable
-from selbp.selectors.checks import check_choice, check_int, check_number, shown
 
 _STATE = ("epoch", "consumed", "issued", "plan", "shard")
 _ODD = 0x2545F4914F6CDD1D  # takes a seed and an epoch to a generator's seed

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from selbp._checks import shown
 from selbp._numpy import ARRAYS
-from selbp.selectors.checks import shown
 
 WIDTH = 256  # numbers a sample
 GRAMS = 2  # characters or tokens that are hashed together, beside single ones

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from selbp.selectors.checks import shown
+from selbp._checks import shown
 
 
 class Draw(NamedTuple):

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selbp._checks import check_int, check_number, shown
 from selbp.sampling.batches import ScoredBatchSampler, TableSampler
 from selbp.sampling.draw import uniform
 from selbp.sampling.issued import Draw
 from selbp.sampling.proxy import Proxy
 from selbp.sampling.table import ScoreTable
 from selbp.selectors import ReducibleLoss
-from selbp.selectors.checks import check_int, check_number, shown
 
 
 class InfoBatchSampler(TableSampler):

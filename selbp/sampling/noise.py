@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from selbp.selectors.checks import check_int, check_number, shown
+from selbp._checks import check_int, check_number, shown
 
 ROUNDS = 200  # of expectation-maximisation
 SETTLED = 1e-5  # a change of eps or of an entry of T that ends it

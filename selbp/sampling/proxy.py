@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selbp._checks import check_flag, check_int, check_number, shown
 from selbp.sampling.features import CHUNK, Features, features_of, samples_of
 from selbp.sampling.noise import noise_aware
 from selbp.sampling.table import ScoreTable
-from selbp.selectors.checks import check_flag, check_int, check_number, shown
 
 LEAST = 100  # minibatches, from which the noise is seen
 MOST = 10  # passes that are made for them

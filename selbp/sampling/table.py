@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from selbp._checks import check_choice, check_int, check_number, shown
 from selbp.sampling.draw import Columns, Odds, odds_of
 from selbp.sampling.issued import Draw, Issued, check_ids
 from selbp.sampling.noise import estimate_epsilon, estimate_transition, normalised
@@ -26,7 +27,6 @@ from selbp.sampling.record import (
     remember,
     responsibility,
 )
-from selbp.selectors.checks import check_choice, check_int, check_number, shown
 
 FIRST_EPSILON = 0.1  # before anything is known
 NoiseModel = Literal["symmetric", "class", "none"]

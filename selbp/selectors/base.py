@@ -8,14 +8,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from selbp.selectors.checks import check_choice, check_flag, check_generator, check_int, check_number, shown
+from selbp._checks import check_generator, check_int, shown
 from selbp.selectors.proxies import GradientProxies
 from selbp.types import BatchStatistics, Selection
-
-__all__ = [
-    "Needs", "Selector", "Stateless", "check_call", "check_choice", "check_flag", "check_int", "check_number",
-    "check_select", "check_state", "require_proxies",
-]  # fmt: skip
 
 Needs = Literal["nothing", "loss", "statistics", "gradients"]
 

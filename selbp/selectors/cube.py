@@ -9,11 +9,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from selbp.ops.choose_rows import inclusion_probabilities, top_rows
+from selbp._checks import check_choice, check_int
 from selbp.ops.cube import cube_sample
-from selbp.selectors.base import Needs, Stateless, check_choice, check_int, check_select, require_proxies
+from selbp.reference.sampling import inclusion_probabilities, slot_weights, top_rows
+from selbp.selectors.base import Needs, Stateless, check_select, require_proxies
 from selbp.selectors.proxies import GradientProxies
-from selbp.selectors.weighting import slot_weights
 from selbp.types import BatchStatistics, Selection
 
 
@@ -69,4 +69,6 @@ class CubeSampling(Stateless):
         sketch = torch.where(uniform[:, None] > 0, gram.nan_to_num(0.0, 0.0, 0.0) @ weights, 0.0)
         chosen = cube_sample(sketch, probability, generator)
         indices, real = top_rows(torch.zeros_like(odds), chosen, k)
-        return Selection(indices, slot_weights("unbiased", stats, real, probability[indices]))
+        return Selection(
+            indices, slot_weights("unbiased", stats.valid, real, probability[indices]).to(stats.loss.dtype)
+        )

@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from selbp.ops.choose_rows import fill_spare, uniform
-from selbp.selectors.base import Needs, Stateless, check_choice, check_select, require_proxies
+from selbp._checks import check_choice
+from selbp.reference.sampling import fill_spare, slot_weights, uniform
+from selbp.selectors.base import Needs, Stateless, check_select, require_proxies
 from selbp.selectors.proxies import GradientProxies
-from selbp.selectors.weighting import slot_weights
 from selbp.types import BatchStatistics, Selection
 
 
@@ -72,4 +72,4 @@ class DivBS(Stateless):
             distance = distance - column.square()
         real = torch.arange(k, device=gram.device) < stats.valid.sum()
         indices, real = fill_spare(torch.cat(draws), real, stats.valid)
-        return Selection(indices, slot_weights(self.weights, stats, real))
+        return Selection(indices, slot_weights(self.weights, stats.valid, real).to(stats.loss.dtype))

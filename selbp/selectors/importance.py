@@ -9,10 +9,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from selbp.ops.choose_rows import choose_rows, sample_with_replacement
-from selbp.selectors.base import Needs, check_choice, check_flag, check_number, check_select, check_state
+from selbp._checks import check_choice, check_flag, check_number
+from selbp.ops.choose_rows import choose_rows
+from selbp.reference.sampling import sample_with_replacement, slot_weights
+from selbp.selectors.base import Needs, check_select, check_state
 from selbp.selectors.proxies import GradientProxies
-from selbp.selectors.weighting import Weights, slot_weights
+from selbp.selectors.weighting import Weights
 from selbp.types import BatchStatistics, Selection, gradient_norm
 
 
@@ -80,7 +82,7 @@ class GradNormImportance:
 
         if self.replacement:
             indices, real, chance = sample_with_replacement(odds, k, generator)
-            return Selection(indices, slot_weights(self.weights, stats, real, k * chance))
+            return Selection(indices, slot_weights(self.weights, stats.valid, real, k * chance).to(stats.loss.dtype))
         return choose_rows(
             odds, stats.valid, k, rule="odds", weights=self.weights, dtype=stats.loss.dtype, generator=generator
         )

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from selbp._checks import check_choice, check_int, check_number
 from selbp.ops.choose_rows import choose_rows, percentile
-from selbp.selectors.base import Needs, Stateless, check_choice, check_int, check_number, check_select, check_state
+from selbp.selectors.base import Needs, Stateless, check_select, check_state
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import Weights
 from selbp.types import BatchStatistics, Selection

@@ -9,11 +9,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from selbp.ops.choose_rows import fill_spare
+from selbp._checks import check_choice, check_flag, check_number
 from selbp.ops.matching import RULES, match
-from selbp.selectors.base import Needs, Stateless, check_choice, check_flag, check_number, check_select, require_proxies
+from selbp.reference.sampling import fill_spare, slot_weights
+from selbp.selectors.base import Needs, Stateless, check_select, require_proxies
 from selbp.selectors.proxies import GradientProxies
-from selbp.selectors.weighting import slot_weights
 from selbp.types import BatchStatistics, Selection
 
 
@@ -79,4 +79,4 @@ class GradientMatching(Stateless):
         indices, real = fill_spare(found.indices, found.indices >= 0, stats.valid)
         if self.weights == "refit":
             return Selection(indices, found.weights.to(stats.loss.dtype))  # 0 in the spare slots
-        return Selection(indices, slot_weights(self.weights, stats, real))
+        return Selection(indices, slot_weights(self.weights, stats.valid, real).to(stats.loss.dtype))

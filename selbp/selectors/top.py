@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from selbp._checks import check_choice, check_number
 from selbp.ops.choose_rows import choose_rows
-from selbp.selectors.base import Needs, Stateless, check_choice, check_number, check_select, require_proxies
+from selbp.selectors.base import Needs, Stateless, check_select, require_proxies
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import Weights, refit_weights
 from selbp.types import BatchStatistics, Selection, gradient_norm

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from selbp.ops.choose_rows import choose_rows, uniform
+from selbp.ops.choose_rows import choose_rows
+from selbp.reference.sampling import uniform
 from selbp.selectors.base import Needs, Stateless, check_select
 from selbp.selectors.proxies import GradientProxies
 from selbp.types import BatchStatistics, Selection

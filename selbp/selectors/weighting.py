@@ -18,17 +18,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from selbp.ops import choose_rows
 from selbp.ops.matching import nnls_gram
 from selbp.selectors.proxies import GradientProxies
 from selbp.types import BatchStatistics
 
 Weights = Literal["mean", "batch", "unbiased", "refit"]
-
-
-def slot_weights(weights: str, stats: BatchStatistics, real: Tensor, expected: Tensor | None = None) -> Tensor:
-    """(k,) weights as ``weights`` says, but for "refit"; see :func:`selbp.ops.choose_rows.slot_weights`."""
-    return choose_rows.slot_weights(weights, stats.valid, real, expected).to(stats.loss.dtype)
 
 
 def refit_weights(

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from selbp._checks import check_number
 from selbp.common.distributed import unwrap
-from selbp.selectors.checks import check_number
 
 NAME = "aux_loss"
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_weight")  # what models call the weight of it

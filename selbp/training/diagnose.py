@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from selbp._checks import check_choice, shown
 from selbp.common.batch import Batch
 from selbp.common.keep import check_keep, kept_rows
 from selbp.rows import BatchNormPolicy, select
 from selbp.rows.engine import nodes_of
 from selbp.rows.gradient import Wrapper
 from selbp.rows.observe import Observer, observing
-from selbp.selectors.checks import check_choice, shown
 from selbp.training.cost_model import Rates, Work, modelled
 from selbp.training.losses import criterion_of, of_some
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from selbp.selectors.checks import check_int, check_number, shown
+from selbp._checks import check_int, check_number, shown
 from selbp.training.soft_labels import is_soft, soft_hits, soft_losses, soft_mass
 
 LOSSES = ("cross_entropy", "mse", "bce", "causal_lm")

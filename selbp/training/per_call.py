@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from selbp.selectors.checks import shown
+from selbp._checks import shown
 from selbp.training.scoring import Scored
 from selbp.types import BatchStatistics, Selection
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from selbp._checks import shown
 from selbp.selectors import GradientMatching, TopLoss
-from selbp.selectors.checks import shown
 
 __all__ = ["recommended"]
 

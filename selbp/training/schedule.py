@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from selbp.selectors.checks import check_int, shown
+from selbp._checks import check_choice, check_int
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class Schedule:
     between: Literal["full", "random"] = "full"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.between, str) or self.between not in ("full", "random"):
-            raise ValueError(f'between must be "full" or "random", got {shown(self.between)}')
+        check_choice("between", self.between, ("full", "random"))
         for name, low in (("start", 0), ("every", 1), ("end", None)):
             value = getattr(self, name)
             if name != "end" or value is not None:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selbp._checks import shown
 from selbp.common.batch import Batch
 from selbp.sampling.issued import Draw
 from selbp.sampling.table import ScoreTable
 from selbp.selectors import Selector
-from selbp.selectors.checks import shown
 from selbp.types import Selection
 
 IRREDUCIBLE = "irreducible_loss"  # by which selbp.ReducibleLoss knows it

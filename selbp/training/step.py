@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from selbp._checks import check_flag, check_generator, shown
 from selbp.common.batch import Batch
 from selbp.common.distributed import averaging, check_not_bypassed, unwrap
 from selbp.common.guards import PRECISIONS, RunningStatistics, without_autocast
@@ -21,7 +22,6 @@ from selbp.rows.layout import BatchNormPolicy
 from selbp.sampling.issued import Draw
 from selbp.sampling.table import ScoreTable
 from selbp.selectors import Full, Random, Selector
-from selbp.selectors.checks import check_flag, check_generator, shown
 from selbp.selectors.top import TARGETS
 from selbp.training.auxiliary import Auxiliary, add
 from selbp.training.head import check_full_gradient, find_clear_head, find_head

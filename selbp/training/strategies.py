@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from selbp._checks import check_choice
 from selbp.common.batch import Batch
 from selbp.rows import BatchNormPolicy, select
-from selbp.selectors.checks import check_choice
 from selbp.training.diagnose import analyse_batch
 from selbp.training.losses import Criterion
 from selbp.types import Selection

@@ -385,7 +385,8 @@ def sketch(draw):
 
 
 def choose_rows(draw):
-    from selbp.ops.choose_rows import _choose_rows, specified
+    from selbp.ops.choose_rows import _choose_rows
+    from selbp.reference.sampling import choose_rows as specified
 
     n = draw.size(least=1)
     score = draw.tensor(n, dtype=torch.float64)
@@ -403,7 +404,8 @@ def choose_rows(draw):
 
 
 def percentile(draw):
-    from selbp.ops.choose_rows import _percentile, specified_percentile
+    from selbp.ops.choose_rows import _percentile
+    from selbp.reference.sampling import percentile as specified_percentile
 
     history = draw.tensor(draw.size(least=1), dtype=torch.float64)
     loss = draw.tensor(draw.size(), dtype=torch.float64)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from selbp import ops
-from selbp.ops import statistics
+from selbp.ops import _logit_pass
 
 N, D, CLASSES, KEEP = 24, 20, 70, 6
 
@@ -37,10 +37,10 @@ def everything(features, weight, bias, target):
 @pytest.fixture(params=["one tile", "tiles", "small head"])
 def batch(request, monkeypatch):
     if request.param != "small head":
-        monkeypatch.setattr(statistics, "_SMALL_HEAD", 0)
+        monkeypatch.setattr(_logit_pass, "_SMALL_HEAD", 0)
     if request.param == "tiles":
-        monkeypatch.setattr(statistics, "_TILE_ROWS", 16)
-        monkeypatch.setattr(statistics, "_TILE_BYTES", 16 * 64 * 4)
+        monkeypatch.setattr(_logit_pass, "_TILE_ROWS", 16)
+        monkeypatch.setattr(_logit_pass, "_TILE_BYTES", 16 * 64 * 4)
     bias, target = torch.randn(CLASSES), torch.arange(N)
     return torch.randn(N, D), torch.randn(CLASSES, D) / 4, bias, target
 

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selbp import reference
 from selbp.ops import choose_rows
-from selbp.ops.choose_rows import (
+from selbp.reference.sampling import (
     inclusion_probabilities,
     sample_rows,
     sample_with_replacement,
@@ -141,7 +142,7 @@ def differs(kernel):
             for weights in choose_rows.WEIGHTS[: 2 if rule == "top" else 3]:
                 arguments = (score, valid, None if rule == "top" else draws, k, rule, weights)
                 indices, found = kernel(*arguments)
-                expected = choose_rows.specified(*arguments)
+                expected = reference.choose_rows(*arguments)
                 same = torch.equal(indices, expected[0]) and torch.allclose(found, expected[1], rtol=1e-9, atol=0)
                 count += not same
     return count
@@ -174,7 +175,7 @@ def test_the_percentiles_are_the_specification(make, length):
     for n in (1, 17, 64):
         history, loss = (make(torch.randn(size, dtype=F64)) for size in (length, n))
         for past in (history, torch.full_like(history, math.nan)):
-            found, expected = choose_rows.percentile(past, loss), choose_rows.specified_percentile(past, loss)
+            found, expected = choose_rows.percentile(past, loss), reference.percentile(past, loss)
             assert all(torch.equal(a.nan_to_num(9e9), b.nan_to_num(9e9)) for a, b in zip(found, expected, strict=True))
 
 

@@ -31,7 +31,7 @@ def gradients(loss, tensors, upstream):
 
 def small_tiles(monkeypatch):
     """Tiles of 64 classes, so that small heads take several."""
-    monkeypatch.setattr(import_module("selbp.ops.statistics"), "_TILE_BYTES", 1)
+    monkeypatch.setattr(import_module("selbp.ops._logit_pass"), "_TILE_BYTES", 1)
     monkeypatch.setattr(import_module("selbp.ops.linear_cross_entropy"), "_TILE_BYTES", dict.fromkeys((2, 4, 8), 1))
 
 
@@ -105,9 +105,11 @@ def test_the_gpu_fallback_computes_the_same():
     (features, weight, bias), target = head(12, 5, 9, torch.float64)
     with torch.no_grad():
         features[4, 0] = torch.nan
-        forward = module._cpu(features, weight, bias, target, None, None, -100, 0.1, 0.0)
+        forward = module._cpu(*module._pack(features, weight, bias, target, None, None, -100, 0.1, 0.0))
         for a, b in zip(
-            module._cuda.forward(features, weight, bias, target, None, None, -100, 0.1, 0.0), forward, strict=True
+            module._cuda.forward(*module._pack(features, weight, bias, target, None, None, -100, 0.1, 0.0)),
+            forward,
+            strict=True,
         ):
             torch.testing.assert_close(a[forward[5]], b[forward[5]])
         for rows in (None, torch.tensor([1, 4, 1, 8])):
@@ -115,7 +117,8 @@ def test_the_gpu_fallback_computes_the_same():
                 torch.randn(12, dtype=torch.float64), features, weight, bias, target, forward[1], forward[6],
                 forward[5], None, rows, -100, 0.1, 0.0, True, True, True,
             )  # fmt: skip
-            for a, b in zip(module._cuda.backward(*arguments), module._backward_cpu(*arguments), strict=True):
+            packed = module._pack_backward(*arguments)
+            for a, b in zip(module._cuda.backward(*packed), module._backward_cpu(*packed), strict=True):
                 torch.testing.assert_close(a, b)
 
 

@@ -5,7 +5,7 @@ import torch
 from loss_cases import DTYPES, assert_error, compute_dtype, double
 
 from selbp import ops, reference
-from selbp.ops import statistics
+from selbp.ops import _logit_pass
 
 
 def sequences(n, length, d, n_classes, dtype=torch.float64, bias=True):
@@ -31,8 +31,8 @@ def exact_gradients(features, weight, bias, target):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_is_the_projection_of_the_gradient(bias, monkeypatch):
-    monkeypatch.setattr(statistics, "_TILE_BYTES", 1)
-    monkeypatch.setattr(statistics, "_TILE_ROWS", 7)
+    monkeypatch.setattr(_logit_pass, "_TILE_BYTES", 1)
+    monkeypatch.setattr(_logit_pass, "_TILE_ROWS", 7)
     problem = sequences(4, 5, 6, 150, bias=bias)
     left, right = ops.sketch_projections(150, 6 + bias, (8, 3), dtype=torch.float64)
     expected = left.t() @ exact_gradients(*problem) @ right
@@ -44,7 +44,7 @@ def test_is_the_projection_of_the_gradient(bias, monkeypatch):
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_the_reference(dtype, options, monkeypatch):
-    monkeypatch.setattr(statistics, "_TILE_BYTES", 1)  # two tiles of classes
+    monkeypatch.setattr(_logit_pass, "_TILE_BYTES", 1)  # two tiles of classes
     compute = compute_dtype(dtype)
     features, weight, bias, target = sequences(3, 4, 8, 90, dtype)
     class_weight = torch.rand(90).to(dtype)

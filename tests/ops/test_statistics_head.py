@@ -6,7 +6,7 @@ from loss_cases import DTYPES, OPTIONS, assert_statistics, compute_dtype, confid
 
 from benchmarks.bench_statistics import peak_mebibytes
 from selbp import ops, reference
-from selbp.ops import statistics
+from selbp.ops import _logit_pass
 
 
 def head_problem(n, d, n_classes, dtype, bias=True):
@@ -18,8 +18,8 @@ def head_problem(n, d, n_classes, dtype, bias=True):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_form_matches_the_reference_over_tiles(dtype, options, monkeypatch):
-    monkeypatch.setattr(statistics, "_TILE_ROWS", 16)
-    monkeypatch.setattr(statistics, "_TILE_BYTES", 16 * 64 * 4)
+    monkeypatch.setattr(_logit_pass, "_TILE_ROWS", 16)
+    monkeypatch.setattr(_logit_pass, "_TILE_BYTES", 16 * 64 * 4)
     options = dict(options)
     for n, d, n_classes, bias in ((1, 3, 1, True), (33, 20, 70, True), (16, 8, 64, False), (40, 33, 129, True)):
         features, weight, b, target = head_problem(n, d, n_classes, dtype, bias)
@@ -67,7 +67,7 @@ def test_linear_form_takes_any_strides_and_no_rows():
 def test_linear_form_keeps_confident_rows(monkeypatch):
     logits, target, exact = confident(torch.float32)
     identity = torch.eye(len(target))  # features that pick one row of the transposed logits each
-    monkeypatch.setattr(statistics, "_TILE_BYTES", 4 * 64 * len(target))
+    monkeypatch.setattr(_logit_pass, "_TILE_BYTES", 4 * 64 * len(target))
     ours = ops.linear_cross_entropy_statistics(identity, logits.t(), None, target)
     assert float(((ours.loss.double() - exact.loss) / exact.loss).abs().max()) < 1e-4
     assert float(((ours.residual_sq.double() - exact.residual_sq) / exact.residual_sq).abs().max()) < 1e-4
@@ -110,7 +110,7 @@ def small_head(n, n_classes, d, with_bias):
 def test_small_heads(shape, with_bias, weighted, monkeypatch):
     features, weight, bias, target = small_head(*shape, with_bias)
     class_weight = torch.rand(shape[1]) if weighted else None
-    monkeypatch.setattr(statistics._gemm, "linear", None)  # the native product alone
+    monkeypatch.setattr(_logit_pass._gemm, "linear", None)  # the native product alone
     ours = ops.linear_cross_entropy_statistics(features, weight, bias, target, class_weight=class_weight)
     strided = ops.linear_cross_entropy_statistics(
         features.t().contiguous().t(), torch.cat([weight, weight], 1)[:, : shape[2]],

@@ -6,8 +6,9 @@ from selection_cases import Batch
 from torch import Tensor
 
 import selbp
+from selbp import reference
 from selbp.ops import cube, cube_sample
-from selbp.ops.choose_rows import inclusion_probabilities
+from selbp.reference.sampling import inclusion_probabilities
 
 F64 = torch.float64
 LIMIT = 4.5  # of z, as in test_unbiased
@@ -34,7 +35,7 @@ def test_the_native_walk_is_the_spec(n: int, p: int, k: int, equal: bool) -> Non
         x, probability = problem(n, p, k, seed=seed, equal=equal)
         order, draws = draws_of(n, seed)
         chosen = torch.ops.selbp.cube_sample(x, probability, order, draws)
-        assert torch.equal(chosen, cube.walk(x, probability, order, draws))
+        assert torch.equal(chosen, reference.cube_sample(x, probability, order, draws))
         assert int(chosen.sum()) == k
         assert chosen[probability >= 1].all()
 

@@ -180,7 +180,7 @@ def test_full_head_gradient_needs_a_head_of_its_own():
 def test_schedule_refuses(arguments):
     with pytest.raises((TypeError, ValueError), match="start|end|every"):
         selbp.Schedule(*arguments)
-    with pytest.raises(ValueError, match="between must be"):
+    with pytest.raises(ValueError, match="between must be one of"):
         selbp.Schedule(between="none")
 
 

@@ -7,8 +7,8 @@ import dataclasses
 from triton.backends.compiler import GPUTarget
 
 from selbp.triton_kernels import (
+    combine,
     configs,
-    finalize,
     gram,
     linear_cross_entropy,
     residual,
@@ -158,8 +158,8 @@ def row_variants(arch: str) -> list[Variant]:
             found.append(Variant(f"residual_target {element} {name}", residual.residual_target_kernel, types,
                                  {"ROWS": residual.ROWS, "COLUMNS": residual.COLUMNS, **options}, 4))  # fmt: skip
             if itemsize == 4:
-                found.append(Variant(f"finalize {name}", finalize.finalize_kernel, types,
-                                     {"ROWS": finalize.ROWS, **options}, 4))  # fmt: skip
+                found.append(Variant(f"finalize {name}", combine.finalize_kernel, types,
+                                     {"ROWS": combine.ROWS, **options}, 4))  # fmt: skip
     return found
 
 

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from selbp import ops, reference
-from selbp.ops import _triton
+from selbp.ops import _backends
 
 statistics_operator, residual_operator, gram_operator = (
     importlib.import_module(f"selbp.ops.{name}") for name in ("statistics", "residual", "gram")
@@ -73,8 +73,10 @@ UNFIT = {
     "broken": (old_triton("4.0.0"), r"Triton 4\.0\.0 is installed and does not fit \(.*\), 3\.4 or newer"),
 }
 CALLS = {
-    "cross_entropy_statistics": lambda z, y, r: statistics_operator._cuda(z, y, None, None, -100, 0.0, 0.0, True)[0],
-    "residual": lambda z, y, r: residual_operator._cuda(z, y, r.lse, None, -100, 0.0, 0.0),
+    "cross_entropy_statistics": lambda z, y, r: statistics_operator._cuda(
+        *statistics_operator._pack(z, y, None, None, -100, 0.0, 0.0, True)
+    )[0],
+    "residual": lambda z, y, r: residual_operator._cuda(*residual_operator._pack(z, y, r.lse, None, -100, 0.0, 0.0)),
     "gradient_gram": lambda z, y, r: gram_operator._cuda(z, z, True),
 }
 
@@ -86,10 +88,10 @@ def unfit(request, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "triton" or "triton_kernels" in name]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", module)
-    for cached in (_triton.unavailable, _triton._warn_once):
+    for cached in (_backends.unavailable, _backends._warn_once):
         cached.cache_clear()
     yield says
-    for cached in (_triton.unavailable, _triton._warn_once):
+    for cached in (_backends.unavailable, _backends._warn_once):
         cached.cache_clear()
 
 

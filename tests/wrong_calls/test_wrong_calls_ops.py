@@ -433,7 +433,9 @@ OTHERS = {
     ),
     "sketch_gram": (lambda: ops.sketch_gram(f(3, 2)), r"sketches must be \(n, p, q\), got \(3, 2\)"),
     "sketch_gram type": (lambda: ops.sketch_gram(None), "sketches must be a Tensor, got NoneType"),
-    "projections kind": (lambda: ops.sketch_projections(3, 4, kind="x"), "kind must be sign or gaussian, got 'x'"),
+    "projections kind": (
+        lambda: ops.sketch_projections(3, 4, kind="x"), "kind must be one of 'sign', 'gaussian', got 'x'"
+    ),
     "projections dimensions": (
         lambda: ops.sketch_projections(3, 4, (2, 0)), r"dimensions must be two positive integers \(p, q\), got \(2, 0\)"
     ),

@@ -253,7 +253,7 @@ RULES = [
     (selbp.Schedule, "end", {"-1": -1}, ValueError, "end must be at least 0|got -1"),
     (selbp.Schedule, "every", {"0": 0}, ValueError, "every must be at least 1|got 0"),
     (selbp.Schedule, "every", NUMBERS, TypeError, "every must be an int|got"),
-    (selbp.Schedule, "between", CHOICES, ValueError, 'between must be "full" or "random"|got'),
+    (selbp.Schedule, "between", CHOICES, ValueError, "between must be one of 'full', 'random'|got"),
     (selbp.recommended, "cut", without(OBJECTS, "string"), TypeError, "cut must be a module, its name or None|got"),
 ]
 

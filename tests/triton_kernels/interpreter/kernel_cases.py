@@ -12,7 +12,7 @@ import dataclasses
 
 import torch
 
-from selbp.triton_kernels.finalize import finalize
+from selbp.triton_kernels.combine import finalize
 from selbp.triton_kernels.statistics import logits_statistics, statistics
 from selbp.triton_kernels.target_logit import target_logit
 

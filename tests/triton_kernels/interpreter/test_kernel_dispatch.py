@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from selbp import ops, reference
-from selbp.ops import _triton
+from selbp.ops import _backends
 
 gram_operator, residual_operator, statistics_operator, sketch_operator, head_operator = (
     importlib.import_module(f"selbp.ops.{name}")
-    for name in ("gram", "residual", "statistics", "sketch", "_linear_cross_entropy_cuda")
+    for name in ("gram", "residual", "statistics", "sketch", "linear_cross_entropy")
 )  # the package exports functions of the same names
 ARGUMENTS = {"class_weight": None, "ignore_index": -100, "label_smoothing": 0.0, "softcap": 0.0}
 
@@ -32,14 +32,18 @@ def test_statistics(option, layout):
     wide, logits = case.to(torch.float64), layout(case.logits)
     spec = reference.cross_entropy_statistics(logits.double(), case.target, wide.features, **wide.options)
     eager = reference.cross_entropy_statistics(logits, case.target, case.features, **case.options)
-    got = statistics_operator._cuda(logits, case.target, layout(case.features), *options(case).values(), True)
+    got = statistics_operator._cuda(
+        *statistics_operator._pack(logits, case.target, layout(case.features), *options(case).values(), True)
+    )
     cases.assert_statistics(got, spec, eager)
     spec = reference.linear_cross_entropy_statistics(wide.features, wide.weight, wide.bias, wide.target, **wide.options)
     eager = reference.linear_cross_entropy_statistics(
         case.features, case.weight, case.bias, case.target, **case.options
     )
     got = statistics_operator._linear_cuda(
-        layout(case.features), layout(case.weight), case.bias, case.target, *options(case).values()
+        *statistics_operator._linear_pack(
+            layout(case.features), layout(case.weight), case.bias, case.target, *options(case).values()
+        )
     )
     cases.assert_statistics(got, spec, eager, smallest=0.1)
 
@@ -49,7 +53,7 @@ def test_residual_and_gram(option):
     case = cases.make(21, 16, 90, option=option)
     logits = strided(case.logits)
     lse = torch.logsumexp(reference.soft_cap(logits, case.options.get("softcap", 0.0)), 1)
-    got = residual_operator._cuda(logits, case.target, lse, *options(case).values())
+    got = residual_operator._cuda(*residual_operator._pack(logits, case.target, lse, *options(case).values()))
     spec = reference.residual(logits.double(), case.target, lse.double(), **case.to(torch.float64).options)
     eager = reference.residual(logits, case.target, lse, **case.options)
     cases.assert_close("residual", got, spec, eager, smallest=1e-2)
@@ -65,17 +69,21 @@ def everything(case):
     arguments = tuple(options(case).values())
     head = case.features, case.weight, case.bias, case.target
     rows = len(case.features)
-    stored = statistics_operator._cuda(case.logits, case.target, case.features, *arguments, True)
-    residual = residual_operator._cuda(case.logits, case.target, stored[1], *arguments)
+    stored = statistics_operator._cuda(
+        *statistics_operator._pack(case.logits, case.target, case.features, *arguments, True)
+    )
+    residual = residual_operator._cuda(*residual_operator._pack(case.logits, case.target, stored[1], *arguments))
     class_weight, *rest = arguments
-    forward = head_operator.forward(*head, class_weight, None, *rest)
-    d_features, *d_head = head_operator.backward(
+    forward = head_operator._cuda.forward(*head_operator._pack(*head, class_weight, None, *rest))
+    d_features, *d_head = head_operator._cuda.backward(*head_operator._pack_backward(
         torch.linspace(0.5, 1.0, rows), *head, forward[1], forward[6], forward[5], class_weight, None, *rest,
         True, True, True,
-    )  # fmt: skip
+    ))  # fmt: skip
     left, right = ops.sketch_projections(len(case.weight), case.features.shape[1] + 1, (8, 8))
     sketches = sketch_operator._cuda(
-        case.features[:, None], case.weight, case.bias, case.target[:, None], left, right, *arguments
+        *sketch_operator._pack(
+            case.features[:, None], case.weight, case.bias, case.target[:, None], left, right, *arguments
+        )
     )
     gram = gram_operator._cuda(residual, case.features, True)
     names = ("loss", "lse", "residual_sq", "feature_sq", "correct", "valid")
@@ -115,9 +123,11 @@ def test_the_other_rows_are_as_if_the_broken_were_ignored(broken, option, value)
 
 def test_float64_and_missing_triton_take_the_reference(monkeypatch):
     case = cases.make(9, 4, 12).to(torch.float64)
-    assert _triton.kernels("cross_entropy", case.features) is None
-    got = statistics_operator._linear_cuda(case.features, case.weight, case.bias, case.target, *options(case).values())
+    assert _backends.kernels(case.features) is None
+    got = statistics_operator._linear_cuda(
+        *statistics_operator._linear_pack(case.features, case.weight, case.bias, case.target, *options(case).values())
+    )
     assert got[0].dtype == torch.float64
-    assert _triton.kernels("cross_entropy", torch.empty(1)) is not None
-    monkeypatch.setattr(_triton, "unavailable", lambda: "gone")
-    assert _triton.kernels("cross_entropy", torch.empty(1)) is None
+    assert _backends.kernels(torch.empty(1)) is not None
+    monkeypatch.setattr(_backends, "unavailable", lambda: "gone")
+    assert _backends.kernels(torch.empty(1)) is None

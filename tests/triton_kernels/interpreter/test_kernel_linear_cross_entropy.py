@@ -10,7 +10,7 @@ from selbp import reference
 from selbp.triton_kernels.configs import Tile
 from selbp.triton_kernels.linear_cross_entropy import backward
 
-operator = importlib.import_module("selbp.ops._linear_cross_entropy_cuda")
+operator = importlib.import_module("selbp.ops.linear_cross_entropy")
 POINTER, DESCRIPTOR = Tile(32, 32, 16), Tile(32, 32, 16, descriptor=True)
 
 
@@ -94,11 +94,15 @@ def test_the_operator_on_cuda_implementations(rows):
     case = cases.make(21, 16, 90, option="everything", bias=True)
     chosen = None if rows is None else torch.tensor(rows)
     options = (case.options["class_weight"], chosen, -100, 0.2, 7.0)
-    *stats, others = operator.forward(case.features, case.weight, case.bias, case.target, *options)
+    *stats, others = operator._cuda.forward(
+        *operator._pack(case.features, case.weight, case.bias, case.target, *options)
+    )
     grad = torch.rand(21)
     needs = (True, True, True)
-    got = operator.backward(
-        grad, case.features, case.weight, case.bias, case.target, stats[1], others, stats[5], *options, *needs
+    got = operator._cuda.backward(
+        *operator._pack_backward(
+            grad, case.features, case.weight, case.bias, case.target, stats[1], others, stats[5], *options, *needs
+        )
     )
     wide = case.to(torch.float64)
     mask = torch.zeros(21).index_fill_(0, torch.arange(21) if chosen is None else chosen, 1.0)

@@ -58,7 +58,7 @@ DOT = "acc = tl.dot(x, y, acc, input_precision=PRECISION)"
 CLAMP = "columns = tl.where(columns < n_b, columns, 0)"
 MUTANTS = {
     "off by one: ragged classes counted": ("statistics", "offset >= n_classes -", "offset > n_classes -", linear),
-    "off by one: ragged classes read": ("product", CLAMP, CLAMP.replace("<", "<="), linear),
+    "off by one: ragged classes read": ("matmul_tile", CLAMP, CLAMP.replace("<", "<="), linear),
     "off by one: stored logits": (
         "statistics",
         "mask = inside[:, None] & (columns < n",
@@ -66,19 +66,19 @@ MUTANTS = {
         stored,
     ),
     "off by one: ragged depth": (
-        "product",
+        "matmul_tile",
         "mask=(k + depth < length)[:, None]",
         "mask=(k + depth <= length)[:, None]",
         linear,
     ),
     "off by one: rows": ("statistics", "inside = rows < n", "inside = rows <= n", linear),
     "rows of the last tile stored unmasked": (
-        "finalize",
+        "combine",
         "tl.store(loss_out + rows, loss, mask=inside)",
         "tl.store(loss_out + rows, loss)",
         linear,
     ),
-    "product accumulated in float16": ("product", DOT, f"{DOT}.to(tl.float16).to(tl.float32)", linear),
+    "product accumulated in float16": ("matmul_tile", DOT, f"{DOT}.to(tl.float16).to(tl.float32)", linear),
     "sum accumulated in float16": (
         "statistics",
         "s = s * scale + tl.sum(e, 1)",
@@ -92,9 +92,9 @@ MUTANTS = {
         linear,
     ),
     "target not excluded from stored logits": ("statistics", "(columns[None, :] == y[:, None]) | ", "", stored),
-    "tile offset ignored": ("product", "b.load([j * COLUMNS, k])", "b.load([0, k])", described),
+    "tile offset ignored": ("matmul_tile", "b.load([j * COLUMNS, k])", "b.load([0, k])", described),
     "sums not rescaled": ("statistics", "state[3] * (scale * scale) + tl.sum", "state[3] * scale + tl.sum", linear),
-    "fits not rescaled": ("finalize", "rho * scale, s2 *", "rho, s2 *", lambda: linear("smoothing")),
+    "fits not rescaled": ("combine", "rho * scale, s2 *", "rho, s2 *", lambda: linear("smoothing")),
     "projection not rescaled": ("statistics", "projected * scale[:, None]", "projected", projection),
     "projection without the target": ("sketch", "own = rest - mass * q", "own = rest", projection),
     "projection: splits at one reference": ("sketch", "torch.exp2(reference - reference.amax(0))", "1.0", projection),
@@ -105,16 +105,16 @@ MUTANTS = {
         "",
         lambda: stored("smoothing", 1),
     ),
-    "splits dropped": ("finalize", "for split in range(0, n_splits)", "for split in range(0, 1)", linear),
+    "splits dropped": ("combine", "for split in range(0, n_splits)", "for split in range(0, 1)", linear),
     "log of one plus a small number": (
-        "finalize",
+        "combine",
         "log1p(a / tl.where(leads, t, 1.0))",
         "tl.log(1.0 + a / t)",
         confident,
     ),
-    "one minus a probability near one": ("finalize", "q = a / total", "q = 1.0 - t / total", confident),
+    "one minus a probability near one": ("combine", "q = a / total", "q = 1.0 - t / total", confident),
     "class weight of the wrong class": (
-        "finalize",
+        "combine",
         "tl.where(in_range, y, 0), mask",
         "tl.where(in_range, y * 0, 0), mask",
         lambda: stored("weight"),
@@ -143,7 +143,7 @@ MUTANTS = {
         "bad_row[:, None]",
         test_kernel_gram.test_broken_rows_count_as_zero,
     ),
-    "gram: off by one": ("product", "rows < n_a, rows", "rows <= n_a, rows", gradients),
+    "gram: off by one": ("matmul_tile", "rows < n_a, rows", "rows <= n_a, rows", gradients),
     "32-bit offset": (
         "statistics",
         "rows.to(tl.int64)[:, None] * stride_z",
@@ -167,7 +167,7 @@ def plant(tmp_path, monkeypatch):
         for name in [name for name in sys.modules if name.startswith("mutated_kernels")]:
             del sys.modules[name]
         for where, names in {
-            cases: ("finalize", "target_logit", "statistics"),
+            cases: ("combine.finalize", "target_logit", "statistics"),
             test_kernel_residual: ("residual",),
             test_kernel_gram: ("gram",),
             test_kernel_sketch: ("sketch.projected_residuals",),

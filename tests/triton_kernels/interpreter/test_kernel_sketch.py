@@ -59,7 +59,7 @@ def test_the_operator_on_cuda_implementations(bias):
     projections = ops.sketch_projections(90, 16 + bias, (8, 6))
     features, target = case.features.view(4, 6, 16), case.target.view(4, 6)
     options = (case.options["class_weight"], -100, 0.2, 7.0)
-    got = operator._cuda(features, case.weight, case.bias, target, *projections, *options)
+    got = operator._cuda(*operator._pack(features, case.weight, case.bias, target, *projections, *options))
     wide = case.to(torch.float64)
     spec = reference.sketch(
         wide.features.view(4, 6, 16), wide.weight, wide.bias, target, *(p.double() for p in projections),

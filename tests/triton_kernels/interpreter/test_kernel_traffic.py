@@ -6,8 +6,8 @@ import torch
 import triton_guard
 
 from benchmarks import roofline_gpu as roofline
+from selbp.triton_kernels.combine import finalize
 from selbp.triton_kernels.configs import Tile
-from selbp.triton_kernels.finalize import finalize
 from selbp.triton_kernels.gram import CLEAR_ROWS, gram
 from selbp.triton_kernels.linear_cross_entropy import residual_chunk, row_terms
 from selbp.triton_kernels.residual import residual

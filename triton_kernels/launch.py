@@ -9,18 +9,21 @@ bool. Nothing is synchronised and nothing depends on data, so every call can be 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import linear_cross_entropy as head
 from . import residual as residual_kernels
-from .finalize import finalize
+from .combine import finalize
 from .gram import gram
 from .sketch import projected_residuals
 from .statistics import logits_statistics, statistics
 from .target_logit import target_logit
+
+if TYPE_CHECKING:
+    from selbp.ops._loss_options import LossOptions
 
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -31,31 +34,38 @@ def rows(matrix: Tensor) -> Tensor:
     return matrix if plain or matrix.numel() == 0 else matrix.contiguous()
 
 
+def contiguous(options: LossOptions) -> LossOptions:
+    """The options with contiguous class weights."""
+    if options.class_weight is None:
+        return options
+    return options._replace(class_weight=options.class_weight.contiguous())
+
+
 def cross_entropy_statistics(
     logits: Tensor,  # (n, C)
     target: Tensor,  # (n,) int64
     features: Tensor | None,  # (n, d)
-    class_weight: Tensor | None,  # (C,)
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
+    options: LossOptions,
     bias: bool,
 ) -> Statistics:
     """The fields of BatchStatistics from stored logits."""
     logits, target = rows(logits), target.contiguous()
-    class_weight = None if class_weight is None else class_weight.contiguous()
+    options = contiguous(options)
     with torch.cuda.device_of(logits):
         z, feature_sq = target_logit(
             target, logits.shape[1], features=None if features is None else rows(features), logits=logits,
             plus=float(bias),
         )  # fmt: skip
         partials = logits_statistics(
-            logits, target, class_weight=class_weight, smooth=label_smoothing != 0.0, softcap=softcap
+            logits,
+            target,
+            class_weight=options.class_weight,
+            smooth=options.label_smoothing != 0.0,
+            softcap=options.softcap,
         )
         loss, lse, residual_sq, _, correct, valid = finalize(
-            partials, z, feature_sq, target, logits.shape[1], class_weight=class_weight, ignore_index=ignore_index,
-            label_smoothing=label_smoothing, softcap=softcap,
-        )  # fmt: skip
+            partials, z, feature_sq, target, logits.shape[1], **options._asdict()
+        )
     return loss, lse, residual_sq, feature_sq, correct, valid
 
 
@@ -64,43 +74,55 @@ def linear_cross_entropy(
     weight: Tensor,  # (C, d)
     bias: Tensor | None,  # (C,)
     target: Tensor,  # (n,) int64
-    class_weight: Tensor | None,  # (C,)
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
+    options: LossOptions,
 ) -> tuple[Tensor, ...]:
     """The fields of BatchStatistics of ``features @ weight.T + bias``, which is never stored, then 1 - p_y."""
     features, weight, target = rows(features), rows(weight), target.contiguous()
     bias = None if bias is None else bias.contiguous()
-    class_weight = None if class_weight is None else class_weight.contiguous()
+    options = contiguous(options)
     with torch.cuda.device_of(features):
         z, feature_sq = target_logit(
             target, len(weight), features=features, weight=weight, bias=bias, plus=float(bias is not None)
         )
         partials, _ = statistics(
-            features, weight, bias, target, class_weight=class_weight, smooth=label_smoothing != 0.0, softcap=softcap
+            features,
+            weight,
+            bias,
+            target,
+            class_weight=options.class_weight,
+            smooth=options.label_smoothing != 0.0,
+            softcap=options.softcap,
         )
         loss, lse, residual_sq, others, correct, valid = finalize(
-            partials, z, feature_sq, target, len(weight), class_weight=class_weight, ignore_index=ignore_index,
-            label_smoothing=label_smoothing, softcap=softcap,
-        )  # fmt: skip
+            partials, z, feature_sq, target, len(weight), **options._asdict()
+        )
     return loss, lse, residual_sq, feature_sq, correct, valid, others
 
 
-def linear_cross_entropy_statistics(*arguments: Any) -> Statistics:
+def linear_cross_entropy_statistics(
+    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, options: LossOptions
+) -> Statistics:
     """The fields of BatchStatistics; arguments as for :func:`linear_cross_entropy`."""
-    return linear_cross_entropy(*arguments)[:6]
+    *statistics, _ = linear_cross_entropy(features, weight, bias, target, options)
+    loss, lse, residual_sq, feature_sq, correct, valid = statistics
+    return loss, lse, residual_sq, feature_sq, correct, valid
 
 
 def linear_cross_entropy_backward(
-    scale: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, others: Tensor,
-    class_weight: Tensor | None, **options: Any,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    scale: Tensor,  # (k,)
+    operands: tuple[Tensor, Tensor, Tensor | None],  # features (k, d), weight (C, d), bias (C,)
+    scored: tuple[Tensor, Tensor, Tensor],  # target, lse and 1 - p_y, (k,) each
+    options: LossOptions,
+    needs: tuple[bool, bool, bool],  # of features, weight, bias
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the rows given; see :func:`.linear_cross_entropy.backward`."""
+    (features, weight, bias), (need_features, need_weight, need_bias) = operands, needs
+    class_weight, _, label_smoothing, softcap = contiguous(options)
     with torch.cuda.device_of(features):
         return head.backward(
-            scale, rows(features), rows(weight), None if bias is None else bias.contiguous(), target, lse, others,
-            None if class_weight is None else class_weight.contiguous(), **options,
+            scale, rows(features), rows(weight), None if bias is None else bias.contiguous(), *scored, class_weight,
+            label_smoothing=label_smoothing, softcap=softcap,
+            need_features=need_features, need_weight=need_weight, need_bias=need_bias,
         )  # fmt: skip
 
 
@@ -111,20 +133,15 @@ def sketch(
     target: Tensor,  # (n, T) int64
     left: Tensor,  # (C, p)
     right: Tensor,  # (d, q), or (d + 1, q) with a bias
-    class_weight: Tensor | None,  # (C,)
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
+    options: LossOptions,
 ) -> Tensor:
     """(n, p, q) float32 sketches of the sequences' head gradients."""
     n, length, d = features.shape
     h, y = rows(features.reshape(n * length, d)), target.reshape(n * length).contiguous()
     with torch.cuda.device_of(features):
         projected, valid = projected_residuals(
-            h, rows(weight), None if bias is None else bias.contiguous(), y, left,
-            None if class_weight is None else class_weight.contiguous(), ignore_index=ignore_index,
-            label_smoothing=label_smoothing, softcap=softcap,
-        )  # fmt: skip
+            h, rows(weight), None if bias is None else bias.contiguous(), y, left, **contiguous(options)._asdict()
+        )
     h = torch.where(valid[:, None], h, 0.0)
     mapped = h.float() @ right[:d].float()
     if bias is not None:
@@ -136,18 +153,13 @@ def residual(
     logits: Tensor,  # (n, C)
     target: Tensor,  # (n,) int64
     lse: Tensor,  # (n,)
-    class_weight: Tensor | None,  # (C,)
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
+    options: LossOptions,
 ) -> Tensor:
     """(n, C) float32 gradient of each row's loss with respect to its logits."""
     with torch.cuda.device_of(logits):
         return residual_kernels.residual(
-            rows(logits), target.contiguous(), lse.contiguous(),
-            class_weight=None if class_weight is None else class_weight.contiguous(), ignore_index=ignore_index,
-            label_smoothing=label_smoothing, softcap=softcap,
-        )  # fmt: skip
+            rows(logits), target.contiguous(), lse.contiguous(), **contiguous(options)._asdict()
+        )
 
 
 def gradient_gram(residual: Tensor, features: Tensor, bias: bool) -> Tensor:

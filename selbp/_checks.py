@@ -1,17 +1,22 @@
-"""Argument checks that the operators share.
+"""Every check of arguments that the package shares.
 
-Those of tensors read metadata only (dtype, shape, device), so they hold for FakeTensors, under ``torch.compile`` and
-without a synchronisation. Each error names the argument, what it must be and what came.
+Each error names the argument, says what it must be, and shows what came. Checks of tensors read metadata only (dtype,
+shape, device): they hold for FakeTensors and under ``torch.compile``, and never wait for a device. Numbers may be
+Python's, numpy's, or symbolic, which stay symbolic. A bool is never a number here, nor is a tensor.
 """
 
 from __future__ import annotations
 
+import math
 import numbers
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from selbp._numpy import ARRAYS, BOOLS
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LARGEST = sys.float_info.max
@@ -75,8 +80,25 @@ def check_range(name: str, value: float, low: float = -LARGEST, high: float = LA
         raise ValueError(f"{name} must be {limits}, got {value}")
 
 
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
+
+
+def check_generator(generator: object, device: torch.device | None = None) -> None:
+    """Raise TypeError or ValueError unless ``generator`` is None or a generator on ``device``'s kind of device."""
+    if generator is None:
+        return
+    place = getattr(generator, "device", None)
+    if device is not None and isinstance(place, torch.device) and place.type != device.type:
+        raise ValueError(f"generator must be on the statistics' device {device}, got one on {place}")
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {shown(generator)}")
+
+
 def number(name: str, value: object) -> float:
-    """``value`` as a float: Python's and numpy's numbers, symbolic ones as they are; TypeError for anything else."""
+    """``value`` as a float; a symbolic number stays symbolic. Raises TypeError for anything else."""
     if isinstance(value, float):  # np.float64 is one
         return value
     if isinstance(value, torch.SymFloat):
@@ -86,8 +108,17 @@ def number(name: str, value: object) -> float:
     return float(value)
 
 
+def check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
+    """``value`` as a float. Raises TypeError or ValueError unless it is a finite number in [low, high]."""
+    found = number(name, value)
+    if not (math.isfinite(found) and low <= found <= high):
+        limits = f" and at least {low:g}" if high == math.inf else f" and lie in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be finite{limits}, got {value}")
+    return found
+
+
 def integer(name: str, value: object) -> int:
-    """``value`` as an int: Python's and numpy's, symbolic ones as they are; TypeError for anything else."""
+    """``value`` as an int; a symbolic one stays symbolic. Raises TypeError, or ValueError beyond 64 bits."""
     if isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
@@ -99,13 +130,37 @@ def integer(name: str, value: object) -> int:
     return value
 
 
+def check_int(name: str, value: object, low: int | None = None, meaning: str = "an int") -> int:
+    """``value`` as an int. Raises TypeError, or ValueError below ``low``; ``meaning`` says what it must be."""
+    if isinstance(value, BOOLS) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be {meaning}, got {shown(value)}")
+    if low is not None and value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    return int(value)
+
+
 def flag(name: str, value: object) -> bool:
-    """``value`` as a bool: Python's and numpy's; TypeError for anything else."""
+    """``value`` as a bool: Python's or numpy's. Raises TypeError for anything else."""
     if isinstance(value, bool):
         return value
-    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+    if isinstance(value, BOOLS):
         return bool(value)
     raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def check_flag(name: str, value: object) -> bool:
+    """``value`` as a bool, as :func:`flag`; the error shows the value itself."""
+    if not isinstance(value, BOOLS):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+    return bool(value)
+
+
+def shown(value: Any) -> str:
+    """How a message shows what came: a tensor's dtype and shape, which wait for no device; else a short ``repr``."""
+    if isinstance(value, Tensor) or isinstance(value, ARRAYS):
+        return f"a {type(value).__name__} {value.dtype} {tuple(value.shape)}".replace("torch.", "")
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def autocast_enabled(tensor: Tensor) -> bool:

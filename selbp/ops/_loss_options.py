@@ -1,15 +1,16 @@
-"""What the operators around the cross-entropy share: argument checks, native type codes, raw addresses."""
+"""The options of the cross-entropy, and the checks of what every operator around it takes."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from selbp.ops._checks import (
+from selbp._checks import (
     check_dtype,
     check_floating,
+    check_optional_tensor,
     check_range,
     check_same_device,
     check_same_dtype,
@@ -18,18 +19,27 @@ from selbp.ops._checks import (
     number,
 )
 
-Options = tuple[int, float, float]  # ignore_index, label_smoothing, softcap
 
-TYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/statistics/cpu.hpp
+class LossOptions(NamedTuple):
+    """What the operators of one loss share. The public functions and the schemas take the four fields one by one."""
 
+    class_weight: Tensor | None = None  # (C,)
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    softcap: float = 0.0
 
-def loss_options(ignore_index: object, label_smoothing: object, softcap: object) -> Options:
-    """The options as the operators take them; TypeError for what is no number."""
-    return (
-        integer("ignore_index", ignore_index),
-        number("label_smoothing", label_smoothing),
-        number("softcap", softcap),
-    )
+    @classmethod
+    def of(
+        cls, class_weight: Tensor | None, ignore_index: object, label_smoothing: object, softcap: object
+    ) -> LossOptions:
+        """The options that a caller gave. Raises TypeError for what is no tensor or no number."""
+        check_optional_tensor("class_weight", class_weight)
+        return cls(
+            class_weight,
+            integer("ignore_index", ignore_index),
+            number("label_smoothing", label_smoothing),
+            number("softcap", softcap),
+        )
 
 
 def check_loss(
@@ -37,9 +47,7 @@ def check_loss(
     rows: Tensor,  # (n, ...)
     n_classes: int,
     target: Tensor,  # (n,)
-    class_weight: Tensor | None,  # (C,)
-    label_smoothing: float,
-    softcap: float,
+    options: LossOptions,
 ) -> None:
     """Raise unless target and options fit ``n = len(rows)`` samples of ``n_classes`` classes."""
     if n_classes < 1:
@@ -47,12 +55,13 @@ def check_loss(
     check_dtype("target", target, torch.int64)
     check_shape("target", target, f"(n,) with n = {rows.shape[0]} as {rows_name}", (rows.shape[0],))
     check_same_device("target", target, rows_name, rows)
+    class_weight = options.class_weight
     if class_weight is not None:
         check_floating("class_weight", class_weight)
         check_shape("class_weight", class_weight, f"(C,) with C = {n_classes} classes", (n_classes,))
         check_same_device("class_weight", class_weight, rows_name, rows)
-    check_range("label_smoothing", label_smoothing, 0.0, 1.0)
-    check_range("softcap", softcap, 0.0)
+    check_range("label_smoothing", options.label_smoothing, 0.0, 1.0)
+    check_range("softcap", options.softcap, 0.0)
 
 
 def check_head(features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -74,7 +83,7 @@ def check_head(features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def autocast_head(
     features: Tensor, weight: Tensor, bias: Tensor | None, *others: Any
 ) -> tuple[Tensor | Any | None, ...]:
-    """A head's operands in autocast's dtype, as ``torch.nn.functional.linear`` casts them: float64 stays."""
+    """Cast a head's operands to autocast's dtype, as ``torch.nn.functional.linear`` does: float64 stays."""
     dtype = torch.get_autocast_dtype(features.device.type)
 
     def cast(tensor: Tensor) -> Tensor:
@@ -83,30 +92,8 @@ def autocast_head(
     return cast(features), cast(weight), bias if bias is None else cast(bias), *others
 
 
-def contiguous_rows(tensor: Tensor) -> Tensor:
-    """``tensor`` itself, or a copy where its last dimension is not contiguous."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
-
-
-def native_class_weight(class_weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The class weights in the dtype that the kernels compute in, contiguous."""
-    return None if class_weight is None else class_weight.to(dtype).contiguous()
-
-
-def weight_sum(class_weight: Tensor | None, n_classes: int, label_smoothing: float) -> float:
-    """Sum of the class weights, which only label smoothing reads; ``n_classes`` where there are none."""
-    if class_weight is None or not label_smoothing:
-        return float(n_classes)
-    return float(class_weight.sum(dtype=torch.float64))
-
-
-def address(tensor: Tensor | None) -> int:
-    """Where the data begin; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def raise_bad_target(target: Tensor, row: int, n_classes: int, ignore_index: int) -> None:
-    """The ValueError for a target outside [0, C) that a native kernel found in ``row``."""
+def raise_bad_target(target: Tensor, row: int, n_classes: int, ignore_index: int) -> NoReturn:
+    """Raise the ValueError for a target outside [0, C) that a native kernel found in ``row``."""
     raise ValueError(
         f"target must lie in [0, {n_classes}) or be ignore_index = {ignore_index}, got {int(target[row])} in row {row}"
     )

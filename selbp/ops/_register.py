@@ -46,14 +46,16 @@ def define(
     fake: Callable[..., Any],
     cpu: Callable[..., Any],
     cuda: Callable[..., Any],
+    pack: Callable[..., tuple[Any, ...]] | None = None,
     autocast: Callable[..., tuple[Any, ...]] = _unchanged,
 ) -> Callable[..., Any]:
     """Register the non-differentiable operator ``schema`` and return its overload, ready to call.
 
-    ``check`` takes the operator's arguments and raises where they do not fit. ``autocast`` takes them too and returns
-    them as an enabled autocast hands them over; inside the operator autocast is off.
+    ``check`` takes the operator's arguments and raises where they do not fit. ``pack`` turns the schema's flat
+    arguments into those of ``check``, ``fake``, ``cpu`` and ``cuda``; None where they are the same. ``autocast`` takes
+    the flat arguments and returns them as an enabled autocast hands them over; inside the operator autocast is off.
     """
-    overload = _register(schema, check, fake, cpu, cuda, autocast)
+    overload = _register(schema, check, fake, cpu, cuda, pack, autocast)
     library.impl(schema.split("(")[0], torch.library.fallthrough_kernel, "Autograd")
     return overload
 
@@ -68,16 +70,17 @@ def define_differentiable(
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
     composed: Callable[..., Any],
+    pack: Callable[..., tuple[Any, ...]] | None = None,
     autocast: Callable[..., tuple[Any, ...]] = _unchanged,
 ) -> Callable[..., Any]:
     """Register the operator ``schema`` with the backward formula ``backward`` and return its overload.
 
     ``backward`` is handed the context, which inputs need a gradient, and the outputs' gradients.
-    ``composed`` is handed the operator's outputs and its arguments, and returns the outputs made of torch's own
+    ``composed`` is handed the operator's outputs and its packed arguments, and returns the outputs made of torch's own
     differentiable operators: forward mode takes its tangents from it.
     """
     name = schema.split("(")[0]
-    overload: Any = _register(schema, check, fake, cpu, cuda, autocast)
+    overload: Any = _register(schema, check, fake, cpu, cuda, pack, autocast)
 
     def below(keyset: Any, args: tuple[Any, ...]) -> Any:
         if are_transforms_active():  # the next level of torch.func differentiates too, in either mode
@@ -102,7 +105,7 @@ def define_differentiable(
         if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in args):
             with torch.no_grad():
                 outputs = below(keyset, args)
-            return composed(outputs, *args)
+            return composed(outputs, *(args if pack is None else pack(*args)))
         if torch.is_grad_enabled() and _any_requires_grad(*args):
             with enable_single_level_autograd_function() if are_transforms_active() else _NOTHING:
                 return function.apply(keyset, *args)
@@ -117,15 +120,22 @@ def _has_tangent(value: Any) -> bool:
 
 
 def _register(
-    schema: str, check: Callable[..., None], fake: Callable[..., Any], cpu: Callable[..., Any],
-    cuda: Callable[..., Any], autocast: Callable[..., tuple[Any, ...]],
-) -> Callable[..., Any]:  # fmt: skip
+    schema: str,
+    check: Callable[..., None],
+    fake: Callable[..., Any],
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    pack: Callable[..., tuple[Any, ...]] | None,
+    autocast: Callable[..., tuple[Any, ...]],
+) -> Callable[..., Any]:
     name = schema.split("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     overload: Any = getattr(torch.ops.selbp, name).default
 
     def backend(implementation: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
+            if pack is not None:
+                args = pack(*args)
             check(*args)
             with torch._C._AutoDispatchBelowAutograd():
                 return implementation(*args)
@@ -133,6 +143,8 @@ def _register(
         return call
 
     def checked_fake(*args: Any) -> Any:
+        if pack is not None:
+            args = pack(*args)
         check(*args)
         return fake(*args)
 
