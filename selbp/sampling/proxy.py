@@ -99,9 +99,11 @@ def fit_proxy(
     )
     if noisy:
         table.epsilon.fill_(epsilon)
+    if table.noise == "class":
+        few = torch.randperm(n, generator=_generator(seed))[:FOR_TRANSITION]
+        table.estimate(logits[few], y[few])
     table.fill(torch.arange(n), logits, y)
-    few = slice(None) if n <= FOR_TRANSITION else torch.randperm(n, generator=_generator(seed))[:FOR_TRANSITION]
-    table.estimate(logits[few], y[few])
+    table.measure() if table.noise == "class" else table.estimate()
     losses = F.cross_entropy(logits, y, reduction="none")
     accuracy = float((logits.argmax(1) == y).double().mean())
     end = time.process_time()
