@@ -178,7 +178,8 @@ def _trained(
     """A perceptron trained on the samples ``ids`` at a rate that falls to 0, the passes made, and eps."""
     epsilon = torch.tensor(START if noisy else 0.0, dtype=torch.float64)
     generator = _generator(seed)
-    model = nn.Sequential(nn.Linear(x.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, classes))
+    with torch.random.fork_rng(devices=[]):  # layers draw weights when they are made
+        model = nn.Sequential(nn.Linear(x.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, classes))
     with torch.no_grad():
         for layer in (model[0], model[2]):
             assert isinstance(layer, nn.Linear)

@@ -111,7 +111,7 @@ def test_wrong_proxies_are_refused(change, says):
 
 def test_info_batch_leaves_easy_samples_out_and_counts_the_others_for_them():
     table = known_table(400, noise="none")
-    sampler = info_batch(table, 50, epochs=4, ratio=0.5)
+    sampler = info_batch(table, 50, epochs=4, ratio=0.5, anneal=0.75)
     loss = -table.probability.double().log()
     easy = loss < loss.mean()
     kept, weights = [], []
