@@ -1,5 +1,7 @@
 """Epochs, shards and exact resume in the middle of an epoch, with workers that fetch ahead."""
 
+import copy
+
 import pytest
 import torch
 from sampling_kit import data, known_table, model
@@ -69,10 +71,8 @@ class Run:
 @pytest.mark.parametrize("options", [{}, {"weights": "unbiased"}], ids=["mean", "unbiased"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_draws_and_trains_as_if_it_had_not_stopped(workers, options, stop):
-    import copy
-
     whole = Run(workers, **options)
-    saved, iterator, ids = None, iter(()), []
+    saved, ids = None, []
     while len(ids) < stop + 15:
         for x, y in whole.loader:
             ids.append(whole.table.issued.draws[0].ids.tolist())

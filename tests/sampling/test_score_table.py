@@ -12,6 +12,8 @@ from selbp.sampling import Draw, ScoreTable
 from selbp.sampling.noise import estimate_epsilon, estimate_transition
 from selbp.sampling.record import Fresh, record, responsibility, specified
 
+zeros = torch.zeros(3, dtype=torch.int64)
+
 
 def planted(n=20_000, classes=5, transition=None, seed=0):
     """Probabilities of a model that is sure of the true label to a varying degree, and labels through a transition."""
@@ -264,9 +266,9 @@ def test_wrong_tables_are_refused(arguments, error, says):
     ("call", "says"),
     [
         (lambda t: t.record(Draw(torch.arange(3), 0), torch.zeros(3).long()), "records logits"),
-        (lambda t: t.record(Draw(torch.arange(3), 0), torch.zeros(3).long(), logits=torch.zeros(3, 5)), r"logits must be \(n, C\) = \(3, 4\)"),
+        (lambda t: t.record(Draw(torch.arange(3), 0), zeros, logits=torch.zeros(3, 5)), r"logits must be \(n, C\) = \(3, 4\)"),
         (lambda t: t.fill(torch.arange(3), torch.zeros(2, 4), torch.zeros(3).long()), "logits must be"),
-        (lambda t: t.fill(torch.arange(3) + 90, torch.zeros(3, 4), torch.zeros(3).long()), r"ids must lie in \[0, 20\), got 90 to 92"),
+        (lambda t: t.fill(torch.arange(3) + 90, torch.zeros(3, 4), zeros), r"ids must lie in \[0, 20\), got 90 to 92"),
         (lambda t: t.next(3), "No sampler of the step's table"),
         (lambda t: t.next(3, torch.arange(2)), r"ids must be \(n,\) = \(3,\)"),
         (lambda t: t.suspects(0), "n must be at least 1"),
