@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import selbp
-from selbp.sampling import NoiseAwareCrossEntropy, ScoredBatchSampler, ScoreTable, noise_aware
+from selbp.sampling import NoiseAwareCrossEntropy, Proxy, ScoredBatchSampler, ScoreTable, noise_aware, rho_loss
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 1e-3, 0.2, 0.9])
@@ -130,3 +130,20 @@ def test_a_table_without_classes_takes_any_loss():
     step = selbp.SelectiveBackprop(torch.nn.Linear(3, 2), selector=selbp.Full(), keep=1.0, loss="mse", table=table)
     step(torch.randn(4, 3), torch.randn(4, 2), ids=torch.arange(4)).backward()
     assert table.coverage == 0.5 and 1.0 <= table.headroom < 8
+
+
+def test_the_reducible_loss_is_read_from_the_table():
+    """RHO-LOSS trains on the rows of greatest loss minus the proxy's, whose numbers the sampler knows."""
+    table, network = known_table(200), model()
+    table.forget(torch.arange(200))
+    proxy = Proxy(0.0, 0.0, 1.0, 1.0, torch.rand(200))
+    sampler, arguments = rho_loss(table, proxy, k=5, pool=40)
+    step = selbp.SelectiveBackprop(network, **arguments)
+    for x, y in DataLoader(data(), batch_sampler=sampler):
+        ids = table.issued.draws[0].ids
+        with torch.no_grad():
+            reducible = F.cross_entropy(network(x), y, reduction="none") - proxy.losses[ids]
+        step(x, y).backward()
+        assert set(step.report.selection.indices.tolist()) == set(reducible.topk(5).indices.tolist())
+    with pytest.raises(ValueError, match="the table's 300 samples, got .200,"):
+        rho_loss(ScoreTable(300, 4), proxy, k=5, pool=40)
