@@ -133,13 +133,13 @@ double probability_of(const float* z, Size classes, Size target, Size* rival, do
   }
   double sum = 0;
   for (Size c = 0; c < classes; ++c) {
-    const double e = __builtin_exp(static_cast<double>(z[c] - most));
+    const double e = __builtin_exp(static_cast<double>(z[c]) - most);
     if (out) out[c] = e;
     sum += e;
   }
   if (out)
     for (Size c = 0; c < classes; ++c) out[c] /= sum;
-  return __builtin_exp(static_cast<double>(z[target] - most)) / sum;
+  return __builtin_exp(static_cast<double>(z[target]) - most) / sum;
 }
 
 // P(the label is right), from all probabilities by the transition, or from that of the label by epsilon.

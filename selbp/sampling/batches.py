@@ -71,7 +71,10 @@ class TableSampler(Sampler[list[int]]):
         return self._length()
 
     def __iter__(self) -> Iterator[list[int]]:
-        """The next epoch, or the rest of the one that a loaded state was in."""
+        """The next epoch, or the rest of the one that a loaded state was in.
+
+        It begins with its first batch: a loader with workers makes two iterators, and uses the second.
+        """
         if not self._resumed:
             self.epoch += self._begun
             self._consumed = 0
@@ -79,10 +82,7 @@ class TableSampler(Sampler[list[int]]):
             self.table.refresh()
             self._plan = self._plan_epoch()
         self._begun, self._resumed = True, False
-        return self._batches(self.table.issued.begin(self))
-
-    def _batches(self, token: object) -> Iterator[list[int]]:
-        index = self._consumed
+        token, index = self.table.issued.begin(self), self._consumed
         while index < self._length():
             made = self._replay.popleft() if self._replay else self._draw(index)
             self.table.issued.add(made, token)

@@ -38,7 +38,7 @@ class InfoBatchSampler(TableSampler):
             known = torch.isfinite(loss)
             easy = known & (loss < torch.where(known, loss, 0.0).sum() / known.sum().clamp(min=1))
             keep = ~(easy & (uniform(self.seed, self.epoch, 2, ids) < self.ratio))
-            weight = torch.where(easy, 1.0 / (1.0 - self.ratio), 1.0)
+            weight = torch.where(easy, weight / (1.0 - self.ratio), weight)
         order = self._shuffled(ids[keep])
         return {"order": order, "weight": weight[order]}
 

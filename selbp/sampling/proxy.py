@@ -103,9 +103,11 @@ def fit_proxy(
     )
     if noisy:
         table.epsilon.fill_(epsilon)
+    if table.noise == "class":
+        few = torch.randperm(n, generator=_generator(seed))[:FOR_TRANSITION]
+        table.estimate(logits[few], y[few])
     table.fill(torch.arange(n), logits, y)
-    few = slice(None) if n <= FOR_TRANSITION else torch.randperm(n, generator=_generator(seed))[:FOR_TRANSITION]
-    table.estimate(logits[few], y[few])
+    table.measure() if table.noise == "class" else table.estimate()
     losses = F.cross_entropy(logits, y, reduction="none")
     accuracy = float((logits.argmax(1) == y).double().mean())
     end = time.process_time()
@@ -185,7 +187,8 @@ def _trained(
     """A perceptron trained on the samples ``ids`` at a rate that falls to 0, the passes made, and eps."""
     epsilon = torch.tensor(START if noisy else 0.0, dtype=torch.float64)
     generator = _generator(seed)
-    model = nn.Sequential(nn.Linear(x.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, classes))
+    with torch.random.fork_rng(devices=[]):  # layers draw weights when they are made
+        model = nn.Sequential(nn.Linear(x.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, classes))
     with torch.no_grad():
         for layer in (model[0], model[2]):
             assert isinstance(layer, nn.Linear)

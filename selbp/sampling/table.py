@@ -235,31 +235,46 @@ class ScoreTable:
 
     @torch.no_grad()
     def estimate(self, logits: Tensor | None = None, target: Tensor | None = None) -> None:
-        """Estimate the noise from the scores there are, as after a proxy's scan of all samples or of uniform ones.
+        """Estimate the noise as a proxy's scan tells it, and :meth:`measure` the scores there are.
+
+        ``noise="symmetric"`` reads the probabilities in the table, of all samples or of uniform ones: fill it first.
+        ``"class"`` reads what it is given, for all probabilities of a sample count: fill the table afterwards, for
+        responsibilities by the transition that was found, and measure again.
 
         Args:
-            logits: (m, C) of samples drawn uniformly, from which ``noise="class"`` learns its transition.
+            logits: (m, C) of samples drawn uniformly, for ``noise="class"``.
             target: (m,) int64 their labels.
+
+        Raises:
+            ValueError: there is nothing to estimate from, or the shapes do not fit.
         """
-        p = self.probability[torch.isfinite(self.probability)]
-        if not len(p):
-            raise ValueError("the table holds no score yet: fill it first")
-        state = self._averages.state
         if self.noise == "symmetric":
-            state[EPSILON] = estimate_epsilon(p, self._require_classes(), self.epsilon).clamp(min=LEAST_EPSILON)
+            known = self.probability[torch.isfinite(self.probability)]
+            if not len(known):
+                raise ValueError("the table holds no score yet: fill it first")
+            found = estimate_epsilon(known, self._require_classes(), self.epsilon)
+            self.epsilon.copy_(found.clamp(min=LEAST_EPSILON))
             self.refresh()
         elif self.noise == "class":
             if logits is None or target is None:
                 raise ValueError('noise="class" learns from logits (m, C) and target (m,): both must be given')
             _check_rows(logits, target, len(target), self._require_classes())
-            found, counts = estimate_transition(torch.softmax(logits.double(), 1), target)
+            transition, counts = estimate_transition(torch.softmax(logits.double(), 1), target)
             assert self._averages.transition is not None and self._averages.counts is not None
-            self._averages.transition.copy_(found)
+            self._averages.transition.copy_(transition)
             self._averages.counts.copy_(counts)
-        r = self.responsibility[torch.isfinite(self.probability)].double()
+        self.measure()
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Take headroom, and a transition's share of wrong labels, from all scores there are."""
+        known = torch.isfinite(self.probability)
+        r, p = self.responsibility[known].double(), self.probability[known].double()
+        if not len(p):
+            return
+        state, norm = self._averages.state, r * (1.0 - p)
         if self.noise == "class":
             state[EPSILON] = (1.0 - r).mean()
-        norm = r * (1.0 - p.double())
         state[MASS], state[NORM], state[NORM_SQ] = min(self.window, len(p)), norm.mean(), norm.square().mean()
 
     @torch.no_grad()
