@@ -36,7 +36,7 @@ class HardestOfEachClass:
         return selbp.Selection(indices, torch.where(stats.valid[indices], 1.0 / k, 0.0))
 
     def state_dict(self) -> dict[str, Any]:
-        """This rule remembers nothing."""
+        """An empty state: the rule remembers nothing."""
         return {}
 
     def load_state_dict(self, state: Any) -> None:

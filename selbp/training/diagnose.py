@@ -98,7 +98,7 @@ class Diagnosis:
 
     @property
     def dense(self) -> dict[str, int]:
-        """Operators scattered back to n rows: name -> calls."""
+        """How often each operator was scattered back to n rows, by name."""
         return {operator.name: operator.calls for operator in self.operators if operator.runs == "dense"}
 
     def __str__(self) -> str:
