@@ -61,7 +61,8 @@ def _where_it_is_public(app: Any, env: Any, node: Any, text: Any) -> Any:
 
 def setup(app: Any) -> None:
     """Called by Sphinx."""
-    # A toctree ends in `*`, for pages that no line before names; there may be none. Sphinx has no name for this warning.
+    # A toctree ends in `*`, for pages that no line before names. Where there are none, Sphinx warns, without a name
+    # for the warning that `suppress_warnings` could hold.
     toctrees = logging.getLogger("sphinx.sphinx.directives.other")
     toctrees.addFilter(lambda record: "didn't match any documents" not in str(record.msg))
     app.connect("missing-reference", _where_it_is_public)
