@@ -20,6 +20,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|collections|typing|types|numbers|enum|nn)\..*"),
     ("py:.*", r"[a-z]+|Any|Callable|Counter|Literal|Mapping|Sequence|Iterable|Iterator|Tensor|Self|[A-Z]\w*Error"),
+    ("py:.*", r'[{"].*|.*[}"]'),  # {"a", "b"}: the values that an argument may have
 ]
 
 html_theme = "furo"
