@@ -56,9 +56,9 @@ class Selector(Protocol):
         Parameters
         ----------
         stats : BatchStatistics
-            ``stats.loss`` is each sample's own loss as torch's ``reduction="none"`` gives it, summed over the tokens of a
-            sequence: it means the same in every minibatch. ``stats.residual_sq`` and the ``proxies`` are of the losses
-            scaled so that their mean over the n rows is torch's ``reduction="mean"``, whose gradient is matched.
+            ``stats.loss`` is each sample's own loss as torch's ``reduction="none"`` gives it, summed over the tokens of
+            a sequence: it means the same in every minibatch. ``stats.residual_sq`` and the ``proxies`` are of the
+            losses scaled so that their mean over the n rows is torch's ``reduction="mean"``, whose gradient is matched.
         k : int
             How many rows.
         proxies : GradientProxies or None

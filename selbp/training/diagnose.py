@@ -47,14 +47,18 @@ class Diagnosis:
 
     Attributes
     ----------
-    n, k : int
-        Samples of the minibatch, and rows that would run backward.
+    n : int
+        Samples of the minibatch.
+    k : int
+        Rows that would run backward.
     operators : list
         Each operator of the backward: its name, whether it runs on rows and if not why, calls, FLOPs.
     forward_flops : float
         Of n rows.
-    row_flops, dense_flops : float
-        Of the backward's operators that can run on k rows, and of those that run on n; for n rows both.
+    row_flops : float
+        Of the backward's operators that can run on k rows; for n rows, too.
+    dense_flops : float
+        Of those that run on n.
     saved_bytes : int
         Activations that a forward with a graph keeps, for n rows.
     seconds : dict

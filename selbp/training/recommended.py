@@ -13,7 +13,7 @@ __all__ = ["recommended"]
 
 
 def recommended(cut: nn.Module | str | None = None) -> dict[str, Any]:
-    """Return the arguments of :class:`selbp.SelectiveBackprop` that the study confirmed, for a quarter of the minibatch.
+    """Arguments of :class:`selbp.SelectiveBackprop` that the study confirmed, for a quarter of the minibatch.
 
     Both were ahead of random at equal time on ten fresh seeds: clean images, a CPU, small convolutional networks. With
     wrong labels, on text and in short trainings they were not. The documentation's guide "Choosing a rule" has the

@@ -21,8 +21,8 @@ from selbp.types import BatchStatistics, Selection
 class StepReport(SelectionFigures):
     """One step's figures. The attributes are known at once; the properties synchronise with the device when read.
 
-    Figures that the step had no means to know are None: those that need gradients, where the rule looked at none;
-    accuracy, for a loss without classes.
+    Figures that the step had no means to know are None: those of gradients, where nothing was scored, no head was
+    found, or a rule that reads losses would have to keep large tensors for them; accuracy, for a loss without classes.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class StepReport(SelectionFigures):
     >>> step(torch.randn(16, 4), torch.randint(0, 3, (16,))).backward()
     >>> step.report.n, step.report.k, step.report.weight_sum
     (16, 4, 1.0)
-    >>> step.report.relative_residual is None  # the rule looked at losses only
+    >>> step.report.relative_residual > 0
     True
     """
 
