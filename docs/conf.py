@@ -6,8 +6,11 @@ import inspect
 import logging
 from typing import Any
 
+from sphinx.ext.napoleon.docstring import GoogleDocstring
+
 import selbp
 import selbp.ops
+import selbp.sampling
 
 project = "selbp"
 author = "the authors of selbp"
@@ -42,11 +45,12 @@ napoleon_use_param = False
 napoleon_use_rtype = False
 
 _PUBLIC = {
-    f"{thing.__module__}.{thing.__qualname__}": f"{room}.{name}"
-    for room, names in (("selbp.ops", selbp.ops.__all__), ("selbp", selbp.__all__))
-    for name in names
-    if inspect.isclass(thing := getattr(__import__(room, fromlist=[name]), name)) or inspect.isfunction(thing)
+    f"{thing.__module__}.{thing.__qualname__}": f"{room.__name__}.{name}"
+    for room in (selbp.ops, selbp, selbp.sampling)  # the last one names it
+    for name in room.__all__
+    if inspect.isclass(thing := getattr(room, name)) or inspect.isfunction(thing)
 }
+_PUBLIC |= {f"selbp.{name}": f"selbp.sampling.{name}" for name in selbp.sampling.__all__}
 
 
 def _where_it_is_public(app: Any, env: Any, node: Any, text: Any) -> Any:
@@ -62,6 +66,8 @@ def _where_it_is_public(app: Any, env: Any, node: Any, text: Any) -> Any:
 
 def setup(app: Any) -> None:
     """Called by Sphinx."""
+    # A property's docstring is text: what stands before its first colon is no type.
+    GoogleDocstring._parse_attribute_docstring = GoogleDocstring._consume_to_end
     # A toctree ends in `*`, for pages that no line before names. Where there are none, Sphinx warns, without a name
     # for the warning that `suppress_warnings` could hold.
     toctrees = logging.getLogger("sphinx.sphinx.directives.other")

@@ -7,9 +7,9 @@ from pathlib import Path
 # From the outside in; a room imports only from rooms in the lines below its own.
 LINES = [
     [("selbp_study", "the study, real data, the command line"), ("benchmarks", "ours against peers and the roofline")],
-    [("selbp.sampling", "choose before loading"), ("selbp.integrations", "other training frameworks")],
+    [("selbp.integrations", "other training frameworks")],
     [("selbp.training", "SelectiveBackprop: heads, losses, strategies, the report")],
-    [("selbp.cut", "BackwardCut: choose inside the backward")],
+    [("selbp.cut", "BackwardCut: choose inside the backward"), ("selbp.sampling", "choose before loading")],
     [("selbp.common", "what the step and the cut share: batches, hooks, guards")],
     [("selbp.rows", "backward through k rows of a forward on n"), ("selbp.selectors", "which rows, which weights")],
     [("selbp.ops", "one file per operator: schema, checks, backends")],

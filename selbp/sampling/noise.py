@@ -141,7 +141,7 @@ class NoiseAwareCrossEntropy:
     Example:
         >>> loss = NoiseAwareCrossEntropy(0.2)
         >>> loss(torch.tensor([[8.0, 0.0]]), torch.tensor([1]))
-        tensor([2.2992])
+        tensor([2.2999])
     """
 
     def __init__(self, noise: KnowsNoise | Tensor | float) -> None:
