@@ -18,7 +18,7 @@ PUBLIC = {
     for name in room.__all__
     if inspect.isclass(thing := getattr(room, name)) or inspect.isfunction(thing)
 }
-WITHOUT = ("selbp.sampling.",)  # a room whose docstrings need not all have one; those that are there run
+WITHOUT = ("selbp.sampling.", "selbp.cut.insert")  # whose docstrings need not all have one; those that are there run
 
 
 def examples_of(name: str) -> list[doctest.DocTest]:
@@ -26,8 +26,8 @@ def examples_of(name: str) -> list[doctest.DocTest]:
     members = [thing, *(vars(thing).values() if inspect.isclass(thing) else ())]
     found = doctest.DocTestFinder(recurse=False)
     documented = [member for member in members if (getattr(member, "__module__", None) or "").startswith("selbp")]
-    globs = vars(sys.modules[thing.__module__])  # an example may use the names of its file
-    tests = [test for member in documented for test in found.find(member, name, globs=dict(globs))]
+    globs = {"selbp": selbp, **vars(sys.modules[thing.__module__])}  # an example may use the names of its file
+    tests = [test for member in documented for test in found.find(member, name, globs=globs)]
     return [test for test in tests if test.examples]
 
 
