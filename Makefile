@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 export PYTHON VENV TORCH PIP_ARGS
 
-.PHONY: help demo test test-all test-versions test-compilers test-aarch64 sanitize wheel lint format bench study study-quick study-full study-explore study-confirm study-document gpu-check clean
+.PHONY: help demo test test-all test-versions test-compilers test-aarch64 sanitize wheel lint format bench study study-quick study-full study-explore study-confirm study-document docs gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,7 +33,8 @@ help:
 	@echo "make study      the comparison with random: equal steps, samples and time; under 2 hours on two cores"
 	@echo "make study-quick   the same in little, under 10 minutes; study-full: more models, for longer, and a text:"
 	@echo "                   about 2 core-hours, resumable; study-explore: what else was tried, about 70 core-minutes;"
-	@echo "                   study-confirm: named arms on fresh seeds; study-document: docs/study.md from the results"
+	@echo "                   study-confirm: named arms on fresh seeds; study-document: the study's page from the results"
+	@echo "make docs       the documentation as a site: build/docs/index.html"
 	@echo "make wheel      the sdist, and repaired wheels for the interpreters at hand; SELBP_CUDA=1 with the CUDA core"
 	@echo "make gpu-check  parity, sanitizer and throughput on a machine with a GPU"
 	@echo "make clean      remove the environment and everything built"
@@ -119,7 +120,12 @@ study-quick: $(VENV)/.with-demo
 	$(BIN)/selbp study --protocol quick --out runs/study-quick $(ARGS)
 
 study-document: $(VENV)/.with-demo
-	$(BIN)/selbp study --render benchmarks/results --out docs/study.md
+	$(BIN)/selbp study --render benchmarks/results --out docs/measurements/study.md
+
+# Offline once the packages are there; every warning and every name that leads nowhere is an error.
+docs: $(VENV)/.with-docs
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
 
 wheel: $(VENV)/.with-dev
 	bash scripts/wheels.sh $(ARGS)

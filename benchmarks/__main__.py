@@ -19,6 +19,7 @@ from benchmarks.roofline import Roofline
 
 SUITES = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "measurements" / "benchmarks.md"  # which has the table too
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--filter", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     parse.add_argument("--out", type=Path, metavar="DIR", help="write bench.json, .csv, .svg and tables in .md there")
     parse.add_argument(
-        "--publish", action="store_true", help="write them to benchmarks/results, and the README's table"
+        "--publish", action="store_true", help="write them to benchmarks/results, and the table of the documentation"
     )
     parse.add_argument("--clock", choices=("wall", "process"), help="process: CPU time of all threads (one thread: "
                        "process, which other programs move less; else wall)")  # fmt: skip
@@ -125,7 +126,7 @@ def _run(chosen: dict[str, list[Case]], options: argparse.Namespace) -> int:
     if folder:
         print("Written: " + ", ".join(str(file) for file in report.write(folder, results, about, rates)))
         if options.publish:
-            report.publish(RESULTS / "bench.md", RESULTS.parents[1] / "README.md")
+            report.publish(RESULTS / "bench.md", PAGE)
     return status or _verdict(results, options.check)
 
 

@@ -1,7 +1,7 @@
 """Writes what a run measured: JSON (everything), CSV (a row per contender), two tables in Markdown, and a plot (SVG).
 
-``bench.md`` is the short table, which the README includes: for each suite the case in the middle, by a rule of code
-(:func:`summary`), so that nobody chooses what is shown. ``bench_all.md`` has every row.
+``bench.md`` is the short table, which the documentation's page has: for each suite the case in the middle, by a rule of
+code (:func:`summary`), so that nobody chooses what is shown. ``bench_all.md`` has every row.
 """
 
 from __future__ import annotations
@@ -182,14 +182,14 @@ def summary(about: Mapping[str, Any], results: Results) -> str:
     )
 
 
-def publish(table: Path, readme: Path) -> None:
-    """Put ``table`` between the markers of ``readme``. Raises ValueError where they are missing."""
-    text = readme.read_text()
+def publish(table: Path, page: Path) -> None:
+    """Put ``table`` between the markers of ``page``. Raises ValueError where they are missing."""
+    text = page.read_text()
     if text.count(START) != 1 or text.count(END) != 1:
-        raise ValueError(f"{readme} must have {START} and {END} once")
+        raise ValueError(f"{page} must have {START} and {END} once")
     before, rest = text.split(START)
     after = rest.split(END)[1]
-    readme.write_text(f"{before}{START}\n{table.read_text().strip()}\n{END}{after}")
+    page.write_text(f"{before}{START}\n{table.read_text().strip()}\n{END}{after}")
 
 
 # ------------------------------------------------------------------------------------------------------------- files

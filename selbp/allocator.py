@@ -25,8 +25,15 @@ def keep_freed_memory() -> bool:
     It acts on the whole process and cannot be undone, which is why nothing calls it by itself: the process's resident
     memory then stays at its peak. Call it once, before training on a CPU. CUDA's memory has a cache of its own.
 
-    Returns:
+    Returns
+    -------
+    bool
         Whether the allocator took it; False where it is not glibc's.
+
+    Examples
+    --------
+    >>> import selbp
+    >>> took = selbp.keep_freed_memory()  # doctest: +SKIP
     """
     if not sys.platform.startswith("linux"):
         return False

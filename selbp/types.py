@@ -10,12 +10,34 @@ from torch import Tensor
 
 
 class BatchStatistics(NamedTuple):
-    """Per-sample statistics of a minibatch of ``n`` samples: the by-product of its forward pass.
+    """Per-sample statistics of a minibatch of n samples: the by-product of its forward pass.
 
-    The floating fields are float64 for float64 inputs, else float32. A row that is not ``valid`` (ignored target,
-    or a loss or norm that is not finite) may never be selected. The training step hands selectors the loss
-    unscaled, comparable between minibatches, and ``residual_sq`` times s^2, where s makes the mean of s times the loss
-    torch's ``reduction="mean"`` under class weights and ignored rows.
+    The floating fields are float64 for float64 inputs, else float32. A row that is not ``valid`` may never be
+    selected. The training step hands selectors the loss unscaled, comparable between minibatches, and ``residual_sq``
+    times s^2, where s makes the mean of s times the loss torch's ``reduction="mean"`` under class weights and ignored
+    rows.
+
+    Attributes
+    ----------
+    loss : Tensor
+        (n,) cross-entropy of each row, as ``reduction="none"`` defines it; 0 where the target is ignored.
+    lse : Tensor
+        (n,) log-sum-exp of the row's logits.
+    residual_sq : Tensor
+        (n,) squared norm of the gradient of the row's loss with respect to its logits.
+    feature_sq : Tensor
+        (n,) squared norm of the head's input, + 1 for the bias; 1 where features were not given.
+    correct : Tensor
+        (n,) bool: no other class has a greater logit than the target.
+    valid : Tensor
+        (n,) bool: the target is not ignored and everything above is finite.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> stats = selbp.BatchStatistics.unscored(torch.ones(3, dtype=torch.bool))
+    >>> stats.loss
+    tensor([nan, nan, nan])
     """
 
     loss: Tensor  # (n,) cross-entropy of each row, as reduction="none" defines it; 0 where the target is ignored
@@ -51,7 +73,25 @@ def gradient_norm(stats: BatchStatistics) -> Tensor:
 
 
 class MeanGradient(NamedTuple):
-    """The minibatch's mean last-layer gradient ``M`` and each sample's inner product with it."""
+    """The minibatch's mean last-layer gradient M and each sample's inner product with it.
+
+    Attributes
+    ----------
+    inner : Tensor
+        (n,) g_i . M.
+    target_sq : Tensor
+        () squared norm of M, accumulated in float64.
+    head_weight : Tensor
+        (C, d) the exact mean gradient of the head's weight.
+    head_bias : Tensor or None
+        (C,) and of its bias, where it has one.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> selbp.ops.mean_gradient(torch.ones(4, 2), torch.ones(4, 3)).head_bias
+    tensor([1., 1.])
+    """
 
     inner: Tensor  # (n,) g_i . M
     target_sq: Tensor  # () squared norm of M, accumulated in float64
@@ -60,7 +100,19 @@ class MeanGradient(NamedTuple):
 
 
 class MatchStatus(enum.IntEnum):
-    """Why the matching solver stopped."""
+    """Why the matching solver stopped.
+
+    ``FULL``: k rows were chosen. ``OPTIMAL``: no further row can lower the objective (the KKT conditions hold).
+    ``TOLERANCE``: the relative residual fell below the tolerance. ``INVALID``: an input of this problem was not finite,
+    nothing was chosen. ``ITERATIONS``: the iteration limit was reached; the selection is feasible, not optimal.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> found = selbp.ops.match(torch.eye(3), torch.tensor([1.0, 0.0, 0.0]), torch.tensor(1.0), k=2)
+    >>> selbp.ops.MatchStatus(int(found.status)).name  # only one row correlates with the target
+    'OPTIMAL'
+    """
 
     FULL = 0  # k rows were chosen
     OPTIMAL = 1  # no further row can lower the objective (the KKT conditions hold)
@@ -70,7 +122,28 @@ class MatchStatus(enum.IntEnum):
 
 
 class Matching(NamedTuple):
-    """What :func:`selbp.ops.match` chose, for any leading batch dimensions ``...``."""
+    """What :func:`selbp.ops.match` chose, for any leading batch dimensions ``...``.
+
+    Attributes
+    ----------
+    indices : Tensor
+        (..., k) int64 in order of choice, unique, padded with -1.
+    weights : Tensor
+        (..., k) padded with 0; nonnegative unless asked otherwise.
+    count : Tensor
+        (...) int32, how many entries are real.
+    residual : Tensor
+        (...) ``||mean - sum w g|| / ||mean||``, from the float64 quadratic form of the inputs.
+    status : Tensor
+        (...) uint8, a :class:`selbp.ops.MatchStatus`.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> found = selbp.ops.match(torch.eye(3), torch.tensor([1.0, 0.0, 0.0]), torch.tensor(1.0), k=2, ridge=0.0)
+    >>> found.indices, found.weights, found.count
+    (tensor([ 0, -1]), tensor([1., 0.]), tensor(1, dtype=torch.int32))
+    """
 
     indices: Tensor  # (..., k) int64 in order of choice, unique, padded with -1
     weights: Tensor  # (..., k) padded with 0; nonnegative unless asked otherwise
@@ -84,6 +157,20 @@ class Selection(NamedTuple):
 
     Always exactly k rows and no -1: where fewer valid rows exist, spare slots repeat a valid row (else row 0) with
     weight 0, and a row of weight 0 is masked out of the loss, never multiplied.
+
+    Attributes
+    ----------
+    indices : Tensor
+        (k,) int64.
+    weights : Tensor
+        (k,) floating.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> chosen = selbp.Selection(torch.tensor([3, 0]), torch.tensor([0.5, 0.5]))
+    >>> float((chosen.weights * torch.tensor([1.0, 2.0, 3.0, 5.0])[chosen.indices]).sum())
+    3.0
     """
 
     indices: Tensor  # (k,) int64

@@ -141,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
         "  selbp study --protocol quick\n"
         "  selbp study --protocol main --workers 2 --results benchmarks/results\n"
         "  selbp study --protocol main --name explore --arms random,matching,matching@cut=2 --seeds 0-2\n"
-        "  selbp study --render benchmarks/results --out docs/study.md\n\n"
+        "  selbp study --render benchmarks/results --out docs/measurements/study.md\n\n"
         f"protocols:\n{_protocol_help()}",
     )  # fmt: skip
     study.add_argument("--protocol", choices=list(PROTOCOLS), metavar="NAME", default="main",
@@ -157,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     study.add_argument("--out", type=Path, metavar="DIR", help="folder of all runs (default: runs/study)")
     study.add_argument("--results", type=Path, metavar="DIR", help="where the result file goes (default: --out)")
     study.add_argument("--render", type=Path, metavar="DIR", help="run nothing: write the document of DIR's results "
-                       "to --out (default: docs/study.md)")  # fmt: skip
+                       "to --out (default: docs/measurements/study.md)")  # fmt: skip
     study.add_argument("--quiet", action="store_true", help="no progress bar")
     study.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
 

@@ -89,11 +89,11 @@ def dumps(result: dict[str, object]) -> str:
 
 
 def render(source: Path, out: Path | None) -> int:
-    """Write ``docs/study.md`` (``out``) from a folder of results, or one result file."""
+    """Write ``docs/measurements/study.md`` (``out``) from a folder of results, or one result file."""
     files = result_files(source) if source.is_dir() else [source]
     if not files:
         raise ValueError(f"--render {source}: must be a study's result or a folder with some; it has no study-*.json")
-    target = out or Path("docs/study.md")
+    target = out or Path("docs/measurements/study.md")
     write_text(target, document([read_result_file(path) for path in files]))
     print(f"{target}: {', '.join(path.name for path in files)}")
     return 0

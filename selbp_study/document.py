@@ -1,4 +1,4 @@
-"""``docs/study.md`` and the page of a study, both made from result files and from nothing else."""
+"""``docs/measurements/study.md`` and the page of a study, both made from result files and from nothing else."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def section(result: dict[str, Any]) -> str:
 
 
 def document(results: Sequence[dict[str, Any]]) -> str:
-    """The whole of docs/study.md."""
+    """The whole of docs/measurements/study.md."""
     return "\n".join([HEADING, "\n\n".join(section(result) for result in results), ""])
 
 

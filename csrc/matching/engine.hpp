@@ -103,7 +103,7 @@ class Engine {
       best = append(best.index);
       if (best.spoiled) return Status::invalid;  // what came was not positive semidefinite, and overflowed
       if (best.flag) {
-        make_feasible();  // never drops the new row itself: docs/solver.md
+        make_feasible();  // never drops the new row itself: docs/developer/solver.md
         best = scan();
       }
     }

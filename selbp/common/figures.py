@@ -53,7 +53,7 @@ class SelectionFigures:
 
     @cached_property
     def weight_sum(self) -> float:
-        """Sum of the weights: the factor on the learning rate of the layers that run backward on k rows."""
+        """The sum of the weights, a factor on the learning rate of the layers that run backward on k rows."""
         return float(self._choice().weights.double().sum())
 
     @cached_property
@@ -63,7 +63,7 @@ class SelectionFigures:
 
     @cached_property
     def effective_sample_size(self) -> float:
-        """(sum w)^2 / sum w^2: k for equal weights, 1 if one row has all the weight."""
+        """The number of rows for equal weights, 1 if one row has all the weight; (sum w)^2 / sum w^2."""
         w = self._choice().weights.double()
         total = float(w.square().sum())
         return float(w.sum()) ** 2 / total if total else 0.0
@@ -79,7 +79,7 @@ class SelectionFigures:
 
     @cached_property
     def gain(self) -> float | None:
-        """Expected squared error of k rows drawn at random, over that of the chosen ones: above 1 the rule helps."""
+        """Expected squared error of k rows drawn at random, over that of the chosen ones; above 1 the rule helps."""
         return self._gain_over(len(self._choice().weights))
 
     def _gain_over(self, k: int) -> float | None:

@@ -32,6 +32,14 @@ class CutReport(SelectionFigures):
     See Also
     --------
     selbp.BackwardCut : its ``report`` is one.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> cut = selbp.BackwardCut(keep=4)
+    >>> cut(torch.randn(16, 8, requires_grad=True)).square().mean().backward()
+    >>> cut.report.n, cut.report.k
+    (16, 4)
     """
 
     n: int

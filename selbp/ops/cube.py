@@ -26,18 +26,34 @@ def cube_sample(
 ) -> Tensor:
     """Draw a sample that is balanced on the columns of ``balance``, of a size that is always the same.
 
-    Args:
-        balance: (n, p) finite; columns in order of importance, the last are given up first.
-        probability: (n,) inclusion probabilities in [0, 1], whose sum is an integer to rounding: the sample's size.
-        generator: where the draws come from, on the tensors' device; torch's global one for None.
+    Parameters
+    ----------
+    balance : Tensor
+        (n, p) finite; columns in order of importance, the last are given up first.
+    probability : Tensor
+        (n,) inclusion probabilities in [0, 1], whose sum is an integer to rounding: the sample's size.
+    generator : torch.Generator or None
+        Where the draws come from, on the tensors' device; torch's global one for None.
 
-    Returns:
+    Returns
+    -------
+    Tensor
         (n,) bool. Each unit is in with its probability, and ``sum_S balance_i / probability_i`` has a variance that
         comes from the landing's last p units alone. Computed in float64.
 
-    Raises:
-        TypeError: an input is not a floating tensor.
-        ValueError: shapes or devices do not fit.
+    Raises
+    ------
+    TypeError
+        An input is not a floating tensor.
+    ValueError
+        Shapes or devices do not fit.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> chosen = selbp.ops.cube_sample(torch.randn(8, 2), torch.full((8,), 0.5))
+    >>> int(chosen.sum())
+    4
     """
     check_tensor("balance", balance)
     check_tensor("probability", probability)

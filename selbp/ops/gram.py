@@ -27,19 +27,36 @@ def gradient_gram(
 ) -> Tensor:
     """Gram matrix of the per-sample last-layer gradients, K_ij = (r_i . r_j)(h_i . h_j + 1).
 
-    Args:
-        residual: (n, C) gradient of each sample's loss with respect to the logits.
-        features: (n, d) input of the head, in the dtype of ``residual``.
-        bias: whether the head has a bias (the + 1).
+    Parameters
+    ----------
+    residual : Tensor
+        (n, C) gradient of each sample's loss with respect to the logits.
+    features : Tensor
+        (n, d) input of the head, in the dtype of ``residual``.
+    bias : bool
+        Whether the head has a bias (the + 1).
 
-    Returns:
-        (n, n), symmetric bit for bit; float64 for float64 inputs, else float32 with float32 accumulation (bfloat16
-        and float16 inputs are widened first: a Gram matrix kept in bfloat16 lets a solver claim a residual of 0). A
-        row with a NaN or an infinity in either input counts as a zero gradient.
+    Returns
+    -------
+    Tensor
+        (n, n), symmetric bit for bit; float64 for float64 inputs, else float32 with float32 accumulation (bfloat16 and
+        float16 inputs are widened first: a Gram matrix kept in bfloat16 lets a solver claim a residual of 0). A row
+        with a NaN or an infinity in either input counts as a zero gradient.
 
-    Raises:
-        TypeError: an input is not a floating tensor, or their dtypes differ.
-        ValueError: an input is not a matrix, or their rows or devices differ.
+    Raises
+    ------
+    TypeError
+        An input is not a floating tensor, or their dtypes differ.
+    ValueError
+        An input is not a matrix, or their rows or devices differ.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> residual, features = torch.tensor([[1.0, -1.0], [0.5, -0.5]]), torch.tensor([[1.0], [2.0]])
+    >>> selbp.ops.gradient_gram(residual, features)
+    tensor([[4.0000, 3.0000],
+            [3.0000, 2.5000]])
     """
     check_tensor("residual", residual)
     check_tensor("features", features)

@@ -84,27 +84,54 @@ def linear_cross_entropy(
     those that ``rows`` names. The weight's gradient is accumulated in float32 and written once. Forward mode
     (``torch.func.jvp``) and derivatives of the gradients run in torch's own operators, which store the logits.
 
-    Args:
-        features: (n, d), float32, float64, bfloat16 or float16.
-        weight: (C, d) of the dtype of ``features``; autocast casts both, and ``bias``, as for a linear layer.
-        bias: (C,) or None.
-        target: (n,) int64 class indices, or ``ignore_index``.
-        class_weight: (C,) weights of the classes, as torch's ``weight``; not differentiated.
-        ignore_index: rows with this target have loss 0 and no gradient.
-        label_smoothing: in [0, 1], as torch's.
-        softcap: where positive, the loss is that of ``softcap * tanh(logits / softcap)``.
-        rows: (k,) int64, the rows whose losses carry a gradient; the others' count as constants. Repeated entries
-            count once.
-        return_statistics: also return the :class:`BatchStatistics` of the same pass, which carry no gradient.
+    Parameters
+    ----------
+    features : Tensor
+        (n, d), float32, float64, bfloat16 or float16.
+    weight : Tensor
+        (C, d) of the dtype of ``features``; autocast casts both, and ``bias``, as for a linear layer.
+    bias : Tensor or None
+        (C,).
+    target : Tensor
+        (n,) int64 class indices, or ``ignore_index``.
+    class_weight : Tensor or None
+        (C,) weights of the classes, as torch's ``weight``; not differentiated.
+    ignore_index : int
+        Rows with this target have loss 0 and no gradient.
+    label_smoothing : float
+        In [0, 1], as torch's.
+    softcap : float
+        Where positive, the loss is that of ``softcap * tanh(logits / softcap)``.
+    rows : Tensor or None
+        (k,) int64, the rows whose losses carry a gradient; the others' count as constants. Repeated entries count once.
+    return_statistics : bool
+        Also return the statistics of the same pass, which carry no gradient.
 
-    Returns:
+    Returns
+    -------
+    Tensor, or a pair of it and a BatchStatistics
         loss (n,), or (loss, statistics); float64 for float64 inputs, else float32. Rows that are not ``valid`` (see
-        BatchStatistics) have no gradient and spoil none.
+        :class:`selbp.BatchStatistics`) have no gradient and spoil none.
 
-    Raises:
-        TypeError: an argument has the wrong type, or the dtypes differ.
-        ValueError: a shape, device or option is wrong, or (CPU) a target lies outside [0, C) or an entry of ``rows``
-            outside [0, n).
+    Raises
+    ------
+    TypeError
+        An argument has the wrong type, or the dtypes differ.
+    ValueError
+        A shape, device or option is wrong, or (CPU) a target lies outside [0, C) or an entry of ``rows`` outside
+        [0, n).
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> features, weight = torch.ones(4, 8, requires_grad=True), torch.zeros(3, 8, requires_grad=True)
+    >>> loss, stats = selbp.ops.linear_cross_entropy(
+    ...     features, weight, None, torch.tensor([0, 1, 2, 0]), return_statistics=True
+    ... )
+    >>> chosen = selbp.TopLoss().select(stats, k=2)
+    >>> (loss[chosen.indices] * chosen.weights).sum().backward()  # products of 2 rows
+    >>> weight.grad.shape
+    torch.Size([3, 8])
     """
     check_tensor("features", features)
     check_tensor("weight", weight)

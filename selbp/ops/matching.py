@@ -185,25 +185,51 @@ def match(
 ) -> Matching:
     """Choose at most k of n rows, and weights, that minimise ``||mean - sum w_j g_j||^2 + lam ||w||^2`` greedily.
 
-    Args:
-        gram: inner products of the rows, ``g_i . g_j``; see :func:`selbp.ops.gradient_gram`. Any leading batch
-            dimensions; float64 computes and returns float64, any other type float32.
-        inner: their inner products with the target, ``g_i . mean``; see :func:`selbp.ops.mean_gradient`.
-        target_sq: squared norm of the target.
-        k: how many rows at most; may exceed n.
-        rule: what a row is chosen by. ``"ols"``: the exact decrease of the objective (orthogonal least squares, Chen,
-            Billings & Luo 1989); ``"normalized"``: its correlation with what is left, per unit of its norm (orthogonal
-            matching pursuit, Pati et al. 1993); ``"raw"``: the correlation itself (GradMatch, Killamsetty et al. 2021).
-        ridge: ``lam = ridge * mean(diag gram)`` over the valid rows: free of scale. At 0 the weights may explode.
-        nonnegative: weights > 0, by Lawson & Hanson's (1974) removals; else of either sign.
-        valid: rows that may be chosen; the values of the others are not read. None: all.
-        tolerance: stop once the objective is below ``tolerance^2 target_sq``.
+    The same row is never chosen twice. A problem with a number in it that is not finite chooses nothing (status
+    ``INVALID``, residual NaN) and leaves the others of its batch alone.
 
-    Returns a :class:`Matching`. The same row is never chosen twice. A problem with a number in it that is not finite
-    chooses nothing (status ``INVALID``, residual NaN) and leaves the others of its batch alone. ``residual`` is the
-    quadratic form of the inputs: from a float32 Gram it means nothing below 3e-4.
+    Parameters
+    ----------
+    gram : Tensor
+        (..., n, n) inner products of the rows, ``g_i . g_j``; see :func:`selbp.ops.gradient_gram`. Any leading batch
+        dimensions; float64 computes and returns float64, any other type float32.
+    inner : Tensor
+        (..., n) their inner products with the target, ``g_i . mean``; see :func:`selbp.ops.mean_gradient`.
+    target_sq : Tensor
+        (...) squared norm of the target.
+    k : int
+        How many rows at most; may exceed n.
+    rule : {"ols", "normalized", "raw"}
+        What a row is chosen by. ``"ols"``: the exact decrease of the objective (orthogonal least squares, Chen,
+        Billings & Luo 1989). ``"normalized"``: its correlation with what is left, per unit of its norm (orthogonal
+        matching pursuit, Pati et al. 1993). ``"raw"``: the correlation itself (GradMatch, Killamsetty et al. 2021).
+    ridge : float
+        ``lam = ridge * mean(diag gram)`` over the valid rows: free of scale. At 0 the weights may explode.
+    nonnegative : bool
+        Weights > 0, by Lawson & Hanson's (1974) removals; else of either sign.
+    valid : Tensor or None
+        (n,) or (..., n) bool: rows that may be chosen; the values of the others are not read. None: all.
+    tolerance : float
+        Stop once the objective is below ``tolerance^2 target_sq``.
 
-    Raises TypeError or ValueError, naming the argument, for a wrong type, shape or range.
+    Returns
+    -------
+    Matching
+        ``residual`` is the quadratic form of the inputs: from a float32 Gram it means nothing below 3e-4.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, for a wrong type, shape or range.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.7, 0.7]])
+    >>> target = torch.tensor([1.0, 1.0])
+    >>> found = selbp.ops.match(rows @ rows.T, rows @ target, target.dot(target), k=1, ridge=0.0)
+    >>> found.indices, found.weights
+    (tensor([2]), tensor([1.4286]))
     """
     check_tensor("gram", gram)
     check_tensor("inner", inner)
@@ -224,11 +250,39 @@ def nnls(
     *,
     ridge: float = 0.0,
 ) -> Tensor:
-    """(..., n) minimiser of ``||a x - b||^2 + ridge mean(diag a^T a) ||x||^2`` over x >= 0, batched, on the device.
+    """Return the minimiser of ``||a x - b||^2 + ridge mean(diag a^T a) ||x||^2`` over x >= 0, batched, on the device.
 
     The normal equations are formed and solved in float64, so columns closer than 3e-6 (relative distance of one from
-    the span of the others) count as dependent. A problem with an entry that is not finite gives NaN. float64 in:
-    float64 out, else float32. Source: Lawson & Hanson (1974), chapter 23; what ``scipy.optimize.nnls`` computes.
+    the span of the others) count as dependent. A problem with an entry that is not finite gives NaN. Source: Lawson &
+    Hanson (1974), chapter 23; what ``scipy.optimize.nnls`` computes.
+
+    Parameters
+    ----------
+    a : Tensor
+        (..., m, n) floating.
+    b : Tensor
+        (..., m) floating.
+    ridge : float
+        At least 0, relative to the mean squared norm of the columns.
+
+    Returns
+    -------
+    Tensor
+        (..., n), float64 for float64 inputs, else float32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, for a wrong type, shape or range.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> a = torch.eye(2).expand(3, 2, 2)  # three problems
+    >>> selbp.ops.nnls(a, torch.tensor([[1.0, 2.0], [1.0, -2.0], [-1.0, -2.0]]))
+    tensor([[1., 2.],
+            [1., 0.],
+            [0., 0.]])
     """
     check_tensor("a", a)
     check_tensor("b", b)
@@ -251,9 +305,36 @@ def nnls_gram(
     ridge: float = 0.0,
     valid: Tensor | None = None,  # (n,) or (..., n) bool
 ) -> Tensor:
-    """(..., n) minimiser of ``x^T gram x - 2 inner . x + ridge mean(diag gram) ||x||^2`` over x >= 0.
+    """Return the minimiser of ``x^T gram x - 2 inner . x + ridge mean(diag gram) ||x||^2`` over x >= 0.
 
-    :func:`nnls` for who has ``gram = a^T a`` and ``inner = a^T b`` already. Rows that are not ``valid`` get x = 0.
+    :func:`nnls` if you have ``gram = a^T a`` and ``inner = a^T b`` already.
+
+    Parameters
+    ----------
+    gram : Tensor
+        (..., n, n) floating.
+    inner : Tensor
+        (..., n) floating.
+    ridge : float
+        At least 0, relative to the mean of the diagonal.
+    valid : Tensor or None
+        (n,) or (..., n) bool: rows that are not valid get x = 0. None: all are.
+
+    Returns
+    -------
+    Tensor
+        (..., n), float64 for float64 inputs, else float32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, for a wrong type, shape or range.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> selbp.ops.nnls_gram(torch.eye(2), torch.tensor([1.0, -2.0]))
+    tensor([1., 0.])
     """
     check_tensor("gram", gram)
     check_tensor("inner", inner)

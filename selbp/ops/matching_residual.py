@@ -41,19 +41,37 @@ def matching_residual(
 ) -> Tensor:
     """Relative error of a selection, ``||M - sum_j w_j g_j|| / ||M||`` with M the mean of all n gradients.
 
-    Args:
-        residual: (n, C) gradient of each sample's loss with respect to the logits.
-        features: (n, d) input of the head, in the dtype of ``residual``.
-        selection: its ``indices`` (k,) and ``weights`` (k,); an index of -1 is an empty slot.
-        bias: whether the head has a bias.
+    Parameters
+    ----------
+    residual : Tensor
+        (n, C) gradient of each sample's loss with respect to the logits.
+    features : Tensor
+        (n, d) input of the head, in the dtype of ``residual``.
+    selection : Selection or Matching
+        Its ``indices`` (k,) and ``weights`` (k,); an index of -1 is an empty slot.
+    bias : bool
+        Whether the head has a bias.
 
-    Returns:
+    Returns
+    -------
+    Tensor
         () float64, computed in float64 whatever the inputs; NaN where M is zero. A row with a NaN or an infinity in
         either input counts as a zero gradient.
 
-    Raises:
-        TypeError: an input or a part of ``selection`` has the wrong type.
-        ValueError: a shape or a device does not fit; on the CPU also an index outside [-1, n).
+    Raises
+    ------
+    TypeError
+        An input or a part of ``selection`` has the wrong type.
+    ValueError
+        A shape or a device does not fit; on the CPU also an index outside [-1, n).
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> residual, features = torch.tensor([[1.0, -1.0], [0.5, -0.5]]), torch.tensor([[1.0], [2.0]])
+    >>> everything = selbp.Selection(torch.tensor([0, 1]), torch.tensor([0.5, 0.5]))
+    >>> selbp.ops.matching_residual(residual, features, everything)
+    tensor(0., dtype=torch.float64)
     """
     check_tensor("residual", residual)
     check_tensor("features", features)

@@ -29,19 +29,35 @@ def mean_gradient(
 
     M is what an ordinary backward pass would leave in the head's ``.grad`` for a mean loss.
 
-    Args:
-        residual: (n, C) gradient of each sample's loss with respect to the logits.
-        features: (n, d) input of the head, in the dtype of ``residual``.
-        bias: whether the head has a bias.
+    Parameters
+    ----------
+    residual : Tensor
+        (n, C) gradient of each sample's loss with respect to the logits.
+    features : Tensor
+        (n, d) input of the head, in the dtype of ``residual``.
+    bias : bool
+        Whether the head has a bias.
 
-    Returns:
-        ``MeanGradient(inner (n,), target_sq (), head_weight (C, d), head_bias (C,) or None)``, float64 for float64
-        inputs, else float32. ``inner`` and ``target_sq`` are summed in float64. A row with a NaN or an infinity in
-        either input counts as a zero gradient.
+    Returns
+    -------
+    MeanGradient
+        float64 for float64 inputs, else float32. ``inner`` and ``target_sq`` are summed in float64. A row with a NaN or
+        an infinity in either input counts as a zero gradient.
 
-    Raises:
-        TypeError: an input is not a floating tensor, or their dtypes differ.
-        ValueError: an input is not a matrix, or their rows or devices differ.
+    Raises
+    ------
+    TypeError
+        An input is not a floating tensor, or their dtypes differ.
+    ValueError
+        An input is not a matrix, or their rows or devices differ.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> residual, features = torch.tensor([[1.0, -1.0], [0.5, -0.5]]), torch.tensor([[1.0], [2.0]])
+    >>> mean = selbp.ops.mean_gradient(residual, features)
+    >>> mean.inner, mean.head_bias
+    (tensor([3.5000, 2.7500]), tensor([ 0.7500, -0.7500]))
     """
     check_tensor("residual", residual)
     check_tensor("features", features)

@@ -34,22 +34,45 @@ def residual(
 ) -> Tensor:
     """Gradient of each row's loss with respect to its logits (before the cap, whose chain factor is included).
 
-    Args:
-        logits: (n, C), float32, float64, bfloat16 or float16; copied once if its last dimension is not contiguous.
-        target: (n,) int64 class indices, or ``ignore_index``.
-        lse: (n,) log-sum-exp of the capped logits, as :func:`cross_entropy_statistics` returns it.
-        class_weight: (C,) weights of the classes, as torch's ``weight``.
-        ignore_index: rows with this target are 0.
-        label_smoothing: in [0, 1], as torch's.
-        softcap: as in :func:`cross_entropy_statistics`.
+    Parameters
+    ----------
+    logits : Tensor
+        (n, C), float32, float64, bfloat16 or float16; copied once if its last dimension is not contiguous.
+    target : Tensor
+        (n,) int64 class indices, or ``ignore_index``.
+    lse : Tensor
+        (n,) log-sum-exp of the capped logits, as :func:`cross_entropy_statistics` returns it.
+    class_weight : Tensor or None
+        (C,) weights of the classes, as torch's ``weight``.
+    ignore_index : int
+        Rows with this target are 0.
+    label_smoothing : float
+        In [0, 1], as torch's.
+    softcap : float
+        As in :func:`cross_entropy_statistics`.
 
-    Returns:
-        (n, C), float64 for float64 logits, else float32; 0 in rows whose target is ignored or whose loss is not
-        finite. The target's entry is minus the sum of the others' probabilities: ``p_y - 1`` would cancel.
+    Returns
+    -------
+    Tensor
+        (n, C), float64 for float64 logits, else float32; 0 in rows whose target is ignored or whose loss is not finite.
+        The target's entry is minus the sum of the others' probabilities: ``p_y - 1`` would cancel.
 
-    Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, device or option is wrong, or (CPU) a target lies outside [0, C).
+    Raises
+    ------
+    TypeError
+        An argument has the wrong type or dtype.
+    ValueError
+        A shape, device or option is wrong, or (CPU) a target lies outside [0, C).
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 3.0]])
+    >>> target = torch.tensor([0, 1])
+    >>> lse = selbp.ops.cross_entropy_statistics(logits, target).lse
+    >>> selbp.ops.residual(logits, target, lse)  # softmax, minus 1 at the target
+    tensor([[-0.2130,  0.1065,  0.1065],
+            [ 0.0453, -0.9547,  0.9094]])
     """
     check_tensor("logits", logits)
     check_tensor("target", target)

@@ -63,20 +63,43 @@ def sketch_projections(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """Random matrices P (C, p) and Q (width, q) of mean 0 and variance 1/p and 1/q, the same on every device.
+    """Draw random matrices P (C, p) and Q (width, q) of mean 0 and variance 1/p and 1/q, the same on every device.
 
-    Args:
-        n_classes: rows of P.
-        width: rows of Q: the features, and one more where the head has a bias.
-        dimensions: (p, q).
-        kind: ``"sign"``, entries plus or minus 1/sqrt(p), or ``"gaussian"``.
-        seed: of the CPU generator that draws both.
-        dtype: of both.
-        device: where they are wanted.
+    Parameters
+    ----------
+    n_classes : int
+        Rows of P.
+    width : int
+        Rows of Q: the features, and one more where the head has a bias.
+    dimensions : tuple of int
+        (p, q).
+    kind : {"sign", "gaussian"}
+        ``"sign"``: entries plus or minus 1/sqrt(p).
+    seed : int
+        Of the CPU generator that draws both.
+    dtype : torch.dtype
+        Of both.
+    device : torch.device or str
+        Where they are wanted.
 
-    Raises:
-        TypeError: a size or the seed is not an int, or ``dtype`` is no floating type.
-        ValueError: ``kind`` is not one of the two, or a size is negative or a dimension below 1.
+    Returns
+    -------
+    tuple of Tensor
+        (P, Q).
+
+    Raises
+    ------
+    TypeError
+        A size or the seed is not an int, or ``dtype`` is no floating type.
+    ValueError
+        ``kind`` is not one of the two, or a size is negative or a dimension below 1.
+
+    Examples
+    --------
+    >>> import selbp
+    >>> p, q = selbp.ops.sketch_projections(100, 17, (8, 4))
+    >>> p.shape, q.shape
+    (torch.Size([100, 8]), torch.Size([17, 4]))
     """
     check_choice("kind", kind, ("sign", "gaussian"))
     if not isinstance(dimensions, Sequence) or len(dimensions) != 2:
@@ -116,24 +139,49 @@ def sketch(
 ) -> Tensor:
     """Sketch of the head gradient of each sequence's summed token losses; inner products are unbiased.
 
-    Args:
-        features: (n, T, d) inputs of the head, float32, float64, bfloat16 or float16.
-        weight: (C, d) of the dtype of ``features``.
-        bias: (C,) or None.
-        target: (n, T) int64 class indices, or ``ignore_index`` for tokens that do not count.
-        projections: P (C, p) and Q, from :func:`sketch_projections`; the same for all sequences compared.
-        class_weight: (C,) weights of the classes, as torch's ``weight``.
-        ignore_index: tokens with this target contribute nothing.
-        label_smoothing: in [0, 1], as torch's.
-        softcap: as in :func:`cross_entropy_statistics`.
+    Parameters
+    ----------
+    features : Tensor
+        (n, T, d) inputs of the head, float32, float64, bfloat16 or float16.
+    weight : Tensor
+        (C, d) of the dtype of ``features``.
+    bias : Tensor or None
+        (C,).
+    target : Tensor
+        (n, T) int64 class indices, or ``ignore_index`` for tokens that do not count.
+    projections : tuple of Tensor
+        P (C, p) and Q, from :func:`sketch_projections`; the same for all sequences compared.
+    class_weight : Tensor or None
+        (C,) weights of the classes, as torch's ``weight``.
+    ignore_index : int
+        Tokens with this target contribute nothing.
+    label_smoothing : float
+        In [0, 1], as torch's.
+    softcap : float
+        As in :func:`cross_entropy_statistics`.
 
-    Returns:
+    Returns
+    -------
+    Tensor
         (n, p, q), float64 for float64 inputs, else float32, accumulated so. Tokens that are not ``valid`` (see
-        BatchStatistics) contribute nothing. The variance is in this module's docstring.
+        :class:`selbp.BatchStatistics`) contribute nothing. For projections of random signs or Gaussians
+        ``Var <S_i, S_j> <= ((1 + 2/p)(1 + 2/q) - 1) ||G_i||^2 ||G_j||^2``.
 
-    Raises:
-        TypeError: an argument has the wrong type, or the dtypes differ.
-        ValueError: a shape, device or option is wrong, or (CPU) a target lies outside [0, C).
+    Raises
+    ------
+    TypeError
+        An argument has the wrong type, or the dtypes differ.
+    ValueError
+        A shape, device or option is wrong, or (CPU) a target lies outside [0, C).
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> features, weight = torch.randn(6, 5, 16), torch.randn(100, 16)
+    >>> target = torch.randint(0, 100, (6, 5))
+    >>> projections = selbp.ops.sketch_projections(100, 16, (8, 4))
+    >>> selbp.ops.sketch(features, weight, None, target, projections).shape
+    torch.Size([6, 8, 4])
     """
     for name, tensor in (("features", features), ("weight", weight), ("target", target)):
         check_tensor(name, tensor)
@@ -174,13 +222,31 @@ def _check(head: Head, target: Tensor, projections: tuple[Tensor, Tensor], optio
 
 
 def sketch_gram(sketches: Tensor) -> Tensor:
-    """(n, n) inner products of sketches (n, p, q): an unbiased estimate of the sequences' Gram matrix.
+    """Inner products of sketches: an unbiased estimate of the sequences' Gram matrix.
 
-    Symmetric positive semidefinite, as :func:`selbp.ops.match` wants it; float64 for float64, else float32.
+    Parameters
+    ----------
+    sketches : Tensor
+        (n, p, q), from :func:`sketch`.
 
-    Raises:
-        TypeError: ``sketches`` is not a floating tensor.
-        ValueError: ``sketches`` is not (n, p, q).
+    Returns
+    -------
+    Tensor
+        (n, n), symmetric positive semidefinite, as :func:`selbp.ops.match` wants it; float64 for float64, else float32.
+
+    Raises
+    ------
+    TypeError
+        ``sketches`` is not a floating tensor.
+    ValueError
+        ``sketches`` is not (n, p, q).
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> selbp.ops.sketch_gram(torch.ones(2, 3, 4))
+    tensor([[12., 12.],
+            [12., 12.]])
     """
     check_tensor("sketches", sketches)
     check_floating("sketches", sketches)

@@ -40,28 +40,53 @@ def cross_entropy_statistics(
     softcap: float = 0.0,
     bias: bool = True,
 ) -> BatchStatistics:
-    """Loss, gradient norms and correctness of each of ``n`` rows of logits.
+    """Loss, gradient norms and correctness of each of n rows of logits.
 
-    Args:
-        logits: (n, C), float32, float64, bfloat16 or float16; copied once if its last dimension is not contiguous.
-        target: (n,) int64 class indices, or ``ignore_index``.
-        features: (n, d) input of the head that made the logits; without it ``feature_sq`` is 1.
-        class_weight: (C,) weights of the classes, as torch's ``weight``.
-        ignore_index: rows with this target have loss 0, norm 0, and are not valid.
-        label_smoothing: in [0, 1], as torch's.
-        softcap: where positive, the loss is that of ``softcap * tanh(logits / softcap)``.
-        bias: whether the head has a bias, whose input 1 then counts in ``feature_sq``.
+    Parameters
+    ----------
+    logits : Tensor
+        (n, C), float32, float64, bfloat16 or float16; copied once if its last dimension is not contiguous.
+    target : Tensor
+        (n,) int64 class indices, or ``ignore_index``.
+    features : Tensor or None
+        (n, d) input of the head that made the logits; without it ``feature_sq`` is 1.
+    class_weight : Tensor or None
+        (C,) weights of the classes, as torch's ``weight``.
+    ignore_index : int
+        Rows with this target have loss 0, norm 0, and are not valid.
+    label_smoothing : float
+        In [0, 1], as torch's.
+    softcap : float
+        Where positive, the loss is that of ``softcap * tanh(logits / softcap)``.
+    bias : bool
+        Whether the head has a bias, whose input 1 then counts in ``feature_sq``.
 
-    Returns:
-        BatchStatistics; float64 for float64 logits, else float32, accumulated in float32 or better. The target's
-        logit is held apart, so confident rows keep their relative accuracy (1 - p_y down to 1e-9 and beyond, where
-        torch's own float32 loss returns 0). Losses are those of torch's ``reduction="none"``. A row with a NaN, with
-        an infinite logit or with an infinite loss is flagged by ``valid`` and spoils no other; -inf on a class that
-        the loss does not weigh is a legal mask.
+    Returns
+    -------
+    BatchStatistics
+        float64 for float64 logits, else float32, accumulated in float32 or better. The target's logit is held apart, so
+        confident rows keep their relative accuracy (1 - p_y down to 1e-9 and beyond, where torch's own float32 loss
+        returns 0). Losses are those of torch's ``reduction="none"``. A row with a NaN, with an infinite logit or with
+        an infinite loss is flagged by ``valid`` and spoils no other; -inf on a class that the loss does not weigh is a
+        legal mask.
 
-    Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, device or option is wrong, or (CPU) a target lies outside [0, C).
+    Raises
+    ------
+    TypeError
+        An argument has the wrong type or dtype.
+    ValueError
+        A shape, device or option is wrong, or (CPU) a target lies outside [0, C).
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 3.0]])
+    >>> target = torch.tensor([0, 1])
+    >>> stats = selbp.ops.cross_entropy_statistics(logits, target)
+    >>> stats.loss
+    tensor([0.2395, 3.0949])
+    >>> stats.correct
+    tensor([ True, False])
     """
     check_tensor("logits", logits)
     check_tensor("target", target)
@@ -84,12 +109,39 @@ def linear_cross_entropy_statistics(
     """:func:`cross_entropy_statistics` of ``features @ weight.T + bias``, which is never stored.
 
     Holds one tile of logits of a few MiB, whatever C. Under bfloat16 or float16 the tile has that dtype, as an eager
-    linear layer's output would. ``features``, ``weight`` and ``bias`` share a dtype; ``feature_sq`` includes the
-    bias's 1 where there is a bias.
+    linear layer's output would.
 
-    Raises:
-        TypeError: an argument has the wrong type, or the dtypes differ.
-        ValueError: a shape, device or option is wrong, or (CPU) a target lies outside [0, C).
+    Parameters
+    ----------
+    features : Tensor
+        (n, d), float32, float64, bfloat16 or float16.
+    weight : Tensor
+        (C, d) of the dtype of ``features``.
+    bias : Tensor or None
+        (C,) of that dtype.
+    target : Tensor
+        (n,) int64 class indices, or ``ignore_index``.
+    class_weight, ignore_index, label_smoothing, softcap
+        As in :func:`cross_entropy_statistics`.
+
+    Returns
+    -------
+    BatchStatistics
+        ``feature_sq`` includes the bias's 1 where there is a bias.
+
+    Raises
+    ------
+    TypeError
+        An argument has the wrong type, or the dtypes differ.
+    ValueError
+        A shape, device or option is wrong, or (CPU) a target lies outside [0, C).
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> features, weight, target = torch.ones(2, 4), torch.zeros(3, 4), torch.tensor([0, 1])
+    >>> selbp.ops.linear_cross_entropy_statistics(features, weight, None, target).loss  # log 3
+    tensor([1.0986, 1.0986])
     """
     check_tensor("features", features)
     check_tensor("weight", weight)

@@ -180,7 +180,7 @@ class ScoredBatchSampler(TableSampler):
         floor: added to all odds, relative to their mean. Above 0 for ``weights="unbiased"``.
         uniform: share of the rows in [0, 1], on average.
         weights: ``"mean"``: the step averages over the rows as they come. ``"unbiased"``: it weights them so that
-            the expectation is the pool's mean (see :func:`selbp.sampling.draw.draw`).
+            the expectation is the pool's mean (see ``selbp.sampling.draw``).
         seed: of every draw; the same on all ranks.
         rank, world_size: each rank owns every ``world_size``-th sample and has scores of those alone; from
             ``torch.distributed`` where that is initialised. All ranks have the same number of batches.

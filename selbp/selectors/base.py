@@ -17,11 +17,19 @@ Needs = Literal["nothing", "loss", "statistics", "gradients"]
 
 @runtime_checkable
 class Selector(Protocol):
-    """A rule that chooses k rows of a minibatch of n, and their weights.
+    """A rule that chooses k rows of a minibatch of n, and their weights: what a rule of your own must offer.
 
-    ``needs`` says what the rule reads, so that nothing else is computed: ``"nothing"`` (chosen before the forward,
-    which then runs k rows only), ``"loss"``, ``"statistics"`` (losses and gradient norms) or ``"gradients"`` (the
-    ``proxies`` as well).
+    Attributes
+    ----------
+    needs : {"nothing", "loss", "statistics", "gradients"}
+        What the rule reads, so that nothing else is computed. ``"nothing"``: chosen before the forward, which then
+        runs k rows only. ``"statistics"``: losses and gradient norms. ``"gradients"``: the ``proxies`` as well.
+
+    Examples
+    --------
+    >>> import selbp
+    >>> isinstance(selbp.TopLoss(), selbp.Selector), selbp.TopLoss().needs
+    (True, 'loss')
     """
 
     @property
@@ -40,16 +48,35 @@ class Selector(Protocol):
     ) -> Selection:
         """Choose k of the ``len(stats.valid)`` rows, without synchronising with the device.
 
-        ``stats.loss`` is each sample's own loss as torch's ``reduction="none"`` gives it, summed over the tokens of a
-        sequence: it means the same in every minibatch. ``stats.residual_sq`` and the ``proxies`` are of the losses
-        scaled so that their mean over the n rows is torch's ``reduction="mean"``, the one whose gradient is matched.
-        Every draw comes from ``generator`` (on the statistics' device), else from torch's global one. ``extras``
-        holds what the caller knows about each sample, (n,) each. Raises ValueError unless 1 <= k <= n.
+        Parameters
+        ----------
+        stats : BatchStatistics
+            ``stats.loss`` is each sample's own loss as torch's ``reduction="none"`` gives it, summed over the tokens of
+            a sequence: it means the same in every minibatch. ``stats.residual_sq`` and the ``proxies`` are of the
+            losses scaled so that their mean over the n rows is torch's ``reduction="mean"``, whose gradient is matched.
+        k : int
+            How many rows.
+        proxies : GradientProxies or None
+            The per-sample gradients, where ``needs`` is ``"gradients"``.
+        extras : mapping or None
+            What the caller knows about each sample: tensors (n,) by name.
+        generator : torch.Generator or None
+            Where every draw comes from, on the statistics' device; torch's global one for None.
+
+        Returns
+        -------
+        Selection
+            Exactly k rows and their weights.
+
+        Raises
+        ------
+        ValueError
+            Unless 1 <= k <= n.
         """
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on as if it had not stopped; empty for a rule without memory."""
+        """Return what a resumed run needs to go on as if it had not stopped; empty for a rule without memory."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

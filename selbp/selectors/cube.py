@@ -25,11 +25,24 @@ class CubeSampling(Stateless):
     combinations of the minibatch's gradients, which lie mostly along its leading directions. In those directions the
     sample's estimate hardly varies; outside of them it does as that of independent draws.
 
-    Args:
-        dimensions: of the sketch, at least 1; None for half of k. More balance leaves less to chance, but the last
-            ``dimensions`` rows to be decided are not balanced: beyond k / 2 nothing is gained.
-        probabilities: inclusion probabilities: ``"gradnorm"``, proportional to the gradient's norm up to 1, or
-            ``"uniform"``.
+    Parameters
+    ----------
+    dimensions : int or None
+        Of the sketch, at least 1; None for half of k. More balance leaves less to chance, but the last ``dimensions``
+        rows to be decided are not balanced: beyond k / 2 nothing is gained.
+    probabilities : {"gradnorm", "uniform"}
+        Inclusion probabilities: proportional to the gradient's norm up to 1, or all alike.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> _ = torch.manual_seed(0)
+    >>> logits, features, target = torch.randn(16, 3), torch.randn(16, 5), torch.randint(0, 3, (16,))
+    >>> stats = selbp.ops.cross_entropy_statistics(logits, target, features)
+    >>> proxies = selbp.GradientProxies(selbp.ops.residual(logits, target, stats.lse), features)
+    >>> rule = selbp.CubeSampling(probabilities="uniform")
+    >>> rule.select(stats, k=4, proxies=proxies, generator=torch.Generator().manual_seed(0)).weights
+    tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
 
     dimensions: int | None = None

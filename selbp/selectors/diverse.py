@@ -23,7 +23,22 @@ class DivBS(Stateless):
     Repeat k times: draw a row i, not drawn before, with odds ``|g_i . e|``, e what the rows so far do not span of the
     mean gradient; then take g_i's direction out of e. Rows that add nothing are drawn uniformly, and only once e is
     spent. The gradients are never formed: with K = L L^T pivoted at the draws, e's inner products and L's columns
-    follow from K alone. ``weights``: ``"mean"`` (1 / k, the source's) or ``"batch"`` (1 / n).
+    follow from K alone.
+
+    Parameters
+    ----------
+    weights : {"mean", "batch"}
+        ``"mean"`` (1 / k, the source's) or ``"batch"`` (1 / n).
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> _ = torch.manual_seed(0)
+    >>> logits, features, target = torch.randn(16, 3), torch.randn(16, 5), torch.randint(0, 3, (16,))
+    >>> stats = selbp.ops.cross_entropy_statistics(logits, target, features)
+    >>> proxies = selbp.GradientProxies(selbp.ops.residual(logits, target, stats.lse), features)
+    >>> selbp.DivBS().select(stats, k=4, proxies=proxies, generator=torch.Generator().manual_seed(0)).weights
+    tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
 
     weights: Literal["mean", "batch"] = "mean"

@@ -22,18 +22,33 @@ from selbp.types import BatchStatistics, Selection, gradient_norm
 class GradNormImportance:
     """Rows drawn with odds proportional to their gradient norm (Katharopoulos & Fleuret 2018).
 
-    Args:
-        norm: ``"residual"``, the norm of the gradient with respect to the logits (the source's score), or
-            ``"gradient"``, that of the last layer's weights and bias.
-        weights: ``"unbiased"``: E[sum w g] = (1/n) sum g. Or ``"mean"`` (1 / k), ``"batch"`` (1 / n).
-        replacement: False: exactly k distinct rows at inclusion probabilities ``pi_i = min(1, c q_i)``, w = 1 / (n pi).
-            True: k independent draws, w = 1 / (n k q), as in the source; rows may come twice. (Weights 1 / (n k q) on
-            sequential draws without replacement, as often seen, are biased.)
-        threshold: sample by norm only while the running mean of ``tau = (1 - |q - u|^2 / |q|^2)^(-1/2)``, u uniform,
-            exceeds this (the source's equation 26: the draws are worth those of a batch tau times as large); uniformly
-            otherwise. ``"recompute"`` and ``"rows"`` stand for the break-even of a step that scores every row and
-            trains on f = k / n of them, (1 + 3f) / 3f and (1 + 2f) / 3f. None: always by norm.
-        momentum: of the running mean of tau, which starts at 0.
+    Parameters
+    ----------
+    norm : {"residual", "gradient"}
+        ``"residual"``: the norm of the gradient with respect to the logits, the source's score. ``"gradient"``: that
+        of the last layer's weights and bias.
+    weights : {"unbiased", "mean", "batch"}
+        ``"unbiased"``: E[sum w g] = (1/n) sum g. Or ``"mean"`` (1 / k), ``"batch"`` (1 / n).
+    replacement : bool
+        False: exactly k distinct rows at inclusion probabilities ``pi_i = min(1, c q_i)``, w = 1 / (n pi). True: k
+        independent draws, w = 1 / (n k q), as in the source; rows may come twice. (Weights 1 / (n k q) on sequential
+        draws without replacement, as often seen, are biased.)
+    threshold : float, "recompute", "rows" or None
+        Sample by norm only while the running mean of ``tau = (1 - |q - u|^2 / |q|^2)^(-1/2)``, u uniform, exceeds this
+        (the source's equation 26: the draws are worth those of a batch tau times as large); uniformly otherwise.
+        ``"recompute"`` and ``"rows"`` stand for the break-even of a step that scores every row and trains on f = k / n
+        of them, (1 + 3f) / 3f and (1 + 2f) / 3f. None: always by norm.
+    momentum : float
+        In [0, 1], of the running mean of tau, which starts at 0.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> logits = torch.tensor([[4.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.0, 3.0]])
+    >>> stats = selbp.ops.cross_entropy_statistics(logits, torch.zeros(4, dtype=torch.int64))
+    >>> chosen = selbp.GradNormImportance().select(stats, k=2, generator=torch.Generator().manual_seed(0))
+    >>> chosen.indices.shape, bool((chosen.weights > 0).all())
+    (torch.Size([2]), True)
     """
 
     norm: Literal["residual", "gradient"] = "residual"

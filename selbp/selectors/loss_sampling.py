@@ -25,13 +25,32 @@ _MODES = ("mean", "batch", "unbiased")
 class LossPercentile:
     """Selective-Backprop (Jiang et al. 2019): odds by the loss's percentile among the last losses.
 
-    ``p(l) = max(p_min, (#{h < l} / |h|)^beta)`` with h the last ``history`` valid losses, this batch's included. The
-    source draws each row on its own with probability p(l), which keeps 1 / (beta + 1) of the rows in expectation; here
-    exactly k rows are drawn, with inclusion probabilities proportional to p(l) (up to 1). beta = 3 prefers high losses
-    as the source does when it keeps a quarter.
+    The odds are ``p(l) = max(p_min, (#{h < l} / |h|)^beta)`` with h the last ``history`` valid losses, this batch's
+    included. The source draws each row on its own with probability p(l), which keeps 1 / (beta + 1) of the rows in
+    expectation. Here exactly k rows are drawn, with inclusion probabilities proportional to p(l), up to 1.
 
-    ``weights``: ``"mean"`` (1 / k, the source does not reweight), ``"batch"`` (1 / n), or ``"unbiased"``, for which
-    every row needs a chance: ``p_min`` > 0, without which the least loss has none.
+    Parameters
+    ----------
+    beta : float
+        At least 0. 3 prefers high losses as the source does when it keeps a quarter.
+    p_min : float
+        In [0, 1]: the least odds.
+    history : int
+        How many losses are remembered.
+    weights : {"mean", "batch", "unbiased"}
+        ``"mean"`` (1 / k: the source does not reweight), ``"batch"`` (1 / n) or ``"unbiased"``, which needs ``p_min``
+        > 0: without it the least loss has no chance.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> logits = torch.tensor([[4.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.0, 3.0]])
+    >>> stats = selbp.ops.cross_entropy_statistics(logits, torch.zeros(4, dtype=torch.int64))
+    >>> rule = selbp.LossPercentile(weights="mean")
+    >>> rule.select(stats, k=2, generator=torch.Generator().manual_seed(0)).weights
+    tensor([0.5000, 0.5000])
+    >>> rule.state_dict()["losses"].isfinite().sum()  # it remembers the minibatch
+    tensor(4)
     """
 
     beta: float = 3.0
@@ -96,9 +115,21 @@ class LossPercentile:
 class LossRank(Stateless):
     """Odds by the loss's rank in the minibatch, no history (Composer's variant of Selective-Backprop).
 
-    Inclusion probabilities proportional to ``((rank + 1/2) / v)^(1 / keep - 1)``, up to 1: rank 0 is the least of the v
-    valid losses, the lower index first among equals, and keep = k / v. ``weights``: ``"mean"`` (1 / k), ``"batch"``
-    (1 / n) or ``"unbiased"``.
+    Inclusion probabilities are proportional to ``((rank + 1/2) / v)^(1 / keep - 1)``, up to 1. Rank 0 is the least of
+    the v valid losses, the lower index first among equals, and keep = k / v.
+
+    Parameters
+    ----------
+    weights : {"mean", "batch", "unbiased"}
+        ``"mean"`` (1 / k), ``"batch"`` (1 / n) or ``"unbiased"``.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> logits = torch.tensor([[4.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.0, 3.0]])
+    >>> stats = selbp.ops.cross_entropy_statistics(logits, torch.zeros(4, dtype=torch.int64))
+    >>> selbp.LossRank().select(stats, k=2, generator=torch.Generator().manual_seed(0)).weights
+    tensor([0.5000, 0.5000])
     """
 
     weights: Weights = "mean"

@@ -21,18 +21,34 @@ from selbp.types import BatchStatistics, Selection
 class GradientMatching(Stateless):
     """Greedy matching of the mean last-layer gradient, by default with nonnegative weights (arXiv 2312.05021).
 
-    At most k rows S and weights w that minimise ``||mean - sum_S w_j g_j||^2 + lam ||w||^2``; see
-    :func:`selbp.ops.match` for ``rule`` (``"raw"`` with a ridge is GradMatch, Killamsetty et al. 2021), ``ridge`` and
-    ``nonnegative``. Where no further row lowers the objective, the other slots have weight 0.
+    Chooses at most k rows S and weights w that minimise ``||mean - sum_S w_j g_j||^2 + lam ||w||^2``, see
+    :func:`selbp.ops.match`. Where no further row lowers the objective, the other slots have weight 0.
 
-    Args:
-        rule: ``"ols"``, ``"normalized"`` or ``"raw"``.
-        ridge: relative to the mean squared gradient norm; 0 lets weights explode on trained models.
-        nonnegative: False allows weights below 0.
-        weights: ``"refit"``, the minimising ones: they are not normalised, their sum is well below 1 and scales the
-            step (dividing by it undoes the match). Or ``"mean"`` (1 / k) and ``"batch"`` (1 / n) on the same rows.
-        unit_sum: > 0 adds ``unit_sum * mean(diag K) * (sum w - v / n)^2`` to the objective (v valid rows of n): weights
-            that sum to about 1, solved jointly with the match, which gets worse for it.
+    Parameters
+    ----------
+    rule : {"ols", "normalized", "raw"}
+        What a row is chosen by. ``"raw"`` with a ridge is GradMatch (Killamsetty et al. 2021).
+    ridge : float
+        Relative to the mean squared gradient norm; 0 lets weights explode on trained models.
+    nonnegative : bool
+        False allows weights below 0.
+    weights : {"refit", "mean", "batch"}
+        ``"refit"``: the minimising ones. They are not normalised; their sum is well below 1 and scales the step
+        (dividing by it undoes the match). Or ``"mean"`` (1 / k) and ``"batch"`` (1 / n) on the same rows.
+    unit_sum : float
+        Above 0 it adds ``unit_sum * mean(diag K) * (sum w - v / n)^2`` to the objective (v valid rows of n): weights
+        that sum to about 1, solved jointly with the match, which gets worse for it.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> _ = torch.manual_seed(0)
+    >>> logits, features, target = torch.randn(16, 3), torch.randn(16, 5), torch.randint(0, 3, (16,))
+    >>> stats = selbp.ops.cross_entropy_statistics(logits, target, features)
+    >>> proxies = selbp.GradientProxies(selbp.ops.residual(logits, target, stats.lse), features)
+    >>> chosen = selbp.GradientMatching().select(stats, k=4, proxies=proxies)
+    >>> selbp.ops.matching_residual(proxies.residual, features, chosen) < 0.5  # near the minibatch's mean gradient
+    tensor(True)
     """
 
     rule: Literal["ols", "normalized", "raw"] = "ols"

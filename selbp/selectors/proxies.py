@@ -15,8 +15,24 @@ from selbp.types import MeanGradient
 class GradientProxies:
     """g_i = residual_i (x) [features_i, 1] of n samples, never materialised; everything is computed at most once.
 
-    ``residual`` (n, C) is the gradient of each loss with respect to the logits, ``features`` (n, d) the head's
-    input; either may be a function that computes it. ``bias`` says whether the head has one (the 1 above).
+    Parameters
+    ----------
+    residual : Tensor or callable
+        (n, C) gradient of each loss with respect to the logits, or a function that computes it.
+    features : Tensor or callable
+        (n, d) input of the head, or a function that computes it.
+    bias : bool
+        Whether the head has a bias (the 1 above).
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> _ = torch.manual_seed(0)
+    >>> logits, features, target = torch.randn(16, 3), torch.randn(16, 5), torch.randint(0, 3, (16,))
+    >>> stats = selbp.ops.cross_entropy_statistics(logits, target, features)
+    >>> proxies = selbp.GradientProxies(selbp.ops.residual(logits, target, stats.lse), features)
+    >>> proxies.gram().shape, proxies.mean_gradient().head_weight.shape
+    (torch.Size([16, 16]), torch.Size([3, 5]))
     """
 
     def __init__(

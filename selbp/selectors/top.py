@@ -59,10 +59,26 @@ class _Top(Stateless):
 class TopLoss(_Top):
     """The k rows of greatest loss (online hard example mining, Shrivastava et al. 2016).
 
-    Mislabelled samples have great losses: where there are many, this rule trains on them (``docs/study.md``).
-    ``weights``: ``"mean"`` (1 / k), ``"batch"`` (1 / n) or ``"refit"`` (nonnegative least squares with ``ridge``); see
-    :mod:`selbp.selectors.weighting`. ``normalize="tokens"`` compares the mean loss of a sample's tokens,
-    weighted by class where there are class weights; ``"sample"`` compares their sum, which long sequences win.
+    Mislabelled samples have great losses: where there are many, this rule trains on them.
+
+    Parameters
+    ----------
+    weights : {"mean", "batch", "refit"}
+        ``"mean"`` (1 / k), ``"batch"`` (1 / n), or ``"refit"``: the nonnegative least squares weights with which the
+        chosen gradients are nearest to the minibatch's mean gradient.
+    ridge : float
+        For ``"refit"``: added to the diagonal of the Gram matrix, relative to the mean squared gradient norm.
+    normalize : {"sample", "tokens"}
+        ``"sample"`` compares the sum of a sample's tokens, which long sequences win. ``"tokens"`` compares their mean,
+        weighted by class where there are class weights.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> logits = torch.tensor([[4.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.0, 3.0]])
+    >>> stats = selbp.ops.cross_entropy_statistics(logits, torch.zeros(4, dtype=torch.int64))
+    >>> selbp.TopLoss().select(stats, k=2)
+    Selection(indices=tensor([3, 1]), weights=tensor([0.5000, 0.5000]))
     """
 
     normalize: Literal["sample", "tokens"] = field(default="sample", kw_only=True, repr=False)
@@ -91,9 +107,25 @@ class TopLoss(_Top):
 
 @dataclass(frozen=True)
 class TopGradNorm(_Top):
-    """The k rows of greatest last-layer gradient norm; ``weights`` as in :class:`TopLoss`.
+    """The k rows of greatest last-layer gradient norm.
 
-    With ``"refit"`` it comes within a few per cent of gradient matching: the baseline that matching has to beat.
+    With ``weights="refit"`` it comes within a few per cent of gradient matching: the baseline that matching has to
+    beat.
+
+    Parameters
+    ----------
+    weights : {"mean", "batch", "refit"}
+        As in :class:`selbp.TopLoss`.
+    ridge : float
+        As in :class:`selbp.TopLoss`.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> logits = torch.tensor([[4.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.0, 3.0]])
+    >>> stats = selbp.ops.cross_entropy_statistics(logits, torch.zeros(4, dtype=torch.int64))
+    >>> selbp.TopGradNorm(weights="batch").select(stats, k=2)
+    Selection(indices=tensor([3, 1]), weights=tensor([0.2500, 0.2500]))
     """
 
     @property
@@ -109,10 +141,27 @@ class TopGradNorm(_Top):
 class ReducibleLoss(_Top):
     """The k rows of greatest reducible loss ``loss - irreducible`` (RHO-LOSS, Mindermann et al. 2022, equation 3).
 
-    The irreducible loss of each sample is that of a model trained on holdout data; the step is given it as an extra
-    (n,) tensor called ``irreducible``: the loss as ``reduction="none"`` gives it, class weights included, summed over
-    the tokens of a sequence. A row where it is not finite is not chosen.
-    ``weights`` as in :class:`TopLoss`.
+    The irreducible loss of a sample is its loss under a model trained on holdout data. The step is given it by name:
+    ``step(inputs, target, irreducible_loss=tensor)`` with a tensor (n,) of losses as ``reduction="none"`` gives them,
+    class weights included, summed over the tokens of a sequence. A row where it is not finite is not chosen.
+
+    Parameters
+    ----------
+    weights : {"mean", "batch", "refit"}
+        As in :class:`selbp.TopLoss`.
+    ridge : float
+        As in :class:`selbp.TopLoss`.
+    irreducible : str
+        The name under which the step is given the tensor.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> logits = torch.tensor([[4.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.0, 3.0]])
+    >>> stats = selbp.ops.cross_entropy_statistics(logits, torch.zeros(4, dtype=torch.int64))
+    >>> known = torch.tensor([0.0, 0.0, 0.0, 3.0])  # the last sample is hard for any model
+    >>> selbp.ReducibleLoss().select(stats, k=1, extras={"irreducible_loss": known}).indices
+    tensor([1])
     """
 
     irreducible: str = "irreducible_loss"

@@ -21,6 +21,14 @@ class Full(Stateless):
     """Every row with weight 1 / n, whatever k: the ordinary step.
 
     Rows that are not valid keep their place with weight 0, so that the forward sees the minibatch as it came.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> logits = torch.tensor([[4.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.0, 3.0]])
+    >>> stats = selbp.ops.cross_entropy_statistics(logits, torch.zeros(4, dtype=torch.int64))
+    >>> selbp.Full().select(stats, k=2)
+    Selection(indices=tensor([0, 1, 2, 3]), weights=tensor([0.2500, 0.2500, 0.2500, 0.2500]))
     """
 
     needs: ClassVar[Needs] = "nothing"
@@ -45,6 +53,14 @@ class Random(Stateless):
     """k valid rows without replacement, each with the same chance; weights 1 / k.
 
     Of v < n valid rows min(k, v) are drawn, with weight v / (n min(k, v)): unbiased for (1/n) sum_valid g_i.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> logits = torch.tensor([[4.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.0, 3.0]])
+    >>> stats = selbp.ops.cross_entropy_statistics(logits, torch.zeros(4, dtype=torch.int64))
+    >>> selbp.Random().select(stats, k=2, generator=torch.Generator().manual_seed(0)).weights
+    tensor([0.5000, 0.5000])
     """
 
     needs: ClassVar[Needs] = "nothing"

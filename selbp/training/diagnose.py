@@ -43,22 +43,36 @@ class Operator:
 
 @dataclass
 class Diagnosis:
-    """The result of :func:`diagnose`. ``print`` it for a table.
+    """What :func:`selbp.diagnose` found. ``print`` it for a table.
 
     Attributes
     ----------
-    n, k : int
-        Samples of the batch, and rows that are kept.
-    operators : list of Operator
-        The operators of the backward: name, whether they run on k rows, why not, calls, FLOPs.
-    forward_flops, row_flops, dense_flops : float
-        FLOPs on n rows of the forward, of the backward's operators that can run on k rows, and of those that cannot.
+    n : int
+        Samples of the minibatch.
+    k : int
+        Rows that would run backward.
+    operators : list
+        Each operator of the backward: its name, whether it runs on rows and if not why, calls, FLOPs.
+    forward_flops : float
+        Of n rows.
+    row_flops : float
+        Of the backward's operators that can run on k rows; for n rows, too.
+    dense_flops : float
+        Of those that run on n.
     saved_bytes : int
-        Activations that a forward on n rows keeps for the backward.
+        Activations that a forward with a graph keeps, for n rows.
     seconds : dict
-        Modelled time of a step by strategy, on a CPU such as this one.
+        Modelled time of a step by strategy, on a CPU such as this.
     recommendation : {"rows", "recompute"}
-        The strategy with the smaller modelled time.
+        The strategy with the lower modelled time.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    >>> found = selbp.diagnose(model, (torch.randn(16, 4), torch.randint(0, 3, (16,))))
+    >>> found.dense  # every operator has a rule
+    {}
     """
 
     n: int
@@ -98,7 +112,7 @@ class Diagnosis:
 
     @property
     def dense(self) -> dict[str, int]:
-        """Operators scattered back to n rows: name -> calls."""
+        """How often each operator was scattered back to n rows, by name."""
         return {operator.name: operator.calls for operator in self.operators if operator.runs == "dense"}
 
     def __str__(self) -> str:

@@ -19,10 +19,40 @@ from selbp.types import BatchStatistics, Selection
 
 @dataclass
 class StepReport(SelectionFigures):
-    """One step's figures. The fields are known at once; the properties synchronise with the device when read.
+    """One step's figures. The attributes are known at once; the properties synchronise with the device when read.
 
-    Figures that the step had no means to know are None: those that need gradients, where the rule looked at none;
-    accuracy, for a loss without classes.
+    Figures that the step had no means to know are None: those of gradients, where nothing was scored, no head was
+    found, or a rule that reads losses would have to keep large tensors for them; accuracy, for a loss without classes.
+
+    Attributes
+    ----------
+    n : int
+        Samples of the minibatch.
+    k : int
+        Rows that ran backward.
+    step : int
+        Optimizer steps before this one.
+    selected : bool
+        Whether the rule chose; False outside the schedule: a full step, or rows drawn at random.
+    scored : bool
+        Whether a forward on all rows was paid for scoring.
+    backward : str
+        The strategy used.
+    backward_reason : str
+        And why.
+    selection : Selection
+        Rows and weights.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    >>> step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=0.25)
+    >>> step(torch.randn(16, 4), torch.randint(0, 3, (16,))).backward()
+    >>> step.report.n, step.report.k, step.report.weight_sum
+    (16, 4, 1.0)
+    >>> step.report.relative_residual > 0
+    True
     """
 
     n: int  # samples of the minibatch

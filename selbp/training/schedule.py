@@ -13,8 +13,28 @@ from selbp._checks import check_choice, check_int
 class Schedule:
     """On which optimizer steps rows are chosen: step t where ``start <= t < end`` and ``(t - start) % every == 0``.
 
-    Every other step is an ordinary full one; with ``between="random"`` those from ``start`` to ``end`` train on as many
-    rows drawn at random, and score nothing. ``end=None`` means for ever. Steps count from 0.
+    All remaining steps are full steps. With ``between="random"``, the remaining steps in [start, end) train on as many
+    rows drawn at random, and score nothing.
+
+    Parameters
+    ----------
+    start : int
+        The first step that chooses; steps count from 0.
+    end : int or None
+        The first step that does not choose any more; None for never.
+    every : int
+        1 chooses on every step, 2 on every second one.
+    between : {"full", "random"}
+        What the steps in between do.
+
+    Examples
+    --------
+    >>> import selbp
+    >>> schedule = selbp.Schedule(start=2, every=2, between="random")
+    >>> [schedule.selects(step) for step in range(6)]
+    [False, False, True, False, True, False]
+    >>> [schedule.draws(step) for step in range(6)]
+    [False, False, False, True, False, True]
     """
 
     start: int = 0

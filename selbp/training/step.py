@@ -45,13 +45,6 @@ NEEDS = ("nothing", "loss", "statistics", "gradients")
 class SelectiveBackprop:
     """Forward on all n samples, choose k of them with weights, and return a loss whose backward runs those k rows.
 
-    ::
-
-        step = selbp.SelectiveBackprop(model, selector=selbp.GradientMatching(), keep=0.25)
-        for inputs, target in loader:
-            step(inputs, target).backward()
-            optimizer.step(); optimizer.zero_grad()
-
     The returned scalar is sum_j w_j l_j over the chosen rows, with l_i scaled so that (1/n) sum l_i is torch's
     ``reduction="mean"``: it is for ``backward()`` only (log ``step.report.loss``), and the sum of the weights scales
     the effective learning rate (``step.report.weight_sum``).
@@ -113,6 +106,18 @@ class SelectiveBackprop:
 
     Raises:
         TypeError, ValueError: at construction, for anything that could not work later.
+
+    Examples:
+        >>> import torch, selbp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> step = selbp.SelectiveBackprop(model, selector=selbp.GradientMatching(), keep=0.25)
+        >>> for inputs, target in [(torch.randn(16, 4), torch.randint(0, 3, (16,)))]:
+        ...     step(inputs, target).backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> step.report.k
+        4
     """
 
     def __init__(

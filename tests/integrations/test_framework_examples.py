@@ -11,10 +11,10 @@ pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FRAMEWORKS = {
-    "05_huggingface.py": ("transformers", "accelerate"),
-    "06_trl.py": ("trl",),
-    "07_accelerate.py": ("accelerate",),
-    "08_lightning.py": ("lightning",),
+    "08_huggingface.py": ("transformers", "accelerate"),
+    "09_trl.py": ("trl",),
+    "10_accelerate.py": ("accelerate",),
+    "11_lightning.py": ("lightning",),
 }
 
 
@@ -27,5 +27,5 @@ def test_an_example_runs_as_it_is(name, tmp_path):
     done = subprocess.run([sys.executable, EXAMPLES / name], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     loss = float(re.findall(r"loss (\d+\.\d+)", done.stdout)[-1])
-    start = {"05_huggingface.py": 4.6, "06_trl.py": 4.6, "07_accelerate.py": 1.95, "08_lightning.py": 1.6}[name]
+    start = {"08_huggingface.py": 4.6, "09_trl.py": 4.6, "10_accelerate.py": 1.95, "11_lightning.py": 1.6}[name]
     assert loss < 0.8 * start, done.stdout

@@ -239,7 +239,7 @@ def test_the_protocols_can_be_planned(name: str) -> None:
 
 def test_the_committed_document_is_what_the_committed_results_say() -> None:
     files = result_files(ROOT / "benchmarks" / "results")
-    path = ROOT / "docs" / "study.md"
+    path = ROOT / "docs" / "measurements" / "study.md"
     assert path.exists() == bool(files)
     if files:
         assert path.read_text() == document([read_result_file(file) for file in files])

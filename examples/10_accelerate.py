@@ -1,7 +1,7 @@
 """A loop of one's own under Accelerate: accumulation over ragged labels, and a checkpoint that has the rule's memory.
 
 pip install accelerate
-python examples/07_accelerate.py          # or: accelerate launch --num_processes 2 --cpu examples/07_accelerate.py
+python examples/10_accelerate.py          # or: accelerate launch --num_processes 2 --cpu examples/10_accelerate.py
 """
 
 import tempfile

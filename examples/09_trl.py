@@ -1,7 +1,7 @@
 """TRL's SFTTrainer, built as ever, then made selective: gradient matching over sequences, TRL's own metrics beside it.
 
 pip install trl
-python examples/06_trl.py
+python examples/09_trl.py
 """
 
 import tempfile

@@ -1,7 +1,7 @@
 """Hugging Face's Trainer on a quarter of each minibatch: a tiny Llama, random text, gradient accumulation, a resume.
 
 pip install transformers accelerate
-python examples/05_huggingface.py
+python examples/08_huggingface.py
 """
 
 import tempfile

@@ -1,7 +1,7 @@
 """A Lightning module that selects, and the callback that counts, logs and saves its state with the checkpoints.
 
 pip install lightning
-python examples/08_lightning.py
+python examples/11_lightning.py
 """
 
 import tempfile
