@@ -5,7 +5,7 @@
 # TORCH      auto | a pip requirement such as torch==2.13.0      (auto: see scripts/environment.sh)
 # PIP_ARGS   handed to every pip install, for example an index
 # ARGS       handed to the command that a target runs
-# SELBP_CUDA 1 builds the CUDA core too, wherever nvcc is      (auto: where there is a driver as well; see setup.py)
+# SELBP_CUDA 0 | 1: without the CUDA core, or with it            (auto: with it wherever there is nvcc; see setup.py)
 
 PYTHON ?= python3
 VENV ?= .venv
