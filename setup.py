@@ -148,9 +148,15 @@ def cuda_extension() -> Pybind11Extension:
 
 
 setup(
-    packages=[*find_packages(include=["selbp", "selbp.*", "selbp_study", "selbp_study.*"]), "selbp.triton_kernels"],
-    # A bare top-level `triton_kernels` would collide with Triton's own package of that name.
-    package_dir={"selbp.triton_kernels": "triton_kernels"},
+    packages=[
+        *find_packages(include=["selbp", "selbp.*", "selbp_study", "selbp_study.*"]),
+        "selbp.triton_kernels",
+        "selbp.cuda_source",
+    ],
+    # A bare top-level `triton_kernels` would collide with Triton's own package of that name. `cuda_source` holds no
+    # Python: what NVRTC is handed where the CUDA core was not built.
+    package_dir={"selbp.triton_kernels": "triton_kernels", "selbp.cuda_source": "csrc"},
+    package_data={"selbp.cuda_source": ["matching/*.hpp", "matching/kernels.cuh", "team/*.hpp", "team/*.cuh"]},
     ext_modules=[
         Pybind11Extension(
             "selbp._native",

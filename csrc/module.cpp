@@ -14,7 +14,7 @@
 #include "cpu/level.hpp"
 #include "cube/cpu.hpp"
 #include "gram/cpu.hpp"
-#include "matching/matching.hpp"
+#include "matching/cpu.hpp"
 #include "statistics/cpu.hpp"
 #include "stream/cpu.hpp"
 

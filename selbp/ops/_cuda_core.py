@@ -1,10 +1,17 @@
-"""The compiled CUDA core, imported when a CUDA tensor first needs it; the error of a failed import is kept."""
+"""The matching solver for CUDA tensors: the built core, else what NVRTC compiles at first use, else none.
+
+Where there is none the problem is solved on the host: correct, but the device waits, and a CUDA graph cannot hold it.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from types import ModuleType
+from typing import Any
+
+from selbp.ops import _nvrtc_core
 
 
 @functools.cache
@@ -14,3 +21,30 @@ def cuda_core() -> tuple[ModuleType | None, str]:
         return importlib.import_module("selbp._native_cuda"), ""
     except ImportError as error:
         return None, f"{error} (SELBP_CUDA=1 at installation builds it wherever nvcc is)"
+
+
+def solver(device: int, n: int, k: int, is_double: bool) -> tuple[Any, str]:
+    """What solves problems of this size on a device: the core or NVRTC's kernels; or None and why there is none."""
+    core, missing = cuda_core()
+    if core is not None:
+        return core, ""
+    made = _nvrtc_core.core(device, is_double)
+    if isinstance(made, str):
+        return None, f"{missing}; {made}"
+    if not made.fits(n, k):
+        return None, f"{missing}; n = {n} with k = {k} is more than a block of NVRTC's kernels holds"
+    return made, ""
+
+
+_warned: set[bool] = set()  # holds an entry once the process has been told
+
+
+def warn_of_host(missing: str) -> None:
+    """Say once per process that problems on a GPU are solved on the host, why, and what helps."""
+    if not _warned:
+        _warned.add(True)
+        warnings.warn(
+            f"the matching of CUDA tensors is solved on the host, and the GPU waits for it at each step: {missing}. "
+            "Install selbp where nvcc is, or run `pip install nvidia-cuda-nvrtc`.",
+            stacklevel=2,
+        )
