@@ -25,6 +25,7 @@ from selbp.selectors import (
 )
 from selbp.training import Schedule, SelectiveBackprop, StepReport
 from selbp.training.diagnose import Diagnosis, diagnose
+from selbp.training.graphed import GraphedStep, cuda_graph
 from selbp.training.recommended import recommended
 
 SelectiveBackward, selective_backward = BackwardCut, backward_cut  # their names before 0.1
@@ -40,6 +41,7 @@ __all__ = [
     "GradNormImportance",
     "GradientMatching",
     "GradientProxies",
+    "GraphedStep",
     "LossPercentile",
     "LossRank",
     "Random",
@@ -55,6 +57,7 @@ __all__ = [
     "__version__",
     "backward_cut",
     "checkpoint",
+    "cuda_graph",
     "diagnose",
     "fence",
     "keep_freed_memory",
