@@ -34,7 +34,8 @@ help:
 	@echo "                   about 2 core-hours, resumable; study-explore: what else was tried, about 70 core-minutes;"
 	@echo "                   study-confirm: named arms on fresh seeds; study-document: docs/study.md from the results"
 	@echo "make wheel      the sdist, and repaired wheels for the interpreters at hand; SELBP_CUDA=1 with the CUDA core"
-	@echo "make gpu-check  parity, sanitizer and throughput on a machine with a GPU"
+	@echo "make gpu-check  on a machine with a GPU: parity, bits, sanitizer, operators, selection, steps, graph; a table;"
+	@echo "                ARGS='--only steps --out FOLDER --budget SECONDS' for a part, which goes on where it ended"
 	@echo "make clean      remove the environment and everything built"
 
 $(VENV)/.torch:
@@ -119,7 +120,8 @@ study-document: $(VENV)/.with-demo
 wheel: $(VENV)/.with-dev
 	bash scripts/wheels.sh $(ARGS)
 
-gpu-check: $(VENV)/.with-test
+# Little is asked for, since a machine with a GPU may have no network; what else is there is used.
+gpu-check: $(VENV)/.with-triton
 	$(BIN)/python scripts/gpu_check.py $(ARGS)
 
 clean:
