@@ -19,10 +19,11 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         self.rows: dict[str, dict[str, Any]] = {}
         self.complete: dict[str, bool] = {}  # units of work -> whether they came to their end
-        if self.path.exists():
-            written = json.loads(self.path.read_text())
-            self.complete = {name: True for name, whole in written["complete"].items() if whole}
-            self.rows = written["rows"]
+        for path in (folder / f"{part}.json", self.path):  # the part's own, of which a share knows what is whole
+            if path.exists():
+                written = json.loads(path.read_text())
+                self.complete |= {name: True for name, whole in written["complete"].items() if whole}
+                self.rows = written["rows"] if path == self.path else {}
 
     def row(self, unit: str, work: Callable[[], None]) -> None:
         """Run one unit of work, unless it is whole already; an error is a row that failed."""
@@ -58,6 +59,9 @@ class Results:
             other = Results(self.path.parent, self.part, share, shares)
             self.rows |= other.rows
             self.complete |= other.complete
+        for unit, whole in self.complete.items():
+            if whole:
+                self.rows.pop(f"{unit}: error", None)  # of an earlier run
         self.write()
         for share in range(shares):
             self.path.with_name(f"{self.part}.{share}.json").unlink(missing_ok=True)

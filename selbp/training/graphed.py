@@ -68,7 +68,7 @@ class GraphedStep:
         self._step, self._optimizer, self._recorder = step, optimizer, recorder
         self._buffers = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
         self._parameters = [p for p in step.model.parameters() if p.requires_grad]
-        self._calls, self._failed = 0, ""
+        self._calls, self._fitting, self._failed = 0, 0, ""
         self._replay: Callable[[], None] | None = None
         self._conditions: list[tuple[str, Any]] = []
         self._gradients: list[Tensor | None] = []
@@ -94,7 +94,8 @@ class GraphedStep:
         if not self._fits(leaves, form):
             return self._eagerly(inputs, target, per_sample)
         if self._replay is None:
-            if self._calls <= EAGER:
+            self._fitting += 1
+            if self._fitting <= EAGER:
                 return self._eagerly(inputs, target, per_sample)
             self._load(leaves)
             self._capture()

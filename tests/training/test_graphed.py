@@ -131,11 +131,15 @@ def test_what_was_returned_and_reported_stays():
 def test_a_minibatch_of_another_shape_is_an_ordinary_step():
     step = make()
     graphed, recorder = graph_of(step)
-    for x, y in batches(module.EAGER + 1):
+    for x, y in batches(module.EAGER, n=7):
         graphed(x, y)
+    for x, y in batches(module.EAGER):  # these prepare the capture, those of another shape do not
+        graphed(x, y)
+    assert recorder.captures == 0
+    graphed(*batches(1)[0])
     small = batches(1, n=7)[0]
     graphed(*small)
-    assert recorder.replays == 1 and graphed.report.n == 7 and step.optimizer_step == module.EAGER + 2
+    assert recorder.replays == 1 and graphed.report.n == 7 and step.optimizer_step == 2 * module.EAGER + 2
 
 
 CHANGES = {

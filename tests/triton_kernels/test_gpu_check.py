@@ -54,14 +54,24 @@ def test_what_is_whole_is_not_run_again_and_an_error_is_a_row(tmp_path, capsys):
     assert results.failed == [] and Results(tmp_path, "parity").failed == []
 
 
-def test_the_shares_of_a_part_become_one_file(tmp_path, capsys):
-    for share in range(3):
-        results = Results(tmp_path, "parity", share, 3)
-        results.row(f"unit {share}", lambda: results.add(f"row {share}", share != 1))  # noqa: B023
-    merged = Results(tmp_path, "parity")
-    merged.merge(3)
-    assert merged.failed == ["row 1"] and len(merged.complete) == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["parity.json"]
+def test_the_shares_of_a_part_become_one_file_and_go_on_from_it(tmp_path, capsys):
+    ran = []
+
+    def work(results, share, attempt):
+        ran.append((share, attempt))
+        if (share, attempt) == (2, 0):
+            raise ValueError("once")
+        results.add(f"row {share}", share != 1)
+
+    for attempt in range(2):
+        for share in range(3):
+            results = Results(tmp_path, "parity", share, 3)
+            results.row(f"unit {share}", lambda: work(results, share, attempt))  # noqa: B023
+        merged = Results(tmp_path, "parity")
+        merged.merge(3)
+        assert merged.failed == (["row 1"] if attempt else ["row 1", "unit 2: error"])
+        assert [path.name for path in tmp_path.iterdir()] == ["parity.json"]
+    assert ran == [(0, 0), (1, 0), (2, 0), (2, 1)] and merged.rows.keys() == {"row 0", "row 1", "row 2"}
 
 
 @pytest.mark.parametrize("arguments", [["--only", "nothing"], ["--device", "tpu"]], ids=str)
