@@ -43,6 +43,7 @@ class Recorder(module.Recorder):
         step, model, optimizer = self.step, self.step.model, self.optimizer
         before = copy.deepcopy((model.state_dict(), optimizer.state_dict() if optimizer else None))
         draws = (generator.get_state() if generator else None), torch.get_rng_state()
+        adds = [p.grad is not None for p in model.parameters()]  # a graph that was captured so adds at each replay
         work()
         self.captures += 1
         model.load_state_dict(before[0])
@@ -57,13 +58,16 @@ class Recorder(module.Recorder):
         def replay():
             self.replays += 1
             kept = step._step, step._report, step._auto_advance
-            for parameter in model.parameters():
-                parameter.grad = None
+            there = [p.grad for p in model.parameters()]
+            for parameter, old, add in zip(model.parameters(), gradients, adds, strict=True):
+                parameter.grad = old.clone() if add else None
             work()
             pairs = [(loss, self.graphed._loss), *zip(tensors_of(report), tensors_of(step._report), strict=True)]
             pairs += [(g, p.grad) for g, p in zip(gradients, model.parameters(), strict=True)]
             for old, new in pairs:
                 old.copy_(new)
+            for parameter, gradient in zip(model.parameters(), there, strict=True):
+                parameter.grad = gradient  # a graph writes memory, and no attribute
             if report._proxies is not None:  # their factors lie in the graph's memory too
                 report._proxies.__dict__ = step._report._proxies.__dict__
             self.graphed._loss = loss
