@@ -5,7 +5,7 @@
 # TORCH      auto | a pip requirement such as torch==2.13.0      (auto: see scripts/environment.sh)
 # PIP_ARGS   handed to every pip install, for example an index
 # ARGS       handed to the command that a target runs
-# SELBP_CUDA 1 builds the CUDA core too, wherever nvcc is      (auto: where there is a driver as well; see setup.py)
+# SELBP_CUDA 0 | 1: without the CUDA core, or with it            (auto: with it wherever there is nvcc; see setup.py)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -36,7 +36,8 @@ help:
 	@echo "                   study-confirm: named arms on fresh seeds; study-document: the study's page from the results"
 	@echo "make docs       the documentation as a site: build/docs/index.html"
 	@echo "make wheel      the sdist, and repaired wheels for the interpreters at hand; SELBP_CUDA=1 with the CUDA core"
-	@echo "make gpu-check  parity, sanitizer and throughput on a machine with a GPU"
+	@echo "make gpu-check  on a machine with a GPU: parity, bits, sanitizer, operators, selection, steps, graph; a table;"
+	@echo "                ARGS='--only steps --out FOLDER --budget SECONDS' for a part, which goes on where it ended"
 	@echo "make clean      remove the environment and everything built"
 
 $(VENV)/.torch:
@@ -130,7 +131,8 @@ docs: $(VENV)/.with-docs
 wheel: $(VENV)/.with-dev
 	bash scripts/wheels.sh $(ARGS)
 
-gpu-check: $(VENV)/.with-test
+# Little is asked for, since a machine with a GPU may have no network; what else is there is used.
+gpu-check: $(VENV)/.with-triton
 	$(BIN)/python scripts/gpu_check.py $(ARGS)
 
 clean:

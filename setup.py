@@ -9,13 +9,12 @@ needed, and the CUDA runtime is linked statically, so it imports on a machine wi
 Environment:
     MAX_JOBS         parallel compilations
     SELBP_CXXFLAGS   added to the C++ compiler's options; -O0 for a quick build that is not for use
-    SELBP_CUDA       auto (the default): the CUDA core is built where there are nvcc and a driver; 0: never; 1: always
+    SELBP_CUDA       auto (the default): the CUDA core is built wherever there is nvcc; 0: never; 1: always
     SELBP_CUDA_ARCH  architectures, "80;90;100" by default; the last one is embedded as PTX too, for what comes later
 """
 
 from __future__ import annotations
 
-import ctypes.util
 import os
 import platform
 import re
@@ -55,7 +54,7 @@ def cuda_wanted() -> bool:
             "SELBP_CUDA=1, but there is no nvcc. Install the CUDA toolkit and put its bin folder on PATH or its root "
             "in CUDA_HOME; or set SELBP_CUDA=0 to install without the CUDA core."
         )
-    return wish == "1" or (wish == "auto" and nvcc is not None and ctypes.util.find_library("cuda") is not None)
+    return wish != "0" and nvcc is not None  # a driver need not be here: containers mount it, images are built without
 
 
 def find_nvcc() -> str | None:
@@ -149,9 +148,15 @@ def cuda_extension() -> Pybind11Extension:
 
 
 setup(
-    packages=[*find_packages(include=["selbp", "selbp.*", "selbp_study", "selbp_study.*"]), "selbp.triton_kernels"],
-    # A bare top-level `triton_kernels` would collide with Triton's own package of that name.
-    package_dir={"selbp.triton_kernels": "triton_kernels"},
+    packages=[
+        *find_packages(include=["selbp", "selbp.*", "selbp_study", "selbp_study.*"]),
+        "selbp.triton_kernels",
+        "selbp.cuda_source",
+    ],
+    # A bare top-level `triton_kernels` would collide with Triton's own package of that name. `cuda_source` holds no
+    # Python: what NVRTC is handed where the CUDA core was not built.
+    package_dir={"selbp.triton_kernels": "triton_kernels", "selbp.cuda_source": "csrc"},
+    package_data={"selbp.cuda_source": ["matching/*.hpp", "matching/kernels.cuh", "team/*.hpp", "team/*.cuh"]},
     ext_modules=[
         Pybind11Extension(
             "selbp._native",

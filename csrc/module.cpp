@@ -15,7 +15,7 @@
 #include "cube/cpu.hpp"
 #include "draw/cpu.hpp"
 #include "gram/cpu.hpp"
-#include "matching/matching.hpp"
+#include "matching/cpu.hpp"
 #include "statistics/cpu.hpp"
 #include "stream/cpu.hpp"
 

@@ -43,6 +43,11 @@ PYBIND11_MODULE(_native_cuda, m, py::mod_gil_not_used()) {
   m.def("architectures", [] { return SELBP_CUDA_ARCHITECTURES; }, "What the kernels were compiled for.");
   m.def("match_workspace", [](std::int64_t batch, bool is_double, int n, int k, int device) {
     const std::int64_t bytes = selbp::cuda::match_workspace(options(n, k, 0, true, 0.0, 0.0), batch, is_double, device);
+    if (bytes == -std::int64_t(selbp::cuda::kTooManyRows))
+      throw py::value_error("k must be at most " + std::to_string(selbp::cuda::most_rows(is_double, device)) +
+                            " of more rows than that on this GPU, whose shared memory holds a number for each chosen "
+                            "row: got k = " +
+                            std::to_string(k) + ", n = " + std::to_string(n));
     check(bytes < 0 ? -bytes : 0);
     return bytes;
   });

@@ -27,6 +27,7 @@ from selbp.selectors import (
 )
 from selbp.training import Schedule, SelectiveBackprop, StepReport
 from selbp.training.diagnose import Diagnosis, diagnose
+from selbp.training.graphed import GraphedStep, cuda_graph
 from selbp.training.recommended import recommended
 
 SelectiveBackward, selective_backward = BackwardCut, backward_cut  # their names before 0.1
@@ -43,6 +44,7 @@ __all__ = [
     "GradNormImportance",
     "GradientMatching",
     "GradientProxies",
+    "GraphedStep",
     "InsertedCut",
     "LossPercentile",
     "LossRank",
@@ -60,6 +62,7 @@ __all__ = [
     "__version__",
     "backward_cut",
     "checkpoint",
+    "cuda_graph",
     "diagnose",
     "fence",
     "insert_cut",

@@ -13,7 +13,7 @@ import torch
 
 import selbp._native as native
 from selbp._version import __version__
-from selbp.ops import _backends
+from selbp.ops import _backends, _nvrtc
 
 
 def machine() -> dict[str, str]:
@@ -53,7 +53,11 @@ def _cuda_core() -> str:
     try:
         core = importlib.import_module("selbp._native_cuda")
     except ImportError as error:
-        return f"not built ({error})"
+        try:
+            instead = f"NVRTC {_nvrtc.Compiler().version} compiles its kernels when a GPU first needs them"
+        except _nvrtc.Unavailable as missing:
+            instead = f"CUDA tensors are matched on the host: {missing}"
+        return f"not built ({error}); {instead}"
     return f"built for {core.architectures()}" if hasattr(core, "architectures") else "built"
 
 

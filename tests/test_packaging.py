@@ -31,6 +31,8 @@ NO_INDEX = ("No matching distribution found for", "Could not fetch URL", "NewCon
 SMOKE = """
 import sys, torch, selbp, selbp._native, selbp.triton_kernels
 assert "triton" not in sys.modules, "importing selbp must not import triton"
+from selbp.ops import _nvrtc
+_nvrtc.sources()  # the kernels that NVRTC compiles
 step = selbp.SelectiveBackprop(torch.nn.Sequential(torch.nn.Linear(4, 3)), selector=selbp.GradientMatching(), keep=2)
 step(torch.randn(8, 4), torch.randint(0, 3, (8,))).backward()
 print(selbp.__file__, selbp.__version__, selbp._native.level())

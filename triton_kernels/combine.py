@@ -26,7 +26,7 @@ from .arithmetic import FLOOR, LN2, LOG2E, MINUS_INFINITY, log1p, reference_expo
 from .statistics import merge_fit
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "n_splits", "ignore_index"])
 def finalize_kernel(
     partials, target_logit, feature_sq, class_weight, target,
     loss_out, lse_out, residual_sq_out, others_out, correct_out, valid_out,

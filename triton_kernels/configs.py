@@ -12,7 +12,7 @@ instruction and the instructions per logit.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -119,6 +119,30 @@ def architecture(device: torch.device) -> str:
 def processors(device: torch.device) -> int:
     """Multiprocessors of a device; a fixed number where there is none, so that the interpreter is reproducible."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+@lru_cache(maxsize=1024)
+def class_splits(n_row_tiles: int, n_class_tiles: int, slots: int, splits: int | None = None) -> tuple[int, int]:
+    """(splits, class tiles per split), none empty: ``splits`` where given, else the cheapest for a device.
+
+    ``slots`` programs run at once, in waves that each take as long as a split's tiles and its start and end, about half
+    a tile (modelled). Of equally cheap splits the fewest. The same on every run: sums are added in the same order.
+    """
+    if splits is not None:
+        per_split = _ceil(n_class_tiles, max(1, splits))
+        return _ceil(n_class_tiles, max(1, per_split)), per_split
+    rows = max(n_row_tiles, 1)
+    most = max(1, min(n_class_tiles, MOST_WAVES * slots // rows))
+    sizes = sorted({_ceil(n_class_tiles, wanted) for wanted in range(1, most + 1)}, reverse=True)
+    per_split = min(sizes, key=lambda size: _ceil(rows * _ceil(n_class_tiles, max(1, size)), slots) * (2 * size + 1))
+    return _ceil(n_class_tiles, max(1, per_split)), per_split
+
+
+MOST_WAVES = 32  # each split of each row leaves partial sums: this bounds their memory to a few MB
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def statistics_tile(

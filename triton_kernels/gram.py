@@ -29,7 +29,7 @@ from .arithmetic import triangle_tile
 from .matmul_tile import dot_precision, operands, product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # a row stride that is known to be aligned saves registers
 def gram_kernel(
     residual, features, gram, broken, n, n_classes, d, stride_r, stride_h, stride_k, plus,
     ROWS: tl.constexpr, DEPTH_R: tl.constexpr, DEPTH_H: tl.constexpr, DESCRIPTOR: tl.constexpr,
@@ -72,7 +72,7 @@ def broken_entries(x, rows, flagged, length, stride, ROWS: tl.constexpr, DEPTH: 
     return count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def gram_confirm_kernel(
     residual, features, broken, n, n_classes, d, stride_r, stride_h, ROWS: tl.constexpr, DEPTH: tl.constexpr
 ):
@@ -85,7 +85,7 @@ def gram_confirm_kernel(
         tl.store(broken + rows, (count > 0).to(tl.uint8), mask=flagged)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "stride_k"])
 def gram_clear_kernel(gram, broken, n, stride_k, ROWS: tl.constexpr):
     """Zero in every row and column that is flagged."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -125,7 +125,7 @@ def gram(
     descriptor, pair = operands(tile.descriptor, (residual, tile.rows, depth_r), (features, tile.rows, depth_h))
     count = triton.cdiv(n, tile.rows)
     gram_kernel[(count * (count + 1) // 2,)](
-        *pair, out, broken, n, n_classes, d, residual.stride(0), features.stride(0), out.stride(0), float(bias),
+        *pair, out, broken, n, n_classes, d, residual.stride(0), features.stride(0), n if n > 1 else 16, float(bias),
         ROWS=tile.rows, DEPTH_R=depth_r, DEPTH_H=depth_h, DESCRIPTOR=descriptor,
         EVEN_R=n_classes % depth_r == 0, EVEN_H=d % depth_h == 0,
         PRECISION_R=dot_precision(residual.dtype), PRECISION_H=dot_precision(features.dtype),

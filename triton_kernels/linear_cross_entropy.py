@@ -53,7 +53,7 @@ def residual_tile(
     return tl.where((factor != 0.0)[:, None], r * factor[:, None], 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "n_columns", "first_class"])
 def residual_chunk_kernel(
     features, weight, bias, class_weight, target, lse, others, scale, mass, rest, out,
     k, n_columns, first_class, d, stride_h, stride_w, stride_out, share, softcap,

@@ -23,10 +23,9 @@ import triton.language as tl
 
 from . import configs
 from .arithmetic import exponential, soft_cap
-from .statistics import class_splits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "tiles_per_split", "ignore_index"])
 def residual_kernel(
     logits, lse, class_weight, weight_sum, target, out, sums,
     n, n_classes, stride_z, stride_out, tiles_per_split, ignore_index, label_smoothing, softcap,
@@ -87,7 +86,7 @@ def residual_kernel(
         tl.store(part + 2 * field, broken, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "n_splits", "ignore_index"])
 def residual_target_kernel(
     logits, lse, class_weight, target, out, sums,
     n, n_splits, n_classes, stride_z, stride_out, ignore_index, label_smoothing, softcap,
@@ -157,9 +156,7 @@ def residual(
         return out
     smooth = label_smoothing != 0.0
     row_tiles, class_tiles = triton.cdiv(n, tile.rows), triton.cdiv(n_classes, tile.columns)
-    count, per_split = class_splits(
-        row_tiles, class_tiles, splits * row_tiles if splits else 4 * configs.processors(logits.device)
-    )
+    count, per_split = configs.class_splits(row_tiles, class_tiles, 4 * configs.processors(logits.device), splits)
     sums = torch.empty(3 if smooth else 1, count, n, dtype=torch.float32, device=logits.device)
     weight_sum = class_weight.sum(dtype=torch.float32) if smooth and class_weight is not None else None
     options = {"SOFTCAP": bool(softcap), "SMOOTH": smooth, "HAS_WEIGHT": class_weight is not None}

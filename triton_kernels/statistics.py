@@ -139,7 +139,7 @@ def store_state(partials, state, rows, inside, split, n, n_splits):
         tl.store(place, state[field], mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "tiles_per_split"])
 def statistics_kernel(
     features, weight, bias, class_weight, target, projection, partials, sums,
     n, n_classes, d, p, stride_h, stride_w, stride_p, tiles_per_split, softcap,
@@ -199,7 +199,7 @@ def statistics_kernel(
             tl.store(place + n_splits.to(tl.int64) * n * p, weighted, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "tiles_per_split"])
 def logits_statistics_kernel(
     logits, class_weight, target, partials, n, n_classes, stride_z, tiles_per_split, softcap,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
@@ -233,13 +233,6 @@ def logits_statistics_kernel(
     store_state(partials, state, rows, inside, split, n, n_splits)
 
 
-def class_splits(n_row_tiles: int, n_class_tiles: int, programs: int) -> tuple[int, int]:
-    """(splits, class tiles per split): enough programs for the device, none empty, the same on every run."""
-    wanted = max(1, min(n_class_tiles, programs // max(n_row_tiles, 1)))
-    per_split = triton.cdiv(n_class_tiles, wanted)
-    return triton.cdiv(n_class_tiles, per_split), per_split
-
-
 def statistics(
     features: torch.Tensor,  # (n, d), last dimension contiguous
     weight: torch.Tensor,  # (C, d), last dimension contiguous
@@ -267,9 +260,7 @@ def statistics(
     if tile.descriptor and not descriptor:
         tile = tile.with_pointers()
     row_tiles, class_tiles = triton.cdiv(n, tile.rows), triton.cdiv(n_classes, tile.columns)
-    count, per_split = class_splits(
-        row_tiles, class_tiles, splits * row_tiles if splits else configs.processors(features.device)
-    )
+    count, per_split = configs.class_splits(row_tiles, class_tiles, configs.processors(features.device), splits)
     partials = torch.empty(FIELDS[smooth], count, n, dtype=torch.float32, device=features.device)
     sums = None if projection is None else partials.new_empty(1 + (smooth and softcap != 0.0), count, n, p)
     if n == 0:
@@ -301,9 +292,7 @@ def logits_statistics(
     n, n_classes = logits.shape
     tile = tile or configs.tile("logits_smoothing" if smooth else "logits", logits.device, logits.dtype)
     row_tiles, class_tiles = triton.cdiv(n, tile.rows), triton.cdiv(n_classes, tile.columns)
-    count, per_split = class_splits(
-        row_tiles, class_tiles, splits * row_tiles if splits else 4 * configs.processors(logits.device)
-    )
+    count, per_split = configs.class_splits(row_tiles, class_tiles, 4 * configs.processors(logits.device), splits)
     partials = torch.empty(FIELDS[smooth], count, n, dtype=torch.float32, device=logits.device)
     if n:
         logits_statistics_kernel[(row_tiles * count,)](

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def target_logit_kernel(
     features, weight, bias, logits, target, target_logit, feature_sq,
     n, d, n_classes, stride_h, stride_w, stride_z, plus,

@@ -1,4 +1,6 @@
 // The matching engine on CPU threads: one team of SIMD registers for each problem, problems spread over OpenMP threads.
+#include "matching/cpu.hpp"
+
 #include <stdlib.h>
 
 #include "cpu/parallel.hpp"

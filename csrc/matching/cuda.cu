@@ -24,16 +24,19 @@ struct Plan {
   std::size_t shared, workspace;
 };
 
-// Makes `device` current for the life of the object.
+// Makes `device` current for the life of the object. What the runtime remembers of errors is cleared on entry, so that
+// an earlier one is not taken for the launch's, and on exit: the caller is told of ours, and nobody meets it again.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
+    cudaGetLastError();
     error_ = cudaGetDevice(&before_);
     if (error_ == cudaSuccess && before_ != device) error_ = cudaSetDevice(device);
     moved_ = error_ == cudaSuccess && before_ != device;
   }
   ~OnDevice() {
     if (moved_) cudaSetDevice(before_);
+    cudaGetLastError();
   }
   cudaError_t error() const { return error_; }
 
@@ -44,7 +47,7 @@ class OnDevice {
 };
 
 template <class T>
-cudaError_t make_plan(const Options& options, std::int64_t batch, int device_index, Plan* plan) {
+int make_plan(const Options& options, std::int64_t batch, int device_index, Plan* plan) {
   const device::DeviceShape<T> shape(options.n, options.k);
   int limit = 0, processors = 0;
   cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_index);
@@ -61,6 +64,7 @@ cudaError_t make_plan(const Options& options, std::int64_t batch, int device_ind
              std::size_t(batch) * device::block_global_bytes(shape)};
   } else {
     const std::size_t shared = device::grid_shared_bytes(shape);
+    if (shared > std::size_t(limit)) return cuda::kTooManyRows;
     int resident = 0;
     error = cudaFuncSetAttribute(device::match_grid<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
     if (error == cudaSuccess)
@@ -94,9 +98,9 @@ std::int64_t match_workspace(const Options& options, std::int64_t batch, bool is
   const OnDevice here(device);
   if (here.error() != cudaSuccess) return -std::int64_t(here.error());
   Plan plan;
-  const cudaError_t error =
+  const int error =
       is_double ? make_plan<double>(options, batch, device, &plan) : make_plan<float>(options, batch, device, &plan);
-  return error == cudaSuccess ? std::int64_t(plan.workspace) : -std::int64_t(error);
+  return error == 0 ? std::int64_t(plan.workspace) : -std::int64_t(error);
 }
 
 template <class T>
@@ -105,8 +109,8 @@ int launch_match(const Options& options, const Problem<T>& problems, const Answe
   const OnDevice here(device);
   if (here.error() != cudaSuccess) return int(here.error());
   Plan plan;
-  const cudaError_t error = make_plan<T>(options, batch, device, &plan);
-  if (error != cudaSuccess) return int(error);
+  const int error = make_plan<T>(options, batch, device, &plan);
+  if (error != 0) return error;
   unsigned char* memory = static_cast<unsigned char*>(workspace);
   const cudaStream_t queue = static_cast<cudaStream_t>(stream);
   switch (plan.kernel) {
@@ -127,7 +131,21 @@ template int launch_match<float>(const Options&, const Problem<float>&, const An
 template int launch_match<double>(const Options&, const Problem<double>&, const Answer<double>&, std::int64_t, void*,
                                   int, void*);
 
-const char* error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+const char* error_text(int code) {
+  return code == kTooManyRows ? "too many rows to choose for the GPU's shared memory"
+                              : cudaGetErrorString(static_cast<cudaError_t>(code));
+}
+
+std::int64_t most_rows(bool is_double, int device) {
+  const OnDevice here(device);
+  int limit = 0;
+  if (here.error() != cudaSuccess ||
+      cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+    return 0;
+  const std::size_t ballots =
+      is_double ? device::ballot_bytes<double>(device::kWarp) : device::ballot_bytes<float>(device::kWarp);
+  return std::int64_t((std::size_t(limit) - ballots) / (is_double ? sizeof(double) : sizeof(float)));
+}
 
 }  // namespace cuda
 }  // namespace selbp

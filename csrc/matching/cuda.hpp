@@ -6,9 +6,15 @@
 namespace selbp {
 namespace cuda {
 
+// A code beside CUDA's own: the problem has more rows to choose than a block can keep in shared memory.
+constexpr int kTooManyRows = 1 << 20;
+
 // Bytes of global memory that `launch_match` wants for such a batch on such a device (256-byte aligned); negative: a
 // CUDA error, of which the absolute value is the code.
 std::int64_t match_workspace(const matching::Options& options, std::int64_t batch, bool is_double, int device);
+
+// How many rows at most can be chosen on such a device, in float or double; 0 where the device cannot be asked.
+std::int64_t most_rows(bool is_double, int device);
 
 // Solves the problems on `stream` of `device` without waiting for it; allocates nothing. Returns a CUDA error code.
 template <class T>

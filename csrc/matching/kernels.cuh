@@ -2,7 +2,7 @@
 //
 //   match_blocks   one block for each problem, its arrays in shared memory, the tableau there too where it fits
 //   match_grid     all blocks on one problem after another (a cooperative launch), everything in global memory; for a
-//                  few large problems, whose tableau one multiprocessor would take too long to read
+//                  few large problems, whose tableau one multiprocessor would take too long to read; not by NVRTC
 //
 // Per iteration a block passes two barriers: one before the sweep, one in its arg max.
 #pragma once
@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)  // 1: registers rather than
   Engine<BlockTeam<T>, T>(team, options, problem, work).solve(answer_at(answers, options.k, blockIdx.x));
 }
 
+#ifdef SELBP_GRID_SYNC
 template <class T>
 __global__ void __launch_bounds__(kGridThreads, 1)
     match_grid(Options options, Problem<T> problems, Answer<T> answers, std::int64_t batch, unsigned char* memory) {
@@ -87,6 +88,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
     Engine<GridTeam<T>, T>(team, options, problem, work).solve(answer_at(answers, options.k, std::size_t(i)));
   }
 }
+#endif
 
 }  // namespace SELBP_LEVEL
 }  // namespace selbp

@@ -1,10 +1,8 @@
-// The matching solver's public face for C++: shapes, options and buffers; see engine.hpp for what it does.
+// The matching solver's options and buffers, of every backend; see engine.hpp for what it does.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-
-#include "cpu/level.hpp"
 
 namespace selbp {
 namespace matching {
@@ -42,11 +40,4 @@ struct Answer {
 };
 
 }  // namespace matching
-
-// Solves `batch` problems on at most `threads` threads; false where memory ran out.
-SELBP_DECLARE_LEVELS(bool match_f32(const matching::Options& options, const matching::Problem<float>& problems,
-                                    const matching::Answer<float>& answers, std::int64_t batch, int threads);
-                     bool match_f64(const matching::Options& options, const matching::Problem<double>& problems,
-                                    const matching::Answer<double>& answers, std::int64_t batch, int threads);)
-
 }  // namespace selbp

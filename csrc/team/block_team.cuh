@@ -17,10 +17,13 @@
 
 #include "team/team.hpp"
 
+// NVRTC compiles the kernels without any header of the toolkit, and without those of a cooperative launch.
 #if defined(__CUDACC__)
-#include <cooperative_groups.h>
 #define SELBP_DYNAMIC_SHARED(name) extern __shared__ __align__(64) unsigned char name[]
+#if !defined(__CUDACC_RTC__)
+#include <cooperative_groups.h>
 #define SELBP_GRID_SYNC() cooperative_groups::this_grid().sync()
+#endif
 #endif
 
 namespace selbp {
@@ -166,6 +169,7 @@ class BlockTeam : public ThreadTeam<T, BlockTeam<T>> {
   Ballots<T> ballots_;
 };
 
+#ifdef SELBP_GRID_SYNC
 // All blocks of a cooperative launch. Everything that blocks share lies in global memory; `broadcast` arrays lie in
 // each block's shared memory.
 template <class T>
@@ -208,6 +212,7 @@ class GridTeam : public ThreadTeam<T, GridTeam<T>> {
   BlockTeam<T> block_;
   Ballots<T> ballots_;
 };
+#endif  // SELBP_GRID_SYNC
 
 }  // namespace SELBP_LEVEL
 }  // namespace selbp

@@ -72,15 +72,24 @@ SELBP_HD T magnitude(T x) {
   return x < T(0) ? -x : x;
 }
 
+#if defined(__CUDACC_RTC__)  // NVRTC has none of the builtins
+#define SELBP_CONSTANT(type, builtin, bits) __builtin_bit_cast(type, bits)
+#else
+#define SELBP_CONSTANT(type, builtin, bits) builtin
+#endif
 template <class T>
 struct Limits;
 template <>
 struct Limits<float> {
-  static constexpr float kMax = 3.402823466e+38f, kInfinity = __builtin_huge_valf(), kNaN = __builtin_nanf("");
+  static constexpr float kMax = 3.402823466e+38f;
+  static constexpr float kInfinity = SELBP_CONSTANT(float, __builtin_huge_valf(), 0x7f800000u);
+  static constexpr float kNaN = SELBP_CONSTANT(float, __builtin_nanf(""), 0x7fc00000u);
 };
 template <>
 struct Limits<double> {
-  static constexpr double kMax = 1.7976931348623157e+308, kInfinity = __builtin_huge_val(), kNaN = __builtin_nan("");
+  static constexpr double kMax = 1.7976931348623157e+308;
+  static constexpr double kInfinity = SELBP_CONSTANT(double, __builtin_huge_val(), 0x7ff0000000000000ull);
+  static constexpr double kNaN = SELBP_CONSTANT(double, __builtin_nan(""), 0x7ff8000000000000ull);
 };
 
 // What an arg max returns. Index -1 with a score below 0 means that no column proposed itself.

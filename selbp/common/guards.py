@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 
@@ -35,11 +36,22 @@ def without_autocast_cache() -> Iterator[None]:
         torch.set_autocast_cache_enabled(enabled)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on ``device`` now is recorded in a CUDA graph and not run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class RunningStatistics:
     """The batch-norm layers that follow statistics in training mode."""
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+        self._kept: dict[
+            tuple[torch.dtype, torch.device], list[Tensor]
+        ] = {}  # copies, by type and device of what they are of
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -54,15 +66,39 @@ class RunningStatistics:
                 layer.track_running_stats = True
 
     def snapshot(self) -> Callable[[], None]:
-        """A function that puts the running statistics back as they are now."""
-        saved = [(buffer, buffer.clone()) for m in self._layers if m.training for buffer in m.buffers(recurse=False)]
+        """A function that puts the running statistics back as they are now, until the next snapshot is taken.
+
+        One copy of all buffers of a type and device at once, into memory that is kept: a launch for each of a hundred
+        buffers would cost a GPU's host more than small steps take.
+        """
+        if not self._layers:
+            return _nothing
+        groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for module in self._layers:
+            if module.training:
+                for buffer in module.buffers(recurse=False):
+                    groups.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+        pairs = [(buffers, self._copies(group, buffers)) for group, buffers in groups.items()]
+        with torch.no_grad():
+            for buffers, copies in pairs:
+                torch._foreach_copy_(copies, buffers)
 
         def restore() -> None:
             with torch.no_grad():
-                for buffer, value in saved:
-                    buffer.copy_(value)
+                for buffers, copies in pairs:
+                    torch._foreach_copy_(buffers, copies)
 
         return restore
+
+    def _copies(self, group: tuple[torch.dtype, torch.device], buffers: list[Tensor]) -> list[Tensor]:
+        kept = self._kept.get(group, [])
+        if [copy.shape for copy in kept] != [buffer.shape for buffer in buffers]:
+            kept = self._kept[group] = [torch.empty_like(buffer) for buffer in buffers]
+        return kept
+
+
+def _nothing() -> None:
+    """There is nothing to put back."""
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:

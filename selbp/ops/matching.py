@@ -28,7 +28,9 @@ from selbp._checks import (
     integer,
     number,
 )
-from selbp.ops._backends import cuda_core, native_threads
+from selbp.ops import _host_solve
+from selbp.ops._backends import native_threads
+from selbp.ops._cuda_solver import solver, warn_of_host
 from selbp.ops._factors import autocast_factors
 from selbp.ops._register import define
 from selbp.types import Matching
@@ -142,22 +144,40 @@ def _cuda(
     gram: Tensor, inner: Tensor, target_sq: Tensor, k: int, rule: str, ridge: float, nonnegative: bool,
     valid: Tensor | None, tolerance: float,
 ) -> _Outputs:  # fmt: skip
-    core, _ = cuda_core()
-    if core is None:  # one trip to the host and back: a solver of small torch operators would wait thousands of times
-        mask = None if valid is None else valid.cpu()
-        a, b, c, d, e = _cpu(gram.cpu(), inner.cpu(), target_sq.cpu(), k, rule, ridge, nonnegative, mask, tolerance)
-        return a.to(inner.device), b.to(inner.device), c.to(inner.device), d.to(inner.device), e.to(inner.device)
-    buffers = _buffers(gram, inner, target_sq, k, valid)
-    outputs, n, problems, is_double = buffers[4:], inner.shape[-1], target_sq.numel(), gram.dtype == torch.float64
+    n, device, is_double = inner.shape[-1], inner.device.index, gram.dtype == torch.float64
+    core, missing = solver(device, n, k, is_double)
+    if core is None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"matching cannot be captured in a CUDA graph: it is solved on the host, for {missing}")
+        warn_of_host(missing)
+        return _on_host(gram, inner, target_sq, k, rule, ridge, nonnegative, valid, tolerance, pin=True)
+    buffers, problems = _buffers(gram, inner, target_sq, k, valid), target_sq.numel()
     if problems:
-        device = inner.device.index
-        size = core.match_workspace(problems, is_double, n, k, device)
-        workspace = torch.empty(size, dtype=torch.uint8, device=inner.device)
-        core.match(
-            _addresses(buffers), is_double, problems, n, k, RULES.index(rule), nonnegative, ridge, tolerance,
-            workspace.data_ptr(), device, torch.cuda.current_stream(device).cuda_stream,
-        )  # fmt: skip
-    return outputs
+        with torch.cuda.device(device):
+            workspace = torch.empty(
+                core.match_workspace(problems, is_double, n, k, device), dtype=torch.uint8, device=inner.device
+            )
+            core.match(
+                _addresses(buffers), is_double, problems, n, k, RULES.index(rule), nonnegative, ridge, tolerance,
+                workspace.data_ptr(), device, torch.cuda.current_stream(device).cuda_stream,
+            )  # fmt: skip
+    return buffers[4:]
+
+
+def _on_host(
+    gram: Tensor, inner: Tensor, target_sq: Tensor, k: int, rule: str, ridge: float, nonnegative: bool,
+    valid: Tensor | None, tolerance: float, *, pin: bool,
+) -> _Outputs:  # fmt: skip
+    """Solved on the host, by one copy there and one back: a solver of small torch operators would wait for each."""
+    dtype = accumulate_dtype(gram.dtype)
+    mask = () if valid is None else (valid,)
+    there = _host_solve.to_host((gram, inner, target_sq, *mask), dtype, pin=pin)
+    found = _cpu(there[0], there[1], there[2], k, rule, ridge, nonnegative, there[3] != 0 if mask else None, tolerance)
+    buffer, outputs = _host_solve.room(found, pin=pin)
+    for output, tensor in zip(outputs, found, strict=True):
+        output.copy_(tensor)
+    a, b, c, d, e = _host_solve.views(buffer.to(inner.device, non_blocking=True), found)
+    return a, b, c, d, e
 
 
 _match = define(

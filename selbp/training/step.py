@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from selbp._checks import check_flag, check_generator, shown
 from selbp.common.batch import Batch
 from selbp.common.distributed import averaging, check_not_bypassed, unwrap
-from selbp.common.guards import PRECISIONS, RunningStatistics, without_autocast
+from selbp.common.guards import PRECISIONS, RunningStatistics, capturing, without_autocast
 from selbp.common.in_place import Untouched
 from selbp.common.keep import check_keep, kept_rows
 from selbp.common.places import Places
@@ -265,7 +265,8 @@ class SelectiveBackprop:
         if table is not None and issued is not None:
             batch = with_irreducible(batch, table, issued)
         self._synchronised = self._synchronised or check_not_bypassed(self.model)
-        restore = self._choice.snapshot(), self._running.snapshot()
+        # In a capture nothing runs that could be put back, and a generator's state must not be read.
+        restore = () if capturing(batch.device) else (self._choice.snapshot(), self._running.snapshot())
         try:
             try:
                 loss, report = self._run(batch, call, issued)

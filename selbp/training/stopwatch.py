@@ -8,17 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selbp.common.guards import capturing
+
 
 class Stopwatch:
-    """Seconds of a step's phases: by the host's clock on a CPU, by events on a GPU, read only when asked for."""
+    """Seconds of a step's phases: by the host's clock on a CPU, by events on a GPU, read only when asked for.
+
+    Nothing is timed while a CUDA graph is captured: an event that was recorded there has no time of its own.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._recorded: dict[str, float] | None = None  # of a copy, which has no marks
         self._events = device.type == "cuda"
+        self._idle = capturing(device)
         self._marks: list[tuple[str, Any]] = [("start", self._now())]
         self._backward: list[Any] = []
 
     def _now(self) -> Any:
+        if self._idle:
+            return None
         if not self._events:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -31,7 +39,7 @@ class Stopwatch:
 
     def follow(self, loss: Tensor) -> None:
         """Time the backward of ``loss``, from its start to the end of the engine's run."""
-        if loss.requires_grad:
+        if loss.requires_grad and not self._idle:
             loss.register_hook(self._backward_begins)
 
     def _backward_begins(self, gradient: Tensor) -> None:
@@ -40,9 +48,11 @@ class Stopwatch:
         engine.queue_callback(lambda: self._backward.append(self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds per phase; ``"backward"`` once it has run."""
+        """Seconds per phase; ``"backward"`` once it has run; empty for a step that was captured in a CUDA graph."""
         if self._recorded is not None:
             return dict(self._recorded)
+        if self._idle:
+            return {}
         marks = list(self._marks)
         result = {
             phase: self._between(before, now) for (_, before), (phase, now) in zip(marks, marks[1:], strict=False)
@@ -53,7 +63,7 @@ class Stopwatch:
 
     def __getstate__(self) -> dict[str, Any]:
         """The seconds: a GPU's events exist in their process only."""
-        return {"_recorded": self.seconds(), "_events": False, "_marks": [], "_backward": []}
+        return {"_recorded": self.seconds(), "_events": False, "_idle": False, "_marks": [], "_backward": []}
 
     def _between(self, begin: Any, end: Any) -> float:
         if not self._events:

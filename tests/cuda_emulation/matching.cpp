@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cuda_shim.hpp"
+#include "matching/cpu.hpp"
 #include "matching/kernels.cuh"
 
 namespace {

@@ -11,7 +11,7 @@
 #include "choose_rows/cpu.hpp"
 #include "cube/cpu.hpp"
 #include "gram/cpu.hpp"
-#include "matching/matching.hpp"
+#include "matching/cpu.hpp"
 #include "statistics/cpu.hpp"
 #include "stream/cpu.hpp"
 

@@ -105,3 +105,24 @@ def test_the_build_switch_explains_itself(value, said):
     run = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, env=environment, capture_output=True,
                          text=True, timeout=600)  # fmt: skip
     assert run.returncode != 0 and said in run.stderr
+
+
+PRINT_MODULES = """
+import setuptools
+setuptools.setup = lambda **given: print(*(module.name for module in given["ext_modules"]))
+exec(compile(open("setup.py").read(), "setup.py", "exec"), {"__file__": "setup.py", "__name__": "__main__"})
+"""
+
+
+@pytest.mark.parametrize("value,built", [("auto", True), (None, True), ("1", True), ("0", False)], ids=str)
+def test_the_cuda_core_is_built_wherever_nvcc_is(tmp_path, value, built):
+    """No driver is asked for: where one is mounted late, or an image is built without one, none can be found."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={tmp_path}' >&2\n")
+    nvcc.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH", "SELBP_CUDA")}
+    environment.update({"PATH": str(tmp_path)}, **({"SELBP_CUDA": value} if value else {}))
+    run = subprocess.run([sys.executable, "-c", PRINT_MODULES], cwd=ROOT, env=environment, capture_output=True,
+                         text=True, timeout=600)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert ("selbp._native_cuda" in run.stdout.split()) == built

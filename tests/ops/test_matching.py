@@ -1,6 +1,5 @@
 """What every backend of ``selbp.ops.match`` must do, checked against scipy and a greedy search by exhaustion."""
 
-import importlib
 import itertools
 
 import numpy as np
@@ -205,15 +204,6 @@ def test_bad_arguments(changes, error, message):
     call = {"gram": torch.eye(3), "inner": torch.ones(3), "target_sq": torch.tensor(1.0), "k": 2, **changes}
     with pytest.raises(error, match=message):
         ops.match(**call)
-
-
-def test_cuda_tensors_are_solved_on_the_host_where_there_is_no_cuda_core(monkeypatch):
-    module = importlib.import_module("selbp.ops.matching")
-    monkeypatch.setattr(module, "cuda_core", lambda: (None, "not built"))
-    arguments = problem(rows(20, 9))
-    for valid in (None, torch.arange(20) % 3 > 0):
-        found = module._cuda(*arguments, 6, "ols", 1e-3, True, valid, 0.0)
-        assert all(torch.equal(a, b) for a, b in zip(found, ops.match(*arguments, 6, valid=valid), strict=True))
 
 
 @pytest.mark.gpu

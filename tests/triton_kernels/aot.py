@@ -56,7 +56,8 @@ def compile_variant(variant: Variant, target: GPUTarget):
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name.startswith("stride_") or name in ("d",)
+        if signature[name].startswith("*")
+        or ((name.startswith("stride_") or name == "d") and not kernel.params[index].do_not_specialize)
     }
     source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=target, options={"num_warps": variant.warps, "num_stages": variant.stages})

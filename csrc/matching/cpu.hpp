@@ -1,0 +1,15 @@
+// The matching solver on a CPU, for each x86-64 level.
+#pragma once
+
+#include "cpu/level.hpp"
+#include "matching/matching.hpp"
+
+namespace selbp {
+
+// Solves `batch` problems on at most `threads` threads; false where memory ran out.
+SELBP_DECLARE_LEVELS(bool match_f32(const matching::Options& options, const matching::Problem<float>& problems,
+                                    const matching::Answer<float>& answers, std::int64_t batch, int threads);
+                     bool match_f64(const matching::Options& options, const matching::Problem<double>& problems,
+                                    const matching::Answer<double>& answers, std::int64_t batch, int threads);)
+
+}  // namespace selbp

@@ -1,0 +1,39 @@
+"""The matching solver for CUDA tensors: the built core, else what NVRTC compiles at first use, else none.
+
+Where there is none the problem is solved on the host: correct, but the device waits, and a CUDA graph cannot hold it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from selbp.ops import _nvrtc_core
+from selbp.ops._backends import cuda_core
+
+
+def solver(device: int, n: int, k: int, is_double: bool) -> tuple[Any, str]:
+    """What solves problems of this size on a device: the core or NVRTC's kernels; or None and why there is none."""
+    core, missing = cuda_core()
+    if core is not None:
+        return core, ""
+    made = _nvrtc_core.core(device, is_double)
+    if isinstance(made, str):
+        return None, f"{missing}; {made}"
+    if not made.fits(n, k):
+        return None, f"{missing}; n = {n} with k = {k} is more than a block of NVRTC's kernels holds"
+    return made, ""
+
+
+_warned: set[bool] = set()  # holds an entry once the process has been told
+
+
+def warn_of_host(missing: str) -> None:
+    """Say once per process that problems on a GPU are solved on the host, why, and what helps."""
+    if not _warned:
+        _warned.add(True)
+        warnings.warn(
+            f"the matching of CUDA tensors is solved on the host, and the GPU waits for it at each step: {missing}. "
+            "Install selbp where nvcc is, or run `pip install nvidia-cuda-nvrtc`.",
+            stacklevel=2,
+        )

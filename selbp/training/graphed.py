@@ -1,0 +1,303 @@
+"""``cuda_graph``: a whole selective step, captured once as a CUDA graph and replayed.
+
+A step of a small model launches more kernels than it computes for: the host's time is what it costs. A graph replays
+scoring, choice, backward and the optimizer's step with one launch. It repeats addresses, so inputs are copied into
+buffers that it reads, and what Python decides is decided once: what would make that wrong is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from selbp.common.guards import without_autocast_cache
+from selbp.common.proxies import HeadProxies
+from selbp.training.report import StepReport
+from selbp.training.step import SelectiveBackprop
+
+EAGER = 3  # steps that run as they are before the capture: they decide, allocate, and compile
+
+Work = Callable[[], None]
+
+
+class Recorder:
+    """Captures work as a CUDA graph, on the stream on which the steps before it ran.
+
+    Nodes that add up gradients remember the stream that they were made on; one of another would end the capture.
+    """
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """On the stream of the capture, after and before what the current one runs."""
+        self._stream = self._stream or torch.cuda.Stream()
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
+
+    def capture(self, work: Work, generator: torch.Generator | None) -> Work:
+        """Record ``work``, which is not run; returns what runs it."""
+        graph = torch.cuda.CUDAGraph()
+        if generator is not None:
+            graph.register_generator_state(generator)
+        torch.clear_autocast_cache()
+        # A data loader's thread may pin memory meanwhile, which a capture that watches all threads would not survive.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            work()
+        return graph.replay
+
+
+class GraphedStep:
+    """What :func:`cuda_graph` returns; call it as the step is called."""
+
+    def __init__(
+        self, step: SelectiveBackprop, batch: tuple[Any, ...], optimizer: torch.optim.Optimizer | None,
+        recorder: Recorder,
+    ) -> None:  # fmt: skip
+        leaves, self._form = pytree.tree_flatten(batch)
+        self._step, self._optimizer, self._recorder = step, optimizer, recorder
+        self._buffers = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
+        self._parameters = [p for p in step.model.parameters() if p.requires_grad]
+        self._calls, self._fitting, self._failed = 0, 0, ""
+        self._replay: Callable[[], None] | None = None
+        self._conditions: list[tuple[str, Any]] = []
+        self._gradients: list[Tensor | None] = []
+        self._loss: Tensor | None = None
+        self._captured: StepReport | None = None
+        self._report: StepReport | None = None
+
+    def __call__(self, inputs: Any, target: Any = None, **per_sample: Tensor) -> Tensor:
+        """Train on one minibatch; returns its loss without a graph, for a log that bears its weights.
+
+        Gradients are those of this minibatch alone: they replace what ``.grad`` held. A minibatch of other shapes than
+        those that were given to :func:`cuda_graph` runs as an ordinary step.
+
+        Raises:
+            ValueError: where something that the graph holds fast has changed, such as a learning rate that is a number.
+            RuntimeError: where the step could not be captured; says why.
+        """
+        leaves, form = pytree.tree_flatten((inputs, target, per_sample))
+        self._calls += 1
+        self._report = None
+        if self._failed:
+            raise RuntimeError(self._failed)
+        if not self._fits(leaves, form):
+            return self._eagerly(inputs, target, per_sample)
+        if self._replay is None:
+            self._fitting += 1
+            if self._fitting <= EAGER:
+                return self._eagerly(inputs, target, per_sample)
+            self._load(leaves)
+            self._capture()
+        else:
+            self._load(leaves)
+            self._check_conditions()
+            if self._step._auto_advance:
+                self._step._step += 1
+        assert self._replay is not None and self._loss is not None
+        self._replay()
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient  # the graph writes there, whatever zero_grad() put in its place
+        return self._loss.clone()
+
+    @property
+    def report(self) -> StepReport:
+        """The last call's figures; ``seconds`` is empty after a replay.
+
+        ``relative_residual`` and ``gain`` of a replay are read before the next call, or raise RuntimeError. Raises
+        RuntimeError before the first call.
+        """
+        if self._calls and self._report is None and self._captured is not None and self._loss is not None:
+            self._report = _own(self, self._captured, self._step.optimizer_step - self._step._auto_advance)
+        return self._report or self._step.report
+
+    def _fits(self, leaves: list[Any], form: Any) -> bool:
+        if form != self._form:
+            return False
+        for buffer, leaf in zip(self._buffers, leaves, strict=True):
+            if isinstance(buffer, Tensor):
+                if not isinstance(leaf, Tensor) or (leaf.shape, leaf.dtype) != (buffer.shape, buffer.dtype):
+                    return False
+            elif leaf is not buffer and leaf != buffer:
+                return False
+        return True
+
+    def _load(self, leaves: list[Any]) -> None:
+        pairs = [(b, x) for b, x in zip(self._buffers, leaves, strict=True) if isinstance(b, Tensor)]
+        with torch.no_grad():
+            for buffer, leaf in pairs:
+                buffer.copy_(leaf, non_blocking=True)
+
+    def _eagerly(self, inputs: Any, target: Any, per_sample: Mapping[str, Any]) -> Tensor:
+        self._set_to_none()
+        with self._recorder.beside():
+            loss = self._step(inputs, target, **per_sample)
+            loss.backward()
+            if self._optimizer is not None:
+                self._optimizer.step()
+        self._report = self._step.report
+        return loss.detach()
+
+    def _set_to_none(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _capture(self) -> None:
+        inputs, target, per_sample = pytree.tree_unflatten(self._buffers, self._form)
+
+        def work() -> None:
+            loss = self._step(inputs, target, **per_sample)
+            loss.backward()
+            if self._optimizer is not None:
+                self._optimizer.step()
+            self._loss = loss.detach()
+
+        self._set_to_none()  # so that the graph writes gradients, and does not add to them
+        try:
+            with without_autocast_cache():
+                self._replay = self._recorder.capture(work, self._step.generator)
+        except Exception as error:
+            self._failed = (
+                f"the step cannot be captured in a CUDA graph: {error}. What waits for the GPU, or depends on its "
+                "values, must be left out of model, loss and rule."
+            )
+            raise RuntimeError(self._failed) from error
+        self._gradients = [parameter.grad for parameter in self._parameters]
+        self._captured, self._conditions = self._step.report, self._present()
+        self._step._report = None  # its figures would be those of one replay for ever: see :attr:`report`
+
+    def _present(self) -> list[tuple[str, Any]]:
+        """What Python read while the graph was captured."""
+        step, device = self._step, next(x.device.type for x in self._buffers if isinstance(x, Tensor))
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        found: list[tuple[str, Any]] = [("keep", step.keep), ("selector", step.selector), ("autocast", autocast)]
+        found.append(("the modules' training modes", [module.training for module in step.model.modules()]))
+        found.append(("requires_grad of parameters", [p.requires_grad for p in step.model.parameters()]))
+        for i, group in enumerate(self._optimizer.param_groups if self._optimizer is not None else ()):
+            found += [(f"{name} of the optimizer's group {i}", x) for name, x in group.items() if _is_number(x)]
+        return found
+
+    def _check_conditions(self) -> None:
+        for (name, before), (_, now) in zip(self._conditions, self._present(), strict=True):
+            if before is not now and before != now:
+                raise ValueError(
+                    f"{name} must be as when the graph was captured, {_short(before)}, got {_short(now)}: call "
+                    "selbp.cuda_graph again, or keep a learning rate that changes in a tensor"
+                )
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str)) or (
+        isinstance(value, tuple) and all(map(_is_number, value))
+    )  # fmt: skip
+
+
+def _short(value: Any) -> str:
+    return repr(value) if len(repr(value)) < 60 else "others"
+
+
+def _own(graphed: GraphedStep, report: StepReport, step: int) -> StepReport:
+    """A report with tensors of its own: the next replay writes into the graph's."""
+    tensors = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (
+        report.selection, report._stats, report._chosen, report._hits))  # fmt: skip
+    selection, stats, chosen, hits = tensors
+    own = replace(report, selection=selection, _stats=stats, _chosen=chosen, _hits=hits, step=step)
+    if report._proxies is not None:
+        own._proxies = _UntilTheNextCall(graphed, report._proxies)  # type: ignore[assignment]
+    return own
+
+
+class _UntilTheNextCall:
+    """Gradient proxies whose factors lie in the graph's memory."""
+
+    def __init__(self, graphed: GraphedStep, proxies: HeadProxies) -> None:
+        self._graphed, self._call = graphed, graphed._calls
+        self._proxies = object.__new__(type(proxies))  # a copy: what it computes and keeps is of this replay alone
+        self._proxies.__dict__.update(proxies.__dict__)
+
+    def __getattr__(self, name: str) -> Any:
+        if self._graphed._calls != self._call:
+            raise RuntimeError("the report's gradient figures must be read before the next call of a captured step")
+        return getattr(self._proxies, name)
+
+
+def cuda_graph(
+    step: SelectiveBackprop,
+    inputs: Any,
+    target: Any = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    **per_sample: Tensor,
+) -> GraphedStep:
+    """Capture a step, its backward and the optimizer's step as one CUDA graph; speed is unmeasured.
+
+    ::
+
+        graphed = selbp.cuda_graph(step, inputs, target, optimizer=optimizer)
+        for inputs, target in loader:
+            graphed(inputs, target)  # forward, choice, backward and, where one is given, optimizer.step()
+
+    Nothing is trained here: ``inputs`` and ``target`` give shapes. The first 3 calls run as they are and the fourth is
+    captured; later ones are replayed. Each trains on its minibatch, once.
+
+    Args:
+        step: the step. Its schedule must choose on every step from now on.
+        inputs: as for a call of the step; every tensor on one CUDA device.
+        target: as for a call of the step.
+        optimizer: stepped in the graph; its ``capturable`` must be True where it has that option. None: the caller's.
+        per_sample: as for a call of the step.
+
+    Raises:
+        TypeError: for a step or an optimizer of another type.
+        ValueError: for what a graph cannot hold, with the reason: tensors that are not on a GPU, lists of samples, a
+            rule that remembers, a cut, ``scoring="eval"``, a schedule that does not always choose, several processes.
+    """
+    batch = (inputs, target, per_sample)
+    _check(step, batch, optimizer)
+    return GraphedStep(step, batch, optimizer, Recorder())
+
+
+def _check(step: Any, batch: tuple[Any, ...], optimizer: Any) -> None:
+    if not isinstance(step, SelectiveBackprop):
+        raise TypeError(f"step must be a selbp.SelectiveBackprop, got {type(step).__name__}")
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
+    _check_step(step)
+    leaves = pytree.tree_leaves(batch)
+    others = [type(x).__name__ for x in leaves if not (x is None or isinstance(x, (Tensor, bool, int, float)))]
+    if others:
+        raise ValueError(f"inputs must hold tensors for a CUDA graph, which reads no list on the host: got {others[0]}")
+    devices = {str(x.device) for x in leaves if isinstance(x, Tensor)}
+    if len(devices) != 1 or not next(iter(devices)).startswith("cuda"):
+        raise ValueError(f"inputs and target must be on one CUDA device for a CUDA graph, got {sorted(devices)}")
+    for group in optimizer.param_groups if optimizer is not None else ():
+        if group.get("capturable") is False:
+            name = type(optimizer).__name__
+            raise ValueError(f"optimizer must be made with capturable=True for a CUDA graph, got {name} without it")
+
+
+def _check_step(step: SelectiveBackprop) -> None:
+    """Raise ValueError for what makes each step of Python's own."""
+    schedule, rule = step.schedule, step.selector
+    if schedule.every != 1 or schedule.end is not None or schedule.start > step.optimizer_step:
+        raise ValueError(f"step must choose at every step from now on for a CUDA graph, got {schedule!r}")
+    if step._cut is not None:
+        raise ValueError("step must have no cut for a CUDA graph: a choice in the backward is not supported there")
+    if rule.state_dict():
+        raise ValueError(
+            f"step's selector must not remember earlier minibatches for a CUDA graph, which would show it the same "
+            f"memory at each replay: got {rule!r}"
+        )
+    if step._scoring == "eval":
+        raise ValueError('step must have scoring="same" for a CUDA graph: "eval" saves and restores random states')
+    if isinstance(step.model, nn.parallel.DistributedDataParallel) or step._reduce is not None:
+        raise ValueError("step must train in one process for a CUDA graph: captured collectives are not supported")
