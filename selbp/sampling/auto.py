@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
-from statistics import median
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -232,3 +231,9 @@ def _checked(prices: Mapping[str, float], candidates: Mapping[str, Candidate]) -
     if min(found.values()) == 0.0:
         raise ValueError(f"prices must be above 0, got {found}")
     return found
+
+
+def median(values: Iterable[float]) -> float:
+    """The middle value, or the mean of the two in the middle; ``statistics`` would load four modules for it."""
+    ordered = sorted(values)
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
