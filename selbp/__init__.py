@@ -26,6 +26,7 @@ from selbp.selectors import (
     TopLoss,
 )
 from selbp.training import Schedule, SelectiveBackprop, StepReport
+from selbp.training.automatic import auto_select
 from selbp.training.diagnose import Diagnosis, diagnose
 from selbp.training.graphed import GraphedStep, cuda_graph
 from selbp.training.recommended import recommended
@@ -60,6 +61,7 @@ __all__ = [
     "TopGradNorm",
     "TopLoss",
     "__version__",
+    "auto_select",
     "backward_cut",
     "checkpoint",
     "cuda_graph",

@@ -1,0 +1,90 @@
+"""The whole of :mod:`selbp.sampling` in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from selbp._checks import check_flag, shown
+from selbp.sampling import AutoSelect, NoiseAwareCrossEntropy, ScoredBatchSampler, ScoreTable, fit_proxy
+from selbp.selectors import Full
+from selbp.training.step import SelectiveBackprop
+
+
+def auto_select(
+    model: nn.Module,
+    dataset: Any,
+    *,
+    classes: int | None = None,
+    k: int = 48,
+    pool: int = 256,
+    features: Any = "auto",
+    noise: str = "symmetric",
+    proxy: bool = True,
+    seed: int = 0,
+    **options: Any,
+) -> AutoSelect:
+    """Make everything that trains ``model`` on chosen samples of ``dataset``: table, proxy, sampler, step, controller.
+
+    It was ahead of random at equal time on images with clean and with wrong labels, on ten fresh seeds, and not on a
+    data set whose step takes a millisecond; the documentation's guide "Choosing a rule" has the figures.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Gives logits (n, C) where ``classes`` is given.
+    dataset : map-style data set
+        Of N samples, (input, label) for each number.
+    classes : int or None
+        C. None for targets that are no classes: then there is neither a proxy nor a noise-aware loss, and ``options``
+        name the loss.
+    k, pool : int
+        Rows of a batch, and samples that they are drawn from. Give ``k`` what is best for random batches.
+    features : str, callable or Tensor (N, d)
+        What the proxy sees, see :func:`selbp.sampling.fit_proxy`.
+    noise : str
+        ``"symmetric"``, ``"class"`` or ``"none"``, see :class:`selbp.sampling.ScoreTable`.
+    proxy : bool
+        Whether a small network fills the table first. It takes some seconds for each 100 000 samples.
+    seed : int
+        Of the proxy and of every draw.
+    **options
+        Further arguments of :class:`selbp.SelectiveBackprop`.
+
+    Returns
+    -------
+    AutoSelect
+        Called as the step is. Its ``sampler`` is the loader's ``batch_sampler``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit.
+
+    See Also
+    --------
+    selbp.sampling : the parts on their own.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> data = torch.utils.data.TensorDataset(torch.randn(512, 8), torch.randint(0, 3, (512,)))
+    >>> model = torch.nn.Linear(8, 3)
+    >>> auto = selbp.auto_select(model, data, classes=3, k=16, pool=64)
+    >>> for inputs, target in torch.utils.data.DataLoader(data, batch_sampler=auto.sampler):
+    ...     auto(inputs, target).backward()
+    >>> auto.report.k
+    16
+    """
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise TypeError(f"dataset must be map-style, with a length and numbered samples, got {shown(dataset)}")
+    table = ScoreTable(len(dataset), classes, noise="none" if classes is None else noise)  # type: ignore[arg-type]
+    if classes is not None:
+        if check_flag("proxy", proxy):
+            fit_proxy(dataset, table, features=features, seed=seed)
+        if noise != "none":
+            options.setdefault("loss", NoiseAwareCrossEntropy(table))
+    sampler = ScoredBatchSampler(table, k, pool, seed=seed)
+    step = SelectiveBackprop(model, **{"selector": Full(), "keep": 1.0, "table": table, **options})
+    return AutoSelect(step, sampler)
