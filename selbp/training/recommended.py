@@ -36,6 +36,10 @@ def recommended(cut: nn.Module | str | None = None) -> dict[str, Any]:
     TypeError
         ``cut`` is neither of the three.
 
+    See Also
+    --------
+    selbp.auto_select : chooses before anything is read, at the price of a random step.
+
     Examples
     --------
     >>> import torch, selbp
