@@ -1,63 +1,127 @@
-"""Everything in one call trains as the parts on their own do, bit for bit."""
-
-from __future__ import annotations
+"""The controller on a clock of its own, and the proxy."""
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from sampling_kit import data, known_table
 
-import selbp
-from selbp.sampling import ScoredBatchSampler, ScoreTable, fit_proxy
-
-
-def data_and_model():
-    torch.manual_seed(0)
-    x, y = torch.randn(600, 8), torch.randint(0, 3, (600,))
-    return TensorDataset(x + 2 * nn.functional.one_hot(y, 8), y), nn.Sequential(
-        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)
-    )
+from selbp.sampling import AutoSelect, Candidate, ScoredBatchSampler, ScoreTable, fit_proxy, info_batch
+from selbp.sampling import auto as module
 
 
-def parts(model, data):
-    """The same by hand."""
-    table = ScoreTable(len(data), 3)
-    fit_proxy(data, table, seed=5)
-    loss = selbp.NoiseAwareCrossEntropy(table)
-    step = selbp.SelectiveBackprop(model, selector=selbp.Full(), keep=1.0, loss=loss, table=table)
-    return selbp.AutoSelect(step, ScoredBatchSampler(table, 16, 64, seed=5))
+class FakeStep:
+    report = "report"
+
+    def __init__(self, table):
+        self.table = table
+
+    def __call__(self, inputs, target=None):
+        self.table.issued.done(self.table.issued.draws[0])
+        return torch.zeros(())
 
 
-def test_its_batches_and_gradients_are_those_of_the_parts():
-    """For as long as the controller tries what a random step costs; later it goes by the clock."""
-    data, model = data_and_model()
-    seen = []
-    for auto in (selbp.auto_select(model, data, classes=3, k=16, pool=64, seed=5), parts(model, data)):
-        model.zero_grad()
-        batches = []
-        for (inputs, target), _ in zip(DataLoader(data, batch_sampler=auto.sampler), range(5), strict=False):
-            auto(inputs, target).backward()
-            batches.append(inputs)
-        seen.append([*batches, *(p.grad.clone() for p in model.parameters())])
-    assert len(seen[0]) == 9 and all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+def run(monkeypatch, headrooms, prices, **options):
+    """The candidate in use at the end of each stretch of 50 steps with the headroom given."""
+    table, clock = known_table(4000), [0.0]
+    sampler = ScoredBatchSampler(table, k=4, pool=8)
+    auto = AutoSelect(FakeStep(table), sampler, every=10, trial=4, **options)
+    monkeypatch.setattr(module.time, "process_time", lambda: clock[0])
+    used, batches = [], iter(sampler)
+    for headroom in headrooms:
+        table._averages.state[2:] = torch.tensor([1.0, headroom])
+        for _ in range(50):
+            next(batches)
+            name = table.issued.draws[0].tag
+            auto(None)
+            clock[0] += prices[name]
+        used.append(auto.current)
+    return used, auto
 
 
-def test_targets_that_are_no_classes():
-    data = TensorDataset(torch.randn(100, 4), torch.randn(100, 1))
-    auto = selbp.auto_select(nn.Linear(4, 1), data, k=8, pool=16, loss="mse")
-    inputs, target = next(iter(DataLoader(data, batch_sampler=auto.sampler)))
-    auto(inputs, target).backward()
-    assert auto.report.k == 8 and auto.sampler.table.classes is None
+def test_it_chooses_while_headroom_exceeds_the_price_and_stays_where_it_may(monkeypatch):
+    used, auto = run(monkeypatch, [1.0, 3.0, 1.25, 1.15, 1.25, 1.4], {"random": 1.0, "drawn": 1.2})
+    assert used == ["random", "drawn", "drawn", "random", "random", "drawn"]  # 1.25: the one in use stays
+    assert auto.prices == pytest.approx({"random": 1.0, "drawn": 1.2})
+    assert "drawn pays: headroom 3.00" in " ".join(d.why for d in auto.log)
+    assert "drawn no longer pays" in " ".join(d.why for d in auto.log)
+
+
+def test_its_state_continues(monkeypatch):
+    used, auto = run(monkeypatch, [3.0], {"random": 1.0, "drawn": 1.2})
+    other = AutoSelect(auto.candidates["random"].step, auto.sampler, every=10, trial=4)
+    other.load_state_dict(auto.state_dict())
+    assert other.current == "drawn" and other.log == auto.log and other.prices == auto.prices
+    with pytest.raises(ValueError, match="must have the entries"):
+        other.load_state_dict({})
+
+
+def test_a_candidate_with_another_table_is_refused():
+    table = known_table(100)
+    sampler = ScoredBatchSampler(table, k=4, pool=8)
+    with pytest.raises(ValueError, match="the step of 'twin' must have table="):
+        AutoSelect(FakeStep(table), sampler, others={"twin": Candidate(FakeStep(known_table(100)))})
+
+
+@pytest.mark.parametrize("halves", [False, True], ids=["whole", "halves"])
+@pytest.mark.parametrize("noise", ["symmetric", "class"])
+def test_a_proxy_learns_ranks_and_finds_the_planted_labels(noise, halves):
+    samples = data(6000, features=8, classes=4)
+    y = samples.tensors[1]
+    wrong = torch.rand(6000) < 0.2
+    given = torch.where(wrong, (y + torch.randint(1, 4, (6000,))) % 4, y)
+    state = torch.get_rng_state()
+    table = ScoreTable(6000, 4, noise=noise)
+    proxy = fit_proxy(torch.utils.data.TensorDataset(samples.tensors[0], given), table, passes=8, halves=halves)
+    assert torch.equal(torch.get_rng_state(), state)
+    share = float(wrong.double().mean())
+    assert table.noise_share == pytest.approx(share, abs=0.04)
+    found = table.suspects(int(wrong.sum()))
+    assert float(wrong[found.ids].double().mean()) > 0.8 > 4 * share - 0.1
+    assert proxy.losses.shape == (6000,) and table.coverage == 0 and table.headroom > 1.5
+
+
+@pytest.mark.parametrize("inputs", ["images", "texts", "tokens"])
+def test_a_proxy_reads_images_texts_and_tokens(inputs):
+    y = torch.arange(60) % 2
+    made = {
+        "images": lambda i: torch.full((3, 20, 20), float(i % 2)),
+        "texts": lambda i: "good film" if i % 2 else "bad film",
+        "tokens": lambda i: torch.tensor([5, 6, 7 + i % 2]),
+    }[inputs]
+    table = ScoreTable(60, 2)
+    assert fit_proxy([(made(i), int(y[i])) for i in range(60)], table, passes=30).accuracy == 1.0
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
-    [({"k": 0}, "k must be"), ({"pool": 4}, "pool must be at least k"), ({"noise": "loud"}, "noise must be one of")],
-    ids=["k", "pool", "noise"],
+    ("change", "says"),
+    [
+        ({"dataset": data(50)}, "the table's 60 samples, got 50"),
+        ({"table": ScoreTable(60)}, "needs a table with classes="),
+        ({"table": ScoreTable(60, 3)}, r"labels must lie in \[0, 3\)"),
+        ({"features": torch.zeros(5, 2)}, "features must be .N, d. with N = 60"),
+        ({"features": "pixels"}, 'features must be "auto"'),
+        ({"passes": 0}, "passes must be at least 1"),
+    ],
+    ids=["length", "classes", "labels", "matrix", "name", "passes"],
 )
-def test_wrong_arguments_are_named(wrong, said):
-    data, model = data_and_model()
-    with pytest.raises(ValueError, match=said):
-        selbp.auto_select(model, data, classes=3, **wrong)
-    with pytest.raises(TypeError, match="dataset must be map-style"):
-        selbp.auto_select(model, iter(data), classes=3)
+def test_wrong_proxies_are_refused(change, says):
+    arguments = {"dataset": data(60), "table": ScoreTable(60, 4), **change}
+    with pytest.raises(ValueError, match=says):
+        fit_proxy(**arguments)
+
+
+def test_info_batch_leaves_easy_samples_out_and_counts_the_others_for_them():
+    table = known_table(400, noise="none")
+    sampler = info_batch(table, 50, epochs=4, ratio=0.5, anneal=0.75)
+    loss = -table.probability.double().log()
+    easy = loss < loss.mean()
+    kept, weights = [], []
+    for _ in range(4):
+        list(sampler)
+        plan = sampler._plan
+        kept.append(set(plan["order"].tolist()))
+        weights.append(torch.zeros(400, dtype=torch.float64).scatter(0, plan["order"], plan["weight"]))
+    hard = set((~easy).nonzero()[:, 0].tolist())
+    assert all(hard <= k for k in kept) and len(kept[3]) == 400 and (weights[3] == 1).all()
+    total, count = weights[0].sum(), int(easy.sum())
+    assert abs(total - 400) < 4.5 * count**0.5  # E = 400; each easy one is 0 or 2
+    assert len(kept[0]) < 400

@@ -1,0 +1,93 @@
+"""Everything in one call trains as the parts on their own do, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import selbp
+from selbp.sampling import ScoredBatchSampler, ScoreTable, fit_proxy
+
+
+def data_and_model():
+    torch.manual_seed(0)
+    x, y = torch.randn(600, 8), torch.randint(0, 3, (600,))
+    return TensorDataset(x + 2 * nn.functional.one_hot(y, 8), y), nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)
+    )
+
+
+def parts(model, data):
+    """The same by hand."""
+    table = ScoreTable(len(data), 3)
+    fit_proxy(data, table, seed=5)
+    loss = selbp.NoiseAwareCrossEntropy(table)
+    step = selbp.SelectiveBackprop(model, selector=selbp.Full(), keep=1.0, loss=loss, table=table)
+    return selbp.AutoSelect(step, ScoredBatchSampler(table, 16, 64, seed=5))
+
+
+def test_its_batches_and_gradients_are_those_of_the_parts():
+    """For as long as the controller tries what a random step costs; later it goes by the clock."""
+    data, model = data_and_model()
+    seen = []
+    for auto in (selbp.auto_select(model, data, classes=3, k=16, pool=64, seed=5), parts(model, data)):
+        model.zero_grad()
+        batches = []
+        for (inputs, target), _ in zip(DataLoader(data, batch_sampler=auto.sampler), range(5), strict=False):
+            auto(inputs, target).backward()
+            batches.append(inputs)
+        seen.append([*batches, *(p.grad.clone() for p in model.parameters())])
+    assert len(seen[0]) == 9 and all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_targets_that_are_no_classes():
+    data = TensorDataset(torch.randn(100, 4), torch.randn(100, 1))
+    auto = selbp.auto_select(nn.Linear(4, 1), data, k=8, pool=16, loss="mse")
+    inputs, target = next(iter(DataLoader(data, batch_sampler=auto.sampler)))
+    auto(inputs, target).backward()
+    assert auto.report.k == 8 and auto.sampler.table.classes is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"k": 0}, "k must be"), ({"pool": 4}, "pool must be at least k"), ({"noise": "loud"}, "noise must be one of")],
+    ids=["k", "pool", "noise"],
+)
+def test_wrong_arguments_are_named(wrong, said):
+    data, model = data_and_model()
+    with pytest.raises(ValueError, match=said):
+        selbp.auto_select(model, data, classes=3, **wrong)
+    with pytest.raises(TypeError, match="dataset must be map-style"):
+        selbp.auto_select(model, iter(data), classes=3)
+
+
+def known_prices(**changes):
+    data, model = data_and_model()
+    table = ScoreTable(len(data), 3)
+    fit_proxy(data, table, seed=5)
+    step = selbp.SelectiveBackprop(model, selector=selbp.Full(), keep=1.0, table=table)
+    prices = {"random": 1.0, "drawn": 1.0} | changes
+    return selbp.AutoSelect(step, ScoredBatchSampler(table, 16, 64, seed=5), prices=prices, every=5), data
+
+
+@pytest.mark.parametrize(("price", "chosen"), [(0.5, "drawn"), (100.0, "random")])
+def test_known_prices_decide_without_a_clock(monkeypatch, price, chosen):
+    monkeypatch.setattr("selbp.sampling.auto.time", None)
+    auto, data = known_prices(drawn=price)
+    for _ in range(3):
+        for inputs, target in DataLoader(data, batch_sampler=auto.sampler):
+            auto(inputs, target).backward()
+    assert auto.current == chosen and auto.prices == {"random": 1.0, "drawn": price}
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [({"other": 1.0}, "prices must name the candidates"), ({"drawn": 0.0}, "prices must be above 0"),
+     ({"drawn": -1.0}, "the price of drawn must be")],
+    ids=["name", "zero", "negative"],
+)  # fmt: skip
+def test_wrong_prices_are_named(change, error):
+    with pytest.raises(ValueError, match=error):
+        known_prices(**change)
