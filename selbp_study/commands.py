@@ -31,7 +31,7 @@ from selbp_study.timing import CLOCKS, clock_for
 
 DEMO_ARMS = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching", "auto")
 DEFAULT_EPOCHS = 4.0
-DEMO_EPOCHS = 3.0  # twenty-one runs in some six minutes on two cores
+DEMO_EPOCHS = 3.0  # twenty-one runs in about a quarter of an hour on two cores
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
