@@ -261,7 +261,8 @@ class SelectiveBackprop:
             ids = per_sample.pop("ids", None)
         batch = Batch.of(inputs, target, per_sample, self._places)
         call.check(batch.n, batch.device)
-        issued = None if table is None else table.next(batch.n, ids)
+        # A second pass, whose rows are given, is of a batch that has been counted.
+        issued = None if table is None or call.given is not None else table.next(batch.n, ids)
         if table is not None and issued is not None:
             batch = with_irreducible(batch, table, issued)
         self._synchronised = self._synchronised or check_not_bypassed(self.model)

@@ -91,3 +91,17 @@ def test_known_prices_decide_without_a_clock(monkeypatch, price, chosen):
 def test_wrong_prices_are_named(change, error):
     with pytest.raises(ValueError, match=error):
         known_prices(**change)
+
+
+def test_a_second_pass_on_given_rows_takes_no_batch_of_the_sampler():
+    data, model = data_and_model()
+    auto = selbp.auto_select(model, data, classes=3, k=16, pool=64)
+    step = auto.candidates["drawn"].step
+    loader = iter(DataLoader(data, batch_sampler=auto.sampler))
+    for _ in range(3):
+        inputs, target = next(loader)
+        step(inputs, target).backward()
+        seen = auto.sampler.table.state_dict()
+        step(inputs, target, selection=step.report.selection).backward()
+        again = auto.sampler.table.state_dict()
+        assert all(torch.equal(seen[name], again[name]) for name in seen if isinstance(seen[name], torch.Tensor))
