@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,7 +121,7 @@ def document(results: Sequence[dict[str, Any]]) -> str:
 def page(result: dict[str, Any]) -> str:
     """One page that needs nothing but itself: the answer, the tables, and each cell's curves."""
     from selbp_study.curves import curves_plot, split_plot
-    from selbp_study.report import STYLE
+    from selbp_study.report import STYLE, embedded
 
     findings = Findings(result)
     body = [to_html(section(result))]
@@ -133,19 +132,14 @@ def page(result: dict[str, Any]) -> str:
                 continue
             for axis in ("samples", "seconds") if budget == "time" else ("steps",):
                 png = curves_plot(findings, entries, axis, f"{title_of(place)}: equal {budget}")
-                body.append(_figure(png, f"{title_of(place)}, equal {budget}: accuracy against {axis}"))
+                body.append(embedded(png, f"{title_of(place)}, equal {budget}: accuracy against {axis}"))
         entries = [row.entry for row in findings.rows[place, findings.budgets[0]]]
-        body.append(_figure(split_plot(findings, entries), f"{title_of(place)}: where a step's time goes"))
+        body.append(embedded(split_plot(findings, entries), f"{title_of(place)}: where a step's time goes"))
     title = html.escape(f"selbp study: {result['protocol']['title']}")
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{STYLE}</style></head><body>\n{''.join(body)}\n</body></html>\n"
     )
-
-
-def _figure(png: bytes, caption: str) -> str:
-    image, text = base64.b64encode(png).decode(), html.escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{image}"><figcaption>{text}</figcaption></figure>\n'
 
 
 def to_html(markdown: str) -> str:

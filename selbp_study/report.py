@@ -109,13 +109,17 @@ def caveats(comparison: Comparison, lines: Sequence[Line]) -> list[str]:
     return notes
 
 
+def embedded(png: bytes, caption: str) -> str:
+    """A figure of a page, which holds the picture itself."""
+    image, text = base64.b64encode(png).decode(), html.escape(caption)
+    return f'<figure><img alt="{text}" src="data:image/png;base64,{image}"><figcaption>{text}</figcaption></figure>'
+
+
 def page(comparison: Comparison, data: Dataset, lines: Sequence[Line], plots: dict[str, bytes], command: str) -> str:
     """The page: one file, no scripts, nothing loaded from elsewhere."""
 
     def figure(name: str, caption: str) -> str:
-        image = base64.b64encode(plots[name]).decode()
-        text = html.escape(caption)
-        return f'<figure><img alt="{text}" src="data:image/png;base64,{image}"><figcaption>{text}</figcaption></figure>'
+        return embedded(plots[name], caption)
 
     def definitions(values: dict[str, str]) -> str:
         return "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in values.items())

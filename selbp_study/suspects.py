@@ -6,7 +6,6 @@ factor on the batch; see :class:`selbp.AutoSelect`.
 
 from __future__ import annotations
 
-import base64
 import csv
 import html
 import io
@@ -18,7 +17,7 @@ import torch
 from selbp.sampling import ScoreTable
 from selbp_study.data import Dataset
 from selbp_study.plots import new_figure, png_of
-from selbp_study.report import STYLE
+from selbp_study.report import STYLE, embedded
 from selbp_study.storage import write_text
 
 LIKELY = 0.5  # P(mislabelled) from which a sample is listed
@@ -47,7 +46,7 @@ def write(folder: Path, table: ScoreTable, data: Dataset, rows: list[dict[str, A
 
 def _page(table: ScoreTable, data: Dataset, rows: list[dict[str, Any]], lines: list[tuple[Any, ...]]) -> str:
     known = [row for row in rows if row.get("headroom") is not None]
-    plot = _embedded(_curves(known), "headroom and noise share over the training") if known else ""
+    plot = embedded(_curves(known), "headroom and noise share over the training") if known else ""
     samples = "".join(_sample(data, *line) for line in lines[:SHOWN])
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -66,13 +65,7 @@ noise share is {table.noise_share:.1%}, headroom {table.headroom:.2f}: choosing 
 def _sample(data: Dataset, number: int, given: int, probable: int, chance: float) -> str:
     caption = f"{number}: given {given}, probably {probable} ({chance:.0%})"
     pixels = data.train.inputs[number]
-    return _embedded(_image(pixels), caption) if pixels.dim() == 2 else f"<figure>{html.escape(caption)}</figure>"
-
-
-def _embedded(png: bytes, caption: str) -> str:
-    text = html.escape(caption)
-    image = base64.b64encode(png).decode()
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{image}"><figcaption>{text}</figcaption></figure>'
+    return embedded(_image(pixels), caption) if pixels.dim() == 2 else f"<figure>{html.escape(caption)}</figure>"
 
 
 def _image(pixels: torch.Tensor) -> bytes:
