@@ -156,7 +156,16 @@ setup(
     # A bare top-level `triton_kernels` would collide with Triton's own package of that name. `cuda_source` holds no
     # Python: what NVRTC is handed where the CUDA core was not built.
     package_dir={"selbp.triton_kernels": "triton_kernels", "selbp.cuda_source": "csrc"},
-    package_data={"selbp.cuda_source": ["matching/*.hpp", "matching/kernels.cuh", "team/*.hpp", "team/*.cuh"]},
+    package_data={
+        "selbp.cuda_source": [
+            "matching/*.hpp",
+            "matching/kernels.cuh",
+            "team/*.hpp",
+            "team/*.cuh",
+            "selection/*.hpp",
+            "selection/*.cuh",
+        ]
+    },
     ext_modules=[
         Pybind11Extension(
             "selbp._native",

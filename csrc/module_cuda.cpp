@@ -8,6 +8,7 @@
 #include <string>
 
 #include "matching/cuda.hpp"
+#include "selection/cuda.hpp"
 
 namespace py = pybind11;
 
@@ -57,5 +58,10 @@ PYBIND11_MODULE(_native_cuda, m, py::mod_gil_not_used()) {
     const auto chosen = options(n, k, rule, nonnegative, ridge, tolerance);
     check(is_double ? launch_match<double>(chosen, buffers, batch, workspace, device, stream)
                     : launch_match<float>(chosen, buffers, batch, workspace, device, stream));
+  });
+  m.def("launch_choice", [](int kernel, std::uintptr_t problem, std::size_t bytes, int threads, std::size_t shared,
+                            int device, std::uintptr_t stream) {
+    check(selbp::cuda::launch_choice(static_cast<selbp::cuda::Choice>(kernel), at<void>(problem), bytes, threads,
+                                     shared, device, at<void>(stream)));
   });
 }

@@ -16,3 +16,6 @@ def match(
     device: int,
     stream: int,
 ) -> None: ...
+def launch_choice(
+    kernel: int, problem: int, size: int, threads: int, shared: int, device: int, stream: int
+) -> None: ...

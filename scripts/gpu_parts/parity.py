@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpu_parts import choices
 from gpu_parts.results import Results
 from selbp import ops, reference
 
@@ -138,3 +139,5 @@ def run(results: Results, device: str, tiny: bool) -> None:
         if index % results.shares == results.share:
             dtype, option, shape = case
             results.row(f"parity of {dtype} {shape} {sorted(option)}", partial(parity, results, *case, device))
+    if results.share == 0:
+        choices.run(results, device, tiny)

@@ -22,6 +22,7 @@ def driver(device: str) -> None:
     """Every kernel once for each of its options that change what it addresses."""
     import torch
 
+    import selbp
     from selbp import ops
 
     torch.manual_seed(0)
@@ -44,6 +45,10 @@ def driver(device: str) -> None:
             problem = [x.to(wide) for x in (gram, mean.inner, mean.target_sq)]
             ops.match(*problem, 12, valid=stats.valid)
             ops.match(*(x.expand(3, *x.shape).contiguous() for x in problem), n)
+        proxies = selbp.GradientProxies(r, h)
+        rules = selbp.TopLoss(), selbp.LossRank(), selbp.GradNormImportance(), selbp.CubeSampling(), selbp.DivBS()
+        for rule in rules:
+            rule.select(stats, 12, proxies=proxies)
     for size, k in ((600, 200), (1024, 256)):  # a tableau in global memory, and the whole grid on one problem
         rows = torch.randn(size, 64, device=device)
         ops.match(rows @ rows.T, rows @ rows.mean(0), rows.mean(0).square().sum(), k)

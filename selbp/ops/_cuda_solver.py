@@ -1,6 +1,7 @@
-"""The matching solver for CUDA tensors: the built core, else what NVRTC compiles at first use, else none.
+"""The solver and the choosers of CUDA tensors: the built core, else what NVRTC compiles at first use, else none.
 
-Where there is none the problem is solved on the host: correct, but the device waits, and a CUDA graph cannot hold it.
+Where there is none a matching problem is solved on the host: correct, but the device waits, and a CUDA graph cannot
+hold it. Rows are chosen by the reference then, in dozens to thousands of launches.
 """
 
 from __future__ import annotations
@@ -23,6 +24,15 @@ def solver(device: int, n: int, k: int, is_double: bool) -> tuple[Any, str]:
     if not made.fits(n, k):
         return None, f"{missing}; n = {n} with k = {k} is more than a block of NVRTC's kernels holds"
     return made, ""
+
+
+def chooser(device: int) -> Any:
+    """What launches the kernels of csrc/selection on a device: the core or NVRTC's; None where there is neither."""
+    core, _ = cuda_core()
+    if core is not None:
+        return core if hasattr(core, "launch_choice") else None  # one built from older sources has no such kernels
+    made = _nvrtc_core.choice(device)
+    return None if isinstance(made, str) else made
 
 
 _warned: set[bool] = set()  # holds an entry once the process has been told

@@ -1,8 +1,9 @@
-"""Compiles the matching kernels by NVRTC, where the CUDA core was not built, and keeps the machine code on disk.
+"""Compiles the CUDA kernels by NVRTC, where the CUDA core was not built, and keeps the machine code on disk.
 
-A dependency of torch's CUDA wheels, NVRTC needs neither nvcc nor a header: csrc/matching/kernels.cuh is handed to it
-with stand-ins for the three standard headers. It runs once for an architecture and a type, some seconds; the file it
-leaves is found again by the hash of the sources, NVRTC's version, the architecture and the options.
+A dependency of torch's CUDA wheels, NVRTC needs neither nvcc nor a header: kernels.cuh of csrc/matching or
+csrc/selection is handed to it with stand-ins for the three standard headers. It runs once for an architecture and a
+unit, some seconds; the file it leaves is found again by the hash of the sources, NVRTC's version, the architecture and
+the options. The units are ``"float"`` and ``"double"``, the solver of that type, and ``"choice"``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import NamedTuple
 HEADERS = (
     "matching/matching.hpp", "matching/engine.hpp", "matching/workspace.hpp", "matching/feasible.hpp",
     "matching/setup.hpp", "matching/lookahead.hpp", "matching/kernels.cuh", "team/team.hpp", "team/block_team.cuh",
+    "selection/selection.hpp", "selection/block.cuh", "selection/choose.cuh", "selection/balanced.cuh",
+    "selection/diverse.cuh", "selection/kernels.cuh",
 )  # fmt: skip
 STAND_INS = {
     "math.h": "",  # built in
@@ -29,7 +32,9 @@ STAND_INS = {
     "cstdint": "namespace std { using int32_t = int; using int64_t = long long; }",
 }
 PROGRAM = '#define SELBP_LEVEL device\n#include "matching/kernels.cuh"\n'
+CHOICE_PROGRAM = '#define SELBP_LEVEL device\n#include "selection/kernels.cuh"\n'
 KERNELS = {"shared": "true", "global": "false"}  # where the tableau is -> the template's argument
+CHOICES = ("choose", "balanced", "diverse")  # the kernels of csrc/selection, in the order of selection/cuda.hpp
 # As nvcc compiles the core: a product is fused with a sum where the source says so, and only there.
 OPTIONS = ("-std=c++17", "-default-device", "-fmad=false", "--ptxas-options=-v")
 
@@ -53,6 +58,18 @@ def source_folder() -> Path:
         if (folder / "matching" / "kernels.cuh").exists():
             return folder
     raise Unavailable("the kernels' sources are not installed with the package")
+
+
+def expressions(unit: str) -> dict[str, str]:
+    """The kernels of a unit, by name, as its program writes them."""
+    if unit == "choice":
+        return {name: f"selbp::device::{name}_kernel" for name in CHOICES}
+    return {name: f"selbp::device::match_blocks<{unit}, {shared}>" for name, shared in KERNELS.items()}
+
+
+def program(unit: str) -> str:
+    """What NVRTC is handed for a unit."""
+    return CHOICE_PROGRAM if unit == "choice" else PROGRAM
 
 
 @functools.cache
@@ -114,30 +131,30 @@ class Compiler:
             raise Unavailable(f"NVRTC {self.version} does not compile for sm_{capability}")
         return f"sm_{capability}" if known[-1] == capability else f"compute_{known[-1]}"
 
-    def compile(self, element: str, target: str) -> Code:
-        """``match_blocks`` of ``element`` (float or double), the tableau shared and in global memory."""
+    def compile(self, unit: str, target: str) -> Code:
+        """The kernels of ``unit`` for ``target``."""
         headers = sources()
-        program, count = ctypes.c_void_p(), len(headers)
+        made, count = ctypes.c_void_p(), len(headers)
         texts = (ctypes.c_char_p * count)(*(text.encode() for text in headers.values()))
         names = (ctypes.c_char_p * count)(*(name.encode() for name in headers))
         self._check(self._library.nvrtcCreateProgram(
-            ctypes.byref(program), PROGRAM.encode(), b"selbp_match.cu", count, texts, names))  # fmt: skip
+            ctypes.byref(made), program(unit).encode(), b"selbp.cu", count, texts, names))  # fmt: skip
         try:
-            wanted = {k: f"selbp::device::match_blocks<{element}, {shared}>" for k, shared in KERNELS.items()}
+            wanted = expressions(unit)
             for expression in wanted.values():
-                self._check(self._library.nvrtcAddNameExpression(program, expression.encode()))
+                self._check(self._library.nvrtcAddNameExpression(made, expression.encode()))
             options = [*OPTIONS, f"-arch={target}"]
             status = self._library.nvrtcCompileProgram(
-                program, len(options), (ctypes.c_char_p * len(options))(*map(str.encode, options))
+                made, len(options), (ctypes.c_char_p * len(options))(*map(str.encode, options))
             )
-            said = self._text(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog").rstrip(b"\0").decode()
+            said = self._text(made, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog").rstrip(b"\0").decode()
             self._check(status, said)
             kind = "CUBIN" if target.startswith("sm_") else "PTX"
-            image = self._text(program, f"nvrtcGet{kind}Size", f"nvrtcGet{kind}")
-            lowered = {kernel: self._lowered(program, expression) for kernel, expression in wanted.items()}
+            image = self._text(made, f"nvrtcGet{kind}Size", f"nvrtcGet{kind}")
+            lowered = {kernel: self._lowered(made, expression) for kernel, expression in wanted.items()}
             return Code(image, lowered, said)
         finally:
-            self._library.nvrtcDestroyProgram(ctypes.byref(program))
+            self._library.nvrtcDestroyProgram(ctypes.byref(made))
 
     def _lowered(self, program: ctypes.c_void_p, expression: str) -> str:
         name = ctypes.c_char_p()
@@ -164,16 +181,16 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else Path(home) / "selbp"
 
 
-def compiled(compiler: Compiler, element: str, target: str) -> Code:
+def compiled(compiler: Compiler, unit: str, target: str) -> Code:
     """From the disk where a file of these sources is whole; else compiled, and kept where the disk takes it."""
-    key = hashlib.sha256(repr((sources(), PROGRAM, OPTIONS, compiler.version, target, element)).encode()).hexdigest()
-    path = cache_folder() / f"match-{element}-{target}-{key[:32]}.bin"
+    key = hashlib.sha256(repr((sources(), program(unit), OPTIONS, compiler.version, target, unit)).encode()).hexdigest()
+    path = cache_folder() / f"{unit if unit == 'choice' else f'match-{unit}'}-{target}-{key[:32]}.bin"
     with contextlib.suppress(OSError, ValueError, KeyError):
         head, _, image = path.read_bytes().partition(b"\n")
         written = json.loads(head)
         if written["sha256"] == hashlib.sha256(image).hexdigest():
             return Code(image, written["names"], "")
-    code = compiler.compile(element, target)
+    code = compiler.compile(unit, target)
     head = json.dumps({"sha256": hashlib.sha256(code.image).hexdigest(), "names": code.names}).encode()
     with contextlib.suppress(OSError):  # a read-only home costs the seconds again in the next process
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,4 +1,4 @@
-"""The matching kernels that NVRTC compiled, with the face of the built core ``selbp._native_cuda``.
+"""The kernels that NVRTC compiled, with the face of the built core ``selbp._native_cuda``.
 
 Launched through the driver's interface by ctypes, on the caller's stream; nothing waits. ``match_grid``, which spreads
 one large problem over the GPU, is in the built core alone: a problem whose arrays exceed a block's shared memory is
@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from selbp.ops import _nvrtc
 
 WARP, MOST_THREADS = 32, 512
+_T = TypeVar("_T")
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -64,32 +65,65 @@ def sizes(n: int, k: int, is_double: bool) -> Sizes:
     return Sizes(min(count or WARP, MOST_THREADS), _lines(2 * WARP * best) + _lines(arrays), tableau, _lines(tableau))
 
 
-class Core:
-    """The kernels of one device and type, compiled and loaded. Raises RuntimeError where that cannot be."""
+class Loaded:
+    """The kernels of a unit on one device, compiled and loaded. Raises RuntimeError where that cannot be."""
 
-    def __init__(self, device: int, is_double: bool) -> None:
+    def __init__(self, device: int, unit: str) -> None:
         properties = torch.cuda.get_device_properties(device)
         self._shared = int(getattr(properties, "shared_memory_per_block_optin", 48 << 10))  # what any device has
         compiler = _nvrtc.Compiler(torch.version.cuda.split(".")[0] if torch.version.cuda else None)
         target = compiler.target(10 * properties.major + properties.minor)
-        self._driver, self._is_double = driver(), is_double
+        self._driver = driver()
         self._architecture = f"{target}, by NVRTC {compiler.version}"
         handle, module = ctypes.c_int(), ctypes.c_void_p()
         self._context = ctypes.c_void_p()  # torch's own; never released
         self._check(self._driver.cuDeviceGet(ctypes.byref(handle), device))
         self._check(self._driver.cuDevicePrimaryCtxRetain(ctypes.byref(self._context), handle))
-        code = _nvrtc.compiled(compiler, "double" if is_double else "float", target)
-        self._functions: dict[bool, ctypes.c_void_p] = {}  # by whether the tableau is shared
+        code = _nvrtc.compiled(compiler, unit, target)
+        self._functions: dict[str, ctypes.c_void_p] = {}
         with self._current():
             self._check(self._driver.cuModuleLoadData(ctypes.byref(module), code.image))
             for kernel, name in code.names.items():
                 function = ctypes.c_void_p()
                 self._check(self._driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
-                self._functions[kernel == "shared"] = function
+                self._functions[kernel] = function
 
     def architectures(self) -> str:
         """What the kernels are compiled for."""
         return self._architecture
+
+    def _launch(self, kernel: str, blocks: int, threads: int, shared: int, stream: int, *arguments: int) -> None:
+        """Launch with the arguments at these addresses."""
+        pointers = (ctypes.c_void_p * len(arguments))(*arguments)
+        function, queue = self._functions[kernel], ctypes.c_void_p(stream)
+        with self._current():
+            self._check(self._driver.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared))
+            self._check(
+                self._driver.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared, queue, pointers, None)
+            )
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        """The device's primary context, which a thread that has not used the runtime yet does not have."""
+        self._check(self._driver.cuCtxPushCurrent_v2(self._context))
+        try:
+            yield
+        finally:
+            self._check(self._driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p())))
+
+    def _check(self, status: int) -> None:
+        if status:
+            text = ctypes.c_char_p()
+            self._driver.cuGetErrorString(status, ctypes.byref(text))
+            raise RuntimeError(f"CUDA driver: {(text.value or b'unknown error').decode()} ({status})")
+
+
+class Core(Loaded):
+    """The solver of one type."""
+
+    def __init__(self, device: int, is_double: bool) -> None:
+        super().__init__(device, "double" if is_double else "float")
+        self._is_double = is_double
 
     def fits(self, n: int, k: int) -> bool:
         """Whether a block can hold the problem's arrays."""
@@ -112,27 +146,21 @@ class Core:
             Options(n, k, rule, nonnegative, ridge, tolerance, 64 << 10), Problem(*buffers[:4]), Answer(*buffers[4:]),
             ctypes.c_void_p(None if shared else workspace),
         ]  # fmt: skip
-        pointers = (ctypes.c_void_p * 4)(*(ctypes.addressof(argument) for argument in arguments))
-        with self._current():
-            function = self._functions[shared]
-            self._check(self._driver.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, size))
-            threads, queue = wanted.threads, ctypes.c_void_p(stream)
-            self._check(self._driver.cuLaunchKernel(function, batch, 1, 1, threads, 1, 1, size, queue, pointers, None))
+        addresses = (ctypes.addressof(argument) for argument in arguments)
+        self._launch("shared" if shared else "global", batch, wanted.threads, size, stream, *addresses)
 
-    @contextmanager
-    def _current(self) -> Iterator[None]:
-        """The device's primary context, which a thread that has not used the runtime yet does not have."""
-        self._check(self._driver.cuCtxPushCurrent_v2(self._context))
-        try:
-            yield
-        finally:
-            self._check(self._driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p())))
 
-    def _check(self, status: int) -> None:
-        if status:
-            text = ctypes.c_char_p()
-            self._driver.cuGetErrorString(status, ctypes.byref(text))
-            raise RuntimeError(f"CUDA driver: {(text.value or b'unknown error').decode()} ({status})")
+class Choice(Loaded):
+    """The kernels of csrc/selection."""
+
+    def __init__(self, device: int) -> None:
+        super().__init__(device, "choice")
+
+    def launch_choice(
+        self, kernel: int, problem: int, size: int, threads: int, shared: int, device: int, stream: int
+    ) -> None:
+        """Launch one block with the structure of ``size`` bytes at ``problem``."""
+        self._launch(_nvrtc.CHOICES[kernel], 1, threads, shared, stream, problem)
 
 
 @functools.cache
@@ -146,10 +174,20 @@ def driver() -> ctypes.CDLL:
 
 @functools.cache
 def core(device: int, is_double: bool) -> Core | str:
-    """The kernels for a device and a type, or why there are none. The first call compiles: some seconds."""
+    """The solver for a device and a type, or why there is none. The first call compiles: some seconds."""
+    return _made(lambda: Core(device, is_double))
+
+
+@functools.cache
+def choice(device: int) -> Choice | str:
+    """The kernels that choose rows on a device, or why there are none. The first call compiles: some seconds."""
+    return _made(lambda: Choice(device))
+
+
+def _made(make: Callable[[], _T]) -> _T | str:
     if torch.version.hip is not None:
         return "NVRTC is for NVIDIA's GPUs"
     try:
-        return Core(device, is_double)
+        return make()
     except (_nvrtc.Unavailable, OSError, RuntimeError, AttributeError) as error:
         return str(error)

@@ -1,7 +1,7 @@
 """Choosing k rows on the device: by rank, and at random with known inclusion probabilities.
 
-The specification and the CUDA backend are in ``selbp.reference.sampling``; on a CPU they would be sixty small
-operators, so csrc/choose_rows does the same in one call.
+The specification is in ``selbp.reference.sampling``; it would be eighty small operators, so csrc/choose_rows does the
+same in one call on a CPU, and csrc/selection in one launch on a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from selbp import _native, reference
-from selbp._checks import check_choice, check_dtype, check_same_device, check_shape
+from selbp._checks import check_choice, check_dtype, check_floating, check_same_device, check_shape
+from selbp.ops import _choice_cuda
 from selbp.ops._register import define, library
 from selbp.reference.sampling import uniform
 from selbp.types import Selection
@@ -43,12 +44,14 @@ def choose_rows(
     can be chosen than k, the other slots repeat the first one (row 0 where there is none) with weight 0.
     """
     draws = None if rule == "top" else uniform(len(score) + 1, score, generator)
-    indices, found = _choose_rows(score.double(), valid, draws, k, rule, weights)
+    indices, found = _choose_rows(score, valid, draws, k, rule, weights, dtype == torch.float32)
     return Selection(indices, found.to(dtype))
 
 
-def _check(score: Tensor, valid: Tensor, draws: Tensor | None, k: int, rule: str, weights: str) -> None:
-    check_dtype("score", score, torch.float64)
+def _check(
+    score: Tensor, valid: Tensor, draws: Tensor | None, k: int, rule: str, weights: str, single: bool = False
+) -> None:
+    check_floating("score", score)
     check_shape("score", score, "(n,)", (None,))
     n = score.shape[0]
     check_dtype("valid", valid, torch.bool)
@@ -66,7 +69,15 @@ def _check(score: Tensor, valid: Tensor, draws: Tensor | None, k: int, rule: str
         raise ValueError(f"draws must be given for rule {rule!r}, got None")
 
 
-def _cpu(score: Tensor, valid: Tensor, draws: Tensor | None, k: int, rule: str, weights: str) -> _Pair:
+def _cpu(
+    score: Tensor, valid: Tensor, draws: Tensor | None, k: int, rule: str, weights: str, single: bool = False
+) -> _Pair:
+    indices, found = rows_of_odds(score.double(), valid, draws, k, rule, weights)
+    return indices, found.float() if single else found
+
+
+def rows_of_odds(score: Tensor, valid: Tensor, draws: Tensor | None, k: int, rule: str, weights: str) -> _Pair:
+    """The native kernel: indices (k,) and weights (k,) float64 for a score (n,) float64."""
     n = len(score)
     score, valid = score.contiguous(), valid.contiguous()
     draws = None if draws is None else draws.contiguous()
@@ -78,8 +89,21 @@ def _cpu(score: Tensor, valid: Tensor, draws: Tensor | None, k: int, rule: str, 
     return indices, found
 
 
-def _fake(score: Tensor, valid: Tensor, draws: Tensor | None, k: int, rule: str, weights: str) -> _Pair:
-    return score.new_empty(k, dtype=torch.int64), score.new_empty(k)
+def _cuda(
+    score: Tensor, valid: Tensor, draws: Tensor | None, k: int, rule: str, weights: str, single: bool = False
+) -> _Pair:
+    made = _choice_cuda.choose(score, valid, draws, k, rule, weights, single)
+    if made is not None:
+        return made[0], made[1]
+    indices, found = reference.choose_rows(score, valid, draws, k, rule, weights)
+    return indices, found.float() if single else found
+
+
+def _fake(
+    score: Tensor, valid: Tensor, draws: Tensor | None, k: int, rule: str, weights: str, single: bool = False
+) -> _Pair:
+    dtype = torch.float32 if single else torch.float64
+    return score.new_empty(k, dtype=torch.int64), score.new_empty(k, dtype=dtype)
 
 
 def _one_by_one(operator: Any, info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -89,15 +113,17 @@ def _one_by_one(operator: Any, info: Any, dims: tuple[int | None, ...], *argumen
         operator(*(x if dim is None else x[i] for x, dim in zip(moved, dims, strict=True)))
         for i in range(info.batch_size)
     ]
-    return tuple(torch.stack(field) for field in zip(*each, strict=True)), (0, 0)
+    fields = tuple(torch.stack(field) for field in zip(*each, strict=True))
+    return fields, (0,) * len(fields)
 
 
 _choose_rows = define(
-    "choose_rows(Tensor score, Tensor valid, Tensor? draws, SymInt k, str rule, str weights) -> (Tensor, Tensor)",
+    "choose_rows(Tensor score, Tensor valid, Tensor? draws, SymInt k, str rule, str weights, bool single=False)"
+    " -> (Tensor, Tensor)",
     check=_check,
     fake=_fake,
     cpu=_cpu,
-    cuda=reference.choose_rows,
+    cuda=_cuda,
 )
 
 

@@ -19,6 +19,7 @@ def choose_rows(
 
     ``draws`` (n + 1,) float64: what orders the rows, and the offset of the sample.
     """
+    score = score.double()
     eligible = valid & torch.isfinite(score)
     if draws is None:
         indices, real = top_rows(score, eligible, k)

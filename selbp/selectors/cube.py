@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from selbp._checks import check_choice, check_int
-from selbp.ops.cube import cube_sample
-from selbp.reference.sampling import inclusion_probabilities, slot_weights, top_rows
+from selbp.ops.choose_gradients import choose_balanced
+from selbp.reference.sampling import uniform
 from selbp.selectors.base import Needs, Stateless, check_select, require_proxies
 from selbp.selectors.proxies import GradientProxies
 from selbp.types import BatchStatistics, Selection
@@ -67,21 +67,12 @@ class CubeSampling(Stateless):
     ) -> Selection:
         """See :meth:`Selector.select`. Without any gradient the draw is uniform."""
         n, k = check_select(stats, k, generator)
-        gram = require_proxies(self, proxies, n).gram().double()
-        eligible = stats.valid & gram.diagonal().isfinite()
-        odds = torch.where(eligible, gram.diagonal().clamp(min=0.0).sqrt(), 0.0)
-        # Rows without a gradient are out: their share of the mean is 0. Where no row has one, all are drawn alike.
-        by_norm = odds.sum() > 0
-        uniform = eligible.double()
-        probability = inclusion_probabilities(
-            torch.where(by_norm, odds, uniform) if self.probabilities == "gradnorm" else uniform, k
-        )
+        gram = require_proxies(self, proxies, n).gram()
         directions = min(self.dimensions or max(1, k // 2), n) - 1
         mixture = torch.randn(n, directions, dtype=torch.float64, device=gram.device, generator=generator)
-        weights = torch.cat([uniform[:, None] / n, mixture], 1) * uniform[:, None]
-        sketch = torch.where(uniform[:, None] > 0, gram.nan_to_num(0.0, 0.0, 0.0) @ weights, 0.0)
-        chosen = cube_sample(sketch, probability, generator)
-        indices, real = top_rows(torch.zeros_like(odds), chosen, k)
-        return Selection(
-            indices, slot_weights("unbiased", stats.valid, real, probability[indices]).to(stats.loss.dtype)
+        draws = uniform(2 * n, gram, generator).view(2, n)
+        single = stats.loss.dtype == torch.float32
+        indices, weights = choose_balanced(
+            gram, stats.valid, mixture, draws, k, self.probabilities == "gradnorm", single
         )
+        return Selection(indices, weights.to(stats.loss.dtype))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from selbp._checks import check_choice
-from selbp.reference.sampling import fill_spare, slot_weights, uniform
+from selbp.ops.choose_gradients import choose_diverse
+from selbp.reference.sampling import uniform
 from selbp.selectors.base import Needs, Stateless, check_select, require_proxies
 from selbp.selectors.proxies import GradientProxies
 from selbp.types import BatchStatistics, Selection
@@ -62,29 +63,7 @@ class DivBS(Stateless):
         n, k = check_select(stats, k, generator)
         proxies = require_proxies(self, proxies, n)
         gram, mean = proxies.gram(), proxies.mean_gradient()
-        noise = 1e-12 if gram.dtype == torch.float64 else 1e-6  # what rounding leaves of e . g and of |g|^2
-        gram, inner = gram.double(), mean.inner.double()
-        distance = gram.diagonal().clone()  # |g_j|^2 outside the span of the rows drawn
-        spent = noise * (distance.clamp(min=0.0) * mean.target_sq.double()).sqrt()
-        dependent = noise * distance
-        free = stats.valid.clone()
-        columns = gram.new_zeros(k, n)  # of the Cholesky factor, one a draw
-        draws: list[Tensor] = []
-        gumbel = -torch.log(-torch.log(uniform(k * n, gram, generator).clamp(min=1e-300))).reshape(k, n)
-        for step in range(k):
-            magnitude = inner.abs()
-            # arg max of log odds + Gumbel noise is a draw with those odds; log odds of -1e3 lose to any others.
-            odds = torch.where(magnitude > spent, magnitude, 0.0)
-            key = torch.where(odds > 0, odds.clamp(min=1e-300).log(), -1e3) + gumbel[step]
-            pick = torch.where(free, key, -torch.inf).argmax(0, keepdim=True)
-            draws.append(pick)
-            free = free.scatter(0, pick, False)
-            pivot_sq = distance.gather(0, pick)
-            scale = torch.where(pivot_sq > dependent.gather(0, pick), pivot_sq.clamp(min=1e-300).rsqrt(), 0.0)
-            column = (gram.index_select(0, pick)[0] - columns[:, pick][:, 0] @ columns) * scale
-            columns[step] = column
-            inner = inner - (inner.gather(0, pick) * scale) * column
-            distance = distance - column.square()
-        real = torch.arange(k, device=gram.device) < stats.valid.sum()
-        indices, real = fill_spare(torch.cat(draws), real, stats.valid)
-        return Selection(indices, slot_weights(self.weights, stats.valid, real).to(stats.loss.dtype))
+        draws = uniform(k * n, gram, generator).view(k, n)
+        single = stats.loss.dtype == torch.float32
+        indices, weights = choose_diverse(gram, mean.inner, mean.target_sq, stats.valid, draws, k, self.weights, single)
+        return Selection(indices, weights.to(stats.loss.dtype))

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from selbp._checks import check_choice, check_flag, check_number
-from selbp.ops.choose_rows import choose_rows
-from selbp.reference.sampling import sample_with_replacement, slot_weights
+from selbp.ops.choose_gradients import choose_by_norm
+from selbp.reference.choices import norm_odds
+from selbp.reference.sampling import sample_with_replacement, slot_weights, uniform
 from selbp.selectors.base import Needs, check_select, check_state
 from selbp.selectors.proxies import GradientProxies
 from selbp.selectors.weighting import Weights
-from selbp.types import BatchStatistics, Selection, gradient_norm
+from selbp.types import BatchStatistics, Selection
 
 
 @dataclass(eq=False)
@@ -87,31 +88,24 @@ class GradNormImportance:
     ) -> Selection:
         """See :meth:`Selector.select`. Without any gradient the draw is uniform."""
         n, k = check_select(stats, k, generator)
-        score = gradient_norm(stats) if self.norm == "gradient" else stats.residual_sq.sqrt()
-        eligible = stats.valid & torch.isfinite(score)
-        odds = torch.where(eligible, score.double(), 0.0)
-        odds = torch.where(odds.any(), odds, eligible)
-        worth_it = self._worth_it(odds, eligible, k / n)
-        if worth_it is not None:
-            odds = torch.where(worth_it, odds, eligible)
-
+        feature_sq = stats.feature_sq if self.norm == "gradient" else None
+        tau = self.tau.to(stats.valid.device)
+        threshold = self._least_tau(k / n)
         if self.replacement:
+            odds, self._tau = norm_odds(stats.residual_sq, feature_sq, stats.valid, tau, self.momentum, threshold)
             indices, real, chance = sample_with_replacement(odds, k, generator)
             return Selection(indices, slot_weights(self.weights, stats.valid, real, k * chance).to(stats.loss.dtype))
-        return choose_rows(
-            odds, stats.valid, k, rule="odds", weights=self.weights, dtype=stats.loss.dtype, generator=generator
-        )
+        indices, weights, self._tau = choose_by_norm(
+            stats.residual_sq, feature_sq, stats.valid, uniform(n + 1, stats.valid, generator), tau, k, self.weights,
+            self.momentum, threshold, stats.loss.dtype == torch.float32,
+        )  # fmt: skip
+        return Selection(indices, weights.to(stats.loss.dtype))
 
-    def _worth_it(self, odds: Tensor, eligible: Tensor, keep: float) -> Tensor | None:
-        """() bool, after this batch's tau entered the running mean; None where there is no threshold."""
-        share = odds / odds.sum().clamp(min=torch.finfo(odds.dtype).tiny)
-        tau = (eligible.sum() * (share @ share)).sqrt()  # |q - u|^2 = |q|^2 - 1 / v
-        self._tau = torch.lerp(tau, self.tau.to(tau.device), self.momentum)
-        if self.threshold is None:
-            return None
+    def _least_tau(self, keep: float) -> float | None:
+        """What the running mean of tau must exceed for draws by norm; None for always."""
         if isinstance(self.threshold, str):
-            return self._tau > (1.0 + (3.0 if self.threshold == "recompute" else 2.0) * keep) / (3.0 * keep)
-        return self._tau > self.threshold
+            return (1.0 + (3.0 if self.threshold == "recompute" else 2.0) * keep) / (3.0 * keep)
+        return self.threshold
 
     def state_dict(self) -> dict[str, Any]:
         """``tau`` () float64."""

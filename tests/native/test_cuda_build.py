@@ -22,10 +22,16 @@ BUDGETS = {
     "match_blocks<double, global>": (128, 0, 0),
     "match_grid<float>": (255, 0, 0),
     "match_grid<double>": (255, 0, 0),
+    "choose_kernel": (128, 0, 0),
+    "balanced_kernel": (128, 0, 0),
+    "diverse_kernel": (128, 0, 0),
 }
+FAMILIES = ("matching", "selection")  # whose cuda.cu hold them
 
 
 def kernel_name(mangled):
+    if plain := re.search(r"(choose|balanced|diverse)_kernel", mangled):
+        return plain[0]
     found = re.search(r"(match_blocks|match_grid)I([fd])(?:Lb([01]))?E", mangled)
     assert found, mangled
     where = {None: "", "1": ", shared", "0": ", global"}[found[3]]
@@ -49,17 +55,21 @@ def compiled(tmp_path_factory):
     """What ptxas said: of the last build where that is newer than the sources, else of a build for sm_90 alone."""
     sources = [*ROOT.glob("csrc/**/*.hpp"), *ROOT.glob("csrc/**/*.cu*")]
     newest = max(path.stat().st_mtime for path in sources)
-    for report in ROOT.glob("build/cuda/**/matching/cuda.cuda.ptxas.txt"):
-        if report.stat().st_mtime > newest:
-            return parse(report.read_text())
+    reports = [report for family in FAMILIES for report in ROOT.glob(f"build/cuda/**/{family}/cuda.cuda.ptxas.txt")]
+    fresh = [report.read_text() for report in reports if report.stat().st_mtime > newest]
+    if len(fresh) >= len(FAMILIES):
+        return parse("".join(fresh))
     if NVCC is None:
         pytest.skip("needs nvcc")
-    cubin = tmp_path_factory.mktemp("cuda") / "cuda.cubin"
-    command = [NVCC, "-std=c++17", "-O3", "-fmad=false", "-Werror=all-warnings", "-Xptxas=-v", "-Icsrc", "-arch=sm_90"]
-    command += ["-cubin", "csrc/matching/cuda.cu", "-o", str(cubin)]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert said.returncode == 0, said.stderr
-    return parse(said.stdout + said.stderr)
+    text = ""
+    for family in FAMILIES:
+        cubin = tmp_path_factory.mktemp("cuda") / "cuda.cubin"
+        command = [NVCC, "-std=c++17", "-O3", "-fmad=false", "-Werror=all-warnings", "-Xptxas=-v", "-Icsrc"]
+        command += ["-arch=sm_90", "-cubin", f"csrc/{family}/cuda.cu", "-o", str(cubin)]
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert said.returncode == 0, said.stderr
+        text += said.stdout + said.stderr
+    return parse(text)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

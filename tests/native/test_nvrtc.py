@@ -6,7 +6,7 @@ from test_cuda_build import BUDGETS, parse
 
 from selbp.ops import _nvrtc, _nvrtc_core
 
-KINDS = [("float", 80), ("float", 90), ("float", 100), ("double", 90)]
+KINDS = [("float", 80), ("float", 90), ("float", 100), ("double", 90), ("choice", 80), ("choice", 90), ("choice", 100)]
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +25,15 @@ def within_budgets(said):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("element", "capability"), KINDS, ids=lambda value: str(value))
-def test_the_kernels_compile_within_the_budgets_of_the_built_core(compiler, element, capability):
-    code = compiler.compile(element, compiler.target(capability))
-    assert code.image[:4] == b"\x7fELF" and code.names.keys() == {"shared", "global"}
+@pytest.mark.parametrize(("unit", "capability"), KINDS, ids=lambda value: str(value))
+def test_the_kernels_compile_within_the_budgets_of_the_built_core(compiler, unit, capability):
+    code = compiler.compile(unit, compiler.target(capability))
+    assert code.image[:4] == b"\x7fELF" and code.names.keys() == _nvrtc.expressions(unit).keys()
     assert all(name.encode() in code.image for name in code.names.values())
-    assert within_budgets(code.said).keys() == {f"match_blocks<{element}, {where}>" for where in ("shared", "global")}
+    wanted = {f"match_blocks<{unit}, {where}>" for where in ("shared", "global")}
+    if unit == "choice":
+        wanted = {f"{name}_kernel" for name in _nvrtc.CHOICES}
+    assert within_budgets(code.said).keys() == wanted
 
 
 def test_what_is_compiled_is_kept_and_what_is_broken_is_not_used(monkeypatch, tmp_path):

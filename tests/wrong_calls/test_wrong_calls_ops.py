@@ -71,6 +71,19 @@ RIGHT = {
         "score": f(N, dtype=torch.float64), "valid": f(N) > 0, "draws": f(N + 1, dtype=torch.float64), "k": 2,
         "rule": "odds", "weights": "mean",
     },
+    "choose_by_norm": {
+        "residual_sq": f(N).square(), "feature_sq": f(N).square(), "valid": f(N) > 0,
+        "draws": f(N + 1, dtype=torch.float64), "tau": f(dtype=torch.float64), "k": 2, "weights": "mean",
+        "momentum": 0.9, "threshold": None, "single": True,
+    },
+    "choose_balanced": {
+        "gram": f(N, N), "valid": f(N) > 0, "mixture": f(N, 1, dtype=torch.float64),
+        "draws": f(2, N, dtype=torch.float64), "k": 2, "by_norm": True, "single": True,
+    },
+    "choose_diverse": {
+        "gram": f(N, N), "inner": f(N), "target_sq": f(), "valid": f(N) > 0, "draws": f(2, N, dtype=torch.float64),
+        "k": 2, "weights": "mean", "single": True,
+    },
     "percentile": {"history": f(6, dtype=torch.float64), "loss": f(N, dtype=torch.float64)},
 }  # fmt: skip
 
@@ -226,7 +239,7 @@ WRONG = {
             "probability must be on the device of balance, cpu, got meta"),
     ],
     "choose_rows": [
-        ({"score": f(N)}, "score must be float64, got float32"),
+        ({"score": i(N)}, "score must be float32, .*got int64"),
         ({"score": f(N, 1, dtype=torch.float64)}, r"score must be \(n,\), got \(4, 1\)"),
         ({"valid": f(N)}, "valid must be bool, got float32"),
         ({"valid": f(N + 1) > 0}, r"valid must be \(n,\) with n = 4 as score, got \(5,\)"),
@@ -237,6 +250,37 @@ WRONG = {
         ({"k": -2}, "k must be at least 0, got -2"),
         ({"rule": "any"}, "rule must be one of 'top', 'odds', 'rank', got 'any'"),
         ({"weights": "none"}, "weights must be one of 'mean', 'batch', 'unbiased', got 'none'"),
+    ],
+    "choose_by_norm": [
+        ({"residual_sq": i(N)}, "residual_sq must be float32, .*got int64"),
+        ({"residual_sq": f(N, 1)}, r"residual_sq must be \(n,\), got \(4, 1\)"),
+        ({"feature_sq": f(N + 1)}, r"feature_sq must be \(n,\) with n = 4 as residual_sq, got \(5,\)"),
+        ({"feature_sq": f(N, dtype=torch.float64)}, "feature_sq must be float32, got float64"),
+        ({"feature_sq": meta(f(N))}, "feature_sq must be on the device of residual_sq, cpu, got meta"),
+        ({"valid": f(N)}, "valid must be bool, got float32"),
+        ({"draws": f(N, dtype=torch.float64)}, r"draws must be \(n \+ 1,\) with n = 4 as residual_sq, got \(4,\)"),
+        ({"tau": f()}, "tau must be float64, got float32"),
+        ({"k": -1}, "k must be at least 0, got -1"),
+        ({"weights": "none"}, "weights must be one of 'mean', 'batch', 'unbiased', got 'none'"),
+    ],
+    "choose_balanced": [
+        ({"gram": i(N, N)}, "gram must be float32, .*got int64"),
+        ({"gram": f(N, 3)}, r"gram must be \(n, n\), got \(4, 3\)"),
+        ({"valid": f(N + 1) > 0}, r"valid must be \(n,\) with n = 4 as gram, got \(5,\)"),
+        ({"mixture": f(N, 1)}, "mixture must be float64, got float32"),
+        ({"mixture": f(3, 1, dtype=torch.float64)}, r"mixture must be \(n, p - 1\) with n = 4 as gram, got \(3, 1\)"),
+        ({"draws": f(2, 3, dtype=torch.float64)}, r"draws must be \(2, n\) with n = 4 as gram, got \(2, 3\)"),
+        ({"draws": meta(f(2, N, dtype=torch.float64))}, "draws must be on the device of gram, cpu, got meta"),
+        ({"k": -1}, "k must be at least 0, got -1"),
+    ],
+    "choose_diverse": [
+        ({"gram": f(N)}, r"gram must be \(n, n\), got \(4,\)"),
+        ({"inner": f(N + 1)}, r"inner must be \(n,\) with n = 4 as gram, got \(5,\)"),
+        ({"inner": f(N, dtype=torch.float64)}, "inner must be float32, got float64"),
+        ({"target_sq": f(1)}, r"target_sq must be \(\), got \(1,\)"),
+        ({"valid": meta(f(N) > 0)}, "valid must be on the device of gram, cpu, got meta"),
+        ({"draws": f(1, N, dtype=torch.float64)}, r"draws must be \(k, n\) with n = 4 as gram, got \(1, 4\)"),
+        ({"weights": "unbiased"}, "weights must be one of 'mean', 'batch', got 'unbiased'"),
     ],
     "percentile": [
         ({"history": f(6)}, "history must be float64, got float32"),
@@ -294,7 +338,9 @@ def through_the_function(name, arguments):
     return getattr(ops, name)(**a)
 
 
-PRIVATE = ("linear_cross_entropy_backward", "choose_rows", "percentile")  # no function of selbp.ops
+PRIVATE = (
+    "linear_cross_entropy_backward", "choose_rows", "choose_by_norm", "choose_balanced", "choose_diverse", "percentile",
+)  # fmt: skip  # no function of selbp.ops
 
 
 @pytest.mark.parametrize("name", RIGHT)
