@@ -45,6 +45,7 @@ class Work:
     least_bytes: float
     logits: float = 0.0  # that pass through the epilogue
     extra: float = 0.0  # instructions per logit beyond those of statistics
+    beside: float = 0.0  # bytes that pass while no product runs
 
 
 def _ceil(a: int, b: int) -> int:
@@ -88,11 +89,30 @@ def chunk(k: int, n_classes: int, d: int, item: int = 2) -> Work:
     )
 
 
-def training(n: int, n_classes: int, d: int, item: int = 2) -> Work:
-    """Forward and backward of every row: the logits twice and two products of the BLAS; the gradients written."""
+CHUNK_BYTES = 256 << 20  # of triton_kernels/linear_cross_entropy.py
+CACHE_BYTES = 50 << 20  # of the L2 of an H100: smaller chunks of residuals are not read from DRAM
+
+
+def training(
+    n: int, n_classes: int, d: int, item: int = 2, chunk_bytes: int = CHUNK_BYTES, adds_in_place: bool = True
+) -> Work:
+    """Forward and backward of every row: the logits twice and two products of the BLAS; the gradients written.
+
+    Beside the products, each chunk of residuals reads and writes dH in float32; without ``adds_in_place`` it writes and
+    reads the chunk's share as well, and dW takes a way through float32. Residuals that the L2 does not hold are written
+    once and read twice.
+    """
     logits = float(n) * n_classes
+    columns = max(256, chunk_bytes // (n * item) // 256 * 256)
+    chunks = _ceil(n_classes, columns)
+    beside = chunks * (8.0 if adds_in_place else 16.0) * n * d
+    if not adds_in_place:
+        beside += 8.0 * n_classes * d
+    if min(columns, n_classes) * n * item > CACHE_BYTES:
+        beside += 3.0 * logits * item
     nbytes = (n + n_classes) * d * item * 3.0
-    return Work("linear_cross_entropy", f"{n}x{n_classes}x{d}", 8.0 * logits * d, nbytes, 2.0 * logits)
+    name = f"{n}x{n_classes}x{d} in {chunks} chunks" + ("" if adds_in_place else ", added apart")
+    return Work("linear_cross_entropy", name, 8.0 * logits * d, nbytes, 2.0 * logits, beside=beside)
 
 
 def target_logit(n: int, d: int, item: int = 2) -> Work:
@@ -116,7 +136,7 @@ def modelled(work: Work, device: Device) -> float:
     product = work.flops / (EFFICIENCY * device.flops) if work.logits or work.kernel == "gram" else 0.0
     instructions = work.logits * (device.epilogue + work.extra) / 32
     epilogue = instructions / (4 * device.processors * device.clock)
-    return max(product + epilogue, work.least_bytes / (0.9 * device.bandwidth))
+    return max(product + epilogue, work.least_bytes / (0.9 * device.bandwidth)) + work.beside / (0.9 * device.bandwidth)
 
 
 def statistics_requests(n: int, n_classes: int, d: int, splits: int, tile: tuple[int, int], item: int) -> int:
@@ -181,7 +201,11 @@ SHAPES = (
     statistics(4096, 1000, 2048),
     sketch(8192, 128256, 4096),
     sketch(8192, 32000, 4096),
+    training(8192, 128256, 4096, chunk_bytes=32 << 20, adds_in_place=False),  # what it was before
     training(8192, 128256, 4096),
+    training(2048, 128256, 4096, chunk_bytes=32 << 20, adds_in_place=False),
+    training(2048, 128256, 4096),
+    training(8192, 32000, 4096, chunk_bytes=32 << 20, adds_in_place=False),
     training(8192, 32000, 4096),
     chunk(2048, 128256, 4096),
     chunk(2048, 32000, 4096),

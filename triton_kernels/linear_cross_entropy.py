@@ -11,11 +11,11 @@ With z after the cap, g its slope, T and A as in residual.py:  r_c = (T e^(z_c -
 
 Tile picture: one program computes one tile of H W[chunk]^T, turns it into residuals in registers and stores it.
 
-              chunk of classes              The two products read R_chunk from the L2 where the chunk is small enough:
-    rows    [ R ][ R ][ R ]  (COLUMNS)      CHUNK_BYTES bounds it.
+              chunk of classes              Each chunk reads and writes dH once, so that few large chunks move less
+    rows    [ R ][ R ][ R ]  (COLUMNS)      than many that the L2 holds: CHUNK_BYTES bounds R alone.
             [ R ][ R ][ R ]
 
-Flops 2 k C d here and 4 k C d in the BLAS; bytes (k + C) d item + k C item written, and read twice.
+Flops 2 k C d here and 4 k C d in the BLAS; bytes (k + C) d item, k C item written and read twice, and 8 k d a chunk.
 """
 
 import torch
@@ -26,7 +26,8 @@ from . import configs
 from .arithmetic import exponential, grouped_tile
 from .matmul_tile import dot_precision, logits_tile, operands
 
-CHUNK_BYTES = 32 << 20  # of residuals: inside the L2 of an A100 (40 MB) or H100 (50 MB)
+CHUNK_BYTES = 256 << 20  # of residuals
+ADDS_IN_FLOAT = "dtype_out" in torch.ops.aten.addmm.overloads()  # torch.addmm(..., out_dtype=), not in torch 2.6
 
 
 @triton.jit
@@ -127,7 +128,25 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b`` in float32, from operands of any dtype, without widening them where the device can."""
     if a.dtype == torch.float32:
         return torch.mm(a, b)
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
+    return torch.mm(a.float(), b.float()) if a.is_cpu else torch.mm(a, b, out_dtype=torch.float32)
+
+
+def write_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``out[:] = a @ b``, all of one dtype, summed in float32: on a GPU the BLAS rounds as it writes."""
+    if a.is_cpu and a.dtype != torch.float32:
+        out.copy_(product(a, b))
+    else:
+        torch.mm(a, b, out=out)
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``total += a @ b`` for a float32 total: the BLAS adds as it writes, where this torch lets it."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif ADDS_IN_FLOAT and not a.is_cpu:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += product(a, b)
 
 
 def backward(
@@ -155,8 +174,9 @@ def backward(
     chunk = chunk or max(256, CHUNK_BYTES // (max(k, 1) * features.element_size()) // 256 * 256)
     buffer = torch.empty(k * min(chunk, n_classes), dtype=features.dtype, device=features.device)
     d_features = torch.zeros(k, d, dtype=torch.float32, device=features.device) if need_features else None
-    d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else None
-    d_bias = torch.zeros_like(bias) if need_bias and bias is not None else None
+    made = torch.empty_like if k else torch.zeros_like
+    d_weight = made(weight, memory_format=torch.contiguous_format) if need_weight else None
+    d_bias = made(bias) if need_bias and bias is not None else None
     if k == 0:
         return d_features, d_weight, d_bias
     for first in range(0, n_classes, chunk):
@@ -169,7 +189,7 @@ def backward(
         if d_bias is not None:
             d_bias[part] = r.sum(0, dtype=torch.float32)
         if d_weight is not None:
-            d_weight[part] = product(r.t(), features)
+            write_product(d_weight[part], r.t(), features)
         if d_features is not None:
-            d_features += product(r, weight[part])
+            add_product(d_features, r, weight[part])
     return d_features, d_weight, d_bias
