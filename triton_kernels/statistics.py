@@ -141,13 +141,37 @@ def store_state(partials, state, rows, inside, split, n, n_splits):
 
 @triton.jit(do_not_specialize=["n", "tiles_per_split"])
 def statistics_kernel(
-    features, weight, bias, class_weight, target, projection, partials, sums,
-    n, n_classes, d, p, stride_h, stride_w, stride_p, tiles_per_split, softcap,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
-    DESCRIPTOR: tl.constexpr, EVEN_COLUMNS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    features,
+    weight,
+    bias,
+    class_weight,
+    target,
+    projection,
+    partials,
+    sums,
+    n,
+    n_classes,
+    d,
+    p,
+    stride_h,
+    stride_w,
+    stride_p,
+    tiles_per_split,
+    softcap,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Partials [fields, splits, n] of the logits cap(H W^T + c) over the classes other than each row's target.
 
     With a WIDTH also sums [1, splits, n, p] of g e P; [2, ...] with smoothing and a cap, the second of g w P.
@@ -201,9 +225,21 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=["n", "tiles_per_split"])
 def logits_statistics_kernel(
-    logits, class_weight, target, partials, n, n_classes, stride_z, tiles_per_split, softcap,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-):  # fmt: skip
+    logits,
+    class_weight,
+    target,
+    partials,
+    n,
+    n_classes,
+    stride_z,
+    tiles_per_split,
+    softcap,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+):
     """The same partials from stored logits (n, C)."""
     n_row_tiles = tl.cdiv(n, ROWS)
     n_splits = tl.num_programs(0) // n_row_tiles
@@ -253,9 +289,14 @@ def statistics(
     """
     (n, d), (n_classes, p) = features.shape, (len(weight), 0) if projection is None else projection.shape
     tile = tile or configs.statistics_tile(
-        features.device, features.dtype, n_classes, bias=bias is not None, softcap=bool(softcap), smooth=smooth,
+        features.device,
+        features.dtype,
+        n_classes,
+        bias=bias is not None,
+        softcap=bool(softcap),
+        smooth=smooth,
         projected=projection is not None,
-    )  # fmt: skip
+    )
     descriptor, pair = operands(tile.descriptor, (features, tile.rows, tile.depth), (weight, tile.columns, tile.depth))
     if tile.descriptor and not descriptor:
         tile = tile.with_pointers()
@@ -266,15 +307,38 @@ def statistics(
     if n == 0:
         return partials, sums
     statistics_kernel[(row_tiles * count,)](
-        *pair, bias, class_weight, target, projection, partials, sums, n, n_classes, d, p,
-        features.stride(0), weight.stride(0), 0 if projection is None else projection.stride(0), per_split,
+        *pair,
+        bias,
+        class_weight,
+        target,
+        projection,
+        partials,
+        sums,
+        n,
+        n_classes,
+        d,
+        p,
+        features.stride(0),
+        weight.stride(0),
+        0 if projection is None else projection.stride(0),
+        per_split,
         softcap or 1.0,
-        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WIDTH=0 if projection is None else WIDTH,
-        GROUP=tile.group, DESCRIPTOR=descriptor,
-        EVEN_COLUMNS=n_classes % tile.columns == 0, EVEN_DEPTH=d % tile.depth == 0, HAS_BIAS=bias is not None,
-        SOFTCAP=bool(softcap), SMOOTH=smooth, HAS_WEIGHT=smooth and class_weight is not None,
-        PRECISION=dot_precision(features.dtype), num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        WIDTH=0 if projection is None else WIDTH,
+        GROUP=tile.group,
+        DESCRIPTOR=descriptor,
+        EVEN_COLUMNS=n_classes % tile.columns == 0,
+        EVEN_DEPTH=d % tile.depth == 0,
+        HAS_BIAS=bias is not None,
+        SOFTCAP=bool(softcap),
+        SMOOTH=smooth,
+        HAS_WEIGHT=smooth and class_weight is not None,
+        PRECISION=dot_precision(features.dtype),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     return partials, sums
 
 
@@ -296,8 +360,21 @@ def logits_statistics(
     partials = torch.empty(FIELDS[smooth], count, n, dtype=torch.float32, device=logits.device)
     if n:
         logits_statistics_kernel[(row_tiles * count,)](
-            logits, class_weight, target, partials, n, n_classes, logits.stride(0), per_split, softcap or 1.0,
-            ROWS=tile.rows, COLUMNS=tile.columns, SOFTCAP=bool(softcap), SMOOTH=smooth,
-            HAS_WEIGHT=smooth and class_weight is not None, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+            logits,
+            class_weight,
+            target,
+            partials,
+            n,
+            n_classes,
+            logits.stride(0),
+            per_split,
+            softcap or 1.0,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            SOFTCAP=bool(softcap),
+            SMOOTH=smooth,
+            HAS_WEIGHT=smooth and class_weight is not None,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
     return partials
