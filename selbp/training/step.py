@@ -3,46 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from selbp._checks import check_flag, check_generator, shown
 from selbp.common.batch import Batch
-from selbp.common.distributed import averaging, check_not_bypassed, unwrap
-from selbp.common.guards import PRECISIONS, RunningStatistics, capturing, without_autocast
-from selbp.common.in_place import Untouched
-from selbp.common.keep import check_keep, kept_rows
-from selbp.common.places import Places
+from selbp.common.distributed import check_not_bypassed, unwrap
+from selbp.common.guards import capturing
 from selbp.common.state import CHOICE_ENTRIES, ChoiceState, check_counts
-from selbp.cut.report import CutReport
 from selbp.rows.layout import BatchNormPolicy
-from selbp.sampling.issued import Draw
 from selbp.sampling.table import ScoreTable
-from selbp.selectors import Full, Random, Selector
-from selbp.selectors.top import TARGETS
-from selbp.training.auxiliary import Auxiliary, add
-from selbp.training.head import check_full_gradient, find_clear_head, find_head
-from selbp.training.head_gradient import FullHeadGradient
-from selbp.training.interaction import FirstComparison, SamplesInteractError
-from selbp.training.losses import CrossEntropy, criterion_of, of_some, warn_of_unshifted_labels
+from selbp.selectors import Selector
+from selbp.training.interaction import SamplesInteractError
+from selbp.training.kinds import StepKinds
+from selbp.training.losses import warn_of_unshifted_labels
+from selbp.training.options import StepOptions
 from selbp.training.per_call import PerCall
-from selbp.training.placed_cut import CutStepReport, PlacedCut
 from selbp.training.report import StepReport
 from selbp.training.schedule import Schedule
-from selbp.training.scores import check_table, weighted, with_irreducible, write_back
-from selbp.training.scoring import Scored, score, unscored, worth_keeping
-from selbp.training.sketched import Sketcher
-from selbp.training.stopwatch import Stopwatch
-from selbp.training.strategies import UNSCORED, Strategy
+from selbp.training.scores import with_irreducible
 from selbp.types import Selection
 
-NEEDS = ("nothing", "loss", "statistics", "gradients")
 
-
-class SelectiveBackprop:
+class SelectiveBackprop(StepKinds):
     """Forward on all n samples, choose k of them with weights, and return a loss whose backward runs those k rows.
 
     The returned scalar is sum_j w_j l_j over the chosen rows, with l_i scaled so that (1/n) sum l_i is torch's
@@ -152,72 +136,38 @@ class SelectiveBackprop:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if isinstance(selector, type) or not isinstance(selector, Selector) or selector.needs not in NEEDS:
-            raise TypeError(f"selector must be an instance of a selector such as selbp.Random(), got {selector!r}")
-        for name, value, choices in (
-            ("scoring", scoring, ("same", "eval")),
-            ("head_gradient", head_gradient, ("subset", "full")),
-            ("target", target, ("local", "global")),
-            ("scoring_precision", scoring_precision, PRECISIONS),
-            ("batchnorm", batchnorm, ("exact", "subset")),
-            ("proxy", proxy, ("exact", "sketch")),
-        ):
-            if not isinstance(value, str) or value not in choices:
-                raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {shown(value)}")
-        if schedule is not None and not isinstance(schedule, Schedule):
-            raise TypeError(f"schedule must be a selbp.Schedule or None, got {type(schedule).__name__}")
-        check_generator(generator)
-        if cut is not None and not isinstance(cut, (nn.Module, str)):
-            raise TypeError(f"cut must be a module of the model, its name or None, got {shown(cut)}")
-        if target == "global" and selector.needs != "gradients":
-            raise ValueError(f'target="global" is for rules that match gradients, not for {selector!r}')
-        self.model, self.selector, self.keep = model, selector, check_keep(keep)
-        self.generator, self.schedule = generator, schedule or Schedule()
-        self._places = Places.of(shared, batch_dims, target_keys, pass_labels)
-        warn_of_unshifted_labels(unwrap(model), loss)
-        self._criterion = criterion_of(
-            loss, class_weight=class_weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
+        options = StepOptions(
+            selector=selector,
+            keep=keep,
+            head=head,
+            loss=loss,
+            backward=backward,
+            scoring=scoring,
+            scoring_precision=scoring_precision,
+            head_gradient=head_gradient,
+            schedule=schedule,
+            generator=generator,
+            class_weight=class_weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            target=target,
+            auto_advance=auto_advance,
+            cut=cut,
+            batchnorm=batchnorm,
             class_dim=class_dim,
-        )  # fmt: skip
-        self._auxiliary = Auxiliary(model, aux_weight, taken=isinstance(loss, str)).of
-        self._strategy = Strategy(backward, batchnorm)
-        if scoring == "eval" and self._strategy.keeps_graph:
-            raise ValueError('scoring="eval" is for backward="recompute": the rows of a forward that trains are in use')
-        if scoring_precision != "same":
-            if self._strategy.keeps_graph or backward == "rows":
-                raise ValueError(f'scoring_precision={scoring_precision!r} is for backward="recompute"')
-            self._strategy = Strategy("recompute", reason="the scoring forward has another precision")
-        recompute = self._strategy.decided_on("recompute")
-        if batchnorm != "exact" and recompute:
-            raise ValueError(f'batchnorm={batchnorm!r} is for a backward through rows: backward="recompute" has none')
-        self._scoring: Literal["same", "eval"] = scoring
-        self._precision = scoring_precision
-        self._full_head = head_gradient == "full"
-        self._sketch = Sketcher() if proxy == "sketch" else None
-        if self._sketch is not None and (self._full_head or cut is not None):
-            raise ValueError('proxy="sketch" goes with none of cut and head_gradient="full": it has no exact gradient')
-        self._cut = None
-        if cut is not None:
-            self._cut = PlacedCut(
-                model, cut, keep, selector, generator,
-                recompute=recompute, precision=scoring_precision, batchnorm=batchnorm,
-            )  # fmt: skip
-        if self._cut is not None and (self._full_head or scoring == "eval" or target == "global" or head is not None):
-            raise ValueError("cut= goes with none of head, head_gradient, scoring and target: it needs no scoring")
-        self._gradients = (selector.needs in ("statistics", "gradients") or self._full_head) and self._cut is None
-        self.head = find_head(model, head) if self._gradients or head is not None else find_clear_head(model)
-        width = getattr(self.head, "weight", None)
-        if isinstance(self._criterion, CrossEntropy) and isinstance(width, Tensor):
-            self._criterion.check_classes(len(width), "the head")
-        if self._full_head:
-            assert self.head is not None
-            check_full_gradient(model, self.head)
-        self._reduce = averaging(model) if target == "global" else None
-        self._table = check_table(table)
-        self._running, self._choice = RunningStatistics(model), ChoiceState(selector, generator)
-        self._comparison = FirstComparison(model)
-        self._step, self._auto_advance = 0, check_flag("auto_advance", auto_advance)
-        self._untouched = Untouched()
+            table=table,
+            shared=shared,
+            batch_dims=batch_dims,
+            target_keys=target_keys,
+            pass_labels=pass_labels,
+            aux_weight=aux_weight,
+            proxy=proxy,
+        ).validate()
+        warn_of_unshifted_labels(unwrap(model), loss)
+        self._places = options.places()
+        super().__init__(model, options)
+        self._choice = ChoiceState(selector, generator)
+        self._auto_advance = options.auto_advance
         self._synchronised = False  # whether the gradients are known to reach the other ranks
         self._report: StepReport | None = None
 
@@ -289,134 +239,6 @@ class SelectiveBackprop:
         if self._auto_advance and call.given is None:
             self._step += 1
         return loss
-
-    def _run(self, batch: Batch, call: PerCall, issued: Draw | None) -> tuple[Tensor, StepReport]:
-        watch, k = Stopwatch(batch.device), kept_rows(self.keep, batch.n)
-        chosen, drawn = self.schedule.selects(self._step), self.schedule.draws(self._step)
-        if self._cut is not None and chosen and call.given is None:
-            return self._run_cut(batch, self._cut, watch, k, call, issued)
-        rule: Any = call.given or (self.selector if chosen else Random() if drawn else Full())
-        selecting = chosen or drawn or call.given is not None
-        scoring = chosen and (rule.needs != "nothing" or self._full_head)
-        if scoring and self._strategy.undecided:
-            self._strategy.decide(self.model, batch, k, self._criterion, self._scoring, self._auxiliary)
-        strategy = self._strategy if scoring else UNSCORED
-        self._comparison.begin(batch, scoring and not strategy.keeps_graph and k < batch.n)
-        full_head = FullHeadGradient(self.head) if scoring and self._full_head and self.head is not None else None
-        trained = full_head.replacing if full_head is not None else nullcontext
-        with trained() if strategy.keeps_graph else nullcontext():
-            scored = (
-                self._score(batch, strategy.keeps_graph) if scoring else unscored(batch, self._criterion, self.model)
-            )
-        watch.lap("score")
-        with torch.no_grad(), without_autocast(batch.device):
-            selection = self._select(rule, batch, scored, k if selecting else batch.n)
-            if issued is not None and issued.weights is not None:
-                selection = weighted(selection, issued.weights, rule)
-            mean = scored.proxies.mean_gradient() if full_head is not None and scored.proxies is not None else None
-        proxies, hits = worth_keeping(scored.proxies, self.head, batch.n), scored.hits
-        losses_of_forward, unscaled, scale = scored.losses, scored.stats.loss, scored.scale
-        auxiliary, share = scored.auxiliary, call.share(scored, batch.n)
-        stats = scored.stats._replace(loss=scored.stats.loss * scale)  # as the report averages it
-        seen: tuple[Any, Tensor, Tensor | None, Tensor] = scored.output, unscaled, None, stats.valid
-        del scored  # and with it the factors, unless they are worth keeping
-        watch.lap("select")
-        output: Any = None
-
-        def forward(rows: Batch) -> Tensor:
-            nonlocal hits, output, auxiliary
-            output = rows.feed(self.model)
-            auxiliary = self._auxiliary(output)
-            if not scoring:
-                with torch.no_grad(), of_some(rows.n, batch.n):
-                    hits = self._criterion.hits(output, rows.target, selection.weights != 0)
-            with of_some(rows.n, batch.n):
-                return self._criterion.losses(output, rows.target, rows.n)
-
-        pause = scoring and self._scoring == "same" and not strategy.keeps_graph
-        with trained(), self._running.paused() if pause else nullcontext():
-            if selecting:
-                losses = strategy.chosen_losses(batch, selection, forward, losses_of_forward)
-                self._comparison.end(
-                    batch, selection.indices, selection.weights != 0, stats.valid, unscaled, losses, output,
-                    lambda rows: (forward(rows), output), pause and self._precision == "same",
-                )  # fmt: skip
-            else:
-                losses = forward(batch.rows(None, stats.valid))
-        if not scoring:
-            seen = output, losses, selection.indices, selection.weights != 0
-        scaled = losses * scale
-        loss = torch.where(selection.weights != 0, scaled * selection.weights.to(scaled.dtype), 0).sum()
-        if full_head is not None and mean is not None:
-            loss = full_head.deliver(loss, mean)
-        loss = add(loss, auxiliary, share)
-        watch.lap("forward")
-        watch.follow(loss)
-        report = StepReport(
-            batch.n, len(selection.indices), self._step, chosen, scoring, strategy.name,
-            self._strategy.reason, selection, stats, proxies, scaled.detach(), hits, watch, share,
-        )  # fmt: skip
-        if self._table is not None and issued is not None:
-            write_back(self._table, issued, batch.target, *seen)
-        return loss, report
-
-    def _run_cut(
-        self, batch: Batch, cut: PlacedCut, watch: Stopwatch, k: int, call: PerCall, issued: Draw | None
-    ) -> tuple[Tensor, StepReport]:
-        """Run an ordinary forward on all rows to the mean loss. The backward makes the choice."""
-        report: CutStepReport | None = None
-
-        def on_choice(chosen: CutReport) -> None:
-            if report is not None:  # None: a backward inside the forward
-                report.cut = chosen
-
-        scored = unscored(batch, self._criterion, self.model)
-        selection = Full().select(scored.stats, batch.n)
-        clean = batch.rows(None, scored.stats.valid)
-        output = cut.feed(clean, on_choice)
-        if (auxiliary := self._auxiliary(output)) is not None and cut.strategy == "recompute":
-            raise ValueError(
-                "cut= with backward='recompute' gives the model's aux_loss no gradient below the cut: use "
-                "backward='rows', or leave it out by aux_weight=0"
-            )
-        with torch.no_grad():
-            hits = self._criterion.hits(output, batch.target, scored.stats.valid)
-        losses = self._criterion.losses(output, clean.target, clean.n)
-        if self._table is not None and issued is not None:
-            write_back(self._table, issued, batch.target, output, losses, None, scored.stats.valid)
-        scaled = losses * scored.scale
-        loss = torch.where(selection.weights != 0, scaled * selection.weights.to(scaled.dtype), 0).sum()
-        share = call.share(scored, batch.n)
-        loss = add(loss, auxiliary, share)
-        watch.lap("forward")
-        watch.follow(loss)
-        report = CutStepReport(
-            batch.n, k, self._step, True, False, cut.strategy, f"the cut at {cut.name}",
-            selection, scored.stats, None, scaled.detach(), hits, watch, share,
-        )  # fmt: skip
-        return loss, report
-
-    def _score(self, batch: Batch, keep_graph: bool) -> Scored:
-        model = self.model
-        if isinstance(model, nn.parallel.DistributedDataParallel) and not keep_graph:
-            model = model.module  # its reducer must not see a forward that no backward follows
-        return score(
-            batch, model, self.head, self._criterion,
-            gradients=self._gradients, mode=self._scoring, precision=self._precision, keep_graph=keep_graph,
-            reduce=self._reduce, feed=Batch.feed if keep_graph else self._untouched.feed,
-            keep_output=self._table is not None, auxiliary=self._auxiliary, sketch=self._sketch,
-        )  # fmt: skip
-
-    def _select(self, rule: Selector, batch: Batch, scored: Scored, k: int) -> Selection:
-        extras = batch.extras if scored.mass is None else {**batch.extras, TARGETS: scored.mass}
-        selection = rule.select(scored.stats, k, proxies=scored.proxies, extras=extras, generator=self.generator)
-        indices, weights = selection
-        if indices.dim() != 1 or indices.shape != weights.shape or indices.dtype != torch.int64:
-            raise ValueError(
-                f"{rule!r} must return indices (k,) int64 and weights (k,), "
-                f"got {indices.dtype} {tuple(indices.shape)} and {tuple(weights.shape)}"
-            )
-        return selection
 
     # --------------------------------------------------------------------------------------- report and state
 
