@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,14 +9,14 @@ import torch
 from torch import Tensor
 
 from selbp._checks import check_choice
-from selbp.reference.sampling import fill_spare, slot_weights, uniform
-from selbp.selectors.base import Needs, Stateless, check_select, require_proxies
-from selbp.selectors.proxies import GradientProxies
-from selbp.types import BatchStatistics, Selection
+from selbp.reference.sampling import uniform
+from selbp.selectors.base import BaseSelector, Needs
+from selbp.selectors.candidates import Candidates
+from selbp.types import Selection
 
 
 @dataclass(frozen=True)
-class DivBS(Stateless):
+class DivBS(BaseSelector):
     """Diversified batch selection (Hong et al. 2024, algorithm 1): a randomised matching pursuit without its weights.
 
     Repeat k times: draw a row i, not drawn before, with odds ``|g_i . e|``, e what the rows so far do not span of the
@@ -48,29 +47,18 @@ class DivBS(Stateless):
     def __post_init__(self) -> None:
         check_choice("weights", self.weights, ("mean", "batch"))
 
-    @torch.no_grad()
-    def select(
-        self,
-        stats: BatchStatistics,
-        k: int,
-        *,
-        proxies: GradientProxies | None = None,
-        extras: Mapping[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Selection:
-        """See :meth:`Selector.select`."""
-        n, k = check_select(stats, k, generator)
-        proxies = require_proxies(self, proxies, n)
-        gram, mean = proxies.gram(), proxies.mean_gradient()
+    def choose(self, rows: Candidates, k: int) -> Selection:
+        """Draw k rows, each by what those before do not span."""
+        gram, mean = rows.gradients.gram(), rows.gradients.mean_gradient()
         noise = 1e-12 if gram.dtype == torch.float64 else 1e-6  # what rounding leaves of e . g and of |g|^2
         gram, inner = gram.double(), mean.inner.double()
         distance = gram.diagonal().clone()  # |g_j|^2 outside the span of the rows drawn
         spent = noise * (distance.clamp(min=0.0) * mean.target_sq.double()).sqrt()
         dependent = noise * distance
-        free = stats.valid.clone()
-        columns = gram.new_zeros(k, n)  # of the Cholesky factor, one a draw
+        free = rows.stats.valid.clone()
+        columns = gram.new_zeros(k, rows.n)  # of the Cholesky factor, one a draw
         draws: list[Tensor] = []
-        gumbel = -torch.log(-torch.log(uniform(k * n, gram, generator).clamp(min=1e-300))).reshape(k, n)
+        gumbel = -torch.log(-torch.log(uniform(k * rows.n, gram, rows.generator).clamp(min=1e-300))).reshape(k, rows.n)
         for step in range(k):
             magnitude = inner.abs()
             # arg max of log odds + Gumbel noise is a draw with those odds; log odds of -1e3 lose to any others.
@@ -85,6 +73,5 @@ class DivBS(Stateless):
             columns[step] = column
             inner = inner - (inner.gather(0, pick) * scale) * column
             distance = distance - column.square()
-        real = torch.arange(k, device=gram.device) < stats.valid.sum()
-        indices, real = fill_spare(torch.cat(draws), real, stats.valid)
-        return Selection(indices, slot_weights(self.weights, stats.valid, real).to(stats.loss.dtype))
+        real = torch.arange(k, device=gram.device) < rows.stats.valid.sum()
+        return rows.weighted(torch.cat(draws), real, self.weights)

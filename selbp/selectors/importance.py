@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from selbp._checks import check_choice, check_flag, check_number
-from selbp.ops.choose_rows import choose_rows
 from selbp.reference.sampling import sample_with_replacement, slot_weights
-from selbp.selectors.base import Needs, check_select, check_state
-from selbp.selectors.proxies import GradientProxies
+from selbp.selectors.base import BaseSelector, Needs, check_state, state_tensor
+from selbp.selectors.candidates import Candidates
 from selbp.selectors.weighting import Weights
-from selbp.types import BatchStatistics, Selection, gradient_norm
+from selbp.types import Selection, gradient_norm
 
 
 @dataclass(eq=False)
-class GradNormImportance:
+class GradNormImportance(BaseSelector):
     """Rows drawn with odds proportional to their gradient norm (Katharopoulos & Fleuret 2018).
 
     Parameters
@@ -75,32 +74,21 @@ class GradNormImportance:
         """() float64 running mean of tau; 0 before the first batch."""
         return torch.zeros((), dtype=torch.float64) if self._tau is None else self._tau
 
-    @torch.no_grad()
-    def select(
-        self,
-        stats: BatchStatistics,
-        k: int,
-        *,
-        proxies: GradientProxies | None = None,
-        extras: Mapping[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Selection:
-        """See :meth:`Selector.select`. Without any gradient the draw is uniform."""
-        n, k = check_select(stats, k, generator)
+    def choose(self, rows: Candidates, k: int) -> Selection:
+        """Draw k rows by their gradients' norms. Without any gradient the draw is uniform."""
+        stats = rows.stats
         score = gradient_norm(stats) if self.norm == "gradient" else stats.residual_sq.sqrt()
         eligible = stats.valid & torch.isfinite(score)
         odds = torch.where(eligible, score.double(), 0.0)
         odds = torch.where(odds.any(), odds, eligible)
-        worth_it = self._worth_it(odds, eligible, k / n)
+        worth_it = self._worth_it(odds, eligible, k / rows.n)
         if worth_it is not None:
             odds = torch.where(worth_it, odds, eligible)
 
         if self.replacement:
-            indices, real, chance = sample_with_replacement(odds, k, generator)
+            indices, real, chance = sample_with_replacement(odds, k, rows.generator)
             return Selection(indices, slot_weights(self.weights, stats.valid, real, k * chance).to(stats.loss.dtype))
-        return choose_rows(
-            odds, stats.valid, k, rule="odds", weights=self.weights, dtype=stats.loss.dtype, generator=generator
-        )
+        return rows.pick(odds, k, by="odds", weights=self.weights)
 
     def _worth_it(self, odds: Tensor, eligible: Tensor, keep: float) -> Tensor | None:
         """() bool, after this batch's tau entered the running mean; None where there is no threshold."""
@@ -120,8 +108,4 @@ class GradNormImportance:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict`."""
         check_state(self, state, ("tau",))
-        tau = state["tau"]
-        if not isinstance(tau, Tensor) or tau.shape != () or tau.dtype != torch.float64:
-            got = f"{tau.dtype} {tuple(tau.shape)}" if isinstance(tau, Tensor) else type(tau).__name__
-            raise ValueError(f"tau must be a float64 tensor of shape (), got {got}")
-        self._tau = tau.clone()
+        self._tau = state_tensor(state, "tau", ())

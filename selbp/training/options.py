@@ -16,12 +16,12 @@ from selbp.common.places import Places
 from selbp.rows.layout import BatchNormPolicy
 from selbp.sampling.table import ScoreTable
 from selbp.selectors import Selector
+from selbp.selectors.base import NEEDS
 from selbp.training.losses import Criterion, criterion_of
 from selbp.training.schedule import Schedule
 from selbp.training.scores import check_table
 from selbp.training.strategies import WAYS, Strategy
 
-NEEDS = ("nothing", "loss", "statistics", "gradients")
 CHOICES = {
     "scoring": ("same", "eval"),
     "head_gradient": ("subset", "full"),
