@@ -45,8 +45,10 @@ class RecomputedCut:
 
     def __init__(self, model: nn.Module, module: nn.Module, name: str, cut: Cut, precision: str) -> None:
         if parallel_in(model) is not None:
-            raise ValueError('cut= with backward="recompute" runs a backward inside the backward, which '
-                             'DistributedDataParallel does not follow: use backward="rows"')  # fmt: skip
+            raise ValueError(
+                'cut= with backward="recompute" runs a backward inside the backward, which '
+                'DistributedDataParallel does not follow: use backward="rows"'
+            )
         self._model, self._module, self._name, self._cut, self._precision = model, module, name, cut, precision
         self._running, self._untouched = RunningStatistics(model), Untouched()
         self._checked = False

@@ -110,15 +110,33 @@ class LogitPass:
         loss, lse, residual_sq, feature_sq, correct, valid = self.outputs
         item = loss.element_size() * row
         bad = _native.statistics(
-            logits.data_ptr(), self.code, logits.stride(0), rows, columns, first_class, self.n_classes,
+            logits.data_ptr(),
+            self.code,
+            logits.stride(0),
+            rows,
+            columns,
+            first_class,
+            self.n_classes,
             0 if f is None else (f.data_ptr() or self.target.data_ptr()) + row * f.stride(0) * f.element_size(),
-            0 if f is None else TYPE_CODE[f.dtype], 0 if f is None else f.stride(0), 0 if f is None else f.shape[1],
-            self.bias, self.target.data_ptr() + 8 * row, address(class_weight), ignore_index, label_smoothing, softcap,
+            0 if f is None else TYPE_CODE[f.dtype],
+            0 if f is None else f.stride(0),
+            0 if f is None else f.shape[1],
+            self.bias,
+            self.target.data_ptr() + 8 * row,
+            address(class_weight),
+            ignore_index,
+            label_smoothing,
+            softcap,
             0 if self.state is None else self.state.data_ptr() + 8 * _native.STATISTICS_STATE * row,
-            loss.data_ptr() + item, lse.data_ptr() + item, residual_sq.data_ptr() + item, feature_sq.data_ptr() + item,
+            loss.data_ptr() + item,
+            lse.data_ptr() + item,
+            residual_sq.data_ptr() + item,
+            feature_sq.data_ptr() + item,
             0 if self.p_rest is None else self.p_rest.data_ptr() + item,
-            correct.data_ptr() + row, valid.data_ptr() + row, native_threads(rows * columns),
-        )  # fmt: skip
+            correct.data_ptr() + row,
+            valid.data_ptr() + row,
+            native_threads(rows * columns),
+        )
         if bad >= 0:
             raise_bad_target(self.target, row + bad, self.n_classes, ignore_index)
 
@@ -130,10 +148,25 @@ class LogitPass:
         class_weight, ignore_index, _, _ = self.options
         loss, lse, residual_sq, feature_sq, correct, valid = self.outputs
         bad = _native.head_statistics(
-            f.data_ptr(), f.stride(0), f.shape[0], f.shape[1], weight.data_ptr(), weight.stride(0), self.n_classes,
-            address(bias), y.data_ptr(), address(class_weight), ignore_index, loss.data_ptr(), lse.data_ptr(),
-            residual_sq.data_ptr(), feature_sq.data_ptr(), address(self.p_rest), correct.data_ptr(), valid.data_ptr(),
-        )  # fmt: skip
+            f.data_ptr(),
+            f.stride(0),
+            f.shape[0],
+            f.shape[1],
+            weight.data_ptr(),
+            weight.stride(0),
+            self.n_classes,
+            address(bias),
+            y.data_ptr(),
+            address(class_weight),
+            ignore_index,
+            loss.data_ptr(),
+            lse.data_ptr(),
+            residual_sq.data_ptr(),
+            feature_sq.data_ptr(),
+            address(self.p_rest),
+            correct.data_ptr(),
+            valid.data_ptr(),
+        )
         if bad >= 0:
             raise_bad_target(y, bad, self.n_classes, ignore_index)
 
@@ -189,10 +222,25 @@ def residual_tile(
     first, total, weights = classes
     n_rows, columns = logits.shape
     bad = _native.residual(
-        out.data_ptr(), logits.data_ptr(), TYPE_CODE[logits.dtype], logits.stride(0), n_rows, columns, first, total,
-        weights, rows.lse.data_ptr(), address(rows.p_rest), address(rows.scale), rows.target.data_ptr(),
-        address(class_weight), ignore_index, label_smoothing, softcap, native_threads(logits.numel()),
-    )  # fmt: skip
+        out.data_ptr(),
+        logits.data_ptr(),
+        TYPE_CODE[logits.dtype],
+        logits.stride(0),
+        n_rows,
+        columns,
+        first,
+        total,
+        weights,
+        rows.lse.data_ptr(),
+        address(rows.p_rest),
+        address(rows.scale),
+        rows.target.data_ptr(),
+        address(class_weight),
+        ignore_index,
+        label_smoothing,
+        softcap,
+        native_threads(logits.numel()),
+    )
     if bad >= 0:
         raise_bad_target(rows.target, bad, total, ignore_index)
     return out

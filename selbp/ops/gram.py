@@ -70,9 +70,17 @@ def _cpu(residual: Tensor, features: Tensor, bias: bool) -> Tensor:
     out = torch.empty(n, n, dtype=dtype)
     packed = torch.empty(-(-n // _BLOCK) * _BLOCK * (classes + d), dtype=dtype)
     finite = _native.gram(
-        out.data_ptr(), packed.data_ptr(), r.data_ptr(), h.data_ptr(), dtype == torch.float64,
-        n, classes, d, bias, native_threads(n * n),
-    )  # fmt: skip
+        out.data_ptr(),
+        packed.data_ptr(),
+        r.data_ptr(),
+        h.data_ptr(),
+        dtype == torch.float64,
+        n,
+        classes,
+        d,
+        bias,
+        native_threads(n * n),
+    )
     if not finite:
         _zero_spoiled(out, r, h)
     return out
@@ -106,5 +114,9 @@ def _cuda(residual: Tensor, features: Tensor, bias: bool) -> Tensor:
 
 _gradient_gram = define(
     "gradient_gram(Tensor residual, Tensor features, bool bias) -> Tensor",
-    check=check_factors, fake=_fake, cpu=_cpu, cuda=_cuda, autocast=autocast_factors,
-)  # fmt: skip
+    check=check_factors,
+    fake=_fake,
+    cpu=_cpu,
+    cuda=_cuda,
+    autocast=autocast_factors,
+)

@@ -50,18 +50,34 @@ _TILE_BYTES = {2: 8 << 20, 4: 2 << 20, 8: 2 << 20}
 
 @overload
 def linear_cross_entropy(
-    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, class_weight: Tensor | None = ...,
-    ignore_index: int = ..., label_smoothing: float = ..., softcap: float = ..., rows: Tensor | None = ...,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    class_weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    softcap: float = ...,
+    rows: Tensor | None = ...,
     return_statistics: Literal[False] = ...,
-) -> Tensor: ...  # fmt: skip
+) -> Tensor: ...
 
 
 @overload
 def linear_cross_entropy(
-    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, class_weight: Tensor | None = ...,
-    ignore_index: int = ..., label_smoothing: float = ..., softcap: float = ..., rows: Tensor | None = ...,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    class_weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    softcap: float = ...,
+    rows: Tensor | None = ...,
     return_statistics: Literal[True],
-) -> tuple[Tensor, BatchStatistics]: ...  # fmt: skip
+) -> tuple[Tensor, BatchStatistics]: ...
 
 
 def linear_cross_entropy(

@@ -115,5 +115,9 @@ def _cuda(residual: Tensor, features: Tensor, bias: bool) -> tuple[Tensor, Tenso
 _mean_gradient = define(
     "mean_gradient(Tensor residual, Tensor features, bool bias)"
     " -> (Tensor inner, Tensor target_sq, Tensor head_weight, Tensor head_bias)",
-    check=check_factors, fake=_fake, cpu=_cpu, cuda=_cuda, autocast=autocast_factors,
-)  # fmt: skip
+    check=check_factors,
+    fake=_fake,
+    cpu=_cpu,
+    cuda=_cuda,
+    autocast=autocast_factors,
+)

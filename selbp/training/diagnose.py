@@ -232,10 +232,15 @@ def analyse(
     dense = [operator for operator in operators if operator.runs != "rows"]
     saved_bytes = int(sum(storages.values()) * scale)
     return Diagnosis(
-        n, k, operators, flops.total, sum(operator.flops for operator in rows),
-        sum(operator.flops for operator in dense), saved_bytes,
+        n,
+        k,
+        operators,
+        flops.total,
+        sum(operator.flops for operator in rows),
+        sum(operator.flops for operator in dense),
+        saved_bytes,
         modelled(flops.work, _total_work(rows), _total_work(dense), saved_bytes, k / n, Rates.here()),
-    )  # fmt: skip
+    )
 
 
 def _refuse_reentrant(losses: Tensor) -> None:

@@ -61,9 +61,12 @@ class GraphedStep:
     """What :func:`cuda_graph` returns; call it as the step is called."""
 
     def __init__(
-        self, step: SelectiveBackprop, batch: tuple[Any, ...], optimizer: torch.optim.Optimizer | None,
+        self,
+        step: SelectiveBackprop,
+        batch: tuple[Any, ...],
+        optimizer: torch.optim.Optimizer | None,
         recorder: Recorder,
-    ) -> None:  # fmt: skip
+    ) -> None:
         leaves, self._form = pytree.tree_flatten(batch)
         self._step, self._optimizer, self._recorder = step, optimizer, recorder
         self._buffers = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
@@ -197,9 +200,11 @@ class GraphedStep:
 
 
 def _is_number(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str)) or (
-        isinstance(value, tuple) and all(map(_is_number, value))
-    )  # fmt: skip
+    return (
+        value is None
+        or isinstance(value, (bool, int, float, str))
+        or (isinstance(value, tuple) and all(map(_is_number, value)))
+    )
 
 
 def _short(value: Any) -> str:
@@ -208,8 +213,10 @@ def _short(value: Any) -> str:
 
 def _own(graphed: GraphedStep, report: StepReport, step: int) -> StepReport:
     """A report with tensors of its own: the next replay writes into the graph's."""
-    tensors = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (
-        report.selection, report._stats, report._chosen, report._hits))  # fmt: skip
+    tensors = pytree.tree_map(
+        lambda x: x.clone() if isinstance(x, Tensor) else x,
+        (report.selection, report._stats, report._chosen, report._hits),
+    )
     selection, stats, chosen, hits = tensors
     own = replace(report, selection=selection, _stats=stats, _chosen=chosen, _hits=hits, step=step)
     if report._proxies is not None:

@@ -171,9 +171,13 @@ class CrossEntropy:
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         weight = self.weight_on(logits.device)
         entries = F.cross_entropy(
-            logits.flatten(0, 1), labels.reshape(-1), None if weight is None else weight.to(logits.dtype),
-            ignore_index=self.ignore_index, reduction="none", label_smoothing=self.label_smoothing,
-        )  # fmt: skip
+            logits.flatten(0, 1),
+            labels.reshape(-1),
+            None if weight is None else weight.to(logits.dtype),
+            ignore_index=self.ignore_index,
+            reduction="none",
+            label_smoothing=self.label_smoothing,
+        )
         return entries.view(labels.shape).sum(1)
 
     def mass(self, target: Any, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
