@@ -91,7 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  selbp train --selector matching --keep 0.25\n"
         "  selbp train --selector top-loss:weights=refit --epochs 2 --out runs/top\n"
-        "  selbp train --selector top-loss:weights=refit --epochs 2 --out runs/top --resume\n\n"
+        "  selbp train --selector top-loss:weights=refit --epochs 2 --out runs/top --resume\n"
+        "  torchrun --nproc-per-node 4 -m selbp_study train --selector matching    # each minibatch in four parts\n\n"
         f"selectors (options as name:option=value,...):\n{_selector_help()}",
     )  # fmt: skip
     train.add_argument(
@@ -262,7 +263,8 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
         if arguments.debug:
             traceback.print_exc()
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        print(f"selbp: {reason}", file=sys.stderr)
+        if not getattr(error, "told", False):  # by the first process of several
+            print(f"selbp: {reason}", file=sys.stderr)
         return commands.status_of(error)
 
 

@@ -140,6 +140,10 @@ class Batch:
 
         return self._some(len(indices), *self._map(rows, some))
 
+    def mapped(self, n: int, tensors: Any, entries: Any) -> Batch:
+        """``n`` samples: what ``tensors`` and ``entries`` make of the tensors with rows and of the lists of samples."""
+        return self._some(n, *self._map(tensors, entries))
+
     def _some(self, n: int, inputs: Any, target: Any) -> Batch:
         return Batch(inputs, target, {}, n, self.device, self.places, self.held)
 

@@ -32,6 +32,7 @@ from selbp.training.minibatch import Minibatch
 from selbp.training.options import StepOptions
 from selbp.training.per_call import PerCall
 from selbp.training.placed_cut import CutStepReport, PlacedCut
+from selbp.training.pooled import Backward, Pooled
 from selbp.training.report import StepReport
 from selbp.training.schedule import Schedule
 from selbp.training.scores import weighted, write_back
@@ -50,7 +51,7 @@ class StepKinds:
 
     def __init__(self, model: nn.Module, options: StepOptions) -> None:
         self.model, self.selector, self.keep = model, options.selector, options.keep
-        self.generator, self.schedule = options.generator, options.schedule or Schedule()
+        self.generator, self.schedule = options.draws_from(model), options.schedule or Schedule()
         self._step = 0
         self._criterion = options.criterion()
         self._auxiliary = Auxiliary(model, options.aux_weight, taken=isinstance(options.loss, str)).of
@@ -71,9 +72,14 @@ class StepKinds:
         self._table = options.table
         self._running, self._comparison = RunningStatistics(model), FirstComparison(model)
         self._untouched = Untouched()
+        self._pooled = Pooled.of(self, options)
 
-    def _run(self, batch: Batch, call: PerCall, draw: Draw | None) -> tuple[Tensor, StepReport]:
+    def _run(
+        self, batch: Batch, call: PerCall, draw: Draw | None, backward: Backward | None
+    ) -> tuple[Tensor, StepReport]:
         """Run the kind of step that the schedule, the rule and the call ask for."""
+        if self._pooled is not None:
+            return self._pooled.run(batch, call, draw, backward)
         watch, k, selects = Stopwatch(batch.device), kept_rows(self.keep, batch.n), self.schedule.selects(self._step)
         if selects and self._cut is not None and call.given is None:
             return self._cut_step(Minibatch(batch, call, draw, FULL, k, True, watch), self._cut)
@@ -171,8 +177,8 @@ class StepKinds:
 
     # ---------------------------------------------------------------------------------------- what they are made of
 
-    def _score(self, batch: Batch, keep_graph: bool) -> Scored:
-        """What a forward of all rows says of each."""
+    def _score(self, batch: Batch, keep_graph: bool, unit: Tensor | None = None) -> Scored:
+        """What a forward of all rows says of each; with ``unit``, of a part of them in that unit."""
         model = self.model
         if isinstance(model, nn.parallel.DistributedDataParallel) and not keep_graph:
             model = model.module  # its reducer must not see a forward that no backward follows
@@ -190,6 +196,7 @@ class StepKinds:
             keep_output=self._table is not None,
             auxiliary=self._auxiliary,
             sketch=self._sketch,
+            unit=unit,
         )
 
     def _choose(self, m: Minibatch, scored: Scored) -> None:

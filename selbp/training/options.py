@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from selbp._checks import check_choice, check_flag, check_generator, shown
+from selbp._checks import check_choice, check_flag, check_generator, check_int, shown
 from selbp.common.guards import PRECISIONS
 from selbp.common.keep import check_keep
 from selbp.common.places import Places
@@ -22,6 +22,7 @@ from selbp.training.schedule import Schedule
 from selbp.training.scores import check_table
 from selbp.training.strategies import WAYS, Strategy
 
+UNSEEDED = 0x5E1B9  # of a generator that no rank has given, until the ranks have met
 CHOICES = {
     "scoring": ("same", "eval"),
     "head_gradient": ("subset", "full"),
@@ -29,6 +30,7 @@ CHOICES = {
     "scoring_precision": PRECISIONS,
     "batchnorm": ("exact", "subset"),
     "proxy": ("exact", "sketch"),
+    "scope": ("local", "global"),
 }
 
 
@@ -61,6 +63,8 @@ class StepOptions:
     pass_labels: bool = False
     aux_weight: float | None = None
     proxy: Literal["exact", "sketch"] = "exact"
+    micro_batch: int | None = None
+    scope: Literal["local", "global"] = "local"
 
     def validate(self) -> StepOptions:
         """Return the options with ``keep`` and ``auto_advance`` as Python's own types.
@@ -83,6 +87,8 @@ class StepOptions:
             raise TypeError(f"cut must be a module of the model, its name or None, got {shown(self.cut)}")
         check_table(self.table)
         made = replace(self, keep=check_keep(self.keep), auto_advance=check_flag("auto_advance", self.auto_advance))
+        if self.micro_batch is not None:
+            made = replace(made, micro_batch=check_int("micro_batch", self.micro_batch, 1, "an int (samples)"))
         made._check_together()
         return made
 
@@ -104,6 +110,31 @@ class StepOptions:
         if self.cut is not None and scores:
             raise ValueError("cut= goes with none of head, head_gradient, scoring and target: it needs no scoring")
 
+        if self.pooled:
+            self._check_pooled()
+
+    def _check_pooled(self) -> None:
+        """Raise ValueError for what needs one forward of all rows with its graph, or all rows' own process."""
+        name = 'scope="global"' if self.micro_batch is None else "micro_batch="
+        if self.cut is not None:
+            raise ValueError(f"{name} goes without cut=, which chooses in the backward of one forward of all rows")
+        if self.backward == "rows" or self.batchnorm != "exact":
+            raise ValueError(
+                f'{name} is for backward="recompute": there is no forward of all rows with a graph, of which some rows '
+                "could run backward"
+            )
+        if self.scope == "global" and self.target == "global":
+            raise ValueError('scope="global" matches the mean of all ranks as it is: leave target="global" out')
+        if self.scope == "global" and self.table is not None:
+            raise ValueError(
+                'scope="global" goes without table=: each rank would write its own samples to its own table'
+            )
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the rows among which the rule chooses are not those of one forward."""
+        return self.micro_batch is not None or self.scope == "global"
+
     @property
     def recomputes(self) -> bool:
         """Whether a second forward of the chosen rows is asked for, and not left to be decided."""
@@ -123,6 +154,8 @@ class StepOptions:
         """How the chosen rows' losses get their graph."""
         if self.scoring_precision != "same":
             return Strategy("recompute", reason="the scoring forward has another precision")
+        if self.pooled:
+            return Strategy("recompute", reason="the rows among which the rule chooses are not those of one forward")
         return Strategy(self.backward, self.batchnorm)
 
     def criterion(self) -> Criterion:
@@ -134,6 +167,13 @@ class StepOptions:
             label_smoothing=self.label_smoothing,
             class_dim=self.class_dim,
         )
+
+    def draws_from(self, model: nn.Module) -> torch.Generator | None:
+        """The generator; for draws that are to be the same on every rank one that the first step gives a seed."""
+        if self.generator is not None or self.scope == "local":
+            return self.generator
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        return torch.Generator(device).manual_seed(UNSEEDED)
 
     def places(self) -> Places:
         """Where the samples of a batch are. Raises TypeError or ValueError that names the option."""

@@ -77,13 +77,15 @@ def score(
     keep_output: bool = False,
     auxiliary: Callable[[Any], Tensor | None] = lambda output: None,
     sketch: Sketcher | None = None,
+    unit: Tensor | None = None,
 ) -> Scored:
     """Run the forward on all rows; with ``gradients``, read gradient norms and proxies as well as losses.
 
     ``precision`` is the forward's, see :func:`scoring_autocast`. ``keep_graph`` records the forward for a backward
     through chosen rows of it; else nothing is recorded below the head. ``reduce`` averages the mean gradient over
     ranks. ``feed`` calls the model. ``keep_output`` hands on what it gave. ``auxiliary`` reads a further loss off it.
-    ``sketch`` stands for the exact gradients of samples with several positions.
+    ``sketch`` stands for the exact gradients of samples with several positions. ``unit`` () is the scale, in place of
+    this batch's own: 1 where it is a part of a minibatch.
     """
     mass, present = criterion.mass(batch.target, batch.n, batch.device)
     leaf = gradients and not keep_graph
@@ -128,7 +130,7 @@ def score(
                     "the loss does not depend on the head's output: pass head=, the last linear layer; "
                     f"{listed_candidates(model)}"
                 )
-        scored = _scaled(rows, mass, bias, gradients, reduce, losses if keep_graph else None, beside, sketch)
+        scored = _scaled(rows, mass, bias, gradients, reduce, losses if keep_graph else None, beside, sketch, unit)
         return replace(scored, output=output) if keep_output else scored
 
 
@@ -220,6 +222,7 @@ def _scaled(
     losses: Tensor | None,
     auxiliary: Tensor | None,
     sketch: Sketcher | None,
+    unit: Tensor | None,
 ) -> Scored:
     """Gradients in the units of torch's mean, 0 for a sample that is not valid; losses stay as they are.
 
@@ -227,7 +230,7 @@ def _scaled(
     of other minibatches or with one known beforehand.
     """
     valid, residual, feature_sq = rows.valid, rows.residual, rows.feature_sq
-    scale = scale_of(mass, valid).to(rows.loss.dtype)
+    scale = (scale_of(mass, valid) if unit is None else unit).to(rows.loss.dtype)
     proxies = None
     if residual is not None and rows.features is not None:
         compute, live = residual, valid[:, None, None]
@@ -258,7 +261,8 @@ def unscored(batch: Batch, criterion: Criterion, model: nn.Module) -> Scored:
     first = next((p.dtype for p in model.parameters() if p.is_floating_point() or p.is_complex()), torch.float32)
     mass, present = criterion.mass(batch.target, batch.n, batch.device)
     valid = present & batch.finite()
-    return Scored(BatchStatistics.unscored(valid, real_dtype(first)), scale_of(mass, valid), None, None, None)
+    stats = BatchStatistics.unscored(valid, real_dtype(first))
+    return Scored(stats, scale_of(mass, valid), None, None, None, mass=mass)
 
 
 def worth_keeping(proxies: HeadProxies | None, head: nn.Module | None, n: int) -> HeadProxies | None:

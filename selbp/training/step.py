@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from selbp.common.batch import Batch
 from selbp.common.distributed import check_not_bypassed, unwrap
-from selbp.common.guards import capturing
+from selbp.common.guards import capturing, without_autocast
 from selbp.common.state import CHOICE_ENTRIES, ChoiceState, check_counts
 from selbp.rows.layout import BatchNormPolicy
 from selbp.sampling.table import ScoreTable
@@ -20,6 +20,7 @@ from selbp.training.kinds import StepKinds
 from selbp.training.losses import warn_of_unshifted_labels
 from selbp.training.options import StepOptions
 from selbp.training.per_call import PerCall
+from selbp.training.pooled import Backward, Scale, backward_of
 from selbp.training.report import StepReport
 from selbp.training.schedule import Schedule
 from selbp.training.scores import with_irreducible
@@ -87,6 +88,14 @@ class SelectiveBackprop(StepKinds):
             ..., C). By default the target's shape (n, ...) tells, and where both fit an earlier minibatch's.
         table: a :class:`selbp.sampling.ScoreTable`, to which each step writes what it saw of its samples. Their numbers
             come from the table's sampler, in its order, or from ``ids=`` at the call. State: the table has its own.
+        micro_batch: how many samples are in memory at a time: a minibatch of any size is scored without a graph, and
+            the rows chosen among all of it run forward and backward, so many at a time, in :meth:`backward`. The
+            gradients are those of one forward and backward, but for batch norm, which sees a micro-batch. A rule that
+            matches gradients keeps the head's factors of all samples, n T (C + d) numbers, and n^2 products.
+        scope: ``"global"`` chooses among the samples of all ranks, as one process that holds them all. Rows whose rank
+            has more of the chosen ones than its share are sent to others, so that each trains as many. For tensors with
+            rows of one shape on all ranks; it waits for the device once a step. A rule that draws needs a generator of
+            one seed on all ranks; without one, they draw from rank 0's seed. The report is of all ranks' samples.
 
     Raises:
         TypeError, ValueError: at construction, for anything that could not work later.
@@ -133,6 +142,8 @@ class SelectiveBackprop(StepKinds):
         pass_labels: bool = False,
         aux_weight: float | None = None,
         proxy: Literal["exact", "sketch"] = "exact",
+        micro_batch: int | None = None,
+        scope: Literal["local", "global"] = "local",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -162,11 +173,13 @@ class SelectiveBackprop(StepKinds):
             pass_labels=pass_labels,
             aux_weight=aux_weight,
             proxy=proxy,
+            micro_batch=micro_batch,
+            scope=scope,
         ).validate()
         warn_of_unshifted_labels(unwrap(model), loss)
         self._places = options.places()
         super().__init__(model, options)
-        self._choice = ChoiceState(selector, generator)
+        self._choice = ChoiceState(selector, self.generator)
         self._auto_advance = options.auto_advance
         self._synchronised = False  # whether the gradients are known to reach the other ranks
         self._report: StepReport | None = None
@@ -205,12 +218,70 @@ class SelectiveBackprop(StepKinds):
             TypeError, ValueError: for a batch that does not fit, before anything has run. Whatever is raised, also by
                 the model, the selector, the generator and the running statistics are left as they were.
         """
-        call = PerCall.of(normalizer, num_items_in_batch, selection)
+        if self._pooled is not None and self._pooled.size is not None:
+            raise RuntimeError(
+                "a step with micro_batch= runs a backward after each micro-batch: call step.backward(inputs, target) "
+                "in place of step(inputs, target).backward()"
+            )
+        return self._counted(inputs, target, PerCall.of(normalizer, num_items_in_batch, selection), per_sample, None)
+
+    def backward(
+        self,
+        inputs: Any,
+        target: Any = None,
+        *,
+        scale: Scale = 1.0,
+        normalizer: float | Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+        selection: Selection | None = None,
+        **per_sample: Tensor,
+    ) -> Tensor:
+        """One minibatch, backward and all: its gradients are added to the parameters'. Returns the mean loss, detached.
+
+        With ``micro_batch``, at most so many samples are in memory at a time. Where an error comes up between two
+        micro-batches, the gradients hold those of the first ones.
+
+        Args:
+            inputs: as in a call of the step.
+            target: as there.
+            scale: what each loss is multiplied by before its backward: a number such as 1 / accumulated minibatches, a
+                tensor (), or a function of the loss such as ``torch.amp.GradScaler``'s ``scaler.scale``.
+            normalizer: as in a call.
+            num_items_in_batch: as there.
+            selection: as there.
+            per_sample: as there.
+
+        Returns:
+            () :attr:`StepReport.loss` on the device.
+
+        Raises:
+            TypeError, ValueError: as a call of the step.
+
+        Examples:
+            >>> import torch, selbp
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+            >>> step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=0.25, micro_batch=8)
+            >>> loss = step.backward(torch.randn(64, 4), torch.randint(0, 3, (64,)))
+            >>> step.report.n, step.report.k, loss.requires_grad, model[0].weight.grad is None
+            (64, 16, False, False)
+        """
+        call, run = PerCall.of(normalizer, num_items_in_batch, selection), backward_of(scale)
+        loss = self._counted(inputs, target, call, per_sample, run)
+        if self._pooled is None:
+            with without_autocast(loss.device):
+                run(loss)
+        return self.report.mean_loss()
+
+    def _counted(
+        self, inputs: Any, target: Any, call: PerCall, per_sample: dict[str, Tensor], backward: Backward | None
+    ) -> Tensor:
+        """Run one minibatch and count it; whatever is raised, the step is left as it was."""
         table, ids = self._table, None
         if table is not None:
             ids = per_sample.pop("ids", None)
         batch = Batch.of(inputs, target, per_sample, self._places)
-        call.check(batch.n, batch.device)
+        if self._pooled is None:
+            call.check(batch.n, batch.device)
         # A second pass, whose rows are given, is of a batch that has been counted.
         issued = None if table is None or call.given is not None else table.next(batch.n, ids)
         if table is not None and issued is not None:
@@ -220,14 +291,14 @@ class SelectiveBackprop(StepKinds):
         restore = () if capturing(batch.device) else (self._choice.snapshot(), self._running.snapshot())
         try:
             try:
-                loss, report = self._run(batch, call, issued)
+                loss, report = self._run(batch, call, issued, backward)
             except SamplesInteractError:
                 if not self._strategy.auto or self._scoring != "same":
                     raise
                 for undo in restore:
                     undo()
                 self._strategy.settle("rows", "samples interact: a second forward of some would train another loss")
-                loss, report = self._run(batch, call, issued)
+                loss, report = self._run(batch, call, issued, backward)
         except BaseException:
             for undo in restore:
                 undo()
