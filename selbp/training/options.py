@@ -16,6 +16,7 @@ from selbp.common.places import Places
 from selbp.rows.layout import BatchNormPolicy
 from selbp.sampling.table import ScoreTable
 from selbp.selectors import Selector
+from selbp.training.linear_loss import NAME as LINEAR
 from selbp.training.losses import Criterion, criterion_of
 from selbp.training.schedule import Schedule
 from selbp.training.scores import check_table
@@ -103,6 +104,11 @@ class StepOptions:
         scores = self.full_head or self.scoring == "eval" or self.target == "global" or self.head is not None
         if self.cut is not None and scores:
             raise ValueError("cut= goes with none of head, head_gradient, scoring and target: it needs no scoring")
+
+        if self.loss == LINEAR and (self.full_head or self.pass_labels):
+            raise ValueError(
+                f'loss="{LINEAR}" goes with none of head_gradient="full" and pass_labels: the head does not run'
+            )
 
     @property
     def recomputes(self) -> bool:
