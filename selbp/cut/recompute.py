@@ -53,6 +53,12 @@ class RecomputedCut:
         self._running, self._untouched = RunningStatistics(model), Untouched()
         self._checked = False
 
+    def prepare(self, batch: Batch) -> None:
+        """Look once, by a forward of two samples, whether the part below can be recomputed. Raises ValueError."""
+        if not self._checked and torch.is_grad_enabled() and kept_rows(self._cut.keep, batch.n) < batch.n:
+            self._check_bypass(batch)
+            self._checked = True
+
     def feed(self, batch: Batch, on_choice: Callable[[CutReport], None]) -> Any:
         """Run the forward and return the model's output. Its backward trains the part below the cut on k rows.
 
@@ -61,9 +67,7 @@ class RecomputedCut:
         k = kept_rows(self._cut.keep, batch.n)
         if not torch.is_grad_enabled() or k >= batch.n:
             return batch.feed(self._model)
-        if not self._checked:
-            self._check_bypass(batch)
-            self._checked = True
+        self.prepare(batch)
         mode = AutocastMode(batch.device)
 
         def leave(hidden: Tensor, features: Tensor | None) -> Tensor:

@@ -25,10 +25,12 @@ from selbp._checks import shown
 from selbp.integrations.seen import Observed, Replay, rows_in
 from selbp.integrations.tasks import base_of, per_sample, task_options
 from selbp.integrations.window import Window
+from selbp.training.linear_loss import NAME as LINEAR
+from selbp.training.losses import CAUSAL
 from selbp.training.step import SelectiveBackprop
 
 FILE = "selbp_state_{}.pt"  # one a process, in the checkpoint's folder
-TOKEN_LOSSES = ("cross_entropy", "causal_lm")
+TOKEN_LOSSES = ("cross_entropy", *CAUSAL)
 
 
 class SelectiveTrainerMixin:
@@ -166,7 +168,8 @@ class _Selective:
         self.trainer, self.options = trainer, dict(options)
         self.step: SelectiveBackprop | None = None
         self.window = Window()
-        self.metrics = self._own_metrics()
+        # A head without logits has none for the trainer's metrics.
+        self.metrics = self._own_metrics() and self.options.get("loss") != LINEAR
         # TRL before 1 reads its metrics off the logits and the inputs beside them, all of the rows that ran
         self.by_logits = not hasattr(sys.modules.get("trl.trainer.utils"), "add_fused_lm_head")
         self._state: Mapping[str, Any] | None = None  # of a checkpoint, for the step that is to be built

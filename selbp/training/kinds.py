@@ -27,7 +27,9 @@ from selbp.training.auxiliary import Auxiliary, add
 from selbp.training.head import check_full_gradient, find_clear_head, find_head
 from selbp.training.head_gradient import FullHeadGradient
 from selbp.training.interaction import FirstComparison, Forwards
-from selbp.training.losses import CrossEntropy, of_some
+from selbp.training.linear_loss import NAME as LINEAR
+from selbp.training.linear_loss import LinearCausalLM
+from selbp.training.losses import Criterion, CrossEntropy, of_some
 from selbp.training.minibatch import Minibatch
 from selbp.training.options import StepOptions
 from selbp.training.per_call import PerCall
@@ -53,18 +55,22 @@ class StepKinds:
         self.model, self.selector, self.keep = model, options.selector, options.keep
         self.generator, self.schedule = options.draws_from(model), options.schedule or Schedule()
         self._step = 0
-        self._criterion = options.criterion()
+        self._criterion: Criterion = options.criterion()
+        self._headless: Context = nullcontext
         self._auxiliary = Auxiliary(model, options.aux_weight, taken=isinstance(options.loss, str)).of
         self._strategy = options.strategy()
         self._scoring, self._precision = options.scoring, options.scoring_precision
         self._full_head, self._gradients = options.full_head, options.reads_gradients
         self._sketch = Sketcher() if options.proxy == "sketch" else None
         self._cut = None if options.cut is None else _placed(model, options.cut, options)
-        wanted = self._gradients or options.head is not None
+        linear = options.loss == LINEAR
+        wanted = self._gradients or options.head is not None or linear
         self.head = find_head(model, options.head) if wanted else find_clear_head(model)
         width = getattr(self.head, "weight", None)
         if isinstance(self._criterion, CrossEntropy) and isinstance(width, Tensor):
             self._criterion.check_classes(len(width), "the head")
+        if linear:
+            self._without_logits()
         if self._full_head:
             assert self.head is not None
             check_full_gradient(model, self.head)
@@ -74,12 +80,25 @@ class StepKinds:
         self._untouched = Untouched()
         self._pooled = Pooled.of(self, options)
 
+    def _without_logits(self) -> None:
+        """Have the criterion read the head's input. Raises ValueError for a head with more to it than a weight."""
+        assert isinstance(self._criterion, CrossEntropy)
+        assert self.head is not None
+        if self._cut is not None and self._cut.module is self.head:
+            raise ValueError('loss="linear_causal_lm" does not run the head: cut= must be a module before it')
+        self._criterion = linear = LinearCausalLM(self._criterion, self.model, self.head)
+        self._headless = linear.headless
+
     def _run(
         self, batch: Batch, call: PerCall, draw: Draw | None, backward: Backward | None
     ) -> tuple[Tensor, StepReport]:
         """Run the kind of step that the schedule, the rule and the call ask for."""
-        if self._pooled is not None:
-            return self._pooled.run(batch, call, draw, backward)
+        with self._headless():
+            if self._pooled is not None:
+                return self._pooled.run(batch, call, draw, backward)
+            return self._run_kind(batch, call, draw)
+
+    def _run_kind(self, batch: Batch, call: PerCall, draw: Draw | None) -> tuple[Tensor, StepReport]:
         watch, k, selects = Stopwatch(batch.device), kept_rows(self.keep, batch.n), self.schedule.selects(self._step)
         if selects and self._cut is not None and call.given is None:
             return self._cut_step(Minibatch(batch, call, draw, FULL, k, True, watch), self._cut)
@@ -165,6 +184,9 @@ class StepKinds:
         m.take(scored)
         m.choose(FULL.select(scored.stats, m.batch.n))
         rows = m.batch.rows(None, m.live)
+        cut.prepare(rows)
+        if isinstance(self._criterion, LinearCausalLM):
+            self._criterion.forget()  # the forward of a look ahead
         losses = self._first_forward(m, rows, cut.feed(rows, on_choice))
         if m.auxiliary is not None and cut.strategy == "recompute":
             raise ValueError(

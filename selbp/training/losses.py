@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from selbp._checks import check_int, check_number, shown
 from selbp.training.soft_labels import is_soft, soft_hits, soft_losses, soft_mass
 
-LOSSES = ("cross_entropy", "mse", "bce", "causal_lm")
+LOSSES = ("cross_entropy", "mse", "bce", "causal_lm", "linear_causal_lm")
+CAUSAL = ("causal_lm", "linear_causal_lm")
 HINT = 'one loss per sample, (n,): use reduction="none" and sum or average over every other dimension'
 
 
@@ -244,7 +245,7 @@ def criterion_of(
     class_dim: int | None = None,
 ) -> Criterion:
     """The criterion for a ``loss=`` of the contract. Raises TypeError or ValueError for what cannot give (n,)."""
-    if isinstance(loss, str) and loss in ("cross_entropy", "causal_lm"):
+    if isinstance(loss, str) and loss in ("cross_entropy", *CAUSAL):
         if class_weight is not None:
             _check_class_weight(class_weight)
         label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
@@ -253,13 +254,14 @@ def criterion_of(
             class_dim = check_int("class_dim", class_dim, meaning="1, -1 or None")
             if class_dim not in (1, -1):
                 raise ValueError(f"class_dim must be 1, -1 or None, got {class_dim}")
-        if loss == "causal_lm" and class_dim == 1:
-            raise ValueError('class_dim=1 is for "cross_entropy": "causal_lm" has logits (n, T, C)')
-        return CrossEntropy(class_weight, ignore_index, label_smoothing, shift=loss == "causal_lm", class_dim=class_dim)
+        if loss in CAUSAL and class_dim == 1:
+            raise ValueError(f'class_dim=1 is for "cross_entropy": {loss!r} has logits (n, T, C)')
+        return CrossEntropy(class_weight, ignore_index, label_smoothing, shift=loss in CAUSAL, class_dim=class_dim)
     defaults = ((class_weight, None), (ignore_index, -100), (label_smoothing, 0.0), (class_dim, None))
     if any(value is not default and not _equals(value, default) for value, default in defaults):
         raise ValueError(
-            'class_weight, ignore_index, label_smoothing and class_dim apply to "cross_entropy" and "causal_lm" only'
+            "class_weight, ignore_index, label_smoothing and class_dim apply to "
+            f"{', '.join(map(repr, ('cross_entropy', *CAUSAL)))} only"
         )
     if isinstance(loss, str) and loss == "mse":
         return PerSample(partial(_mean_over_sample, F.mse_loss), "mse")

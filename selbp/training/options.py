@@ -17,6 +17,7 @@ from selbp.rows.layout import BatchNormPolicy
 from selbp.sampling.table import ScoreTable
 from selbp.selectors import Selector
 from selbp.selectors.base import NEEDS
+from selbp.training.linear_loss import NAME as LINEAR
 from selbp.training.losses import Criterion, criterion_of
 from selbp.training.schedule import Schedule
 from selbp.training.scores import check_table
@@ -110,6 +111,10 @@ class StepOptions:
         if self.cut is not None and scores:
             raise ValueError("cut= goes with none of head, head_gradient, scoring and target: it needs no scoring")
 
+        if self.loss == LINEAR and (self.full_head or self.pass_labels):
+            raise ValueError(
+                f'loss="{LINEAR}" goes with none of head_gradient="full" and pass_labels: the head does not run'
+            )
         if self.pooled:
             self._check_pooled()
 

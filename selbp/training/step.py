@@ -43,7 +43,9 @@ class SelectiveBackprop(StepKinds):
             follows it; with LoRA on it, it is the adapted layer as a whole.
         loss: ``"cross_entropy"`` (also of (n, T, C) or (n, C, T, ...), and against class probabilities of the logits'
             shape), ``"mse"``, ``"bce"`` (of logits),
-            ``"causal_lm"`` (targets are shifted by one) or a callable (output, target) -> (n,).
+            ``"causal_lm"`` (targets are shifted by one), ``"linear_causal_lm"`` (the same loss, of a model whose
+            logits are its head's output as it is: the head does not run, its logits are never stored, and
+            ``output.logits`` is the head's input) or a callable (output, target) -> (n,).
         backward: ``"rows"`` differentiates the chosen rows of the forward that scored; ``"recompute"`` runs a second
             forward on them, and refuses a loss in which samples interact, such as a contrastive one: their losses would
             be others alone, which its first step looks at. ``"auto"`` models both on the first minibatch and takes the

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from rows_cases import F64, Function, Lambda, N, Own, _ramp
 from torch import Tensor, nn
 
+from selbp import ops
+
 _down = nn.Sequential
 IMAGES: dict[str, Function] = {
     "conv2d": nn.Conv2d(4, 6, 3),
@@ -153,6 +155,7 @@ SEQUENCES: dict[str, Function] = {
 
 _y = torch.tensor([0, 1, 2, 3, 0, 1])
 _p = (_ramp(N, 8) * 7).sin().sigmoid()
+_head = (_ramp(5, 8) * 3).cos()
 LOSSES: dict[str, Function] = {
     "cross_entropy": lambda o: F.cross_entropy(o, _y, reduction="none"),
     "cross_entropy_smoothed": lambda o: F.cross_entropy(o, _y, reduction="none", label_smoothing=0.1),
@@ -177,6 +180,12 @@ LOSSES: dict[str, Function] = {
     "hinge": lambda o: F.hinge_embedding_loss(o, _p.sign(), reduction="none").sum(1),
     "multi_margin": lambda o: F.multi_margin_loss(o, _y, reduction="none"),
     "multilabel_margin": lambda o: F.multilabel_soft_margin_loss(o, (_p > 0.5).double(), reduction="none"),
+    "linear_cross_entropy": lambda o: ops.linear_cross_entropy(o, _head.to(o), None, _y),
+    "linear_cross_entropy_tokens": lambda o: (
+        ops.linear_cross_entropy(o.reshape(2 * N, -1), _head[:, : o.shape[1] // 2].to(o), None, _y.repeat(2))
+        .view(N, 2)
+        .sum(1)
+    ),
     "triplet": lambda o: F.triplet_margin_loss(o, o.flip(1), o * o, reduction="none"),
 }
 
