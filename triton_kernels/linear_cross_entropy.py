@@ -116,9 +116,23 @@ def residual_chunk_kernel(
     if SMOOTH and HAS_WEIGHT:
         w = tl.load(class_weight + columns, mask=within, other=0.0).to(tl.float32)[None, :]
     r = residual_tile(
-        z, g, w, columns + first_class, rows, inside, target, lse, others, scale, mass, rest, share,
-        SOFTCAP, SMOOTH, HAS_WEIGHT,
-    )  # fmt: skip
+        z,
+        g,
+        w,
+        columns + first_class,
+        rows,
+        inside,
+        target,
+        lse,
+        others,
+        scale,
+        mass,
+        rest,
+        share,
+        SOFTCAP,
+        SMOOTH,
+        HAS_WEIGHT,
+    )
     place = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
     tl.store(place, r.to(out.dtype.element_ty), mask=inside[:, None] & within[None, :])
 

@@ -18,20 +18,44 @@ WARM = 2  # first steps of a candidate that do not count
 
 
 class Candidate(NamedTuple):
-    """One way to make a step."""
+    """One way to make a step.
 
-    step: Any  # a SelectiveBackprop with the sampler's table
-    k: int | None = None  # rows of the sampler's batches; None: the sampler's own
-    scored: bool = True  # whether they are drawn by the table's odds
+    Parameters
+    ----------
+    step : SelectiveBackprop
+        With the sampler's table.
+    k : int or None
+        Rows of the sampler's batches; None: the sampler's own.
+    scored : bool
+        Whether they are drawn by the table's odds.
+    """
+
+    step: Any
+    k: int | None = None
+    scored: bool = True
 
 
 class Decision(NamedTuple):
-    """A line of the controller's log."""
+    """A line of the controller's log.
 
-    step: int  # steps before it
+    Attributes
+    ----------
+    step : int
+        Steps before it.
+    chosen : str
+        The candidate's name.
+    headroom : float
+        The table's, at that step.
+    prices : dict
+        Of each candidate, over random's.
+    why : str
+        The reason, in words.
+    """
+
+    step: int
     chosen: str
     headroom: float
-    prices: dict[str, float]  # of each candidate, over random's
+    prices: dict[str, float]
     why: str
 
 
@@ -56,19 +80,34 @@ class AutoSelect:
     With headroom near 1, as for windows of text, nothing is chosen: the step is random's at its own keep, and the
     controller costs a few microseconds.
 
-    Args:
-        step: the :class:`selbp.SelectiveBackprop` of ``"random"`` and ``"drawn"``, with ``table=`` the sampler's.
-        sampler: its batches are drawn as the controller says.
-        random_k: rows of a random step; the sampler's k for None. Give random the keep that is best for it.
-        others: further candidates by name, each with a step of its own, such as one that scores a pool of 64.
-        prices: of each candidate's step over random's, where they are known: nothing is timed then, and a run is the
-            same each time.
-        every: steps between decisions.
-        trial: timed steps of each candidate in the beginning.
-        margin: by how much more another one must be worth, at least 0.
+    Parameters
+    ----------
+    step : SelectiveBackprop
+        The :class:`selbp.SelectiveBackprop` of ``"random"`` and ``"drawn"``, with ``table=`` the sampler's.
+    sampler : ScoredBatchSampler
+        Its batches are drawn as the controller says.
+    random_k : int or None
+        Rows of a random step; the sampler's k for None. Give random the keep that is best for it.
+    others : dict or None
+        Further candidates by name, each with a step of its own, such as one that scores a pool of 64.
+    prices : dict or None
+        Of each candidate's step over random's, where they are known: nothing is timed then, and a run is the same each
+        time.
+    every : int
+        Steps between decisions.
+    trial : int
+        Timed steps of each candidate in the beginning.
+    margin : float
+        By how much more another one must be worth, at least 0.
 
-    Raises:
-        TypeError, ValueError: for arguments that do not fit.
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit.
+
+    See Also
+    --------
+    selbp.auto_select : makes step, sampler and controller in one call.
     """
 
     def __init__(
@@ -86,8 +125,10 @@ class AutoSelect:
         if not isinstance(sampler, ScoredBatchSampler):
             raise TypeError(f"sampler must be a selbp.sampling.ScoredBatchSampler, got {shown(sampler)}")
         self.candidates = {
-            FALLBACK: Candidate(step, random_k, scored=False), "drawn": Candidate(step), **dict(others or {}),
-        }  # fmt: skip
+            FALLBACK: Candidate(step, random_k, scored=False),
+            "drawn": Candidate(step),
+            **dict(others or {}),
+        }
         for name, candidate in self.candidates.items():
             if not isinstance(candidate, Candidate) or not callable(candidate.step):
                 raise TypeError(f"candidate {name!r} must be a Candidate with a step, got {shown(candidate)}")

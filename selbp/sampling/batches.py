@@ -113,10 +113,14 @@ class TableSampler(Sampler[list[int]]):
         """
         waiting = [*self.table.issued.draws, *self._replay] if self._begun else list(self._replay)
         issued = [
-            {"ids": d.ids.cpu().clone(), "uniform": d.uniform, "tag": d.tag,
-             "weights": None if d.weights is None else d.weights.cpu().clone()}
+            {
+                "ids": d.ids.cpu().clone(),
+                "uniform": d.uniform,
+                "tag": d.tag,
+                "weights": None if d.weights is None else d.weights.cpu().clone(),
+            }
             for d in waiting
-        ]  # fmt: skip
+        ]
         plan = {name: value.cpu().clone() for name, value in self._plan.items()}
         shard = [self.table.samples, self.rank, self.world_size, self.seed]
         return {"epoch": self.epoch, "consumed": self._consumed, "issued": issued, "plan": plan, "shard": shard}
@@ -139,7 +143,7 @@ class TableSampler(Sampler[list[int]]):
         issued = [
             Draw(d["ids"].to(device), int(d["uniform"]), _moved(d["weights"], device), d["tag"])
             for d in state["issued"]
-        ]  # fmt: skip
+        ]
         self.epoch, self._consumed = epoch, consumed
         self._plan = {name: value.to(device, copy=True) for name, value in state["plan"].items()}
         self._replay = deque(issued)
@@ -172,26 +176,44 @@ class ScoredBatchSampler(TableSampler):
     ahead, so scores are ``num_workers * prefetch_factor`` steps old when they are used. The loader must keep its order
     (``in_order=True``, the default).
 
-    Args:
-        table: the scores; its length is the data set's.
-        k: rows of a batch.
-        pool: samples that a batch is drawn from, at least k; all there are where they are fewer.
-        power: of the hardness 1 - p, at least 0; 0 draws by responsibility alone.
-        floor: added to all odds, relative to their mean. Above 0 for ``weights="unbiased"``.
-        uniform: share of the rows in [0, 1], on average.
-        weights: ``"mean"``: the step averages over the rows as they come. ``"unbiased"``: it weights them so that
-            the expectation is the pool's mean (see ``selbp.sampling.draw``).
-        seed: of every draw; the same on all ranks.
-        rank, world_size: each rank owns every ``world_size``-th sample and has scores of those alone; from
-            ``torch.distributed`` where that is initialised. All ranks have the same number of batches.
+    Parameters
+    ----------
+    table : ScoreTable
+        The scores; its length is the data set's.
+    k : int
+        Rows of a batch.
+    pool : int
+        Samples that a batch is drawn from, at least k; all there are where they are fewer.
+    power : float
+        Of the hardness 1 - p, at least 0; 0 draws by responsibility alone.
+    floor : float
+        Added to all odds, relative to their mean. Above 0 for ``weights="unbiased"``.
+    uniform : float
+        Share of the rows in [0, 1], on average.
+    weights : {"mean", "unbiased"}
+        ``"mean"``: the step averages over the rows as they come. ``"unbiased"``: it weights them so that the
+        expectation is the pool's mean (see ``selbp.sampling.draw``).
+    seed : int
+        Of every draw; the same on all ranks.
+    rank, world_size : int or None
+        Each rank owns every ``world_size``-th sample and has scores of those alone; from ``torch.distributed`` where
+        that is initialised. All ranks have the same number of batches.
 
-    Raises:
-        TypeError, ValueError: at construction, for arguments of the wrong type or out of range.
+    Raises
+    ------
+    TypeError, ValueError
+        At construction, for arguments of the wrong type or out of range.
 
-    Example:
-        >>> sampler = ScoredBatchSampler(ScoreTable(1000, classes=10), k=16, pool=100)
-        >>> len(sampler), len(next(iter(sampler)))
-        (10, 16)
+    See Also
+    --------
+    selbp.sampling.ScoreTable : what it draws by.
+    selbp.auto_select : makes table, sampler and step in one call.
+
+    Examples
+    --------
+    >>> sampler = ScoredBatchSampler(ScoreTable(1000, classes=10), k=16, pool=100)
+    >>> len(sampler), len(next(iter(sampler)))
+    (10, 16)
     """
 
     def __init__(

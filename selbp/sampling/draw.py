@@ -83,9 +83,16 @@ def odds_of(table: Columns, ids: Tensor, odds: Odds, factor: Tensor | None) -> T
 
 
 def specified(
-    table: Columns, ids: Tensor, k: int, uniform_rows: int, odds: Odds, factor: Tensor | None, seed: int, step: int,
+    table: Columns,
+    ids: Tensor,
+    k: int,
+    uniform_rows: int,
+    odds: Odds,
+    factor: Tensor | None,
+    seed: int,
+    step: int,
     unbiased: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """See :func:`draw`: the same in plain torch, which waits for no device."""
     first = uniform(seed, step, 0, ids).sort(stable=True).indices[:uniform_rows]
     if uniform_rows >= k:
@@ -108,9 +115,16 @@ def _unbiased(first: Tensor, odds: Tensor, draws: Tensor, k: int) -> tuple[Tenso
 
 
 def draw(
-    table: Columns, ids: Tensor, k: int, uniform_rows: int, odds: Odds, factor: Tensor | None, seed: int, step: int,
+    table: Columns,
+    ids: Tensor,
+    k: int,
+    uniform_rows: int,
+    odds: Odds,
+    factor: Tensor | None,
+    seed: int,
+    step: int,
     unbiased: bool = False,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """Draw k of the samples ``ids`` (pool,) int64: ``uniform_rows`` of them uniformly, the others by their odds.
 
     The others are drawn one after another without replacement, each with a chance in proportion to its odds among
@@ -130,10 +144,21 @@ def draw(
     rows, address = torch.empty(k, dtype=torch.int64), scratch.data_ptr()
     second = unbiased and uniform_rows < k
     _native.draw(
-        pool, k, uniform_rows, ids.data_ptr(), table.addresses(), 0 if factor is None else factor.data_ptr(),
-        odds.power, odds.floor, seed, step, rows.data_ptr(), address, address + 8 * pool if second else 0,
+        pool,
+        k,
+        uniform_rows,
+        ids.data_ptr(),
+        table.addresses(),
+        0 if factor is None else factor.data_ptr(),
+        odds.power,
+        odds.floor,
+        seed,
+        step,
+        rows.data_ptr(),
+        address,
+        address + 8 * pool if second else 0,
         address + 8 * (2 * pool + 1),
-    )  # fmt: skip
+    )
     if not second:
         return rows, torch.full((k,), 1.0 / k, dtype=torch.float64) if unbiased else None
     return _unbiased(rows[:uniform_rows], scratch[:pool], scratch[pool : 2 * pool + 1], k)

@@ -44,21 +44,35 @@ def noise_aware(loss: Tensor, epsilon: Tensor | float, classes: int) -> Tensor:
 
         losses = selbp.sampling.noise_aware(selbp.ops.linear_cross_entropy(h, w, b, y), 0.2, len(w))
 
-    Args:
-        loss: (n,) or any shape, floating: each sample's cross-entropy -log p.
-        epsilon: a number in [0, 1) or a tensor () on the CPU or on the loss's device, whose value is not read back.
-        classes: C, at least 2.
+    Parameters
+    ----------
+    loss : Tensor
+        Each sample's cross-entropy -log p: (n,) or any other shape, floating.
+    epsilon : Tensor or float
+        A number in [0, 1) or a tensor () on the CPU or on the loss's device, whose value is not read back.
+    classes : int
+        C, at least 2.
 
-    Returns:
+    Returns
+    -------
+    Tensor
         The shape and dtype of ``loss``. A NaN stays with its sample.
 
-    Raises:
-        TypeError: ``loss`` is no floating tensor, or ``epsilon`` or ``classes`` no number.
-        ValueError: a number out of range, or an ``epsilon`` of another shape than ().
+    Raises
+    ------
+    TypeError
+        ``loss`` is no floating tensor, or ``epsilon`` or ``classes`` no number.
+    ValueError
+        A number out of range, or an ``epsilon`` of another shape than ().
 
-    Example:
-        >>> noise_aware(torch.tensor([0.0, 100.0]), 0.2, 10)
-        tensor([0.1985, 3.9120])
+    See Also
+    --------
+    selbp.NoiseAwareCrossEntropy : the same as a ``loss=`` of a step.
+
+    Examples
+    --------
+    >>> noise_aware(torch.tensor([0.0, 100.0]), 0.2, 10)
+    tensor([0.1985, 3.9120])
     """
     if not isinstance(loss, Tensor) or not loss.is_floating_point():
         raise TypeError(f"loss must be a floating tensor of cross-entropies, got {shown(loss)}")
@@ -129,19 +143,27 @@ class NoiseAwareCrossEntropy:
     Pass it as ``loss=`` of :class:`selbp.SelectiveBackprop`. The gradient is cross-entropy's times the responsibility
     r, so that a sample whose label the model holds for wrong pulls little; at eps = 0 it is cross-entropy.
 
-    Args:
-        noise: a :class:`selbp.sampling.ScoreTable`, whose estimate is read at each call; a number eps in [0, 1); or a
-            tensor: () eps, or (C, C) the transition ``T[y', y] = P(given y | true y')``, for
-            ``-log sum_y' T[y', y] p_y'``.
+    Parameters
+    ----------
+    noise : ScoreTable, float or Tensor
+        A :class:`selbp.sampling.ScoreTable`, whose estimate is read at each call; a number eps in [0, 1); or a tensor:
+        () eps, or (C, C) the transition ``T[y', y] = P(given y | true y')``, for ``-log sum_y' T[y', y] p_y'``.
 
-    Raises:
-        TypeError, ValueError: at construction for anything else; at the call for logits that are not (n, C) floating
-            or a target that is not (n,) int64.
+    Raises
+    ------
+    TypeError, ValueError
+        At construction for anything else; at the call for logits that are not (n, C) floating or a target that is not
+        (n,) int64.
 
-    Example:
-        >>> loss = NoiseAwareCrossEntropy(0.2)
-        >>> loss(torch.tensor([[8.0, 0.0]]), torch.tensor([1]))
-        tensor([2.2999])
+    See Also
+    --------
+    selbp.sampling.noise_aware : the same for losses that are there.
+
+    Examples
+    --------
+    >>> loss = NoiseAwareCrossEntropy(0.2)
+    >>> loss(torch.tensor([[8.0, 0.0]]), torch.tensor([1]))
+    tensor([2.2999])
     """
 
     def __init__(self, noise: KnowsNoise | Tensor | float) -> None:

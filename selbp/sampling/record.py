@@ -130,9 +130,20 @@ def record(table: Columns, averages: Averages, fresh: Fresh, logits: Tensor, tim
     if transition is not None:
         scratch = torch.empty(classes, dtype=torch.float64)
     return _native.record(
-        rows, classes, logits.stride(0), logits.data_ptr(), target.data_ptr(), ids.data_ptr(),
-        0 if place is None else place.data_ptr(), 0 if live is None else live.data_ptr(), fresh.uniform, time,
-        table.addresses(), averages.state.data_ptr(), 0 if transition is None else transition.data_ptr(),
-        0 if counts is None else counts.data_ptr(), float(averages.window),
+        rows,
+        classes,
+        logits.stride(0),
+        logits.data_ptr(),
+        target.data_ptr(),
+        ids.data_ptr(),
+        0 if place is None else place.data_ptr(),
+        0 if live is None else live.data_ptr(),
+        fresh.uniform,
+        time,
+        table.addresses(),
+        averages.state.data_ptr(),
+        0 if transition is None else transition.data_ptr(),
+        0 if counts is None else counts.data_ptr(),
+        float(averages.window),
         0 if scratch is None else scratch.data_ptr(),
-    )  # fmt: skip
+    )

@@ -33,12 +33,24 @@ NoiseModel = Literal["symmetric", "class", "none"]
 
 
 class Suspects(NamedTuple):
-    """Samples that are probably mislabelled, the surest first."""
+    """Samples that are probably mislabelled, the surest first.
 
-    ids: Tensor  # (n,) int64
-    given: Tensor  # (n,) int64, the label that each has
-    probable: Tensor  # (n,) int64, the most probable other one
-    probability: Tensor  # (n,) float32, of being mislabelled
+    Attributes
+    ----------
+    ids : Tensor
+        (n,) int64, the samples' numbers.
+    given : Tensor
+        (n,) int64, the label that each has.
+    probable : Tensor
+        (n,) int64, the most probable other one.
+    probability : Tensor
+        (n,) float32, of being mislabelled.
+    """
+
+    ids: Tensor
+    given: Tensor
+    probable: Tensor
+    probability: Tensor
 
 
 class ScoreTable:
@@ -50,28 +62,43 @@ class ScoreTable:
     g = r (1 - p), the size of its gradient in the noise-aware loss. eps is estimated by expectation-maximisation: on
     the proxy's scan, then from the rows that were drawn uniformly only, since on rows chosen for r it would fall to 0.
 
-    Args:
-        samples: N, the length of the data set.
-        classes: C. None for targets that are no classes: then p = exp(-loss), the mean loss over a sequence's tokens,
-            and every label is believed.
-        noise: ``"symmetric"``, a wrong label is any with the same chance; ``"class"``, a transition matrix (C, C) is
-            learned, for few classes; ``"none"``, every label is believed.
-        balance: None: odds as they are. b in [0, 1]: the odds of a class's samples together are in proportion to
-            (its number of samples)^(1 - b), and scores rank within classes only. 0 leaves classes as frequent as they
-            are, however hard; 1 makes them equally frequent.
-        window: how many uniform rows the averages remember.
-        device: where the table lives. On the CPU it serves a model on any device: what a GPU saw is written when it has
-            arrived, a few steps later, and nothing waits for it. On a GPU draws are tensors there, for data that is
-            in its memory.
+    Parameters
+    ----------
+    samples : int
+        N, the length of the data set.
+    classes : int or None
+        C. None for targets that are no classes: then p = exp(-loss), the mean loss over a sequence's tokens, and every
+        label is believed.
+    noise : {"symmetric", "class", "none"}
+        ``"symmetric"``, a wrong label is any with the same chance; ``"class"``, a transition matrix (C, C) is learned,
+        for few classes; ``"none"``, every label is believed.
+    balance : float or None
+        None: odds as they are. b in [0, 1]: the odds of a class's samples together are in proportion to (its number of
+        samples)^(1 - b), and scores rank within classes only. 0 leaves classes as frequent as they are, however hard; 1
+        makes them equally frequent.
+    window : int
+        How many uniform rows the averages remember.
+    device : torch.device or str
+        Where the table lives. On the CPU it serves a model on any device: what a GPU saw is written when it has
+        arrived, a few steps later, and nothing waits for it. On a GPU draws are tensors there, for data that is in its
+        memory.
 
-    Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range.
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is of the wrong type or out of range.
 
-    Example:
-        >>> table = ScoreTable(4, classes=2)
-        >>> table.fill(torch.arange(2), torch.tensor([[4.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1]))
-        >>> table.probability
-        tensor([0.9820, 0.5000,    nan,    nan])
+    See Also
+    --------
+    selbp.sampling.fit_proxy : fills a table before the first step.
+    selbp.sampling.ScoredBatchSampler : draws by it.
+
+    Examples
+    --------
+    >>> table = ScoreTable(4, classes=2)
+    >>> table.fill(torch.arange(2), torch.tensor([[4.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1]))
+    >>> table.probability
+    tensor([0.9820, 0.5000,    nan,    nan])
     """
 
     def __init__(
@@ -241,12 +268,17 @@ class ScoreTable:
         ``"class"`` reads what it is given, for all probabilities of a sample count: fill the table afterwards, for
         responsibilities by the transition that was found, and measure again.
 
-        Args:
-            logits: (m, C) of samples drawn uniformly, for ``noise="class"``.
-            target: (m,) int64 their labels.
+        Parameters
+        ----------
+        logits : Tensor (m, C) or None
+            Of samples drawn uniformly, for ``noise="class"``.
+        target : Tensor (m,) int64 or None
+            Their labels.
 
-        Raises:
-            ValueError: there is nothing to estimate from, or the shapes do not fit.
+        Raises
+        ------
+        ValueError
+            There is nothing to estimate from, or the shapes do not fit.
         """
         if self.noise == "symmetric":
             known = self.probability[torch.isfinite(self.probability)]
@@ -309,22 +341,37 @@ class ScoreTable:
 
     @torch.no_grad()
     def record(
-        self, draw: Draw, target: Tensor, *, logits: Tensor | None = None, losses: Tensor | None = None,
-        place: Tensor | None = None, live: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        draw: Draw,
+        target: Tensor,
+        *,
+        logits: Tensor | None = None,
+        losses: Tensor | None = None,
+        place: Tensor | None = None,
+        live: Tensor | None = None,
+    ) -> None:
         """Write what a step saw of rows of ``draw``; waits for no device.
 
-        Args:
-            draw: the minibatch.
-            target: (rows,) int64 labels, or anything where the table has no classes.
-            logits: (rows, C), for a table with classes.
-            losses: (rows,) for one without: the mean loss of each.
-            place: (rows,) int64, each row's place in the minibatch; None: as they come.
-            live: (rows,) bool, rows that count; None: all.
+        Parameters
+        ----------
+        draw : Draw
+            The minibatch.
+        target : Tensor (rows,) int64
+            Labels, or anything where the table has no classes.
+        logits : Tensor (rows, C) or None
+            For a table with classes.
+        losses : Tensor (rows,) or None
+            For one without: the mean loss of each.
+        place : Tensor (rows,) int64 or None
+            Each row's place in the minibatch; None: as they come.
+        live : Tensor (rows,) bool or None
+            Rows that count; None: all.
 
-        Raises:
-            ValueError: the shapes do not fit, or a label (looked at on a CPU) is not the one that the table has of its
-                sample: then the batches did not come in the sampler's order.
+        Raises
+        ------
+        ValueError
+            The shapes do not fit, or a label (looked at on a CPU) is not the one that the table has of its sample: then
+            the batches did not come in the sampler's order.
         """
         self.arrive(wait=False)
         if self.classes is not None:
