@@ -85,9 +85,12 @@ class GraphedStep:
         Gradients are those of this minibatch alone: they replace what ``.grad`` held. A minibatch of other shapes than
         those that were given to :func:`cuda_graph` runs as an ordinary step.
 
-        Raises:
-            ValueError: where something that the graph holds fast has changed, such as a learning rate that is a number.
-            RuntimeError: where the step could not be captured; says why.
+        Raises
+        ------
+        ValueError
+            Where something that the graph holds fast has changed, such as a learning rate that is a number.
+        RuntimeError
+            Where the step could not be captured; says why.
         """
         leaves, form = pytree.tree_flatten((inputs, target, per_sample))
         self._calls += 1
@@ -256,17 +259,26 @@ def cuda_graph(
     Nothing is trained here: ``inputs`` and ``target`` give shapes. The first 3 calls run as they are and the fourth is
     captured; later ones are replayed. Each trains on its minibatch, once.
 
-    Args:
-        step: the step. Its schedule must choose on every step from now on.
-        inputs: as for a call of the step; every tensor on one CUDA device.
-        target: as for a call of the step.
-        optimizer: stepped in the graph; its ``capturable`` must be True where it has that option. None: the caller's.
-        per_sample: as for a call of the step.
+    Parameters
+    ----------
+    step : SelectiveBackprop
+        The step. Its schedule must choose on every step from now on.
+    inputs : Tensor, tuple or mapping
+        As for a call of the step; every tensor on one CUDA device.
+    target : Tensor, mapping or None
+        As for a call of the step.
+    optimizer : torch.optim.Optimizer or None
+        Stepped in the graph; its ``capturable`` must be True where it has that option. None: the caller's.
+    **per_sample
+        As for a call of the step.
 
-    Raises:
-        TypeError: for a step or an optimizer of another type.
-        ValueError: for what a graph cannot hold, with the reason: tensors that are not on a GPU, lists of samples, a
-            rule that remembers, a cut, ``scoring="eval"``, a schedule that does not always choose, several processes.
+    Raises
+    ------
+    TypeError
+        For a step or an optimizer of another type.
+    ValueError
+        For what a graph cannot hold, with the reason: tensors that are not on a GPU, lists of samples, a rule that
+        remembers, a cut, ``scoring="eval"``, a schedule that does not always choose, several processes.
     """
     batch = (inputs, target, per_sample)
     _check(step, batch, optimizer)

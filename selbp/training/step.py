@@ -29,85 +29,119 @@ class SelectiveBackprop(CountedStep):
     ``reduction="mean"``: it is for ``backward()`` only (log ``step.report.loss``), and the sum of the weights scales
     the effective learning rate (``step.report.weight_sum``).
 
-    Args:
-        model: called as ``model(x)``, ``model(*tuple)`` or ``model(**dict)``. Never edited.
-        selector: the rule. One that needs nothing chooses before the forward, which then runs k rows only.
-        keep: a share in (0, 1] (float, k = max(1, round(keep n))) or a number of samples (int of at least 1):
-            ``keep=1`` is one sample, ``keep=1.0`` all of them.
-        head: the last linear layer or 1x1 convolution, or its name. Found by itself when no layer with parameters
-            follows it; with LoRA on it, it is the adapted layer as a whole.
-        loss: ``"cross_entropy"`` (also of (n, T, C) or (n, C, T, ...), and against class probabilities of the logits'
-            shape), ``"mse"``, ``"bce"`` (of logits),
-            ``"causal_lm"`` (targets are shifted by one), ``"linear_causal_lm"`` (the same loss, of a model whose
-            logits are its head's output as it is: the head does not run, its logits are never stored, and
-            ``output.logits`` is the head's input) or a callable (output, target) -> (n,).
-        backward: ``"rows"`` differentiates the chosen rows of the forward that scored; ``"recompute"`` runs a second
-            forward on them, and refuses a loss in which samples interact, such as a contrastive one: their losses would
-            be others alone, which its first step looks at. ``"auto"`` models both on the first minibatch and takes the
-            cheaper, see :func:`diagnose`, and rows where samples interact.
-        scoring: ``"same"`` scores with the forward as it trains: dropout is active, and batch norm updates its running
-            statistics there and not in the forward of the chosen rows, which draws its own dropout masks. ``"eval"``
-            scores in evaluation mode and leaves no trace: batch norm then follows the chosen rows.
-        scoring_precision: ``"bfloat16"`` or ``"float16"`` scores under autocast to that type; the forward of the chosen
-            rows keeps the caller's precision, so it goes with ``backward="recompute"``.
-        head_gradient: ``"full"`` gives the head its exact full-batch gradient and uses the chosen rows for the layers
-            below only.
-        schedule: on which optimizer steps to choose; the others are full, or train on rows drawn at random.
-        generator: where draws come from, on the model's device; torch's global one for None.
-        class_weight, ignore_index, label_smoothing: as in ``torch.nn.functional.cross_entropy``.
-        target: ``"local"`` matches the rank's own mean gradient, ``"global"`` that of all ranks, which need not have
-            met before the first step; one process is all ranks. Selection is local to the rank either way, of k rows of
-            each rank's minibatch.
-        auto_advance: every call counts as one optimizer step, until :meth:`advance` is called for the first time. Under
-            gradient accumulation with a schedule pass False and call :meth:`advance` after each optimizer step.
-        cut: a module, or its name: choose in the backward, at that module's output, by the gradients there. All rows
-            run forward; layers above the cut get their full-batch gradients. See :class:`selbp.BackwardCut`.
-            With ``backward="recompute"`` the layers below keep no graph of that forward, and run again, in the
-            backward, on the chosen rows.
-        batchnorm: what a backward through rows does at BatchNorm in training mode, which couples the samples:
-            ``"exact"`` runs it, and all below, on n rows; ``"subset"`` runs it on k rows with the statistics of the n,
-            an approximation, see :func:`selbp.select`. A second forward has k rows' statistics either way.
-        shared: names of entries of a dict batch, or positions in a tuple, that have no samples: the model is given them
-            whole, whatever rows it runs on.
-        batch_dims: ``{name or position: dim}``: where the samples of an entry are, if not in dim 0; 0 for a batch that
-            is one tensor.
-        target_keys: the entries of a dict batch that are the target, ``"labels"`` by default. Several are given to a
-            callable loss as a dict.
-        pass_labels: the model is called with those entries too, as one that derives decoder inputs from them needs.
-        aux_weight: what the model's ``output.aux_loss``, such as the load balancing of a mixture of experts, counts
-            beside a built-in loss. None for the model's ``router_aux_loss_coef`` where it has one, else 1; 0 leaves it
-            out. A second forward has that of the chosen rows, rows of the forward that scored that of all.
-        proxy: ``"sketch"`` compares the head gradients of sequences by random projections with unbiased inner products,
-            see :func:`selbp.ops.sketch`, in place of the ``"exact"`` ones, which may cost more than the choice saves.
-            Norms, and what the report says of gradients, are of the projections then. Samples with one position each
-            are compared exactly.
-        class_dim: where the classes of ``"cross_entropy"`` are in the logits: 1 as in torch, (n, C, ...), or -1, (n,
-            ..., C). By default the target's shape (n, ...) tells, and where both fit an earlier minibatch's.
-        table: a :class:`selbp.sampling.ScoreTable`, to which each step writes what it saw of its samples. Their numbers
-            come from the table's sampler, in its order, or from ``ids=`` at the call. State: the table has its own.
-        micro_batch: how many samples are in memory at a time: a minibatch of any size is scored without a graph, and
-            the rows chosen among all of it run forward and backward, so many at a time, in :meth:`backward`. The
-            gradients are those of one forward and backward, but for batch norm, which sees a micro-batch. A rule that
-            matches gradients keeps the head's factors of all samples, n T (C + d) numbers, and n^2 products.
-        scope: ``"global"`` chooses among the samples of all ranks, as one process that holds them all. Rows whose rank
-            has more of the chosen ones than its share are sent to others, so that each trains as many. For tensors with
-            rows of one shape on all ranks; it waits for the device once a step. A rule that draws needs a generator of
-            one seed on all ranks; without one, they draw from rank 0's seed. The report is of all ranks' samples.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Called as ``model(x)``, ``model(*tuple)`` or ``model(**dict)``. Never edited.
+    selector : Selector
+        The rule. One that needs nothing chooses before the forward, which then runs k rows only.
+    keep : float or int
+        A share in (0, 1] (float, k = max(1, round(keep n))) or a number of samples (int of at least 1): ``keep=1`` is
+        one sample, ``keep=1.0`` all of them.
+    head : torch.nn.Module, str or None
+        The last linear layer or 1x1 convolution, or its name. Found by itself when no layer with parameters follows it;
+        with LoRA on it, it is the adapted layer as a whole.
+    loss : str or callable
+        ``"cross_entropy"`` (also of (n, T, C) or (n, C, T, ...), and against class probabilities of the logits' shape),
+        ``"mse"``, ``"bce"`` (of logits), ``"causal_lm"`` (targets are shifted by one), ``"linear_causal_lm"`` (the same
+        loss, of a model whose logits are its head's output as it is: the head does not run, its logits are never
+        stored, and ``output.logits`` is the head's input) or a callable (output, target) -> (n,).
+    backward : {"auto", "rows", "recompute"}
+        ``"rows"`` differentiates the chosen rows of the forward that scored; ``"recompute"`` runs a second forward on
+        them, and refuses a loss in which samples interact, such as a contrastive one: their losses would be others
+        alone, which its first step looks at. ``"auto"`` models both on the first minibatch and takes the cheaper, see
+        :func:`diagnose`, and rows where samples interact.
+    scoring : {"same", "eval"}
+        ``"same"`` scores with the forward as it trains: dropout is active, and batch norm updates its running
+        statistics there and not in the forward of the chosen rows, which draws its own dropout masks. ``"eval"`` scores
+        in evaluation mode and leaves no trace: batch norm then follows the chosen rows.
+    scoring_precision : {"same", "bfloat16", "float16"}
+        ``"bfloat16"`` or ``"float16"`` scores under autocast to that type; the forward of the chosen rows keeps the
+        caller's precision, so it goes with ``backward="recompute"``.
+    head_gradient : {"subset", "full"}
+        ``"full"`` gives the head its exact full-batch gradient and uses the chosen rows for the layers below only.
+    schedule : Schedule or None
+        On which optimizer steps to choose; the others are full, or train on rows drawn at random.
+    generator : torch.Generator or None
+        Where draws come from, on the model's device; torch's global one for None.
+    class_weight, ignore_index, label_smoothing : Tensor (C,) or None, int, float
+        As in ``torch.nn.functional.cross_entropy``.
+    target : {"local", "global"}
+        ``"local"`` matches the rank's own mean gradient, ``"global"`` that of all ranks, which need not have met before
+        the first step; one process is all ranks. Selection is local to the rank either way, of k rows of each rank's
+        minibatch.
+    auto_advance : bool
+        Every call counts as one optimizer step, until :meth:`advance` is called for the first time. Under gradient
+        accumulation with a schedule pass False and call :meth:`advance` after each optimizer step.
+    cut : torch.nn.Module, str or None
+        A module, or its name: choose in the backward, at that module's output, by the gradients there. All rows run
+        forward; layers above the cut get their full-batch gradients. See :class:`selbp.BackwardCut`. With
+        ``backward="recompute"`` the layers below keep no graph of that forward, and run again, in the backward, on the
+        chosen rows.
+    batchnorm : {"exact", "subset"}
+        What a backward through rows does at BatchNorm in training mode, which couples the samples: ``"exact"`` runs it,
+        and all below, on n rows; ``"subset"`` runs it on k rows with the statistics of the n, an approximation, see
+        :func:`selbp.select`. A second forward has k rows' statistics either way.
+    shared : iterable of str or int
+        Names of entries of a dict batch, or positions in a tuple, that have no samples: the model is given them whole,
+        whatever rows it runs on.
+    batch_dims : dict or None
+        ``{name or position: dim}``: where the samples of an entry are, if not in dim 0; 0 for a batch that is one
+        tensor.
+    target_keys : iterable of str or None
+        The entries of a dict batch that are the target, ``"labels"`` by default. Several are given to a callable loss
+        as a dict.
+    pass_labels : bool
+        The model is called with those entries too, as one that derives decoder inputs from them needs.
+    aux_weight : float or None
+        What the model's ``output.aux_loss``, such as the load balancing of a mixture of experts, counts beside a
+        built-in loss. None for the model's ``router_aux_loss_coef`` where it has one, else 1; 0 leaves it out. A second
+        forward has that of the chosen rows, rows of the forward that scored that of all.
+    proxy : {"exact", "sketch"}
+        ``"sketch"`` compares the head gradients of sequences by random projections with unbiased inner products, see
+        :func:`selbp.ops.sketch`, in place of the ``"exact"`` ones, which may cost more than the choice saves. Norms,
+        and what the report says of gradients, are of the projections then. Samples with one position each are compared
+        exactly.
+    class_dim : {1, -1} or None
+        Where the classes of ``"cross_entropy"`` are in the logits: 1 as in torch, (n, C, ...), or -1, (n, ..., C). By
+        default the target's shape (n, ...) tells, and where both fit an earlier minibatch's.
+    table : ScoreTable or None
+        A :class:`selbp.sampling.ScoreTable`, to which each step writes what it saw of its samples. Their numbers come
+        from the table's sampler, in its order, or from ``ids=`` at the call. State: the table has its own.
+    micro_batch : int or None
+        How many samples are in memory at a time: a minibatch of any size is scored without a graph, and the rows chosen
+        among all of it run forward and backward, so many at a time, in :meth:`backward`. The gradients are those of one
+        forward and backward, but for batch norm, which sees a micro-batch. A rule that matches gradients keeps the
+        head's factors of all samples, n T (C + d) numbers, and n^2 products.
+    scope : {"local", "global"}
+        ``"global"`` chooses among the samples of all ranks, as one process that holds them all. Rows whose rank has
+        more of the chosen ones than its share are sent to others, so that each trains as many. For tensors with rows of
+        one shape on all ranks; it waits for the device once a step. A rule that draws needs a generator of one seed on
+        all ranks; without one, they draw from rank 0's seed. The report is of all ranks' samples.
 
-    Raises:
-        TypeError, ValueError: at construction, for anything that could not work later.
+    Raises
+    ------
+    TypeError, ValueError
+        At construction, for anything that could not work later.
 
-    Examples:
-        >>> import torch, selbp
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> step = selbp.SelectiveBackprop(model, selector=selbp.GradientMatching(), keep=0.25)
-        >>> for inputs, target in [(torch.randn(16, 4), torch.randint(0, 3, (16,)))]:
-        ...     step(inputs, target).backward()
-        ...     optimizer.step()
-        ...     optimizer.zero_grad()
-        >>> step.report.k
-        4
+    See Also
+    --------
+    selbp.recommended : a rule and its options, by what they cost.
+    selbp.diagnose : what a backward through rows costs on a model.
+    selbp.insert_cut : choose in the backward, inside the model.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> step = selbp.SelectiveBackprop(model, selector=selbp.GradientMatching(), keep=0.25)
+    >>> for inputs, target in [(torch.randn(16, 4), torch.randint(0, 3, (16,)))]:
+    ...     step(inputs, target).backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> step.report.k
+    4
     """
 
     def __init__(
@@ -176,8 +210,6 @@ class SelectiveBackprop(CountedStep):
         warn_of_unshifted_labels(unwrap(model), loss)
         super().__init__(model, options)
 
-    # ------------------------------------------------------------------------------------------------ the step
-
     def __call__(
         self,
         inputs: Any,
@@ -190,25 +222,38 @@ class SelectiveBackprop(CountedStep):
     ) -> Tensor:
         """One minibatch: returns the scalar to call ``backward()`` on.
 
-        Args:
-            inputs: a tensor, a tuple or a dict whose tensors have n rows. Beside tensors, or in them, a list, tuple or
-                array of n entries that are not tensors of n rows (strings, ragged tensors, dicts of boxes) is one entry
-                a sample, and the chosen ones are taken; what has another length is a constant.
-            target: n rows; for a dict, its ``"labels"`` where None.
-            normalizer: what the sum of the losses is divided by, in place of this minibatch's own targets: those that
-                count in all minibatches of one optimizer step (tokens for ``"causal_lm"``; the sum of their class
-                weights where there are any; samples for a loss other than cross-entropy). The gradients then add up
-                to that of the whole, however the targets are spread; do not divide by the number of minibatches.
-            num_items_in_batch: the same, by the name that Hugging Face's trainer has for it.
-            selection: rows and weights to train on, such as ``step.report.selection``, in place of a choice: nothing is
-                scored, and only those rows run forward. The call belongs to the optimizer step of the one before, as
-                the second pass of SAM does: it is not counted.
-            per_sample: tensors (n,) that the selector knows by name. With ``table``, ``ids`` are the samples' numbers,
-                int64.
+        Parameters
+        ----------
+        inputs : Tensor, tuple or mapping
+            A tensor, a tuple or a dict whose tensors have n rows. Beside tensors, or in them, a list, tuple or array of
+            n entries that are not tensors of n rows (strings, ragged tensors, dicts of boxes) is one entry a sample,
+            and the chosen ones are taken; what has another length is a constant.
+        target : Tensor, mapping or None
+            Of n rows; for a dict, its ``"labels"`` where None.
+        normalizer : float, Tensor or None
+            What the sum of the losses is divided by, in place of this minibatch's own targets: those that count in all
+            minibatches of one optimizer step (tokens for ``"causal_lm"``; the sum of their class weights where there
+            are any; samples for a loss other than cross-entropy). The gradients then add up to that of the whole,
+            however the targets are spread; do not divide by the number of minibatches.
+        num_items_in_batch : float, Tensor or None
+            The same, by the name that Hugging Face's trainer has for it.
+        selection : Selection or None
+            Rows and weights to train on, such as ``step.report.selection``, in place of a choice: nothing is scored,
+            and only those rows run forward. The call belongs to the optimizer step of the one before, as the second
+            pass of SAM does: it is not counted.
+        **per_sample
+            Tensors (n,) that the selector knows by name. With ``table``, ``ids`` are the samples' numbers, int64.
 
-        Raises:
-            TypeError, ValueError: for a batch that does not fit, before anything has run. Whatever is raised, also by
-                the model, the selector, the generator and the running statistics are left as they were.
+        Returns
+        -------
+        Tensor
+            () for ``backward()``; its value depends on the weights.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a batch that does not fit, before anything has run. Whatever is raised, also by the model, the selector,
+            the generator and the running statistics are left as they were.
         """
         if self._pooled is not None and self._pooled.size is not None:
             raise RuntimeError(
@@ -233,29 +278,32 @@ class SelectiveBackprop(CountedStep):
         With ``micro_batch``, at most so many samples are in memory at a time. Where an error comes up between two
         micro-batches, the gradients hold those of the first ones.
 
-        Args:
-            inputs: as in a call of the step.
-            target: as there.
-            scale: what each loss is multiplied by before its backward: a number such as 1 / accumulated minibatches, a
-                tensor (), or a function of the loss such as ``torch.amp.GradScaler``'s ``scaler.scale``.
-            normalizer: as in a call.
-            num_items_in_batch: as there.
-            selection: as there.
-            per_sample: as there.
+        Parameters
+        ----------
+        inputs, target, normalizer, num_items_in_batch, selection, **per_sample
+            As in a call of the step.
+        scale : float, Tensor or callable
+            What each loss is multiplied by before its backward: a number such as 1 / accumulated minibatches, a tensor
+            (), or a function of the loss such as ``torch.amp.GradScaler``'s ``scaler.scale``.
 
-        Returns:
+        Returns
+        -------
+        Tensor
             () :attr:`StepReport.loss` on the device.
 
-        Raises:
-            TypeError, ValueError: as a call of the step.
+        Raises
+        ------
+        TypeError, ValueError
+            As a call of the step.
 
-        Examples:
-            >>> import torch, selbp
-            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
-            >>> step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=0.25, micro_batch=8)
-            >>> loss = step.backward(torch.randn(64, 4), torch.randint(0, 3, (64,)))
-            >>> step.report.n, step.report.k, loss.requires_grad, model[0].weight.grad is None
-            (64, 16, False, False)
+        Examples
+        --------
+        >>> import torch, selbp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=0.25, micro_batch=8)
+        >>> loss = step.backward(torch.randn(64, 4), torch.randint(0, 3, (64,)))
+        >>> step.report.n, step.report.k, loss.requires_grad, model[0].weight.grad is None
+        (64, 16, False, False)
         """
         call, run = PerCall.of(normalizer, num_items_in_batch, selection), backward_of(scale)
         loss = self._counted(inputs, target, call, per_sample, run)
