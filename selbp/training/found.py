@@ -57,9 +57,13 @@ class Found:
         factors = (torch.cat([r for r, _ in every]), torch.cat([h for _, h in every])) if every else None
         logits = [part.logits for part in parts if part.logits is not None]
         return cls(
-            stats, torch.cat([part.mass for part in parts]), factors, parts[0].bias,
-            added([part.hits for part in parts]), torch.cat(logits) if logits else None,
-        )  # fmt: skip
+            stats,
+            torch.cat([part.mass for part in parts]),
+            factors,
+            parts[0].bias,
+            added([part.hits for part in parts]),
+            torch.cat(logits) if logits else None,
+        )
 
     def over(
         self, ranks: Ranks, counts: Sequence[int], extras: Mapping[str, Tensor], *, gradients: bool
@@ -83,9 +87,13 @@ class Found:
             factors = ranks.rows(self.factors[0], counts), ranks.rows(self.factors[1], counts)
         fields = len(self.stats)
         whole = replace(
-            self, stats=BatchStatistics(*back[:fields]), mass=back[fields], factors=factors,
-            hits=None if self.hits is None else (correct, total), logits=None,
-        )  # fmt: skip
+            self,
+            stats=BatchStatistics(*back[:fields]),
+            mass=back[fields],
+            factors=factors,
+            hits=None if self.hits is None else (correct, total),
+            logits=None,
+        )
         return whole, dict(zip(names, back[fields + 1 :], strict=True))
 
     def scaled(self, reduce: Any = None) -> Scored:
