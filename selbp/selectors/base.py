@@ -154,10 +154,8 @@ class BaseSelector:
     ) -> Selection:
         """See :meth:`Selector.select`: checks, then :meth:`choose`."""
         with torch.no_grad():  # a decorator would cost a call more
-            n, k = check_select(stats, k, generator)
-            if self.needs == "gradients":
-                proxies = require_proxies(self, proxies, n)
-            return self.choose(Candidates(stats, proxies, extras, generator), k)
+            _, k = check_select(stats, k, generator)
+            return self.choose(Candidates(stats, proxies, extras, generator, self), k)
 
     def state_dict(self) -> dict[str, Any]:
         """An empty dict: a rule with memory returns what it remembers."""
@@ -206,14 +204,3 @@ def check_select(stats: BatchStatistics, k: int, generator: torch.Generator | No
         raise ValueError(f"k must lie in [1, n = {n}], got {k}")
     check_generator(generator, valid.device)
     return n, k
-
-
-def require_proxies(selector: object, proxies: GradientProxies | None, n: int) -> GradientProxies:
-    """The proxies, of n samples, or an error that says who reads them."""
-    if proxies is None:
-        raise ValueError(f"{selector!r} reads the per-sample gradients: proxies must be given, got None")
-    if not isinstance(proxies, GradientProxies):
-        raise TypeError(f"proxies must be a selbp.GradientProxies, got {shown(proxies)}")
-    if len(proxies.gram()) != n:
-        raise ValueError(f"proxies must be of the n = {n} samples of stats, got {len(proxies.gram())}")
-    return proxies

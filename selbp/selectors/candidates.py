@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from selbp._checks import shown
 from selbp.ops.choose_rows import choose_rows
 from selbp.reference.sampling import fill_spare, slot_weights
 from selbp.selectors.proxies import GradientProxies
@@ -28,6 +29,8 @@ class Candidates(NamedTuple):
         What the caller knows of each sample: tensors (n,) by name.
     generator : torch.Generator or None
         Where every draw comes from.
+    rule : object
+        Who chooses: for messages.
 
     See Also
     --------
@@ -47,6 +50,7 @@ class Candidates(NamedTuple):
     proxies: GradientProxies | None = None
     extras: Mapping[str, Tensor] | None = None
     generator: torch.Generator | None = None
+    rule: object = "a rule"
 
     @property
     def n(self) -> int:
@@ -55,9 +59,15 @@ class Candidates(NamedTuple):
 
     @property
     def gradients(self) -> GradientProxies:
-        """The ``proxies``, of a rule that needs them."""
-        assert self.proxies is not None, "the rule's needs must be 'gradients'"
-        return self.proxies
+        """The ``proxies``. Raises ValueError, or TypeError, where there are none, or of other than n samples."""
+        proxies = self.proxies
+        if proxies is None:
+            raise ValueError(f"{self.rule!r} reads the per-sample gradients: proxies must be given, got None")
+        if not isinstance(proxies, GradientProxies):
+            raise TypeError(f"proxies must be a selbp.GradientProxies, got {shown(proxies)}")
+        if len(proxies.gram()) != self.n:
+            raise ValueError(f"proxies must be of the n = {self.n} samples of stats, got {len(proxies.gram())}")
+        return proxies
 
     def extra(self, name: str, meaning: str = "one entry per sample") -> Tensor:
         """(n,) what the caller knows by ``name``. Raises ValueError, or TypeError, where it is not such a tensor."""

@@ -49,7 +49,8 @@ class DivBS(BaseSelector):
 
     def choose(self, rows: Candidates, k: int) -> Selection:
         """Draw k rows, each by what those before do not span."""
-        gram, mean = rows.gradients.gram(), rows.gradients.mean_gradient()
+        proxies = rows.gradients
+        gram, mean = proxies.gram(), proxies.mean_gradient()
         noise = 1e-12 if gram.dtype == torch.float64 else 1e-6  # what rounding leaves of e . g and of |g|^2
         gram, inner = gram.double(), mean.inner.double()
         distance = gram.diagonal().clone()  # |g_j|^2 outside the span of the rows drawn

@@ -67,7 +67,8 @@ class GradientMatching(BaseSelector):
     def choose(self, rows: Candidates, k: int) -> Selection:
         """Match with k rows; draws nothing."""
         stats = rows.stats
-        gram, mean = rows.gradients.gram(), rows.gradients.mean_gradient()
+        proxies = rows.gradients
+        gram, mean = proxies.gram(), proxies.mean_gradient()
         inner, target_sq, ridge = mean.inner, mean.target_sq, self.ridge
         if self.unit_sum:
             # (sum w - s)^2 is one more coordinate: 1 in every row, s in the target.

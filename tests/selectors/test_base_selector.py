@@ -80,7 +80,17 @@ def test_wrong_calls_are_refused_for_it(rule, change, message):
         rule.select(call.pop("stats"), call.pop("k"), **call)
 
 
-def test_gradients_are_asked_for_where_it_needs_them():
+def test_what_a_rule_needs_may_be_more_than_it_reads():
+    class Watching(selbp.Random):
+        needs = "gradients"
+
+        def select(self, stats, k, *, proxies=None, extras=None, generator=None):
+            return super().select(stats, k, generator=generator)
+
+    assert Watching().select(Batch(n=8).stats, 2).indices.shape == (2,)
+
+
+def test_gradients_are_asked_for_where_it_reads_them():
     batch = Batch(n=24)
     with pytest.raises(ValueError, match=r"Nearest\(\) reads the per-sample gradients"):
         Nearest().select(batch.stats, 4)
