@@ -175,7 +175,7 @@ class Pooled:
             self._met = True
         plan = Plan.of(indices.tolist(), counts, quotas(self.step.keep, counts, len(indices)))
         here = self._ranks.exchange(batch, plan, counts)
-        place = torch.tensor(plan.slots(self._ranks.rank), dtype=torch.int64, device=batch.device)
+        place = torch.tensor(plan.slots(self._ranks.rank, self.world), dtype=torch.int64, device=batch.device)
         weights = weights[place]
         if here is None:  # this rank trains none, but its gradients of 0 are averaged with the others'
             here, weights = batch.take(torch.zeros_like(indices[:1])), weights.new_zeros(1)
@@ -198,11 +198,11 @@ class Pooled:
         """(K,) the chosen rows' losses of all ranks, in the selection's order."""
         if self._ranks is None or mine.plan is None:
             return losses
-        order = [slot for rank in range(self.world) for slot in mine.plan.slots(rank)]
-        counts = [len(mine.plan.slots(rank)) for rank in range(self.world)]
+        slots = [mine.plan.slots(rank, self.world) for rank in range(self.world)]
+        counts = [len(own) for own in slots]
         together = self._ranks.rows(losses[: counts[self._ranks.rank]], counts)
         result = torch.empty_like(together)
-        result[torch.tensor(order, device=losses.device)] = together
+        result[torch.tensor([slot for own in slots for slot in own], device=losses.device)] = together
         return result
 
 
