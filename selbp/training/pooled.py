@@ -87,9 +87,15 @@ class Pooled:
 
     @classmethod
     def of(cls, step: StepKinds, options: StepOptions) -> Pooled | None:
-        """As the options say; None where one forward takes all samples."""
+        """As the options say; None where one forward takes all samples. Raises ValueError for a wrapper's option."""
         if not options.pooled:
             return None
+        parallel = parallel_in(step.model)
+        if options.micro_batch is not None and parallel is not None and parallel.static_graph:
+            raise ValueError(
+                "micro_batch= goes without static_graph=True of DistributedDataParallel, whose first "
+                "backward must average, and the first micro-batch's does not"
+            )
         return cls(step, options.micro_batch, Ranks(step.model) if options.scope == "global" else None)
 
     def run(

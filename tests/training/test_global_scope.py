@@ -216,6 +216,9 @@ def check_refusals(rank: int) -> None:
     with pytest.raises(TypeError, match="one entry a sample in a list"):
         step((torch.randn(16, 12), ["a"] * 16), y)
     step(torch.randn(16, 12), y)
+    static = DistributedDataParallel(mlp(), static_graph=True)
+    with pytest.raises(ValueError, match="without static_graph=True"):
+        selbp.SelectiveBackprop(static, selector=selbp.TopLoss(), keep=0.25, micro_batch=4)
     different = selbp.SelectiveBackprop(model, generator=torch.Generator().manual_seed(rank), **options)
     with pytest.raises(ValueError, match="the same random draws on every rank"):
         different(torch.randn(16, 12), y)
