@@ -146,9 +146,14 @@ class Pooled:
             part = batch if len(rows) == batch.n else batch.take(rows)
             scored: Scored = step._score(part, False, unit)
             parts.append(
-                Found.of(scored, step.head, batch.n, gradients=step._gradients, keep_output=step._table is not None)
+                Found.of(scored, step.head, batch.n, gradients=step._gradients, keep_output=self.keeps_logits)
             )
         return Found.joined(parts)
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether a table of scores records logits; one without classes records losses."""
+        return self.step._table is not None and self.step._table.classes is not None
 
     def _unscored(self, batch: Batch) -> Found:
         found = unscored(batch, self.step._criterion, self.step.model)
@@ -260,7 +265,7 @@ class Training:
         if not self._scoring:
             with torch.no_grad():
                 self.hits.append(step._criterion.hits(output, batch.target, live))
-                self.outputs += [logits_of(output).detach()] if step._table is not None else []
+                self.outputs += [logits_of(output).detach()] if self._pooled.keeps_logits else []
         loss = torch.where(live, losses * m.scale * weights.to(losses.dtype), 0).sum() * self._pooled.world
         if full is not None and m.mean is not None:
             loss = full.deliver(loss, m.mean if last else _zero(m.mean))
