@@ -145,9 +145,7 @@ class Pooled:
         for rows in self.split(torch.arange(batch.n, device=batch.device)):
             part = batch if len(rows) == batch.n else batch.take(rows)
             scored: Scored = step._score(part, False, unit)
-            parts.append(
-                Found.of(scored, step.head, batch.n, gradients=step._gradients, keep_output=self.keeps_logits)
-            )
+            parts.append(Found.of(scored, step.head, batch.n, gradients=step._gradients, keep_output=self.keeps_logits))
         return Found.joined(parts)
 
     @property

@@ -72,6 +72,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "matching": (vectors, {"selector": selbp.GradientMatching()}),
     "matching a tuple": (mixed, {"selector": selbp.GradientMatching(), "scoring": "eval"}),
     "matching tokens of a dict": (tokens, {"selector": selbp.GradientMatching(), "loss": "causal_lm"}),
+    "without logits": (tokens, {"selector": selbp.GradientMatching(), "loss": "linear_causal_lm"}),
     "sketched": (tokens, {"selector": selbp.GradientMatching(), "loss": "causal_lm", "proxy": "sketch"}),
     "loss percentile": (vectors, {"selector": selbp.LossPercentile}),
     "random": (vectors, {"selector": selbp.Random()}),

@@ -73,6 +73,7 @@ CASES = {
     "evaluation mode": (plain, {"scoring": "eval"}),
     "strings in a dict": (listed, {}),
     "tokens": (tokens, {"loss": "causal_lm"}),
+    "tokens without logits": (tokens, {"loss": "linear_causal_lm"}),
     "sketched tokens": (tokens, {"loss": "causal_lm", "proxy": "sketch"}),
 }
 RULES = {
@@ -230,6 +231,27 @@ def test_a_second_pass_on_the_same_rows() -> None:
     step.backward(x.double(), y, selection=step.report.selection)
     assert_same(gradients(model), first, rtol=EXACT)
     assert step.optimizer_step == 1
+
+
+def test_a_table_of_losses_wants_no_logits() -> None:
+    """Of an output in which there are none."""
+
+    def distance(output: dict[str, torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+        return (output["place"] - target).square().sum(1)
+
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = mlp()
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"place": self.body(x)}
+
+    for rule in (selbp.TopLoss(), selbp.Random()):
+        table = ScoreTable(40)
+        step = selbp.SelectiveBackprop(Places(), selector=rule, keep=0.5, micro_batch=8, table=table, loss=distance)
+        step.backward(samples(40)[0], torch.randn(40, 5), ids=torch.arange(40))
+        assert table.coverage > 0
 
 
 @pytest.mark.parametrize("rule", [selbp.TopLoss(), selbp.Random()], ids=["scored", "unscored"])
