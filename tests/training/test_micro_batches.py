@@ -148,11 +148,11 @@ def test_steps_are_counted_as_always() -> None:
 def test_one_micro_batch_is_in_memory_at_a_time(rule: selbp.Selector) -> None:
     """The rest is n^2 products for a rule that matches, and what the model's weights take."""
     torch.manual_seed(0)
-    wide = [nn.Linear(32, 256), *(layer for _ in range(4) for layer in (nn.Tanh(), nn.Linear(256, 256)))]
+    wide = [nn.Linear(32, 256), *(layer for _ in range(3) for layer in (nn.Tanh(), nn.Linear(256, 256)))]
     model = nn.Sequential(*wide, nn.Tanh(), nn.Linear(256, 8), nn.Tanh(), nn.Linear(8, 5))
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    n, size = 1024, 64
+    n, size = 512, 32
     x, y = torch.randn(n, 32), torch.randint(0, 5, (n,))
 
     def peak(rows: int, selector: selbp.Selector, micro_batch: int | None) -> int:
