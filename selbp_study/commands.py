@@ -28,7 +28,7 @@ from selbp_study.sampled import SampledOrder
 from selbp_study.show import Bar, Show, say
 from selbp_study.storage import Lock, LockedError, StorageError, write_text
 from selbp_study.timing import CLOCKS, clock_for
-from selbp_study.together import SharedRun, Together, restarted
+from selbp_study.together import SharedRun, Together, starts
 
 DEMO_ARMS = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching", "auto")
 DEFAULT_EPOCHS = 4.0
@@ -119,7 +119,7 @@ def _train(arguments: argparse.Namespace, arm: Arm, together: Together) -> int:
     name = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in arguments.selector)
     folder = arguments.out or Path("runs") / f"{data.name}-{name}-seed{arguments.seed}"
     before = together.share(lambda: read_config(folder))
-    resume = arguments.resume or restarted()
+    resume = arguments.resume or starts() > 0
     if before is not None and not resume:
         raise UsageError(f"{folder} holds a run already: --resume goes on with it, another --out starts a new one")
     if before is None and resume:

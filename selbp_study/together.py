@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
-from torch.nn.parallel import DistributedDataParallel
 
 from selbp_study.config import RunConfig
 from selbp_study.data import Dataset
@@ -28,12 +26,11 @@ from selbp_study.storage import JsonLines, Lock
 from selbp_study.timing import wrapper_of
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=2)  # while the first process fetches data, or evaluates
 
 
-def restarted() -> bool:
-    """Whether torchrun has started these processes again after one of them failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def starts() -> int:
+    """How often torchrun has started these processes again, because one of them had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 class Together:
@@ -41,7 +38,7 @@ class Together:
 
     def __init__(self, device: str = "cpu") -> None:
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        self._cuda = torch.device(device).type == "cuda"
+        self._cuda = device.startswith("cuda")  # checked where the data is loaded
 
     @property
     def leads(self) -> bool:
@@ -52,7 +49,14 @@ class Together:
         if self.size > 1:
             if self._cuda:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if self._cuda else "gloo", timeout=PATIENCE)
+            from torch.distributed.rendezvous import rendezvous  # not in every build of torch
+
+            store, rank, size = next(rendezvous("env://"))
+            # The agent keeps one store over all restarts: without a prefix of its own, a process that is started again
+            # may read where a dead one listened, and wait for it.
+            store = distributed.PrefixStore(f"start {starts()}", store)  # type: ignore[attr-defined]
+            backend = "cpu:gloo,cuda:nccl" if self._cuda else "gloo"
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
         return self
 
     def __exit__(
@@ -113,8 +117,9 @@ class SharedRun(Run):
             raise ValueError("a rule that draws by a table of scores runs in one process: leave torchrun out")
         self.together, self.order = together, Part(self.order, together)
         own = {"scope": "global", "keep": config.kept() / config.batch_size}
-        self.wrapper = wrapper_of(config, DistributedDataParallel(self.model), self.generator, own)
+        self.wrapper = wrapper_of(config, self.model, self.generator, own)
         self.stepping, self.wrapper.clock = self.wrapper, self.clock
+        self.optimizer.register_step_pre_hook(self._average)
         if not together.leads:
             self.lock, self.log, self.journal = NoLock(folder), NoLog(folder), NoJournal(folder)
 
@@ -129,6 +134,18 @@ class SharedRun(Run):
     def _first(self) -> dict[str, Any]:
         super().open()
         return self.state()
+
+    def _average(self, *unused: Any) -> None:
+        """Average the gradients over the processes, as one tensor whose layout never changes.
+
+        ``DistributedDataParallel`` orders its buckets anew after its first step, and with them the sums: a run that was
+        started again would differ in the last place from one that was not.
+        """
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        whole = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(whole)
+        parts = whole.div_(self.together.size).split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
     def _evaluate(self) -> None:
         if self.together.leads:

@@ -5,7 +5,10 @@ A sample's number is its row in the minibatches of all ranks, put one after the 
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import zlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -93,13 +96,12 @@ class Ranks:
         me, first = self.rank, sum(counts[: self.rank])
         to = [plan.moving(me, other) for other in range(self.size)]
         sizes = [len(plan.moving(other, me)) for other in range(self.size)]
-        kept = _index([row - first for row in plan.staying(me)], batch.device)
+        kept = _index([row - first for row in plan.between(me, me)], batch.device)
         leaving = _index([row - first for rows in to for row in rows], batch.device)
-        moves = any(plan.moving(a, b) for a in range(self.size) for b in range(self.size))
 
         def swap(x: Tensor) -> Tensor:
             stay = take_rows(x, kept)
-            if not moves:
+            if not plan.moves:
                 return stay
             out = _bytes(take_rows(x, leaving))
             into = out.new_empty(sum(sizes), out.shape[1])
@@ -115,39 +117,44 @@ class Ranks:
 class Plan(NamedTuple):
     """Which rank trains which of the chosen rows."""
 
-    source: list[int]  # (K,) the rank that each chosen row came to
-    target: list[int]  # (K,) the rank that trains it
-    rows: list[int]  # (K,) the sample's number
+    rows: list[int]  # (K,) sample numbers
+    ways: dict[tuple[int, int], list[int]]  # (rank of origin, rank that trains) -> which of the K chosen rows
 
     @classmethod
     def of(cls, rows: Sequence[int], counts: Sequence[int], quotas: Sequence[int]) -> Plan:
         """Rank r trains ``quotas[r]`` of the chosen ``rows``: its own first, the others to ranks that have fewer."""
-        ends = [sum(counts[: rank + 1]) for rank in range(len(counts))]
-        source = [next(rank for rank, end in enumerate(ends) if row < end) for row in rows]
-        free, target = list(quotas), [-1] * len(rows)
-        for slot, rank in enumerate(source):
-            if free[rank]:
-                free[rank] -= 1
-                target[slot] = rank
+        ends = list(itertools.accumulate(counts))
+        free, ways = list(quotas), defaultdict(list)
+        leaving = []
+        for slot, row in enumerate(rows):
+            came = bisect.bisect_right(ends, row)
+            if free[came]:
+                free[came] -= 1
+                ways[came, came].append(slot)
+            else:
+                leaving.append((came, slot))
         spare = (rank for rank, left in enumerate(free) for _ in range(left))
-        return cls(source, [rank if rank >= 0 else next(spare) for rank in target], list(rows))
+        for (came, slot), goes in zip(leaving, spare, strict=True):
+            ways[came, goes].append(slot)
+        return cls(list(rows), dict(ways))
 
-    def slots(self, rank: int) -> list[int]:
+    @property
+    def moves(self) -> bool:
+        """Whether any row changes place."""
+        return any(came != goes for came, goes in self.ways)
+
+    def slots(self, rank: int, ranks: int) -> list[int]:
         """Which of the chosen rows ``rank`` trains: those that came to it, then the others by the rank of origin."""
-        mine = [slot for slot, target in enumerate(self.target) if target == rank]
-        return sorted(mine, key=lambda slot: (self.source[slot] != rank, self.source[slot]))
+        others = (self.ways.get((came, rank), []) for came in range(ranks) if came != rank)
+        return [*self.ways.get((rank, rank), []), *itertools.chain.from_iterable(others)]
 
-    def staying(self, rank: int) -> list[int]:
-        """The sample numbers that came to ``rank`` and are trained there."""
-        return self._between(rank, rank)
+    def moving(self, came: int, goes: int) -> list[int]:
+        """The sample numbers that rank ``came`` sends to ``goes``."""
+        return [] if came == goes else self.between(came, goes)
 
-    def moving(self, source: int, target: int) -> list[int]:
-        """The sample numbers that ``source`` sends to ``target``."""
-        return [] if source == target else self._between(source, target)
-
-    def _between(self, source: int, target: int) -> list[int]:
-        pairs = zip(self.rows, self.source, self.target, strict=True)
-        return [row for row, came, goes in pairs if came == source and goes == target]
+    def between(self, came: int, goes: int) -> list[int]:
+        """The sample numbers that came to one rank and are trained on the other."""
+        return [self.rows[slot] for slot in self.ways.get((came, goes), [])]
 
 
 def _description(batch: Batch) -> str:

@@ -42,10 +42,9 @@ class Found:
             proxies = worth_keeping(proxies, head, n)
         factors, bias = None, True
         if proxies is not None:
-            factors, bias = (_own(proxies.token_residual), _own(proxies.token_features)), proxies.bias
+            factors, bias = (proxies.token_residual, proxies.token_features), proxies.bias
         logits = logits_of(scored.output).detach() if keep_output and scored.output is not None else None
-        stats = BatchStatistics(*map(_own, scored.stats))
-        return cls(stats, scored.mass, factors, bias, scored.hits, None if logits is None else _own(logits))
+        return cls(scored.stats, scored.mass, factors, bias, scored.hits, logits)
 
     @classmethod
     def joined(cls, parts: Sequence[Found]) -> Found:
@@ -117,8 +116,3 @@ def added(hits: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]
     if len(pairs) < len(hits) or not pairs:
         return None
     return torch.stack([a for a, _ in pairs]).sum(), torch.stack([b for _, b in pairs]).sum()
-
-
-def _own(x: Tensor) -> Tensor:
-    """``x`` in memory of its own size: a view would keep all of what it is a part of."""
-    return x.clone() if x.untyped_storage().nbytes() > x.numel() * x.element_size() else x

@@ -311,6 +311,8 @@ def _check_step(step: SelectiveBackprop) -> None:
         raise ValueError(f"step must choose at every step from now on for a CUDA graph, got {schedule!r}")
     if step._cut is not None:
         raise ValueError("step must have no cut for a CUDA graph: a choice in the backward is not supported there")
+    if step._pooled is not None:
+        raise ValueError("step must have neither micro_batch nor scope='global' for a CUDA graph: the host takes part")
     if rule.state_dict():
         raise ValueError(
             f"step's selector must not remember earlier minibatches for a CUDA graph, which would show it the same "

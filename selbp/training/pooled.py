@@ -87,9 +87,15 @@ class Pooled:
 
     @classmethod
     def of(cls, step: StepKinds, options: StepOptions) -> Pooled | None:
-        """As the options say; None where one forward takes all samples."""
+        """As the options say; None where one forward takes all samples. Raises ValueError for a wrapper's option."""
         if not options.pooled:
             return None
+        parallel = parallel_in(step.model)
+        if options.micro_batch is not None and parallel is not None and parallel.static_graph:
+            raise ValueError(
+                "micro_batch= goes without static_graph=True of DistributedDataParallel, whose first "
+                "backward must average, and the first micro-batch's does not"
+            )
         return cls(step, options.micro_batch, Ranks(step.model) if options.scope == "global" else None)
 
     def run(
@@ -139,10 +145,13 @@ class Pooled:
         for rows in self.split(torch.arange(batch.n, device=batch.device)):
             part = batch if len(rows) == batch.n else batch.take(rows)
             scored: Scored = step._score(part, False, unit)
-            parts.append(
-                Found.of(scored, step.head, batch.n, gradients=step._gradients, keep_output=step._table is not None)
-            )
+            parts.append(Found.of(scored, step.head, batch.n, gradients=step._gradients, keep_output=self.keeps_logits))
         return Found.joined(parts)
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether a table of scores records logits; one without classes records losses."""
+        return self.step._table is not None and self.step._table.classes is not None
 
     def _unscored(self, batch: Batch) -> Found:
         found = unscored(batch, self.step._criterion, self.step.model)
@@ -175,7 +184,7 @@ class Pooled:
             self._met = True
         plan = Plan.of(indices.tolist(), counts, quotas(self.step.keep, counts, len(indices)))
         here = self._ranks.exchange(batch, plan, counts)
-        place = torch.tensor(plan.slots(self._ranks.rank), dtype=torch.int64, device=batch.device)
+        place = torch.tensor(plan.slots(self._ranks.rank, self.world), dtype=torch.int64, device=batch.device)
         weights = weights[place]
         if here is None:  # this rank trains none, but its gradients of 0 are averaged with the others'
             here, weights = batch.take(torch.zeros_like(indices[:1])), weights.new_zeros(1)
@@ -198,11 +207,11 @@ class Pooled:
         """(K,) the chosen rows' losses of all ranks, in the selection's order."""
         if self._ranks is None or mine.plan is None:
             return losses
-        order = [slot for rank in range(self.world) for slot in mine.plan.slots(rank)]
-        counts = [len(mine.plan.slots(rank)) for rank in range(self.world)]
+        slots = [mine.plan.slots(rank, self.world) for rank in range(self.world)]
+        counts = [len(own) for own in slots]
         together = self._ranks.rows(losses[: counts[self._ranks.rank]], counts)
         result = torch.empty_like(together)
-        result[torch.tensor(order, device=losses.device)] = together
+        result[torch.tensor([slot for own in slots for slot in own], device=losses.device)] = together
         return result
 
 
@@ -254,7 +263,7 @@ class Training:
         if not self._scoring:
             with torch.no_grad():
                 self.hits.append(step._criterion.hits(output, batch.target, live))
-                self.outputs += [logits_of(output).detach()] if step._table is not None else []
+                self.outputs += [logits_of(output).detach()] if self._pooled.keeps_logits else []
         loss = torch.where(live, losses * m.scale * weights.to(losses.dtype), 0).sum() * self._pooled.world
         if full is not None and m.mean is not None:
             loss = full.deliver(loss, m.mean if last else _zero(m.mean))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -61,14 +62,12 @@ def check_same(folder: Path, other: Path, exact: bool = False) -> None:
     ] * 2
 
 
-def _rank(rank: int, size: int, meeting: str, folder: Path, config: RunConfig, data: Dataset) -> None:
+def _rank(rank: int, size: int, folder: Path, config: RunConfig, data: Dataset) -> None:
     """What torchrun would do, with a file to meet in instead of a port."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
-    real = torch.distributed.init_process_group
-    torch.distributed.init_process_group = lambda backend, timeout: real(  # type: ignore[assignment]
-        backend, init_method=meeting, rank=rank, world_size=size
-    )
+    store = torch.distributed.FileStore(str(folder / "meeting"), size)
+    importlib.import_module("torch.distributed.rendezvous").rendezvous = lambda url: iter([(store, rank, size)])
     with Together() as together:
         train(SharedRun(config, data, folder / "whole", together))
         train(SharedRun(config, data, folder / "resumed by one", together), 14)
@@ -93,8 +92,7 @@ def test_two_processes_and_one(tmp_path: Path, config: RunConfig, dataset: Datas
     ragged = dataclasses.replace(config, batch_size=31, keep=7, selector="random")
     train(Run(ragged, dataset, tmp_path / "ragged alone"))
     train(Run(config, dataset, tmp_path / "begun by one"), 14)
-    meeting = (tmp_path / "meeting").as_uri()
-    multiprocessing.spawn(_rank, (2, meeting, tmp_path, config, dataset), nprocs=2)
+    multiprocessing.spawn(_rank, (2, tmp_path, config, dataset), nprocs=2)
     resumed = Run(config, dataset, tmp_path / "resumed by one")
     assert resumed.open() == 14
     resumed.execute()

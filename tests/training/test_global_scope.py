@@ -16,6 +16,7 @@ from training_kit import TokenModel, assert_same, mlp
 from two_processes import in_processes
 
 import selbp
+from selbp.common.exchange import Plan
 
 EXACT = 1e-12
 SIZES = [12, 9, 12, 5]  # of the ranks' minibatches: the last one of an epoch is ragged
@@ -71,6 +72,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "matching": (vectors, {"selector": selbp.GradientMatching()}),
     "matching a tuple": (mixed, {"selector": selbp.GradientMatching(), "scoring": "eval"}),
     "matching tokens of a dict": (tokens, {"selector": selbp.GradientMatching(), "loss": "causal_lm"}),
+    "without logits": (tokens, {"selector": selbp.GradientMatching(), "loss": "linear_causal_lm"}),
     "sketched": (tokens, {"selector": selbp.GradientMatching(), "loss": "causal_lm", "proxy": "sketch"}),
     "loss percentile": (vectors, {"selector": selbp.LossPercentile}),
     "random": (vectors, {"selector": selbp.Random()}),
@@ -79,6 +81,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "micro-batches": (vectors, {"selector": selbp.GradientMatching(), "micro_batch": 2}),
     "what the caller knows": (vectors, {"selector": selbp.ReducibleLoss()}),
     "fewer than ranks": (vectors, {"selector": selbp.TopLoss()}),
+    "more than may count": (vectors, {"selector": selbp.Random()}),
     "a schedule": (vectors, {"selector": selbp.TopLoss(), "schedule": selbp.Schedule(1, None, 2, "random")}),
 }
 
@@ -87,7 +90,7 @@ def steps(case: str, sizes: list[int], rank: int | None, turns: int = 3) -> tupl
     """Gradients and reports: of a rank with its part of the samples, or for None of one process that has them all."""
     torch.manual_seed(5)
     make, options = CASES[case]
-    keep = 0.04 if case == "fewer than ranks" else 0.25
+    keep = {"fewer than ranks": 0.04, "more than may count": 0.97}.get(case, 0.25)
     total, first = sum(sizes), 0 if rank is None else sum(sizes[:rank])
     rows = slice(0, total) if rank is None else slice(first, first + sizes[rank])
     options = dict(options, generator=torch.Generator().manual_seed(2))
@@ -214,6 +217,9 @@ def check_refusals(rank: int) -> None:
     with pytest.raises(TypeError, match="one entry a sample in a list"):
         step((torch.randn(16, 12), ["a"] * 16), y)
     step(torch.randn(16, 12), y)
+    static = DistributedDataParallel(mlp(), static_graph=True)
+    with pytest.raises(ValueError, match="without static_graph=True"):
+        selbp.SelectiveBackprop(static, selector=selbp.TopLoss(), keep=0.25, micro_batch=4)
     different = selbp.SelectiveBackprop(model, generator=torch.Generator().manual_seed(rank), **options)
     with pytest.raises(ValueError, match="the same random draws on every rank"):
         different(torch.randn(16, 12), y)
@@ -260,6 +266,22 @@ def test_two_processes() -> None:
 @pytest.mark.slow
 def test_four_processes() -> None:
     in_processes(4, check_four)
+
+
+@pytest.mark.parametrize(
+    ("rows", "quotas", "ways"),
+    [
+        ([0, 5, 9], [1, 1, 1], {(0, 0): [0], (1, 1): [1], (2, 2): [2]}),
+        ([11, 8, 10, 9], [2, 1, 1], {(2, 2): [0], (2, 0): [1, 2], (2, 1): [3]}),  # all of one rank's
+        ([3, 0, 6, 1], [1, 3, 0], {(0, 0): [0], (0, 1): [1, 3], (1, 1): [2]}),  # a rank that trains none
+    ],
+    ids=["none moves", "one gives", "one idle"],
+)
+def test_who_trains_what(rows: list[int], quotas: list[int], ways: dict[tuple[int, int], list[int]]) -> None:
+    plan = Plan.of(rows, [4, 4, 4], quotas)
+    assert plan.ways == ways
+    assert [len(plan.slots(rank, 3)) for rank in range(3)] == quotas
+    assert plan.moves == any(a != b for a, b in ways)
 
 
 def test_one_process_is_all_ranks() -> None:

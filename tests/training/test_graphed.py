@@ -201,6 +201,7 @@ REFUSALS = {
     "late start": (lambda: make(schedule=selbp.Schedule(start=5)), {}, "must choose at every step"),
     "scoring": (lambda: make(scoring="eval"), {}, 'scoring="same"'),
     "cut": (lambda: make(selbp.GradientMatching(), cut="2", backward="rows"), {}, "must have no cut"),
+    "micro-batches": (lambda: make(selbp.TopLoss(), micro_batch=2), {}, "must have neither micro_batch"),
 }
 
 

@@ -73,6 +73,7 @@ CASES = {
     "evaluation mode": (plain, {"scoring": "eval"}),
     "strings in a dict": (listed, {}),
     "tokens": (tokens, {"loss": "causal_lm"}),
+    "tokens without logits": (tokens, {"loss": "linear_causal_lm"}),
     "sketched tokens": (tokens, {"loss": "causal_lm", "proxy": "sketch"}),
 }
 RULES = {
@@ -147,11 +148,11 @@ def test_steps_are_counted_as_always() -> None:
 def test_one_micro_batch_is_in_memory_at_a_time(rule: selbp.Selector) -> None:
     """The rest is n^2 products for a rule that matches, and what the model's weights take."""
     torch.manual_seed(0)
-    wide = [nn.Linear(32, 256), *(layer for _ in range(4) for layer in (nn.Tanh(), nn.Linear(256, 256)))]
+    wide = [nn.Linear(32, 256), *(layer for _ in range(3) for layer in (nn.Tanh(), nn.Linear(256, 256)))]
     model = nn.Sequential(*wide, nn.Tanh(), nn.Linear(256, 8), nn.Tanh(), nn.Linear(8, 5))
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    n, size = 1024, 64
+    n, size = 512, 32
     x, y = torch.randn(n, 32), torch.randint(0, 5, (n,))
 
     def peak(rows: int, selector: selbp.Selector, micro_batch: int | None) -> int:
@@ -172,10 +173,16 @@ def test_a_scaler_and_autocast() -> None:
     model, (x, y) = mlp(), samples(64)
     found = []
     for size in (None, 8):
-        step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=0.5, micro_batch=size)
+        step = selbp.SelectiveBackprop(
+            model, selector=selbp.TopLoss(), keep=0.5, micro_batch=size, backward="recompute"
+        )
         scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=64.0), torch.optim.SGD(model.parameters(), lr=1.0)
+        seen: list[bool] = []
+        handle = model[0].weight.register_hook(lambda _, seen=seen: seen.append(torch.is_autocast_enabled("cpu")))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             step.backward(x, y, scale=scaler.scale)
+        handle.remove()
+        assert seen and not any(seen)  # a backward runs in the types of its forward
         scaled = model[0].weight.grad.clone()
         scaler.unscale_(optimizer)
         torch.testing.assert_close(scaled, 64 * model[0].weight.grad)
@@ -226,6 +233,27 @@ def test_a_second_pass_on_the_same_rows() -> None:
     assert step.optimizer_step == 1
 
 
+def test_a_table_of_losses_wants_no_logits() -> None:
+    """Of an output in which there are none."""
+
+    def distance(output: dict[str, torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+        return (output["place"] - target).square().sum(1)
+
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = mlp()
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"place": self.body(x)}
+
+    for rule in (selbp.TopLoss(), selbp.Random()):
+        table = ScoreTable(40)
+        step = selbp.SelectiveBackprop(Places(), selector=rule, keep=0.5, micro_batch=8, table=table, loss=distance)
+        step.backward(samples(40)[0], torch.randn(40, 5), ids=torch.arange(40))
+        assert table.coverage > 0
+
+
 @pytest.mark.parametrize("rule", [selbp.TopLoss(), selbp.Random()], ids=["scored", "unscored"])
 @pytest.mark.parametrize("classes", [5, None], ids=["classes", "losses"])
 def test_a_table_is_written_as_by_one_forward(rule: selbp.Selector, classes: int | None) -> None:
@@ -244,6 +272,41 @@ def test_a_table_is_written_as_by_one_forward(rule: selbp.Selector, classes: int
     for name, value in columns[0].items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(columns[1][name], value, equal_nan=True)
+
+
+class Balanced(nn.Module):
+    """Returns a further loss beside its logits, a mean over its samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp().double()
+
+    def forward(self, x: torch.Tensor) -> SimpleNamespace:
+        logits = self.body(x)
+        return SimpleNamespace(logits=logits, aux_loss=logits.square().mean())
+
+
+@pytest.mark.parametrize("rule", [selbp.TopLoss(), selbp.Random()], ids=["scored", "unscored"])
+def test_an_auxiliary_loss_counts_once(rule: selbp.Selector) -> None:
+    found = []
+    for size in (None, 7):
+        torch.manual_seed(0)
+        model, (x, y) = Balanced(), samples(40)
+        generator = torch.Generator().manual_seed(0)
+        step = selbp.SelectiveBackprop(
+            model, selector=rule, keep=0.5, micro_batch=size, backward="recompute", generator=generator
+        )
+        step.backward(x.double(), y, normalizer=100)
+        found.append(gradients(model))
+    assert_same(found[1], found[0], rtol=EXACT)
+
+
+@pytest.mark.parametrize(("scoring", "updates"), [("same", 5), ("eval", 3)])
+def test_batch_norm_follows_one_of_the_passes(scoring: str, updates: int) -> None:
+    model, (x, y) = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 5)), samples(40)
+    step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=0.5, micro_batch=8, scoring=scoring)
+    step.backward(x, y)
+    assert model[1].num_batches_tracked == updates  # 40 rows that scored, or 20 that trained
 
 
 def test_without_micro_batches_it_is_the_call_and_its_backward() -> None:
