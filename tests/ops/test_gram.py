@@ -1,8 +1,8 @@
 import hypothesis
 import pytest
 import torch
-from factors import DTYPES, Rows, draw, output_dtype, unit, with_bias
 from hypothesis import strategies as st
+from support.factors import DTYPES, Rows, draw, output_dtype, unit, with_bias
 
 from selbp import ops, reference
 

@@ -4,7 +4,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from loss_cases import DTYPES, assert_error, compute_dtype
+from support.loss_cases import DTYPES, assert_error, compute_dtype
 
 from selbp import ops
 from selbp.ops import _gemm

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from matching_cases import F32, F64, FLOOR, RULES, check, problem, ridged, rows
+from support.matching_cases import F32, F64, FLOOR, RULES, check, problem, ridged, rows
 
 from selbp import ops, reference
 from selbp.ops import MatchStatus

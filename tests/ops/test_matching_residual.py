@@ -1,6 +1,6 @@
 import pytest
 import torch
-from factors import DTYPES, Rows, draw, with_bias
+from support.factors import DTYPES, Rows, draw, with_bias
 
 from selbp import ops, reference
 from selbp.ops import Selection

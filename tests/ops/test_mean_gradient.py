@@ -1,6 +1,6 @@
 import pytest
 import torch
-from factors import DTYPES, Rows, draw, output_dtype, unit, with_bias
+from support.factors import DTYPES, Rows, draw, output_dtype, unit, with_bias
 
 from selbp import ops, reference
 from selbp.ops import _gemm

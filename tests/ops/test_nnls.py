@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from matching_cases import F32, F64, rows
+from support.matching_cases import F32, F64, rows
 
 from selbp import ops
 

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from loss_cases import DTYPES, OPTIONS, SHAPES, assert_error, compute_dtype, confident, double, opcheck_all, problem
+from support.loss_cases import (
+    DTYPES,
+    OPTIONS,
+    SHAPES,
+    assert_error,
+    compute_dtype,
+    confident,
+    double,
+    opcheck_all,
+    problem,
+)
 
 from selbp import ops, reference
 

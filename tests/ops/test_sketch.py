@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loss_cases import DTYPES, assert_error, compute_dtype, double
+from support.loss_cases import DTYPES, assert_error, compute_dtype, double
 
 from selbp import ops, reference
 from selbp.ops import _logit_pass

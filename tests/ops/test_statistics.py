@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import DTYPES, OPTIONS, SHAPES, assert_statistics, compute_dtype, problem
+from support.loss_cases import DTYPES, OPTIONS, SHAPES, assert_statistics, compute_dtype, problem
 
 from selbp import ops, reference
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from loss_cases import DTYPES, OPTIONS, assert_statistics, compute_dtype, confident, double
+from support.loss_cases import DTYPES, OPTIONS, assert_statistics, compute_dtype, confident, double
 
 from selbp import ops, reference
 from selbp.ops import _logit_pass

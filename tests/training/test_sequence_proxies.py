@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from support.training_kit import TokenModel, mlp
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
-from training_kit import TokenModel, mlp
 
 import selbp
 from selbp.common.proxies import sequence_gram, sequence_norm_sq

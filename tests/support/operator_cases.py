@@ -9,9 +9,9 @@ import itertools
 import random
 
 import torch
-from matching_invariants import check
 
 from selbp import ops, reference
+from support.matching_invariants import check
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 100)
