@@ -231,8 +231,8 @@ def test_importing_the_command_line_is_light() -> None:
 
 
 def test_a_comparison_at_equal_time_measures_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["compare", "--dataset", "digits", "--model", "mlp", "--arms", "random,matching", "--steps", "6",
-                 "--seeds", "0", "--threads", "1", "--budget", "time", "--quiet", "--out", str(tmp_path)]  # fmt: skip
+    options = "--dataset digits --model mlp --arms random,matching --steps 6 --seeds 0 --threads 1 --budget time"
+    arguments = ["compare", *options.split(), "--quiet", "--out", str(tmp_path)]
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert out.count("ms a step") == 2 and "same time" in (tmp_path / "table.md").read_text()

@@ -234,10 +234,8 @@ def _killed(left: int, command: list[str]) -> None:
 
 def test_sigkill_at_any_write_costs_the_step_in_flight_only(tmp_path: Path, dataset: Dataset) -> None:
     folder = write_set(tmp_path / "set", dataset)
-    command = [
-        "train", "--data", str(folder), "--selector", "loss-percentile", "--steps", "150", "--batch-size", "32",
-        "--threads", "1", "--quiet", "--evaluate-every", "50", "--model", "cnn", "--out",
-    ]  # fmt: skip
+    options = "--selector loss-percentile --steps 150 --batch-size 32 --threads 1 --evaluate-every 50 --model cnn"
+    command = ["train", "--data", str(folder), *options.split(), "--quiet", "--out"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     chance, steps = random.Random(7), []
     for writes in (chance.randrange(10, 150) for _ in range(3)):
@@ -252,8 +250,8 @@ def test_sigkill_at_any_write_costs_the_step_in_flight_only(tmp_path: Path, data
 
 def test_sigkill_within_a_line_of_the_log(tmp_path: Path, dataset: Dataset) -> None:
     folder = write_set(tmp_path / "set", dataset)
-    command = ["train", "--data", str(folder), "--selector", "random", "--steps", "60", "--batch-size", "32",
-               "--threads", "1", "--quiet", "--evaluate-every", "60", "--model", "mlp", "--out"]  # fmt: skip
+    options = "--selector random --steps 60 --batch-size 32 --threads 1 --evaluate-every 60 --model mlp"
+    command = ["train", "--data", str(folder), *options.split(), "--quiet", "--out"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     writes = 50 * 4 + 1  # the state before the first step, 49 saved steps, and the row of the first 50
     ended = processes.run(_killed, writes, [*command, str(tmp_path / "parts"), "--resume"])
