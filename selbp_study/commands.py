@@ -90,10 +90,18 @@ def _base(arguments: argparse.Namespace, data: Dataset, selector: str, lr: float
     }
     keep = keep_for(selector, 0.25 if arguments.keep is None else arguments.keep)
     config = RunConfig(
-        dataset=data.name, fingerprint=data.fingerprint, selector=selector, steps=steps, lr=lr, keep=keep, seed=seed,
-        batch_size=batch_size, device=arguments.device, threads=arguments.threads,
+        dataset=data.name,
+        fingerprint=data.fingerprint,
+        selector=selector,
+        steps=steps,
+        lr=lr,
+        keep=keep,
+        seed=seed,
+        batch_size=batch_size,
+        device=arguments.device,
+        threads=arguments.threads,
         **{"model": model_for(data.train), "evaluate_every": max(1, math.ceil(steps / 10)), **given},
-    )  # fmt: skip
+    )
     return config
 
 
@@ -133,8 +141,10 @@ def _train(arguments: argparse.Namespace, arm: Arm, together: Together) -> int:
         run = Run(config, data, folder) if together.size == 1 else SharedRun(config, data, folder, together)
         done = run.open()
         among = "" if together.size == 1 else f", shared by {together.size} processes"
-        tell(f"{'going on at step ' + str(done) if done else 'training'} in {folder}: {config.steps} steps, "
-             f"{config.kept()} of {config.batch_size} samples run backward{among}")  # fmt: skip
+        tell(
+            f"{'going on at step ' + str(done) if done else 'training'} in {folder}: {config.steps} steps, "
+            f"{config.kept()} of {config.batch_size} samples run backward{among}"
+        )
         bar = Bar(config.selector, arguments.quiet or not together.leads).add(config, done)
         try:
             result = run.execute(bar)
@@ -147,9 +157,11 @@ def _train(arguments: argparse.Namespace, arm: Arm, together: Together) -> int:
         _write_scores(run, data)
     seconds = result["seconds"]
     processor = "processor " if result.get("clock") == "process" else ""
-    tell(f"test accuracy {result['accuracy']:.2f} %, {result['backward_samples']} backward samples, "
-         f"{processor}seconds: forward {seconds['score'] + seconds['forward']:.1f}, select {seconds['select']:.1f}, "
-         f"backward {seconds['backward']:.1f}, total {seconds['total']:.1f}")  # fmt: skip
+    tell(
+        f"test accuracy {result['accuracy']:.2f} %, {result['backward_samples']} backward samples, "
+        f"{processor}seconds: forward {seconds['score'] + seconds['forward']:.1f}, select {seconds['select']:.1f}, "
+        f"backward {seconds['backward']:.1f}, total {seconds['total']:.1f}"
+    )
     tell(f"log {folder / 'log.jsonl'}, weights {folder / 'model.pt'}, result {folder / 'result.json'}")
     return OK
 

@@ -67,22 +67,30 @@ def costs_table(result: dict[str, Any]) -> str:
     """Every measured step, its quartiles and where its time goes."""
     phases = ("score", "select", "forward", "backward", "optimizer")
     rows = [
-        [code(name), f"{cost['median']:.2f}", f"{cost['low']:.2f} – {cost['high']:.2f}",
-         *(f"{cost['phases'].get(phase, 0.0):.2f}" for phase in phases)]
+        [
+            code(name),
+            f"{cost['median']:.2f}",
+            f"{cost['low']:.2f} – {cost['high']:.2f}",
+            *(f"{cost['phases'].get(phase, 0.0):.2f}" for phase in phases),
+        ]
         for name, cost in sorted(result["costs"].items())
-    ]  # fmt: skip
+    ]
     return "\n\n".join([table(["step", "ms", "quartiles", *phases], rows), *reading_of(result)])
 
 
 def reading_of(result: dict[str, Any]) -> list[str]:
     """What random would save if it read only the samples that it keeps, where that was measured."""
-    shares = [(cost["phases"]["read"] - cost["phases"]["read kept"]) / cost["median"]
-              for name, cost in result["costs"].items()
-              if "read kept" in cost["phases"] and name.partition("@")[0].endswith(" random")]  # fmt: skip
+    shares = [
+        (cost["phases"]["read"] - cost["phases"]["read kept"]) / cost["median"]
+        for name, cost in result["costs"].items()
+        if "read kept" in cost["phases"] and name.partition("@")[0].endswith(" random")
+    ]
     if not shares:
         return []
-    return ["Reading the data is not in it. Random could read only the samples that it keeps: that would save it at "
-            f"most {max(0.0, *shares):.1%} of its step."]  # fmt: skip
+    return [
+        "Reading the data is not in it. Random could read only the samples that it keeps: that would save it at "
+        f"most {max(0.0, *shares):.1%} of its step."
+    ]
 
 
 def section(result: dict[str, Any]) -> str:

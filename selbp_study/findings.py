@@ -74,11 +74,19 @@ class Findings:
         self.rows = {(place, budget): self._rows(place, budget) for place in self.places for budget in self.budgets}
         if result["protocol"]["claim"]:
             for budget in self.budgets:
-                family = [row for place in self.places for row in self.rows[place, budget]
-                          if row.difference is not None and row.difference.p is not None
-                          and row.entry["arm"] not in ("random", OWN_KEEP)]  # fmt: skip
-                for row, p in zip(family, holm([row.difference.p for row in family if row.difference
-                                                and row.difference.p is not None]), strict=True):  # fmt: skip
+                family = [
+                    row
+                    for place in self.places
+                    for row in self.rows[place, budget]
+                    if row.difference is not None
+                    and row.difference.p is not None
+                    and row.entry["arm"] not in ("random", OWN_KEEP)
+                ]
+                for row, p in zip(
+                    family,
+                    holm([row.difference.p for row in family if row.difference and row.difference.p is not None]),
+                    strict=True,
+                ):
                     row.p = p
 
     def baseline(self, place: Place, budget: str) -> Entry | None:
@@ -87,8 +95,14 @@ class Findings:
             own = (*place[:3], 0) == place_of_entry(entry) and entry["arm"] == OWN_KEEP
             if entry["budget"] == budget and budget == "time" and own:
                 return dict(entry)
-        return next((entry for entry in self.entries if place_of_entry(entry) == place
-                     and entry["budget"] == budget and entry["arm"] == "random"), None)  # fmt: skip
+        return next(
+            (
+                entry
+                for entry in self.entries
+                if place_of_entry(entry) == place and entry["budget"] == budget and entry["arm"] == "random"
+            ),
+            None,
+        )
 
     def _rows(self, place: Place, budget: str) -> list[Row]:
         base = self.baseline(place, budget)
@@ -96,10 +110,14 @@ class Findings:
         mine = [e for e in self.entries if place_of_entry(e) == place and e["budget"] == budget]
         mine = sorted([*mine, *own], key=lambda e: FIRST.get(e["arm"], len(FIRST)))
         return [
-            Row(e, None if base is None or e is base or e["key"] == base["key"]
-                else paired(accuracies(e), accuracies(base)))
+            Row(
+                e,
+                None
+                if base is None or e is base or e["key"] == base["key"]
+                else paired(accuracies(e), accuracies(base)),
+            )
             for e in mine
-        ]  # fmt: skip
+        ]
 
     def cost(self, entry: Entry) -> dict[str, Any]:
         """The measured cost of an entry's step."""
@@ -206,11 +224,14 @@ def summary_table(findings: Findings) -> str:
 
     def count(label: str, budget: str) -> str:
         found = verdicts[budget].get(label, [])
-        return ", ".join(f"{found.count(word)} {word}" for word in ("ahead", "no difference", "behind", "-")
-                         if found.count(word)).replace("- ", "")  # fmt: skip
+        return ", ".join(
+            f"{found.count(word)} {word}" for word in ("ahead", "no difference", "behind", "-") if found.count(word)
+        ).replace("- ", "")
 
-    return table(["arm", *(words[budget] for budget in budgets)],
-                 ([plain(label), *(count(label, budget) for budget in budgets)] for label in labels))  # fmt: skip
+    return table(
+        ["arm", *(words[budget] for budget in budgets)],
+        ([plain(label), *(count(label, budget) for budget in budgets)] for label in labels),
+    )
 
 
 def answer(findings: Findings) -> str:

@@ -110,8 +110,10 @@ class SharedRun(Run):
 
     def __init__(self, config: RunConfig, data: Dataset, folder: Path, together: Together) -> None:
         if config.batch_size < together.size:
-            raise ValueError(f"{together.size} processes share a minibatch of at least as many samples, got "
-                             f"{config.batch_size}: raise --batch-size")  # fmt: skip
+            raise ValueError(
+                f"{together.size} processes share a minibatch of at least as many samples, got "
+                f"{config.batch_size}: raise --batch-size"
+            )
         super().__init__(config, data, folder)
         if isinstance(self.order, SampledOrder):
             raise ValueError("a rule that draws by a table of scores runs in one process: leave torchrun out")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import multiprocessing
+from support.processes import context
 
 ROOT = Path(__file__).parents[1]
 TOGETHER = [ROOT / "examples" / f"{name}.py" for name in ("07_ddp", "12_fsdp2")]  # two processes each
@@ -55,9 +55,8 @@ def _rank(rank: int, meeting: str, path: Path) -> None:
 
 @pytest.mark.parametrize("path", TOGETHER, ids=lambda path: path.stem)
 def test_two_processes_agree(path: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
     meeting = (tmp_path / "meeting").as_uri()
-    ranks = [context.Process(target=_rank, args=(rank, meeting, path)) for rank in range(2)]
+    ranks = [context().Process(target=_rank, args=(rank, meeting, path)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:

@@ -89,7 +89,8 @@ def _check(residual: Tensor, features: Tensor, indices: Tensor, weights: Tensor,
     check_dtype("selection.indices", indices, torch.int64)
     check_shape("selection.indices", indices, "(k,)", (None,))
     check_floating("selection.weights", weights)
-    check_shape("selection.weights", weights, f"(k,) with k = {len(indices)} as selection.indices", (len(indices),))
+    k = indices.shape[0]
+    check_shape("selection.weights", weights, f"(k,) with k = {k} as selection.indices", (k,))
     check_same_device("selection.indices", indices, "residual", residual)
     check_same_device("selection.weights", weights, "residual", residual)
 

@@ -226,10 +226,8 @@ def test_every_suite_lists_its_cases_and_names_them_once():
 
 def test_suites_run_under_pytest_benchmark():
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", "--benchmark-only",
-         "--benchmark-min-rounds=1", "--benchmark-max-time=0.001", "--benchmark-warmup=off", "-k", "gram and 128"],
-        cwd=ROOT, text=True, capture_output=True, timeout=600, env=env,
-    )  # fmt: skip
+    short = "--benchmark-only --benchmark-min-rounds=1 --benchmark-max-time=0.001 --benchmark-warmup=off".split()
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", *short, "-k", "gram and 128"]
+    result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=600, env=env)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "passed" in result.stdout and "Median" in result.stdout

@@ -1,7 +1,8 @@
 """The real matching kernels on emulated threads: the CPU's bits under every schedule; planted bugs are caught."""
 
 import pytest
-from emulation import build, patched, run
+from support.compiled import patched
+from support.emulation import build, run
 
 KERNELS = ["shared", "global", "grid"]
 
@@ -89,7 +90,7 @@ TEAM, ENGINE = "team/block_team.cuh", "matching/engine.hpp"
 
 
 def planted(tmp_path, file, before, after):
-    csrc = patched(tmp_path / "csrc", file, before, after)
+    csrc = patched(tmp_path / "csrc", (file, before, after))
     defines = ["-DSELBP_LEVEL=device", "-DSELBP_DEVICE_CODE", "-DONLY_F32"]
     return build("matching.cpp", host=True, csrc=csrc, defines=defines)
 
@@ -166,9 +167,8 @@ SANITIZED = [(1, 1, "f32"), (33, 33, "f32"), (70, 20, "f64"), (70, 70, "f32")]
 
 @pytest.mark.slow
 def test_thread_sanitizer_names_the_missing_barrier(tmp_path):
-    csrc = patched(
-        tmp_path / "csrc", TEAM, "best;\n    __syncthreads();\n    int lanes = 1;", "best;\n    int lanes = 1;"
-    )
+    bug = (TEAM, "best;\n    __syncthreads();\n    int lanes = 1;", "best;\n    int lanes = 1;")
+    csrc = patched(tmp_path / "csrc", bug)
     defines = ["-DSELBP_LEVEL=device", "-DSELBP_DEVICE_CODE", "-DONLY_F32"]
     program = build("matching.cpp", host=True, csrc=csrc, sanitizer="thread", defines=defines)
     status, _, errors = run(program, text=case("shared", 70, 40)(2) + "\n")

@@ -17,7 +17,7 @@ import selbp
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 transformers: Any = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from hf_kit import (  # noqa: E402
+from support.hf_kit import (  # noqa: E402
     SAMPLES,
     STILL,
     TEXT,

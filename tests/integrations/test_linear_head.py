@@ -8,7 +8,7 @@ import torch
 import selbp
 
 transformers = pytest.importorskip("transformers")
-from hf_kit import VOCABULARY, llama, tokens  # noqa: E402
+from support.hf_kit import VOCABULARY, llama, tokens  # noqa: E402
 
 LOSSES = ("causal_lm", "linear_causal_lm")
 

@@ -13,7 +13,7 @@ transformers: Any = pytest.importorskip("transformers", reason="transformers is 
 trl: Any = pytest.importorskip("trl", reason="trl is not installed")
 datasets: Any = pytest.importorskip("datasets", reason="datasets is not installed")
 
-from hf_kit import difference, llama, mixtral, texts, weights  # noqa: E402
+from support.hf_kit import difference, llama, mixtral, texts, weights  # noqa: E402
 
 from selbp.integrations.huggingface import SelectiveTrainerMixin, selective  # noqa: E402
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.two_trainers import launched
 from torch import nn
 from torch.nn import functional as F
-from two_trainers import launched
 
 import selbp
 
@@ -37,7 +37,7 @@ def check_equal_on_both(value: torch.Tensor) -> None:
 
 def trainer_check(rank: int) -> None:
     import transformers
-    from hf_kit import arguments, difference, llama, texts
+    from support.hf_kit import arguments, difference, llama, texts
 
     from selbp.integrations.huggingface import SelectiveTrainerMixin
 

@@ -10,22 +10,6 @@ F, W, Y = torch.randn(6, 4), torch.randn(7, 4), torch.randint(0, 7, (6,))
 Z, K, B = F @ W.T, torch.eye(6) + 0.1, torch.rand(6)
 T, P = Y.view(2, 3), ops.sketch_projections(7, 4, (2, 3))
 
-OPERATORS = {
-    "linear_cross_entropy": lambda f: ops.linear_cross_entropy(f, W, None, Y),
-    "linear_cross_entropy and statistics": lambda f: ops.linear_cross_entropy(f, W, None, Y, return_statistics=True)[1],
-    "cross_entropy_statistics": lambda f: ops.cross_entropy_statistics(f @ W.T, Y, f),
-    "linear_cross_entropy_statistics": lambda f: ops.linear_cross_entropy_statistics(f, W, None, Y),
-    "residual": lambda f: ops.residual(f @ W.T, Y, (f @ W.T).logsumexp(1)),
-    "gradient_gram": lambda f: ops.gradient_gram(f, f),
-    "mean_gradient": lambda f: ops.mean_gradient(f, f),
-    "match": lambda f: ops.match(f @ f.T, f.sum(1), f.sum(), 3),
-    "matching_residual": lambda f: ops.matching_residual(f, f, ops.match(f @ f.T, f.sum(1), f.square().sum(), 3)),
-    "nnls": lambda f: ops.nnls(f, B),
-    "nnls_gram": lambda f: ops.nnls_gram(f @ f.T, f.sum(1)),
-    "sketch": lambda f: ops.sketch(f.view(2, 3, 4), W, None, T, P),
-    "sketch_gram": lambda f: ops.sketch_gram(f.view(2, 3, 4)),
-}
-
 # (the option's values, the call)
 OPTIONS = {
     "linear_cross_entropy label_smoothing": (
@@ -70,24 +54,6 @@ def same(a, b):
     for x, y in zip(a, b, strict=True):
         if isinstance(x, torch.Tensor):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6, equal_nan=True)
-
-
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
-def test_all_in_one_graph(dynamic):
-    def all_of_them(f):
-        return [call(f) for call in OPERATORS.values()]
-
-    compiled = torch.compile(all_of_them, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    for a, b in zip(compiled(F), all_of_them(F), strict=True):
-        same(a, b)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
-@pytest.mark.parametrize("call", OPERATORS.values(), ids=OPERATORS.keys())
-def test_one_graph(call, dynamic):
-    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    same(compiled(F), call(F))
 
 
 @pytest.mark.slow
@@ -138,15 +104,3 @@ def test_a_wrong_option_is_refused_in_a_graph(value):
     compiled(0.1)
     with pytest.raises(Exception, match=r"label_smoothing must be in \[0, 1\]"):
         compiled(value)
-
-
-@pytest.mark.slow
-def test_sizes_that_change():
-    def both(f, y):
-        stats = ops.linear_cross_entropy_statistics(f, W, None, y)
-        found = ops.match(ops.gradient_gram(f, f), f.sum(1), f.square().sum(), 2)
-        return stats.loss, found.weights, ops.mean_gradient(f, f).inner
-
-    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
-    for n in (6, 5, 4, 3, 1):
-        same(compiled(F[:n], Y[:n]), both(F[:n], Y[:n]))

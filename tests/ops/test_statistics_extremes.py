@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loss_cases import assert_statistics, confident, problem
+from support.loss_cases import assert_statistics, confident, problem
 
 from selbp import ops, reference
 from selbp.ops import _logit_pass

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sampling_kit import data, known_table
+from support.sampling_kit import data, known_table
 
 from selbp.sampling import AutoSelect, Candidate, ScoredBatchSampler, ScoreTable, fit_proxy, info_batch
 from selbp.sampling import auto as module

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from sampling_kit import known_table
+from support.sampling_kit import known_table
 
 from selbp.sampling import Draw, ScoreTable
 from selbp.sampling.noise import estimate_epsilon, estimate_transition

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from selection_cases import EVERY_RULE, Batch
+from support.selection_cases import EVERY_RULE, Batch
 from torch import nn
 
 import selbp

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from selection_cases import Batch
+from support.selection_cases import Batch
 
 import selbp
 

@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.images import write_set
 
 from selbp_study import commands
 from selbp_study.cli import main
 from selbp_study.config import RunConfig
 from selbp_study.costs import Costs
 from selbp_study.data import Dataset
-from selbp_study.data.idx import write_idx
 from selbp_study.folder import read_config, read_result
 from selbp_study.journal import HEADER, MAGIC, SUMMED, Journal, checksum, sum_of_words
 from selbp_study.storage import StorageError, write_text
@@ -106,11 +106,7 @@ ANY_JSON: dict[str, Damage] = ANY_FILE | {
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset) -> Path:
-    folder = tmp_path_factory.mktemp("set")
-    for prefix, split in (("train", dataset.train), ("t10k", dataset.test)):
-        write_idx(folder / f"{prefix}-images-idx3-ubyte", split.inputs)
-        write_idx(folder / f"{prefix}-labels-idx1-ubyte", split.labels.to(torch.uint8))
-    return folder
+    return write_set(tmp_path_factory.mktemp("set"), dataset)
 
 
 def train(images: Path, folder: Path) -> int:

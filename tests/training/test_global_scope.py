@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.processes import in_processes
+from support.training_kit import TokenModel, assert_same, mlp
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from training_kit import TokenModel, assert_same, mlp
-from two_processes import in_processes
 
 import selbp
 from selbp.common.exchange import Plan

@@ -6,9 +6,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from support.training_kit import TokenModel, gradients, mlp, samples
 from torch import nn
 from torch.nn import functional as F
-from training_kit import TokenModel, gradients, mlp, samples
 
 import selbp
 from selbp.training.interaction import Surroundings

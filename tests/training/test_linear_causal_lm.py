@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
+from support.training_kit import gradients
 from torch import distributed, nn
-from training_kit import gradients
 
 import selbp
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.training_kit import TokenModel, assert_same, assert_same_state, mlp, samples
 from torch import nn
 from torch.nn import functional as F
-from training_kit import TokenModel, assert_same, assert_same_state, mlp, samples
 
 import selbp
 from selbp.sampling import ScoreTable

@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
+from support.training_kit import TokenModel, mlp, samples
 from torch import nn
-from training_kit import TokenModel, mlp, samples
 
 import selbp
 from selbp.common.proxies import HeadProxies

@@ -5,10 +5,10 @@ import weakref
 
 import pytest
 import torch
+from support.training_kit import TokenModel, gradients, mlp, samples
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_kit import TokenModel, gradients, mlp, samples
 
 import selbp
 from selbp.common.keep import random_error

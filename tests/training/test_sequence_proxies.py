@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from support.training_kit import TokenModel, mlp
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
-from training_kit import TokenModel, mlp
 
 import selbp
 from selbp.common.proxies import sequence_gram, sequence_norm_sq
@@ -19,7 +19,7 @@ class Look(selbp.Full):
     def select(self, stats, k, *, proxies=None, extras=None, generator=None):
         object.__setattr__(self, "seen", (stats, proxies.gram(), proxies.mean_gradient(), proxies))
         object.__setattr__(self, "rows", (proxies.residual.shape, proxies.features.shape))
-        return super().select(stats, k)
+        return super().select(stats, k, proxies=proxies)
 
 
 def look(model, x, y, **options):

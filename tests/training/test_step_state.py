@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from training_kit import assert_same_state, mlp, samples
+from support.training_kit import assert_same_state, mlp, samples
 
 import selbp
 

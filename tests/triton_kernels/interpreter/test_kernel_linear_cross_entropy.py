@@ -2,9 +2,9 @@
 
 import importlib
 
-import kernel_cases as cases
 import pytest
 import torch
+from support import kernel_cases as cases
 
 from selbp import reference
 from selbp.triton_kernels.configs import Tile

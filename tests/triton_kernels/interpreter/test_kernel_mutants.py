@@ -5,13 +5,13 @@ import pathlib
 import shutil
 import sys
 
-import kernel_cases as cases
 import pytest
 import test_kernel_gram
 import test_kernel_residual
 import test_kernel_sketch
 import test_kernel_statistics as check
 import torch
+from support import kernel_cases as cases
 
 import selbp.triton_kernels
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from model_context import Context
 from torch import Tensor
+
+from support.random_models.context import Context
 
 LOSSES = {
     "cross_entropy": lambda x, y, t: F.cross_entropy(x, y, reduction="none"),

@@ -12,19 +12,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import model_losses
-import model_ops_autograd  # noqa: F401  (each module registers its steps)
-import model_ops_backwards  # noqa: F401
-import model_ops_batch  # noqa: F401
-import model_ops_complex  # noqa: F401
-import model_ops_layers  # noqa: F401
-import model_ops_pointwise  # noqa: F401
-import model_ops_rare  # noqa: F401
-import model_ops_sequence  # noqa: F401
-import model_ops_shapes  # noqa: F401
 import torch
-from model_context import F64, LARGEST, OPERATORS, Context, Store
 from torch import Tensor, nn
+
+from support.random_models import losses as model_losses
+from support.random_models import (  # noqa: F401  (each module registers its steps)
+    ops_autograd,
+    ops_backwards,
+    ops_batch,
+    ops_complex,
+    ops_layers,
+    ops_pointwise,
+    ops_rare,
+    ops_sequence,
+    ops_shapes,
+)
+from support.random_models.context import F64, LARGEST, OPERATORS, Context, Store
 
 SHAPES = [(8,), (12,), (3, 8), (2, 4), (4, 3, 3), (4, 4, 4)]
 NAMES = {mixes: [name for name in OPERATORS if mixes or not OPERATORS[name].mixes] for mixes in (False, True)}

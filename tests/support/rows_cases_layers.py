@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from rows_cases import F64, Function, Lambda, N, Own, _ramp
 from torch import Tensor, nn
 
 from selbp import ops
+from support.rows_cases import F64, Function, Lambda, N, Own, _ramp
 
 _down = nn.Sequential
 IMAGES: dict[str, Function] = {

@@ -1,7 +1,7 @@
 """Whether a random program has the gradients that plain torch computes. Run as a script to try seeds by hand:
 
-python tests/fuzz/model_check.py 1234     # one seed: the program, made as short as still fails
-python tests/fuzz/model_check.py 0 500    # 500 seeds from 0: those that fail, a line each
+python tests/support/random_models/check.py 1234     # one seed: the program, made as short as still fails
+python tests/support/random_models/check.py 0 500    # 500 seeds from 0: those that fail, a line each
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    sys.path.insert(1, str(Path(__file__).parents[2]))
-
-from model_compare import Wrong, compare, differences, gradients, limit_of, scale_of
-from model_generator import Outcome, Program, Store, build, describe, random_model
-from model_step import RULES, only_rows, step_gradients
+    sys.path[:1] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[3])]
 
 import selbp
 from selbp.rows.observe import current_observers
+from support.random_models.compare import Wrong, compare, differences, gradients, limit_of, scale_of
+from support.random_models.generator import Outcome, Program, Store, build, describe, random_model
+from support.random_models.step import RULES, only_rows, step_gradients
 
 
 # ------------------------------------------------------------------------------------------------------ what is tried
@@ -183,7 +181,7 @@ def report(seed: int) -> str | None:
         return None
     program = shortened(random_model(seed))
     what, store = failure(program), build(program)
-    return f"{describe(program, store)}\n{what}\n  again: python tests/fuzz/model_check.py {seed}"
+    return f"{describe(program, store)}\n{what}\n  again: python tests/support/random_models/check.py {seed}"
 
 
 def main(first: int, count: int | None) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from rows_cases import Function, N, Own
 from torch import Tensor
+
+from support.rows_cases import Function, N, Own
 
 
 def _z(x: Tensor) -> Tensor:

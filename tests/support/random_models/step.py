@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from model_context import F64, Context, Store
-from model_generator import Program, run
 from torch import Tensor, nn
 
 import selbp
+from support.random_models.context import F64, Context, Store
+from support.random_models.generator import Program, run
 
 # Rules that look at the losses or the gradients of all samples, as rows of that forward need.
 RULES: dict[str, Any] = {

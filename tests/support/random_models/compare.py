@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from model_context import Store
-from model_generator import Outcome, Program, leaves, run
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import selbp
+from support.random_models.context import Store
+from support.random_models.generator import Outcome, Program, leaves, run
 
 Total = Callable[[Outcome, Callable[[Any, Tensor], Any]], Tensor]  # (a forward, how rows are chosen) -> a scalar
 Between = Callable[[int, Tensor], Tensor]

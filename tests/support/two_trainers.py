@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "training"))
-
-from two_processes import in_two_processes  # noqa: E402
+from support.processes import in_two_processes
 
 
 def launched(check: Callable[[int], None]) -> None:

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from selbp import ops, reference
+from selbp import reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (7, 2, 3), (33, 10, 5), (3, 16, 8), (64, 17, 65), (5, 1000, 33), (2, 5001, 7)]  # n, C, d
@@ -68,20 +68,3 @@ def assert_statistics(ours, eager, exact):
 def compute_dtype(dtype):
     """What eager torch is run in to be compared with: our own output dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def opcheck_all():
-    """(operator, arguments) pairs over all operators of the family."""
-    logits, target, features, weight = problem(9, 5, 4, torch.float32, True)
-    head, bias = torch.randn(5, 4, requires_grad=True), torch.randn(5, requires_grad=True)
-    lse = ops.cross_entropy_statistics(logits, target).lse
-    grad = logits.clone().requires_grad_()
-    selbp = torch.ops.selbp
-    return [
-        (selbp.cross_entropy_statistics.default, (grad, target, features, weight, -100, 0.1, 5.0, True)),
-        (selbp.cross_entropy_statistics.default, (logits, target, None, None, -100, 0.0, 0.0, False)),
-        (selbp.linear_cross_entropy_statistics.default, (features, head, bias, target, weight, -100, 0.1, 5.0)),
-        (selbp.linear_cross_entropy_statistics.default, (features, head, None, target, None, -100, 0.0, 0.0)),
-        (selbp.residual.default, (grad, target, lse, weight, -100, 0.1, 5.0)),
-        (selbp.residual.default, (logits.bfloat16(), target, lse, None, -100, 0.0, 0.0)),
-    ]

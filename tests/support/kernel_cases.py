@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 
+import pytest
 import torch
 
 from selbp.triton_kernels.combine import finalize
@@ -25,6 +26,19 @@ OPTIONS = {
     "softcap": {"softcap": 5.0},
     "everything": {"class_weight": True, "label_smoothing": 0.2, "softcap": 7.0},
 }
+
+
+def every_option() -> list:
+    """(dtype, option) of the tests: each option in float32, the two ends of the options in the others; slow: the rest.
+
+    A dtype changes how a kernel loads and rounds, an option what it computes: no branch depends on both.
+    """
+    return [
+        pytest.param(dtype, option, id=f"{dtype}-{option}", marks=() if fast else pytest.mark.slow)
+        for dtype in DTYPES
+        for option in OPTIONS
+        for fast in [dtype == torch.float32 or option == ("plain" if dtype == torch.float16 else "everything")]
+    ]
 
 
 @dataclasses.dataclass

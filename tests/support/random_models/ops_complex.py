@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from model_context import Context, step
 from torch import Tensor
+
+from support.random_models.context import Context, step
 
 C128 = torch.complex128
 

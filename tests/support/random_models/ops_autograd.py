@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from model_context import Context, step
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import selbp
+from support.random_models.context import Context, step
 
 WRITES = (
     *(

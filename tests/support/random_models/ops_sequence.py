@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from model_context import Context, step, table
 from torch import Tensor, nn
+
+from support.random_models.context import Context, step, table
 
 
 def has_derivative() -> bool:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from model_context import Context, step, table
 from torch import Tensor, nn
 from torch.nn.utils import rnn
+
+from support.random_models.context import Context, step, table
 
 
 def _square(x: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ import copy
 from typing import Any
 
 import torch
-from model_backwards import BACKWARDS
-from model_context import Context, step
 from torch import Tensor, nn
+
+from support.random_models.backwards import BACKWARDS
+from support.random_models.context import Context, step
 
 
 class Own(torch.autograd.Function):

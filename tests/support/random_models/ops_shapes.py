@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from model_context import Context, step, table
-from model_ops_pointwise import EVERYWHERE, LAST_DIM
 from torch import Tensor
+
+from support.random_models.context import Context, step, table
+from support.random_models.ops_pointwise import EVERYWHERE, LAST_DIM
 
 table(
     "vector",

@@ -5,7 +5,7 @@ A step's choices are drawn from its seed and the tables of this folder: one whos
 
 from __future__ import annotations
 
-from model_generator import Program, Step
+from support.random_models.generator import Program, Step
 
 
 def _one(name: str, seed: int, n: int, shape: tuple[int, ...], position: int = 0) -> Program:
