@@ -154,7 +154,7 @@ class BaseSelector:
     ) -> Selection:
         """See :meth:`Selector.select`: checks, then :meth:`choose`."""
         with torch.no_grad():  # a decorator would cost a call more
-            _, k = check_select(stats, k, generator)
+            k = check_select(stats, k, generator)
             return self.choose(Candidates(stats, proxies, extras, generator, self), k)
 
     def state_dict(self) -> dict[str, Any]:
@@ -186,8 +186,8 @@ def state_tensor(state: Mapping[str, Any], name: str, shape: tuple[int, ...]) ->
     return value.clone()
 
 
-def check_select(stats: BatchStatistics, k: int, generator: torch.Generator | None) -> tuple[int, int]:
-    """Check what every ``select`` is given, and return n and k."""
+def check_select(stats: BatchStatistics, k: int, generator: torch.Generator | None) -> int:
+    """Check what every ``select`` is given, and return k."""
     if not isinstance(stats, BatchStatistics):
         raise TypeError(f"stats must be a BatchStatistics, got {shown(stats)}")
     valid = stats.valid
@@ -203,4 +203,4 @@ def check_select(stats: BatchStatistics, k: int, generator: torch.Generator | No
     if not 1 <= k <= n:
         raise ValueError(f"k must lie in [1, n = {n}], got {k}")
     check_generator(generator, valid.device)
-    return n, k
+    return k

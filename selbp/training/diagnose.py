@@ -358,7 +358,7 @@ def diagnose(
     minibatch = Batch.of(inputs, target, {})
     criterion = criterion_of(loss, class_weight=None, ignore_index=-100, label_smoothing=0.0, class_dim=class_dim)
     headless: AbstractContextManager[None] = nullcontext()
-    if loss == LINEAR and isinstance(criterion, CrossEntropy):
+    if isinstance(criterion, CrossEntropy) and loss == LINEAR:
         criterion = linear = LinearCausalLM(criterion, model, find_head(model, None))
         headless = linear.headless()
 

@@ -27,7 +27,6 @@ from selbp.training.auxiliary import Auxiliary, add
 from selbp.training.head import check_full_gradient, find_clear_head, find_head
 from selbp.training.head_gradient import FullHeadGradient
 from selbp.training.interaction import FirstComparison, Forwards
-from selbp.training.linear_loss import NAME as LINEAR
 from selbp.training.linear_loss import LinearCausalLM
 from selbp.training.losses import Criterion, CrossEntropy, of_some
 from selbp.training.minibatch import Minibatch
@@ -63,13 +62,12 @@ class StepKinds:
         self._full_head, self._gradients = options.full_head, options.reads_gradients
         self._sketch = Sketcher() if options.proxy == "sketch" else None
         self._cut = None if options.cut is None else _placed(model, options.cut, options)
-        linear = options.loss == LINEAR
-        wanted = self._gradients or options.head is not None or linear
+        wanted = self._gradients or options.head is not None or options.linear
         self.head = find_head(model, options.head) if wanted else find_clear_head(model)
         width = getattr(self.head, "weight", None)
         if isinstance(self._criterion, CrossEntropy) and isinstance(width, Tensor):
             self._criterion.check_classes(len(width), "the head")
-        if linear:
+        if options.linear:
             self._without_logits()
         if self._full_head:
             assert self.head is not None

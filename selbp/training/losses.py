@@ -260,8 +260,8 @@ def criterion_of(
     defaults = ((class_weight, None), (ignore_index, -100), (label_smoothing, 0.0), (class_dim, None))
     if any(value is not default and not _equals(value, default) for value, default in defaults):
         raise ValueError(
-            "class_weight, ignore_index, label_smoothing and class_dim apply to "
-            f"{', '.join(map(repr, ('cross_entropy', *CAUSAL)))} only"
+            'class_weight, ignore_index, label_smoothing and class_dim apply to "cross_entropy", "causal_lm" and '
+            '"linear_causal_lm" only'
         )
     if isinstance(loss, str) and loss == "mse":
         return PerSample(partial(_mean_over_sample, F.mse_loss), "mse")

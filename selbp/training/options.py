@@ -110,8 +110,7 @@ class StepOptions:
         scores = self.full_head or self.scoring == "eval" or self.target == "global" or self.head is not None
         if self.cut is not None and scores:
             raise ValueError("cut= goes with none of head, head_gradient, scoring and target: it needs no scoring")
-
-        if self.loss == LINEAR and (self.full_head or self.pass_labels):
+        if self.linear and (self.full_head or self.pass_labels):
             raise ValueError(
                 f'loss="{LINEAR}" goes with none of head_gradient="full" and pass_labels: the head does not run'
             )
@@ -144,6 +143,11 @@ class StepOptions:
     def recomputes(self) -> bool:
         """Whether a second forward of the chosen rows is asked for, and not left to be decided."""
         return self.backward == "recompute" or self.scoring_precision != "same"
+
+    @property
+    def linear(self) -> bool:
+        """Whether the loss reads the head's input, and the head does not run."""
+        return isinstance(self.loss, str) and self.loss == LINEAR  # an array compares entry by entry
 
     @property
     def full_head(self) -> bool:
