@@ -178,6 +178,7 @@ class Pooled:
         """The chosen rows that are trained here: rows change place where a rank has chosen more than its share."""
         indices, weights = selection
         if self._ranks is None or self._ranks.size == 1:
+            self._met = True
             return Mine(batch, indices, weights, batch)
         if not self._met:
             self._ranks.agree(indices, batch.device, "the same choice")
