@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -161,3 +162,14 @@ def test_ten_kills_lose_nothing(tmp_path: Path) -> None:
     assert len(found) == len(KILLS)
     assert all(step - (rank > 0) <= at <= step for at, (rank, step) in zip(found, KILLS, strict=True)), found
     check_same(tmp_path / "whole", tmp_path / "killed", exact=True)
+
+
+def test_the_module_that_torchrun_starts_is_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["selbp", "--version"])
+    monkeypatch.setattr("selbp.keep_freed_memory", lambda: True)  # it would act on all tests that follow
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("selbp_study", run_name="__main__")
+    assert ended.value.code == 0 and capsys.readouterr().out.startswith("selbp ")
