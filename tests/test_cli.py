@@ -256,8 +256,12 @@ def test_a_study_from_the_command_line_is_cached_and_rendered(
     assert (tmp_path / "study-quick.html").stat().st_size > 50_000
     assert main(["study", "--render", str(tmp_path), "--out", str(tmp_path / "study.md")]) == 0
     assert "digits, MLP, 32 of 128 samples" in (tmp_path / "study.md").read_text()
-    for bad, word in ((["--render", str(tmp_path / "runs")], "no study-"), (["--arms", "random,best"], "best"),
-                      (["--seeds", "1000"], "1000"), (["--arms", "matching"], "random")):  # fmt: skip
+    for bad, word in (
+        (["--render", str(tmp_path / "runs")], "no study-"),
+        (["--arms", "random,best"], "best"),
+        (["--seeds", "1000"], "1000"),
+        (["--arms", "matching"], "random"),
+    ):
         capsys.readouterr()
         assert main([*arguments, *bad]) == 2 and word in capsys.readouterr().err
 

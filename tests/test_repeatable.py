@@ -91,8 +91,11 @@ def test_a_shared_fixture_draws_the_same_whoever_wants_it_first(ours, shared: tu
 def test_examples_are_the_same_each_time_and_never_late(request: pytest.FixtureRequest) -> None:
     """Of every property that was collected here; ``HYPOTHESIS_PROFILE=random`` draws anew, as `make test-all` does."""
     functions = [getattr(item, "obj", None) for item in request.session.items]
-    known = [function._hypothesis_internal_use_settings for function in functions
-             if hasattr(function, "_hypothesis_internal_use_settings")]  # fmt: skip
+    known = [
+        function._hypothesis_internal_use_settings
+        for function in functions
+        if hasattr(function, "_hypothesis_internal_use_settings")
+    ]
     for settings in [hypothesis.settings(), *known]:
         assert settings.deadline is None and settings.derandomize == (PROFILE == "ci")
         assert PROFILE != "ci" or settings.database is None
@@ -103,8 +106,13 @@ def test_examples_are_the_same_each_time_and_never_late(request: pytest.FixtureR
 @pytest.mark.parametrize("what", CHANCE)
 def test_no_test_takes_a_chance(what: str) -> None:
     pattern = re.compile(CHANCE[what])
-    found = [f"{path.relative_to(TESTS)}:{number}" for path in sorted(TESTS.rglob("*.py")) if path != Path(__file__)
-             for number, line in enumerate(path.read_text().splitlines(), 1) if pattern.search(line)]  # fmt: skip
+    found = [
+        f"{path.relative_to(TESTS)}:{number}"
+        for path in sorted(TESTS.rglob("*.py"))
+        if path != Path(__file__)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if pattern.search(line)
+    ]
     assert found == []
 
 

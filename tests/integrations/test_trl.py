@@ -51,16 +51,31 @@ class Tokenizer:
 
 def train(model, folder, options=None, kind=None, **extra):
     plain = {
-        "output_dir": str(folder), "use_cpu": True, "report_to": [], "per_device_train_batch_size": 8, "max_steps": 2,
-        "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
-        "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "seed": 3, "data_seed": 3, "bf16": False,
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": [],
+        "per_device_train_batch_size": 8,
+        "max_steps": 2,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "seed": 3,
+        "data_seed": 3,
+        "bf16": False,
         "gradient_checkpointing": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
-    }  # fmt: skip
+    }
     trainer = (kind or SelectiveSFT)(
-        model=model, args=trl.SFTConfig(**(plain | extra)), train_dataset=data(), processing_class=Tokenizer(),
+        model=model,
+        args=trl.SFTConfig(**(plain | extra)),
+        train_dataset=data(),
+        processing_class=Tokenizer(),
         **({} if options is None else {"selective": options}),
-    )  # fmt: skip
+    )
     trainer.train()
     return trainer
 
@@ -118,8 +133,9 @@ def test_low_rank_adapters(tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed")
 
     def build():
-        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM",
-                                 init_lora_weights=False)  # fmt: skip
+        config = peft.LoraConfig(
+            r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+        )
         return peft.get_peft_model(llama(), config)
 
     ours, plain = build(), build()

@@ -76,18 +76,29 @@ def trainer_check(rank: int) -> None:
     whole = train(SelectiveTrainer, own(), max_steps=4)
     folder = shared_folder()
     half = SelectiveTrainer(
-        model=llama(), train_dataset=texts(), selective=own(),
-        args=arguments(folder, per_device_train_batch_size=4, gradient_accumulation_steps=2, ddp_backend="gloo",
-                       save_strategy="steps", save_steps=2),
-    )  # fmt: skip
+        model=llama(),
+        train_dataset=texts(),
+        selective=own(),
+        args=arguments(
+            folder,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            ddp_backend="gloo",
+            save_strategy="steps",
+            save_steps=2,
+        ),
+    )
     half.train()
     dist.barrier()
     assert (folder / "checkpoint-2" / f"selbp_state_{rank}.pt").exists()
     resumed = SelectiveTrainer(
-        model=llama(), train_dataset=texts(), selective=own(),
-        args=arguments(folder, per_device_train_batch_size=4, gradient_accumulation_steps=2, ddp_backend="gloo",
-                       max_steps=4),
-    )  # fmt: skip
+        model=llama(),
+        train_dataset=texts(),
+        selective=own(),
+        args=arguments(
+            folder, per_device_train_batch_size=4, gradient_accumulation_steps=2, ddp_backend="gloo", max_steps=4
+        ),
+    )
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert torch.equal(weights(resumed.model), weights(whole.model))
 

@@ -102,8 +102,14 @@ def test_the_cuda_module_imports_without_a_driver_and_says_what_is_missing():
 def test_the_build_switch_explains_itself(value, said):
     environment = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH")}
     environment.update(SELBP_CUDA=value, PATH="/nonexistent")
-    run = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, env=environment, capture_output=True,
-                         text=True, timeout=600)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert run.returncode != 0 and said in run.stderr
 
 
@@ -122,7 +128,8 @@ def test_the_cuda_core_is_built_wherever_nvcc_is(tmp_path, value, built):
     nvcc.chmod(0o755)
     environment = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH", "SELBP_CUDA")}
     environment.update({"PATH": str(tmp_path)}, **({"SELBP_CUDA": value} if value else {}))
-    run = subprocess.run([sys.executable, "-c", PRINT_MODULES], cwd=ROOT, env=environment, capture_output=True,
-                         text=True, timeout=600)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", PRINT_MODULES], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert run.returncode == 0, run.stderr
     assert ("selbp._native_cuda" in run.stdout.split()) == built

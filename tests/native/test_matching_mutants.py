@@ -34,7 +34,7 @@ MUTANTS = {
     "a resumed row's columns start over": (ENGINE, "at(begin + i, pivot)", "at(i, pivot)"),
     "of four rows two are formed": (LOOKAHEAD, "form_rows<kLookahead>(", "form_rows<2>("),
     "the residual lacks its factor 2": (SETUP, "twice = 2.0 * (", "twice = ("),
-}  # fmt: skip
+}
 
 
 # The driver calls the engine in float64 alone; the other half of the compilation is left out.

@@ -153,14 +153,14 @@ def test_the_kernel_is_the_specification():
 
 MUTANTS = {
     "scores not masked": lambda f: lambda s, v, *a: f(s, torch.ones_like(v), *a),
-    "the offset forgotten": lambda f: lambda s, v, d, *a: f(
-        s, v, None if d is None else torch.cat([d[:-1], 0 * d[:1]]), *a
+    "the offset forgotten": lambda f: (
+        lambda s, v, d, *a: f(s, v, None if d is None else torch.cat([d[:-1], 0 * d[:1]]), *a)
     ),
     "the order forgotten": lambda f: lambda s, v, d, *a: f(s, v, None if d is None else d[-1:].expand(len(d)), *a),
-    "one row fewer": lambda f: lambda s, v, d, k, *a: tuple(
-        torch.cat([x, x[:1] * 0])[:k] for x in f(s, v, d, max(1, k - 1), *a)
+    "one row fewer": lambda f: (
+        lambda s, v, d, k, *a: tuple(torch.cat([x, x[:1] * 0])[:k] for x in f(s, v, d, max(1, k - 1), *a))
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MUTANTS)

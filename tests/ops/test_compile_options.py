@@ -13,22 +13,23 @@ T, P = Y.view(2, 3), ops.sketch_projections(7, 4, (2, 3))
 # (the option's values, the call)
 OPTIONS = {
     "linear_cross_entropy label_smoothing": (
-        (0.1, 0, 0.25, 1.0), lambda v: ops.linear_cross_entropy(F, W, None, Y, label_smoothing=v)
+        (0.1, 0, 0.25, 1.0),
+        lambda v: ops.linear_cross_entropy(F, W, None, Y, label_smoothing=v),
     ),
     "linear_cross_entropy softcap": ((5.0, 0.0, 7.5), lambda v: ops.linear_cross_entropy(F, W, None, Y, softcap=v)),
     "linear_cross_entropy ignore_index": (
-        tuple(range(-3, 9)), lambda v: ops.linear_cross_entropy(F, W, None, Y, ignore_index=v)
+        tuple(range(-3, 9)),
+        lambda v: ops.linear_cross_entropy(F, W, None, Y, ignore_index=v),
     ),
     "statistics label_smoothing": ((0.1, 0.2, 0.3), lambda v: ops.cross_entropy_statistics(Z, Y, label_smoothing=v)),
     "statistics ignore_index": (tuple(range(-3, 9)), lambda v: ops.cross_entropy_statistics(Z, Y, ignore_index=v)),
     "statistics bias": ((True, False), lambda v: ops.cross_entropy_statistics(Z, Y, F, bias=v)),
     "linear statistics softcap": (
-        (1.0, 2.0, 3.0), lambda v: ops.linear_cross_entropy_statistics(F, W, None, Y, softcap=v)
+        (1.0, 2.0, 3.0),
+        lambda v: ops.linear_cross_entropy_statistics(F, W, None, Y, softcap=v),
     ),
     "residual label_smoothing": ((0.1, 0.2, 0.3), lambda v: ops.residual(Z, Y, Z.logsumexp(1), label_smoothing=v)),
-    "residual ignore_index": (
-        tuple(range(-3, 9)), lambda v: ops.residual(Z, Y, Z.logsumexp(1), ignore_index=v)
-    ),
+    "residual ignore_index": (tuple(range(-3, 9)), lambda v: ops.residual(Z, Y, Z.logsumexp(1), ignore_index=v)),
     "match k": (tuple(range(12)), lambda v: ops.match(K, B, B.mean(), v)),
     "match ridge": ((0.1, 0, 1e-3), lambda v: ops.match(K, B, B.mean(), 3, ridge=v)),
     "match tolerance": ((0.0, 0.5, 0.9), lambda v: ops.match(K, B, B.mean(), 3, tolerance=v)),
@@ -36,10 +37,11 @@ OPTIONS = {
     "nnls ridge": ((0.0, 0.5, 1.0), lambda v: ops.nnls(F, B, ridge=v)),
     "nnls_gram ridge": ((0.0, 0.5, 1.0), lambda v: ops.nnls_gram(K, B, ridge=v)),
     "sketch label_smoothing": (
-        (0.0, 0.1, 0.2), lambda v: ops.sketch(F.view(2, 3, 4), W, None, T, P, label_smoothing=v)
+        (0.0, 0.1, 0.2),
+        lambda v: ops.sketch(F.view(2, 3, 4), W, None, T, P, label_smoothing=v),
     ),
     "a scale": ((0.5, 1.5, 2.5), lambda v: ops.cross_entropy_statistics(Z * v, Y)),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)

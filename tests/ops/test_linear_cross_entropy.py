@@ -100,9 +100,23 @@ def test_the_gpu_fallback_computes_the_same():
             torch.testing.assert_close(a[forward[5]], b[forward[5]])
         for rows in (None, torch.tensor([1, 4, 1, 8])):
             arguments = (
-                torch.randn(12, dtype=torch.float64), features, weight, bias, target, forward[1], forward[6],
-                forward[5], None, rows, -100, 0.1, 0.0, True, True, True,
-            )  # fmt: skip
+                torch.randn(12, dtype=torch.float64),
+                features,
+                weight,
+                bias,
+                target,
+                forward[1],
+                forward[6],
+                forward[5],
+                None,
+                rows,
+                -100,
+                0.1,
+                0.0,
+                True,
+                True,
+                True,
+            )
             packed = module._pack_backward(*arguments)
             for a, b in zip(module._cuda.backward(*packed), module._backward_cpu(*packed), strict=True):
                 torch.testing.assert_close(a, b)
@@ -173,9 +187,21 @@ def test_opcheck(rows):
     torch.library.opcheck(torch.ops.selbp.linear_cross_entropy.default, arguments)
     _, lse, _, _, _, valid, others = torch.ops.selbp.linear_cross_entropy(*arguments)
     backward = (
-        torch.randn(9), *(t.detach() for t in tensors), target, lse.detach(), others.detach(), valid,
-        torch.rand(5), rows, -100, 0.1, 5.0, True, False, True,
-    )  # fmt: skip
+        torch.randn(9),
+        *(t.detach() for t in tensors),
+        target,
+        lse.detach(),
+        others.detach(),
+        valid,
+        torch.rand(5),
+        rows,
+        -100,
+        0.1,
+        5.0,
+        True,
+        False,
+        True,
+    )
     torch.library.opcheck(torch.ops.selbp.linear_cross_entropy_backward.default, backward)
 
 

@@ -39,9 +39,12 @@ def problem(n, d, *, seed, spread=1.0, external=0.0, dtype=torch.float64):
 def check_invariants(found, n, k, nonnegative=True):
     """What holds of every answer to whatever input."""
     for indices, weights, count, status in zip(
-        found.indices.reshape(found.count.numel(), k), found.weights.reshape(found.count.numel(), k),
-        found.count.reshape(-1), found.status.reshape(-1), strict=True,
-    ):  # fmt: skip
+        found.indices.reshape(found.count.numel(), k),
+        found.weights.reshape(found.count.numel(), k),
+        found.count.reshape(-1),
+        found.status.reshape(-1),
+        strict=True,
+    ):
         count = int(count)
         assert 0 <= count <= min(n, k)
         assert MatchStatus(int(status)) in MatchStatus
@@ -208,8 +211,13 @@ def test_no_false_kkt_stop_among_near_parallel_rows(dtype):
 def raw(gram, inner, target_sq, k, near_bytes, threads=1, nonnegative=True):
     """The native call itself, with its lookahead threshold."""
     n, dtype = inner.shape[-1], inner.dtype
-    out = [torch.empty(k, dtype=torch.int64), torch.empty(k, dtype=dtype), torch.empty((), dtype=torch.int32),
-           torch.empty((), dtype=dtype), torch.empty((), dtype=torch.uint8)]  # fmt: skip
+    out = [
+        torch.empty(k, dtype=torch.int64),
+        torch.empty(k, dtype=dtype),
+        torch.empty((), dtype=torch.int32),
+        torch.empty((), dtype=dtype),
+        torch.empty((), dtype=torch.uint8),
+    ]
     buffers = [gram.data_ptr(), inner.data_ptr(), target_sq.data_ptr(), 0, *(x.data_ptr() for x in out)]
     _native.match(buffers, dtype == torch.float64, 1, n, k, 0, nonnegative, 1e-3, 0.0, threads, near_bytes)
     return out
@@ -325,10 +333,17 @@ ROWS = st.sampled_from(["random", "zero", "equal", "duplicates", "parallel", "me
 
 @settings(max_examples=150, deadline=None)
 @given(
-    kind=ROWS, n=st.integers(0, 40), d=st.integers(1, 12), extra=st.integers(-40, 3), seed=st.integers(0, 10**6),
-    rule=st.sampled_from(ops.matching.RULES), nonnegative=st.booleans(), ridge=st.sampled_from([0.0, 1e-3, 1.0]),
-    dtype=st.sampled_from(DTYPES), masked=st.booleans(),
-)  # fmt: skip
+    kind=ROWS,
+    n=st.integers(0, 40),
+    d=st.integers(1, 12),
+    extra=st.integers(-40, 3),
+    seed=st.integers(0, 10**6),
+    rule=st.sampled_from(ops.matching.RULES),
+    nonnegative=st.booleans(),
+    ridge=st.sampled_from([0.0, 1e-3, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    masked=st.booleans(),
+)
 def test_degenerate_problems(kind, n, d, extra, seed, rule, nonnegative, ridge, dtype, masked):
     k = max(0, n + extra)
     generator = torch.Generator().manual_seed(seed)
@@ -363,8 +378,14 @@ def test_degenerate_problems(kind, n, d, extra, seed, rule, nonnegative, ridge, 
 
 
 @settings(max_examples=200, deadline=None)
-@given(data=st.binary(min_size=64, max_size=4096), k=st.integers(0, 20), dtype=st.sampled_from(DTYPES),
-       rule=st.sampled_from(ops.matching.RULES), nonnegative=st.booleans(), batch=st.integers(1, 3))  # fmt: skip
+@given(
+    data=st.binary(min_size=64, max_size=4096),
+    k=st.integers(0, 20),
+    dtype=st.sampled_from(DTYPES),
+    rule=st.sampled_from(ops.matching.RULES),
+    nonnegative=st.booleans(),
+    batch=st.integers(1, 3),
+)
 def test_random_bytes(data, k, dtype, rule, nonnegative, batch):
     """Bytes read as numbers: no Gram matrix, mostly. Never a crash, a NaN weight or a repeated row."""
     values = torch.frombuffer(bytearray(data[: len(data) // 8 * 8]), dtype=dtype)

@@ -52,9 +52,15 @@ def test_matches_the_reference(dtype, options, monkeypatch):
     ours = ops.sketch(features, weight, bias, target, (left, right), class_weight=class_weight, **options)
     assert ours.dtype == compute
     exact = reference.sketch(
-        double(features), double(weight), double(bias), target, double(left), double(right),
-        class_weight=double(class_weight), **options,
-    )  # fmt: skip
+        double(features),
+        double(weight),
+        double(bias),
+        target,
+        double(left),
+        double(right),
+        class_weight=double(class_weight),
+        **options,
+    )
     # Eager torch's logits are rounded to the features' dtype, as ours are; everything after is wide.
     assert_error("sketch", ours, exact, exact, 4 * torch.finfo(dtype).eps)
 

@@ -38,10 +38,14 @@ def test_matches_the_reference(dtype, options):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    n=st.integers(0, 20), n_classes=st.integers(1, 80), scale=st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e4]),
-    smoothing=st.sampled_from([0.0, 0.3, 1.0]), softcap=st.sampled_from([0.0, 20.0]), weighted=st.booleans(),
+    n=st.integers(0, 20),
+    n_classes=st.integers(1, 80),
+    scale=st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e4]),
+    smoothing=st.sampled_from([0.0, 0.3, 1.0]),
+    softcap=st.sampled_from([0.0, 20.0]),
+    weighted=st.booleans(),
     seed=st.integers(0, 1000),
-)  # fmt: skip
+)
 def test_any_shape(n, n_classes, scale, smoothing, softcap, weighted, seed):
     torch.manual_seed(seed)
     logits, target, features, class_weight = problem(n, n_classes, 3, torch.float64, weighted, scale)

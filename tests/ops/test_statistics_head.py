@@ -33,10 +33,13 @@ def test_linear_form_matches_the_reference_over_tiles(dtype, options, monkeypatc
         ours = ops.linear_cross_entropy_statistics(features, weight, b, target, class_weight=class_weight, **rest)
         # The logits of a 16-bit linear layer are 16-bit in eager torch too: both then see the same rounded products.
         eager = reference.cross_entropy_statistics(
-            torch.nn.functional.linear(features, weight, b).to(compute_dtype(dtype)), target,
-            features.to(compute_dtype(dtype)), bias=bias,
-            class_weight=None if class_weight is None else class_weight.to(compute_dtype(dtype)), **rest,
-        )  # fmt: skip
+            torch.nn.functional.linear(features, weight, b).to(compute_dtype(dtype)),
+            target,
+            features.to(compute_dtype(dtype)),
+            bias=bias,
+            class_weight=None if class_weight is None else class_weight.to(compute_dtype(dtype)),
+            **rest,
+        )
         exact = reference.linear_cross_entropy_statistics(
             double(features), double(weight), double(b), target, class_weight=double(class_weight), **rest
         )
@@ -102,18 +105,22 @@ def test_small_heads(shape, with_bias, weighted, monkeypatch):
     monkeypatch.setattr(_logit_pass._gemm, "linear", None)  # the native product alone
     ours = ops.linear_cross_entropy_statistics(features, weight, bias, target, class_weight=class_weight)
     strided = ops.linear_cross_entropy_statistics(
-        features.t().contiguous().t(), torch.cat([weight, weight], 1)[:, : shape[2]],
-        None if bias is None else torch.stack([bias, bias], 1)[:, 0], target, class_weight=class_weight,
-    )  # fmt: skip
+        features.t().contiguous().t(),
+        torch.cat([weight, weight], 1)[:, : shape[2]],
+        None if bias is None else torch.stack([bias, bias], 1)[:, 0],
+        target,
+        class_weight=class_weight,
+    )
     for a, b in zip(strided, ours, strict=True):
         assert torch.equal(a, b)
     wide, fine = (
         reference.linear_cross_entropy_statistics(
-            *(None if x is None else x.to(dtype) for x in (features, weight, bias)), target,
+            *(None if x is None else x.to(dtype) for x in (features, weight, bias)),
+            target,
             class_weight=None if class_weight is None else class_weight.to(dtype),
         )
         for dtype in (torch.float32, torch.float64)
-    )  # fmt: skip
+    )
     assert_statistics(ours, wide, fine)
 
 

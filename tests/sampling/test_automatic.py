@@ -84,10 +84,13 @@ def test_known_prices_decide_without_a_clock(monkeypatch, price, chosen):
 
 @pytest.mark.parametrize(
     ("change", "error"),
-    [({"other": 1.0}, "prices must name the candidates"), ({"drawn": 0.0}, "prices must be above 0"),
-     ({"drawn": -1.0}, "the price of drawn must be")],
+    [
+        ({"other": 1.0}, "prices must name the candidates"),
+        ({"drawn": 0.0}, "prices must be above 0"),
+        ({"drawn": -1.0}, "the price of drawn must be"),
+    ],
     ids=["name", "zero", "negative"],
-)  # fmt: skip
+)
 def test_wrong_prices_are_named(change, error):
     with pytest.raises(ValueError, match=error):
         known_prices(**change)

@@ -275,7 +275,7 @@ def test_wrong_tables_are_refused(arguments, error, says):
         (lambda t: ScoreTable(4, 2).estimate(), "holds no score yet"),
     ],
     ids=["no logits", "classes", "rows", "range", "no sampler", "ids", "suspects", "empty"],
-)  # fmt: skip
+)
 def test_wrong_calls_are_refused(call, says):
     with pytest.raises((ValueError, RuntimeError), match=says):
         call(known_table(20))

@@ -27,6 +27,14 @@ def text() -> Dataset:
 @pytest.fixture
 def config(dataset: Dataset) -> RunConfig:
     return RunConfig(
-        dataset=dataset.name, fingerprint=dataset.fingerprint, selector="matching", steps=30, lr=0.1, batch_size=32,
-        keep=0.25, model="mlp", evaluate_every=10, threads=1,
-    )  # fmt: skip
+        dataset=dataset.name,
+        fingerprint=dataset.fingerprint,
+        selector="matching",
+        steps=30,
+        lr=0.1,
+        batch_size=32,
+        keep=0.25,
+        model="mlp",
+        evaluate_every=10,
+        threads=1,
+    )

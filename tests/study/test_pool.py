@@ -32,9 +32,15 @@ def data(images: Path) -> Dataset:
 @pytest.fixture
 def run(data: Dataset) -> RunConfig:
     return RunConfig(
-        dataset=data.name, fingerprint=data.fingerprint, selector="random", steps=20, lr=0.1, model="mlp",
-        evaluate_every=20, threads=1,
-    )  # fmt: skip
+        dataset=data.name,
+        fingerprint=data.fingerprint,
+        selector="random",
+        steps=20,
+        lr=0.1,
+        model="mlp",
+        evaluate_every=20,
+        threads=1,
+    )
 
 
 @pytest.fixture

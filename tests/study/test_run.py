@@ -89,8 +89,14 @@ def test_a_run_stopped_at_any_step_ends_bit_for_bit_the_same(
 def test_a_run_on_text_learns_and_resumes_bit_for_bit(
     tmp_path: Path, text: Dataset, config: RunConfig, rule: str
 ) -> None:
-    config = dataclasses.replace(config, dataset=text.name, fingerprint=text.fingerprint, model="transformer",
-                                 selector=rule, keep=1.0 if rule == "full" else 0.25)  # fmt: skip
+    config = dataclasses.replace(
+        config,
+        dataset=text.name,
+        fingerprint=text.fingerprint,
+        model="transformer",
+        selector=rule,
+        keep=1.0 if rule == "full" else 0.25,
+    )
     whole = finish(config, text, tmp_path / "whole")
     run = Run(config, text, tmp_path / "parts")
     run.open()

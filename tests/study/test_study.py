@@ -23,9 +23,13 @@ from selbp_study.tuning import SEEDS
 
 ROOT = Path(__file__).resolve().parents[2]
 PROTOCOL = Protocol(
-    "small", "a test", (Cell("digits", "mlp", 12, (0.25,), batch_size=32),), ("full", "random", "matching"), (0, 1),
+    "small",
+    "a test",
+    (Cell("digits", "mlp", 12, (0.25,), batch_size=32),),
+    ("full", "random", "matching"),
+    (0, 1),
     own_keeps=(4, 8),
-)  # fmt: skip
+)
 
 
 def fixed_costs(wanted, _data, advance=lambda: None):
@@ -218,9 +222,14 @@ def test_a_claim_is_corrected_for_its_family(runs: Pool) -> None:
 
 @pytest.mark.parametrize(
     ("change", "match"),
-    [({"arms": ("full",)}, "random"), ({"seeds": (0, 1000)}, "1000"), ({"seeds": ()}, "seed"),
-     ({"budgets": ("money",)}, "budget"), ({"arms": ("random", "random")}, "arm")],
-)  # fmt: skip
+    [
+        ({"arms": ("full",)}, "random"),
+        ({"seeds": (0, 1000)}, "1000"),
+        ({"seeds": ()}, "seed"),
+        ({"budgets": ("money",)}, "budget"),
+        ({"arms": ("random", "random")}, "arm"),
+    ],
+)
 def test_bad_protocols_are_refused(change: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         dataclasses.replace(PROTOCOL, **change)

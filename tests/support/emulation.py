@@ -10,8 +10,17 @@ from support.compiled import ROOT, compile_all, link
 HERE = ROOT / "tests" / "cuda_emulation"
 
 # -O1: a compiler that copies a barrier into two branches would give one barrier two places.
-COMMON = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-fno-optimize-sibling-calls",
-          "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Werror"]  # fmt: skip
+COMMON = [
+    "-std=c++17",
+    "-O1",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-optimize-sibling-calls",
+    "-U_FORTIFY_SOURCE",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+]
 ADDRESS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 THREAD = ["-g", "-fsanitize=thread"]
 SANITIZERS = {"address": (ADDRESS, ADDRESS), "thread": (THREAD, ["-DSHIM_TSAN"])}  # of the kernels, of the scheduler
@@ -47,7 +56,11 @@ def run(program, *arguments, text="", seconds=600):
         "TSAN_OPTIONS": "exitcode=66 halt_on_error=1",
     }
     done = subprocess.run(
-        [str(program), *map(str, arguments)], input=text, env={**os.environ, **options},
-        capture_output=True, text=True, timeout=seconds,
-    )  # fmt: skip
+        [str(program), *map(str, arguments)],
+        input=text,
+        env={**os.environ, **options},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
     return done.returncode, done.stdout, done.stderr

@@ -69,10 +69,21 @@ def texts() -> Rows:
 
 def arguments(folder: Any, **options: Any) -> Any:
     plain = {
-        "output_dir": str(folder), "use_cpu": True, "report_to": [], "per_device_train_batch_size": 8, "max_steps": 2,
-        "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
-        "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "seed": 3, "data_seed": 3,
-    }  # fmt: skip
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": [],
+        "per_device_train_batch_size": 8,
+        "max_steps": 2,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "seed": 3,
+        "data_seed": 3,
+    }
     return transformers.TrainingArguments(**{**plain, **options})
 
 

@@ -89,13 +89,24 @@ def run_linear(case: Case, tile, splits=None):
     options = case.options
     smooth = options.get("label_smoothing", 0.0) != 0.0
     z, feature_sq = target_logit(
-        case.target, len(case.weight), features=case.features, weight=case.weight, bias=case.bias,
+        case.target,
+        len(case.weight),
+        features=case.features,
+        weight=case.weight,
+        bias=case.bias,
         plus=float(case.bias is not None),
-    )  # fmt: skip
+    )
     partials, _ = statistics(
-        case.features, case.weight, case.bias, case.target, class_weight=options.get("class_weight"), smooth=smooth,
-        softcap=options.get("softcap", 0.0), tile=tile, splits=splits,
-    )  # fmt: skip
+        case.features,
+        case.weight,
+        case.bias,
+        case.target,
+        class_weight=options.get("class_weight"),
+        smooth=smooth,
+        softcap=options.get("softcap", 0.0),
+        tile=tile,
+        splits=splits,
+    )
     return _join(partials, z, feature_sq, case, len(case.weight))
 
 
@@ -105,9 +116,14 @@ def run_logits(logits, case: Case, tile, splits=None, features=None, plus=0.0):
     smooth = options.get("label_smoothing", 0.0) != 0.0
     z, feature_sq = target_logit(case.target, logits.shape[1], features=features, logits=logits, plus=plus)
     partials = logits_statistics(
-        logits, case.target, class_weight=options.get("class_weight"), smooth=smooth,
-        softcap=options.get("softcap", 0.0), tile=tile, splits=splits,
-    )  # fmt: skip
+        logits,
+        case.target,
+        class_weight=options.get("class_weight"),
+        smooth=smooth,
+        softcap=options.get("softcap", 0.0),
+        tile=tile,
+        splits=splits,
+    )
     return _join(partials, z, feature_sq, case, logits.shape[1])
 
 

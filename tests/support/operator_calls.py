@@ -253,7 +253,9 @@ ONLY_DIRECT = {
     ],
 }
 ONLY_VALUES = {
-    "cross_entropy_statistics": VALUES, "linear_cross_entropy_statistics": VALUES, "residual": VALUES,
+    "cross_entropy_statistics": VALUES,
+    "linear_cross_entropy_statistics": VALUES,
+    "residual": VALUES,
     "linear_cross_entropy": [*VALUES, *ROW_VALUES],
     "linear_cross_entropy_backward": [*(({**change, "rows": None}, words) for change, words in VALUES), *ROW_VALUES],
     "sketch": [({"target": torch.tensor([[0, 1, 2], [0, C, 0]])}, r"target must lie in \[0, 3\) .*got 3 in row 4")],
@@ -266,7 +268,7 @@ ONLY_VALUES = {
         ({"order": torch.tensor([0, -1, 2, 3])}, r"order must lie in \[0, 4\), got -1 at 1"),
         ({"order": torch.tensor([HUGE, 1, 2, 3])}, r"order must lie in \[0, 4\), got 1099511627776 at 0"),
     ],
-}  # fmt: skip
+}
 
 
 def through_the_function(name, arguments):

@@ -232,6 +232,17 @@ def cube_sample(draw):
 
 
 OPERATORS = [
-    cross_entropy_statistics, linear_cross_entropy_statistics, linear_cross_entropy, residual, gradient_gram,
-    mean_gradient, matching_residual, match, nnls, sketch, choose_rows, percentile, cube_sample,
-]  # fmt: skip
+    cross_entropy_statistics,
+    linear_cross_entropy_statistics,
+    linear_cross_entropy,
+    residual,
+    gradient_gram,
+    mean_gradient,
+    matching_residual,
+    match,
+    nnls,
+    sketch,
+    choose_rows,
+    percentile,
+    cube_sample,
+]

@@ -26,7 +26,8 @@ class Ended(NamedTuple):
 def context() -> ForkServerContext:
     """For processes of which only what they do is tested, not how they come to be."""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["torch", "torch.distributed", "selbp", "selbp_study.cli"])
+    # torch._dynamo is what DistributedDataParallel imports when one is made.
+    found.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "selbp", "selbp_study.cli"])
     return found
 
 

@@ -37,8 +37,10 @@ class Traffic:
 traffic = Traffic()
 _extents: list[tuple[int, int]] = []
 _Builder = interpreter.InterpreterBuilder
-_original = {name: getattr(_Builder, name) for name in
-             ("create_dot", "cast_impl", "binary_op", "create_masked_load", "create_masked_store")}  # fmt: skip
+_original = {
+    name: getattr(_Builder, name)
+    for name in ("create_dot", "cast_impl", "binary_op", "create_masked_load", "create_masked_store")
+}
 _launch = interpreter.GridExecutor.__call__
 _patch_lang_tensor = interpreter._patch_lang_tensor
 

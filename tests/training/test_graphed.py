@@ -22,8 +22,7 @@ def make(selector=None, seed=0, **options):
 
 def batches(count, n=12):
     generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(n, 6, generator=generator), torch.randint(3, (n,), generator=generator))
-            for _ in range(count)]  # fmt: skip
+    return [(torch.randn(n, 6, generator=generator), torch.randint(3, (n,), generator=generator)) for _ in range(count)]
 
 
 def tensors_of(report):

@@ -10,9 +10,16 @@ import selbp
 from selbp_study.row_models import SMALL
 
 ALL = [
-    selbp.Full(), selbp.Random(), selbp.TopLoss(), selbp.TopGradNorm(), selbp.GradNormImportance(),
-    selbp.GradientMatching(), selbp.DivBS(), selbp.LossPercentile(), selbp.LossRank(),
-]  # fmt: skip
+    selbp.Full(),
+    selbp.Random(),
+    selbp.TopLoss(),
+    selbp.TopGradNorm(),
+    selbp.GradNormImportance(),
+    selbp.GradientMatching(),
+    selbp.DivBS(),
+    selbp.LossPercentile(),
+    selbp.LossRank(),
+]
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -93,9 +93,15 @@ def train(case: str, rule: str, micro_batch: int | None, turns: int = 1, **more:
     model, data = make()
     generator = torch.Generator().manual_seed(3)
     step = selbp.SelectiveBackprop(
-        model, selector=RULES[rule](), keep=0.3, backward="recompute", generator=generator, micro_batch=micro_batch,
-        **options, **more,
-    )  # fmt: skip
+        model,
+        selector=RULES[rule](),
+        keep=0.3,
+        backward="recompute",
+        generator=generator,
+        micro_batch=micro_batch,
+        **options,
+        **more,
+    )
     found, reports = [], []
     for _ in range(turns):
         loss = step.backward(*data)

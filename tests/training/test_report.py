@@ -16,9 +16,17 @@ from selbp.common.proxies import HeadProxies
 from selbp.training.schedule import rows_at_cost, step_cost
 
 RULES = [
-    selbp.Full(), selbp.Random(), selbp.TopLoss(), selbp.TopGradNorm(), selbp.GradNormImportance(),
-    selbp.LossPercentile(), selbp.LossRank(), selbp.GradientMatching(), selbp.DivBS(), selbp.TopLoss(weights="refit"),
-]  # fmt: skip
+    selbp.Full(),
+    selbp.Random(),
+    selbp.TopLoss(),
+    selbp.TopGradNorm(),
+    selbp.GradNormImportance(),
+    selbp.LossPercentile(),
+    selbp.LossRank(),
+    selbp.GradientMatching(),
+    selbp.DivBS(),
+    selbp.TopLoss(weights="refit"),
+]
 
 
 class HostReads(TorchDispatchMode):

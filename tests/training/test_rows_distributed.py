@@ -172,9 +172,11 @@ def check_flat_parameters(rank: int) -> None:
             torch.manual_seed(0)
             networks.append(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double())
         networks[0] = FullyShardedDataParallel(
-            networks[0], auto_wrap_policy=ModuleWrapPolicy({nn.Linear}), use_orig_params=original,
+            networks[0],
+            auto_wrap_policy=ModuleWrapPolicy({nn.Linear}),
+            use_orig_params=original,
             device_id=torch.device("cpu"),
-        )  # fmt: skip
+        )
         for number in range(2):
             torch.manual_seed(10 * number + rank)
             x, y = torch.randn(16, 4, dtype=torch.float64), torch.randint(3, (16,))

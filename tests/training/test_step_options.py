@@ -184,8 +184,11 @@ def answer_losses(output, target):
 @pytest.mark.parametrize("backward", STRATEGIES)
 def test_several_targets_of_a_dict_batch(backward):
     model, n = Answers(), 12
-    batch = {"ids": torch.randint(0, 11, (n, 6)), "start_positions": torch.randint(0, 6, (n,)),
-             "end_positions": torch.randint(0, 6, (n,))}  # fmt: skip
+    batch = {
+        "ids": torch.randint(0, 11, (n, 6)),
+        "start_positions": torch.randint(0, 6, (n,)),
+        "end_positions": torch.randint(0, 6, (n,)),
+    }
     keys = ("start_positions", "end_positions")
     step = selbp.SelectiveBackprop(
         model, selector=selbp.GradientMatching(), keep=0.5, loss=answer_losses, backward=backward, target_keys=keys
@@ -417,9 +420,12 @@ def test_an_auxiliary_loss_that_is_no_scalar_is_refused():
 def test_a_callable_loss_sees_the_auxiliary_one_itself():
     model, (x, y) = Router(), samples()
     step = selbp.SelectiveBackprop(
-        model, selector=selbp.Full(), keep=1.0, backward="recompute",
+        model,
+        selector=selbp.Full(),
+        keep=1.0,
+        backward="recompute",
         loss=lambda output, target: F.cross_entropy(output["logits"], target, reduction="none"),
-    )  # fmt: skip
+    )
     assert_same(gradients(model, step(x, y)), gradients(model, F.cross_entropy(model(x)["logits"], y)), 1e-10)
 
 

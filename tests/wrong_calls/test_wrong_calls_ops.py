@@ -90,27 +90,40 @@ def test_through_the_function(name, change, words):
 
 
 NUMBERS = {
-    "cross_entropy_statistics": ("label_smoothing", "softcap"), "linear_cross_entropy": ("label_smoothing", "softcap"),
-    "linear_cross_entropy_statistics": ("label_smoothing", "softcap"), "residual": ("label_smoothing", "softcap"),
-    "sketch": ("label_smoothing", "softcap"), "match": ("ridge", "tolerance"),
-}  # fmt: skip
+    "cross_entropy_statistics": ("label_smoothing", "softcap"),
+    "linear_cross_entropy": ("label_smoothing", "softcap"),
+    "linear_cross_entropy_statistics": ("label_smoothing", "softcap"),
+    "residual": ("label_smoothing", "softcap"),
+    "sketch": ("label_smoothing", "softcap"),
+    "match": ("ridge", "tolerance"),
+}
 INTEGERS = {name: "k" if name == "match" else "ignore_index" for name in NUMBERS}
 TENSORS = {
-    "cross_entropy_statistics": ("logits", "target"), "linear_cross_entropy": ("features", "weight", "target"),
-    "linear_cross_entropy_statistics": ("features", "weight", "target"), "residual": ("logits", "target", "lse"),
-    "gradient_gram": ("residual", "features"), "mean_gradient": ("residual", "features"),
-    "match": ("gram", "inner", "target_sq"), "sketch": ("features", "weight", "target"),
+    "cross_entropy_statistics": ("logits", "target"),
+    "linear_cross_entropy": ("features", "weight", "target"),
+    "linear_cross_entropy_statistics": ("features", "weight", "target"),
+    "residual": ("logits", "target", "lse"),
+    "gradient_gram": ("residual", "features"),
+    "mean_gradient": ("residual", "features"),
+    "match": ("gram", "inner", "target_sq"),
+    "sketch": ("features", "weight", "target"),
     "cube_sample": ("balance", "probability"),
-}  # fmt: skip
+}
 OPTIONAL = {
-    "cross_entropy_statistics": ("features", "class_weight"), "linear_cross_entropy": ("bias", "class_weight", "rows"),
-    "linear_cross_entropy_statistics": ("bias", "class_weight"), "residual": ("class_weight",), "match": ("valid",),
+    "cross_entropy_statistics": ("features", "class_weight"),
+    "linear_cross_entropy": ("bias", "class_weight", "rows"),
+    "linear_cross_entropy_statistics": ("bias", "class_weight"),
+    "residual": ("class_weight",),
+    "match": ("valid",),
     "sketch": ("bias", "class_weight"),
-}  # fmt: skip
+}
 FLAGS = {
-    "cross_entropy_statistics": "bias", "gradient_gram": "bias", "mean_gradient": "bias", "matching_residual": "bias",
+    "cross_entropy_statistics": "bias",
+    "gradient_gram": "bias",
+    "mean_gradient": "bias",
+    "matching_residual": "bias",
     "match": "nonnegative",
-}  # fmt: skip
+}
 TYPES = [
     *((n, {a: v}, f"{a} must be a number, got {t}") for n, names in NUMBERS.items() for a in names
       for v, t in ((True, "bool"), ("0.1", "str"), (None, "NoneType"), (torch.tensor(0.1), "Tensor"), (1j, "complex"))),

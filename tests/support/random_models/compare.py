@@ -116,9 +116,14 @@ def amplified(program: Program, store: Store, total: Total, between: Between | N
 
 
 def compare(
-    what: str, program: Program, store: Store, total: Total, got: Gradients, between: Between | None = None,
+    what: str,
+    program: Program,
+    store: Store,
+    total: Total,
+    got: Gradients,
+    between: Between | None = None,
     want: Gradients | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Raise unless ``got`` is what plain torch computes, to rounding."""
     want = gradients(program, store, total, rows=False, between=between) if want is None else want
     scale = scale_of(want)

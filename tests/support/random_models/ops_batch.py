@@ -65,13 +65,15 @@ table(
         "batch_as_strided": lambda x: (x * 1).as_strided((len(x), x.shape[1]), (1, len(x))).sin(),
         "batch_scatter": lambda x: torch.zeros_like(x).scatter_add(0, x.argsort(0) // 2, x),
         "batch_masked_select": lambda x: torch.zeros_like(x).masked_scatter(x < 0, x[x < 0] * 2) + x,
-        "batch_conv": lambda x: F.conv1d(x.t()[None], torch.ones(x.shape[1], 1, 3, dtype=x.dtype), padding=1,
-                                         groups=x.shape[1])[0].t() * 0.3,
+        "batch_conv": lambda x: (
+            F.conv1d(x.t()[None], torch.ones(x.shape[1], 1, 3, dtype=x.dtype), padding=1, groups=x.shape[1])[0].t()
+            * 0.3
+        ),
         "batch_layer_norm": lambda x: F.layer_norm(x.t(), (len(x),), eps=0.1).t(),
         "batch_expand_self": lambda x: (x[None].expand(3, -1, -1) * torch.arange(3.0)[:, None, None]).sum(0),
     },
     mixes=True,
-)  # fmt: skip
+)
 
 
 @step("image", mixes=True)

@@ -43,8 +43,11 @@ def product(c: Context, x: Tensor) -> Tensor:
         return (x.unsqueeze(2) @ x.unsqueeze(1)).flatten(1)[:, : 2 * d] * 0.3
     if how == "chain":
         return torch.linalg.multi_dot([x, c.param(d, 3), c.param(3, 4)])
-    return torch.tensordot(x.view(len(x), 2, d // 2) if x.is_contiguous() else x.unflatten(1, (2, -1)),
-                           c.param(3, 2, d // 2), dims=([1, 2], [1, 2]))  # fmt: skip
+    return torch.tensordot(
+        x.view(len(x), 2, d // 2) if x.is_contiguous() else x.unflatten(1, (2, -1)),
+        c.param(3, 2, d // 2),
+        dims=([1, 2], [1, 2]),
+    )
 
 
 EINSUMS = {

@@ -63,7 +63,7 @@ table(
         "view_as": lambda x: x.reshape(len(x), 2, -1).contiguous().view_as(x.unflatten(1, (2, -1))),
         "combinations": lambda x: torch.block_diag(x[:, :2].sum(0) * 0 + 1, x.new_ones(1)).sum() * x,
     },
-)  # fmt: skip
+)
 table(
     "sequence",
     {
