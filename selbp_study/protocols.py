@@ -35,6 +35,7 @@ class Protocol:
     tuned_keeps: tuple[str, ...] = ()  # arms whose keep is chosen among own_keeps too, under the budget of time
     clock: str = "matching"  # the arm whose steps, at the dearest keep, set the budget of time
     note: str = ""  # for who reads the result
+    curves: int = 2  # seeds, the first ones, whose curves are recorded: an evaluation takes as long as many steps
     claim: bool = False  # Holm-corrected over all of its differences, cells by arms, in each budget
 
     def __post_init__(self) -> None:
@@ -77,7 +78,7 @@ PROTOCOLS: dict[str, Protocol] = {
             "quick",
             "the rules of the first table and auto, a short training, two seeds",
             (Cell(CLEAN, "cnn", 150),),
-            (*PAPER, "auto"),
+            (*PAPER, "auto-32"),
             (0, 1),
             own_keeps=(16, 32, 64),
         ),
@@ -190,6 +191,7 @@ PROTOCOLS: dict[str, Protocol] = {
             tuned_keeps=("auto-one-pass",),
             clock="random",
             claim=True,
+            curves=10,
             note="The budget of time is what 400 steps of random on 48 samples take. The seconds of the small network "
             "that first fills the table are paid out of it.",
         ),

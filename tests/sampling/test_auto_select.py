@@ -117,7 +117,7 @@ def test_a_proxy_of_few_samples_makes_at_most_a_twentieth_of_the_steps(steps, pa
     samples = data(1500)
     made = fit_proxy(samples, ScoreTable(1500, 4), steps=steps)
     assert made.passes == passes
-    assert steps is None or made.passes == 1 or made.passes * 1500 / 128 <= steps / 20 + 1
+    assert steps is None or (made.passes - 1) * 1500 / 128 <= steps / 20
 
 
 def test_a_proxy_without_time_leaves_the_table_as_it_was():
