@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sampling_kit import data
+from support.sampling_kit import data
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
