@@ -22,7 +22,6 @@ from selbp_study.tuning import Choice, climb, tuning_config
 
 FORMAT = 1
 POINTS = 4  # of a curve, its end included
-CURVES = 2  # seeds, the first ones, whose curves are recorded: an evaluation takes as long as many steps
 ALIKE = 1.5  # budgets whose numbers of steps differ by no more than this share a rate
 Job = Generator[list[RunConfig], list[Finished], list[dict[str, Any]]]
 Say = Callable[[str], None]
@@ -149,7 +148,7 @@ def seeded(plan: Plan, config: RunConfig) -> list[RunConfig]:
     """``config`` with each of the study's seeds, the first ones evaluated at a few points."""
     every = max(1, -(-config.steps // POINTS))
     return [
-        replace(config, seed=seed, evaluate_every=every if place < CURVES else config.steps)
+        replace(config, seed=seed, evaluate_every=every if place < plan.protocol.curves else config.steps)
         for place, seed in enumerate(plan.protocol.seeds)
     ]
 
@@ -186,6 +185,11 @@ def entry(
             [step, round(sum(values) / len(values), 3)]
             for step, values in zip(points, zip(*curves, strict=True), strict=True)
         ],
+        "curves": {
+            str(seed): [[point["step"], round(point["accuracy"], 4)] for point in result["curve"]]
+            for seed, result in results.items()
+            if len(result["curve"]) == longest
+        },
         "tuning": [list(tried) for tried in choice.tried],
         "key": config.key(),
     }

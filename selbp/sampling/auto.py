@@ -14,6 +14,7 @@ from selbp.sampling.batches import ScoredBatchSampler
 
 FALLBACK = "random"
 TIMES = 32  # of the last steps of each candidate, whose median counts
+SPARSE = 8  # of so many random steps one writes to the table: enough for headroom, and next to nothing on average
 WARM = 2  # first steps of a candidate that do not count
 
 
@@ -78,7 +79,8 @@ class AutoSelect:
     for its price.
 
     With headroom near 1, as for windows of text, nothing is chosen: the step is random's at its own keep, and the
-    controller costs a few microseconds.
+    controller costs a few microseconds: the draw is a slice of the epoch's order, and one step of eight writes to the
+    table.
 
     Parameters
     ----------
@@ -143,13 +145,14 @@ class AutoSelect:
         self._fixed = None if prices is None else _checked(prices, self.candidates)
         self._times: dict[str, deque[float]] = {name: deque(maxlen=TIMES) for name in self.candidates}
         self._count = dict.fromkeys(self.candidates, 0)
-        self._steps, self._last = 0, ("", 0.0)
-        self._report: Any = None
+        self._steps, self._last, self._tried = 0, ("", 0.0), self._fixed is not None
+        self._last_step: Any = None
         self._use(FALLBACK)
 
     def _use(self, name: str) -> None:
         candidate = self.candidates[name]
-        self.sampler.use(k=candidate.k, scored=candidate.scored, tag=name)
+        every = 1 if candidate.scored else SPARSE
+        self.sampler.use(k=candidate.k, scored=candidate.scored, tag=name, record_every=every)
         self.current = name
 
     def __call__(self, inputs: Any, target: Any = None, **per_sample: Tensor) -> Tensor:
@@ -159,10 +162,10 @@ class AutoSelect:
         if self._fixed is None:
             self._time(name, getattr(target, "device", None))
         self._steps += 1
-        if self._steps % self.every == 0 or (self._untried() and not self._trying()):
+        if self._steps % self.every == 0 or not (self._tried or self._trying()):
             self.decide()
-        loss: Tensor = self.candidates[name].step(inputs, target, **per_sample)
-        self._report = self.candidates[name].step.report
+        step = self._last_step = self.candidates[name].step
+        loss: Tensor = step(inputs, target, **per_sample)
         return loss
 
     def _time(self, name: str, device: Any) -> None:
@@ -186,9 +189,9 @@ class AutoSelect:
     @property
     def report(self) -> Any:
         """The last step's :class:`selbp.StepReport`. Raises RuntimeError before the first one."""
-        if self._report is None:
+        if self._last_step is None:
             raise RuntimeError("there is no report before the first step")
-        return self._report
+        return self._last_step.report
 
     @property
     def prices(self) -> dict[str, float]:
@@ -213,6 +216,7 @@ class AutoSelect:
         if self._trying():
             return self.current
         untried = self._untried()
+        self._tried = not untried
         before = self.current
         if untried:
             chosen, why = untried[0], f"its price is not known: {self.trial} steps will tell"
@@ -259,6 +263,7 @@ class AutoSelect:
         self._times = {name: deque(state["times"][name], maxlen=TIMES) for name in self.candidates}
         self._count = {name: int(state["count"][name]) for name in self.candidates}
         self._steps, self._last = check_int("steps", state["steps"], 0), ("", 0.0)
+        self._tried = not self._untried()
         self.log = [Decision(*line) for line in state["log"]]
         self._use(state["current"])
 

@@ -6,6 +6,7 @@ The generator is SplitMix64's sequence (Steele, Lea & Flood 2014), read at the s
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from selbp import _native
+from selbp.ops.choose_rows import RULES, WEIGHTS
 from selbp.ops.choose_rows import _choose_rows as choose
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -105,6 +107,11 @@ def specified(
     return torch.cat([first, keys.sort(stable=True).indices[: k - uniform_rows]]), None
 
 
+@functools.lru_cache(maxsize=8)
+def _all_valid(pool: int) -> Tensor:
+    return torch.ones(pool, dtype=torch.bool)
+
+
 def _unbiased(first: Tensor, odds: Tensor, draws: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The rows ``first`` (u,) at 1 / n each, and k - u of the others by systematic sampling at 1 / (n pi)."""
     valid = torch.ones_like(odds, dtype=torch.bool)
@@ -140,9 +147,10 @@ def draw(
     if ids.device.type != "cpu":
         return specified(table, ids, k, uniform_rows, odds, factor, seed, step, unbiased)
     pool = len(ids)
-    scratch = torch.empty(2 * pool + 1 + 2 * k, dtype=torch.float64)
-    rows, address = torch.empty(k, dtype=torch.int64), scratch.data_ptr()
     second = unbiased and uniform_rows < k
+    scratch = torch.empty((9 * pool if second else pool) + 1 + 2 * k, dtype=torch.float64)
+    rows, address = torch.empty(k, dtype=torch.int64), scratch.data_ptr()
+    heap = address + 8 * (len(scratch) - 2 * k)
     _native.draw(
         pool,
         k,
@@ -157,8 +165,21 @@ def draw(
         rows.data_ptr(),
         address,
         address + 8 * pool if second else 0,
-        address + 8 * (2 * pool + 1),
+        heap,
     )
     if not second:
         return rows, torch.full((k,), 1.0 / k, dtype=torch.float64) if unbiased else None
-    return _unbiased(rows[:uniform_rows], scratch[:pool], scratch[pool : 2 * pool + 1], k)
+    weights, valid = torch.full((k,), 1.0 / pool, dtype=torch.float64), _all_valid(pool)
+    _native.choose_rows(  # as in _unbiased, straight to the slots after the uniform rows
+        pool,
+        k - uniform_rows,
+        address,
+        valid.data_ptr(),
+        address + 8 * pool,
+        RULES.index("odds"),
+        WEIGHTS.index("unbiased"),
+        rows.data_ptr() + 8 * uniform_rows,
+        weights.data_ptr() + 8 * uniform_rows,
+        address + 8 * (2 * pool + 1),
+    )
+    return rows, weights

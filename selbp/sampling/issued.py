@@ -24,12 +24,15 @@ class Draw(NamedTuple):
         (k,) float64, a factor on each row's weight in the step; None: 1.
     tag : str
         What :meth:`ScoredBatchSampler.use` called it.
+    recorded : bool
+        Whether the step writes what it sees of them to the table.
     """
 
     ids: Tensor
     uniform: int
     weights: Tensor | None = None
     tag: str = ""
+    recorded: bool = True
 
 
 class Owner(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from selbp.sampling.table import ScoreTable
 
 LEAST = 100  # minibatches, from which the noise is seen
 MOST = 10  # passes that are made for them
+SHARE = 0.05  # minibatches beyond the first pass, of the steps of the training that follows
+HALF = 0.5  # of a pass: one that was ended before has scores to no use
 RATE, BATCH = 0.01, 128  # of Adam
 START, PACE = 0.2, 0.05  # eps before the first minibatch, and how far each one moves it
 FOR_TRANSITION = 20_000  # samples that a transition matrix is learned from
@@ -55,6 +58,7 @@ def fit_proxy(
     hidden: int = 64,
     passes: int | None = None,
     seconds: float | None = None,
+    steps: int | None = None,
     halves: bool = False,
     seed: int = 0,
 ) -> Proxy:
@@ -85,6 +89,10 @@ def fit_proxy(
         minibatches, at most 10; fewer leave the noise unseen.
     seconds : float or None
         End the training after so many processor seconds, reading not counted, even if the passes are not through.
+        If that is before half of a pass, the table is left as it was.
+    steps : int or None
+        Of the training that follows: passes beyond the first are made only while the proxy's minibatches are at most a
+        twentieth of them, for ``passes=None``.
     halves : bool
         Train two, each on every other sample, and score by the one that has not seen the sample: scores that nothing
         was learned by heart for, from half as much data each.
@@ -124,7 +132,7 @@ def fit_proxy(
         raise ValueError(f"dataset must have the table's {n} samples, got {len(dataset)}")
     features = _check_features(features, n)
     hidden, seed = check_int("hidden", hidden, 1), check_int("seed", seed, 0)
-    passes = _enough(n) if passes is None else check_int("passes", passes, 1)
+    passes = _enough(n, steps) if passes is None else check_int("passes", passes, 1)
     limit = None if seconds is None else check_number("seconds", seconds, 0.0)
     x, y = _read(dataset, features, n, table.classes)
     read = time.process_time()
@@ -132,22 +140,31 @@ def fit_proxy(
     logits, done, epsilon = _fitted(
         x, y, table.classes, hidden, passes, limit, check_flag("halves", halves), seed, noisy
     )
-    if noisy:
-        table.epsilon.fill_(epsilon)
-    if table.noise == "class":
-        few = torch.randperm(n, generator=_generator(seed))[:FOR_TRANSITION]
-        table.estimate(logits[few], y[few])
-    table.fill(torch.arange(n), logits, y)
-    table.measure() if table.noise == "class" else table.estimate()
+    if done >= HALF:
+        _fill(table, logits, y, epsilon, seed)
     losses = F.cross_entropy(logits, y, reduction="none")
     accuracy = float((logits.argmax(1) == y).double().mean())
     end = time.process_time()
     return Proxy(end - start, end - read, done, accuracy, losses)
 
 
-def _enough(n: int) -> int:
-    """Passes over ``n`` samples that make :data:`LEAST` minibatches, at most :data:`MOST`."""
-    return max(1, min(MOST, -(-LEAST * BATCH // n)))
+def _fill(table: ScoreTable, logits: Tensor, y: Tensor, epsilon: float, seed: int) -> None:
+    """Write the scores of all samples, and what they say of the noise."""
+    n = len(y)
+    if table.noise != "none":
+        table.epsilon.fill_(epsilon)
+    if table.noise == "class":
+        few = torch.randperm(n, generator=_generator(seed))[:FOR_TRANSITION]
+        table.estimate(logits[few], y[few])
+    table.fill(torch.arange(n), logits, y)
+    table.measure() if table.noise == "class" else table.estimate()
+
+
+def _enough(n: int, steps: int | None) -> int:
+    """Passes over ``n`` samples that make :data:`LEAST` minibatches, at most :data:`MOST`, and no more than that."""
+    wanted = LEAST if steps is None else min(LEAST, int(SHARE * check_int("steps", steps, 1)))
+    found = wanted * BATCH / n
+    return max(1, min(MOST, math.ceil(found) if steps is None or wanted == LEAST else int(found)))
 
 
 def _check_features(features: Features, n: int) -> Features:

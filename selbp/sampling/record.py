@@ -11,6 +11,8 @@ from selbp import _native
 from selbp.sampling.draw import Columns
 
 EPSILON, MASS, NORM, NORM_SQ = range(4)  # the entries of a table's averages
+FEW = 0.05  # wrong labels up to this share are left to the plain loss: a model's own errors look like as many
+QUANTILE = 2.326  # of the normal distribution, at 99 %
 LEAST_EPSILON = 1e-3  # where it is not 0 outright: expectation-maximisation would stay at 0 for ever
 
 
@@ -42,6 +44,15 @@ class Fresh:
         """(rows,) bool."""
         place = torch.arange(len(self.target), device=self.ids.device) if self.place is None else self.place
         return place < self.uniform
+
+
+def lower_bound(share: float, rows: float) -> float:
+    """Of a share that was seen in ``rows`` rows, at 99 % (Wilson 1927); 0 without a row."""
+    if rows <= 0.0:
+        return 0.0
+    share, spread = min(max(share, 0.0), 1.0), QUANTILE**2 / rows
+    half = (spread * share * (1.0 - share) + spread**2 / 4.0) ** 0.5
+    return max(0.0, (share + spread / 2.0 - half) / (1.0 + spread))
 
 
 def responsibility(probability: Tensor, epsilon: Tensor, classes: int) -> Tensor:

@@ -17,12 +17,14 @@ from selbp.sampling.issued import Draw, Issued, check_ids
 from selbp.sampling.noise import estimate_epsilon, estimate_transition, normalised
 from selbp.sampling.record import (
     EPSILON,
+    FEW,
     LEAST_EPSILON,
     MASS,
     NORM,
     NORM_SQ,
     Averages,
     Fresh,
+    lower_bound,
     record,
     remember,
     responsibility,
@@ -140,6 +142,7 @@ class ScoreTable:
         if self.noise != "none":
             self._averages.state[EPSILON] = FIRST_EPSILON
         self._time = 0  # how often rows have been recorded
+        self._prior = 1.0  # the weight that the first eps, which nothing was learned from, has in today's
         self._arriving: list[tuple[Any, list[Tensor | None], int, Draw]] = []
         self.issued = Issued()
         self.irreducible: Tensor | None = None  # (N,) float32, see selbp.sampling.rho_loss
@@ -187,6 +190,21 @@ class ScoreTable:
     def epsilon(self) -> Tensor:
         """() float64: the mixture's weight of a label that is any of the C."""
         return self._averages.state[EPSILON]
+
+    @property
+    def shown_epsilon(self) -> Tensor | float:
+        """Eps where uniform rows show that more than a few labels are wrong, else 0: what a loss should reckon with.
+
+        It is shown where the lower 99 % bound of what the rows say, the first guess taken out, is above .05, as if a
+        row's responsibility were an observation. A clean data set's network is surely wrong of some samples too, and a
+        loss that held their labels for wrong would learn nothing from them. A number where the table is on the CPU;
+        on a GPU () float64, which nothing waits for: there eps is as it is.
+        """
+        if self.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.epsilon
+        epsilon, rows = self._averages.state[: MASS + 1].tolist()
+        seen = epsilon - self._prior * FIRST_EPSILON
+        return epsilon if seen > FEW and lower_bound(seen, rows * (1.0 - self._prior)) > FEW else 0.0
 
     @property
     def transition(self) -> Tensor | None:
@@ -295,6 +313,7 @@ class ScoreTable:
             assert self._averages.transition is not None and self._averages.counts is not None
             self._averages.transition.copy_(transition)
             self._averages.counts.copy_(counts)
+        self._prior = 0.0
         self.measure()
 
     @torch.no_grad()
@@ -408,6 +427,7 @@ class ScoreTable:
         assert target is not None
         fresh = Fresh(draw.ids, draw.uniform, place, live, target)
         self._raise_mismatch(record(self._columns, self._averages, fresh, first, time), fresh)
+        self._prior *= max(0.0, 1.0 - draw.uniform / self.window)
         if self._averages.counts is not None and self._averages.transition is not None and draw.uniform:
             self._averages.transition.copy_(normalised(self._averages.counts, 1.0 / self.window))
 
@@ -456,7 +476,12 @@ class ScoreTable:
     def state_dict(self) -> dict[str, Any]:
         """Everything that was learned, on the CPU; waits for what is still on its way."""
         self.arrive(wait=True)
-        state: dict[str, Any] = {"classes": self.classes or 0, "noise": self.noise, "time": self._time}
+        state: dict[str, Any] = {
+            "classes": self.classes or 0,
+            "noise": self.noise,
+            "time": self._time,
+            "prior": self._prior,
+        }
         for name, column in zip(Columns._fields, self._columns, strict=True):
             state[name] = column[:-1].detach().cpu().clone()
         for name in ("state", "transition", "counts"):
@@ -475,6 +500,7 @@ class ScoreTable:
             if state[name] != mine[name]:
                 raise ValueError(f"the state's {name} is {shown(state[name])}, the table's {shown(mine[name])}")
         check_int("the state's time", state["time"], 0)
+        check_number("the state's prior", state["prior"], 0.0, 1.0)
         for name, own in mine.items():
             value = state[name]
             if name == "irreducible":
@@ -488,7 +514,7 @@ class ScoreTable:
                 getattr(self._averages, name).copy_(state[name])
         irreducible = state["irreducible"]
         self.irreducible = None if irreducible is None else irreducible.to(self.device, copy=True)
-        self._time = int(state["time"])
+        self._time, self._prior = int(state["time"]), float(state["prior"])
 
 
 def _same_kind(own: Tensor, value: Any) -> bool:

@@ -274,7 +274,7 @@ class StepKinds:
         loss = add(loss, m.auxiliary, m.share)
         m.watch.lap("forward")
         m.watch.follow(loss)
-        if self._table is not None and m.draw is not None:
+        if self._table is not None and m.draw is not None and m.draw.recorded:
             write_back(self._table, m.draw, m.batch.target, *m.seen)
         return loss
 
