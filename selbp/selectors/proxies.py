@@ -60,6 +60,15 @@ class GradientProxies:
             self._features = self._features()
         return self._features
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """The two factors where nothing has been computed of them yet; None where a subclass may say otherwise."""
+        known = self._gram is not None or self._mean is not None
+        return None if known or type(self) is not GradientProxies else (self.residual, self.features)
+
+    def keep(self, gram: Tensor, mean: MeanGradient) -> None:
+        """What :meth:`gram` and :meth:`mean_gradient` are to return: found of :meth:`factors` elsewhere."""
+        self._gram, self._mean = gram, mean
+
     def gram(self) -> Tensor:
         """(n, n) inner products g_i . g_j; see :func:`selbp.ops.gradient_gram`."""
         if self._gram is None:
