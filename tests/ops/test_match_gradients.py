@@ -4,7 +4,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from factors import DTYPES, Rows, draw
+from support.factors import DTYPES, Rows, draw
 
 import selbp
 from selbp import ops
