@@ -61,12 +61,15 @@ class GradientProxies:
         return self._features
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """The two factors where nothing has been computed of them yet; None where a subclass may say otherwise."""
+        """``residual`` (n, C) and ``features`` (n, d), for an operator that computes everything of them at once.
+
+        None where the Gram matrix or the mean gradient is known already, and of a subclass, whose own may differ.
+        """
         known = self._gram is not None or self._mean is not None
         return None if known or type(self) is not GradientProxies else (self.residual, self.features)
 
     def keep(self, gram: Tensor, mean: MeanGradient) -> None:
-        """What :meth:`gram` and :meth:`mean_gradient` are to return: found of :meth:`factors` elsewhere."""
+        """Take what :meth:`gram` (n, n) and :meth:`mean_gradient` return from now on, computed from :meth:`factors`."""
         self._gram, self._mean = gram, mean
 
     def gram(self) -> Tensor:

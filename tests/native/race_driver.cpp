@@ -114,11 +114,11 @@ double once(const Inputs& in) {
     std::abort();
   std::vector<double> weights(kKept, 1.0 / kKept);
   std::vector<double> scratch_sq(std::size_t(residual_scratch(kKept, kClasses, kClasses)));
-  double squares[2];
+  double norms[2];
   SELBP_PICK(matching_residual)
-  ({in.wide.data(), in.wide.data(), kRows, kClasses, kClasses, true}, {indices.data(), weights.data(), kKept}, squares,
+  ({in.wide.data(), in.wide.data(), kRows, kClasses, kClasses, true}, {indices.data(), weights.data(), kKept}, norms,
    scratch_sq.data());
-  return total + share[5] + probability[2] + inner[4] + target_sq + squares[0] + squares[1];
+  return total + share[5] + probability[2] + inner[4] + target_sq + norms[0] + norms[1];
 }
 
 }  // namespace
