@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import stream
 from benchmarks.gradients import STAGES, MatchingProblem, matching_problem
 from benchmarks.harness import Case, Unavailable, suite
 from benchmarks.peers import matching as peers
-from selbp import _native, ops, reference
+from selbp import ops, reference
 from selbp_study.models import SmallCNN
 
 
@@ -60,7 +61,7 @@ def _pursuit(n: int, k: int, source: str, stage: str, quick: bool = False) -> Ca
     memory = torch.ones(tableau // 4)
 
     def read(*_: object) -> None:
-        _native.stream_read(memory.data_ptr(), memory.numel(), round(nbytes / tableau), torch.get_num_threads())
+        stream.read(memory, round(nbytes / tableau), torch.get_num_threads())
 
     return Case(
         f"nonnegative OLS n={n} k={k} {source}, {stage}",

@@ -6,28 +6,17 @@ For row i with target y, over c != y (the reference c of arithmetic.py, here cal
 
 g_c = 1 - tanh^2 is the slope of the soft cap (1 without one). combine.py joins these with z_y into
 
-    loss = log(1 + e^(m' - z_y) s)      ||r||^2 = q^2 g_y^2 + sum_c (g_c p_c)^2      q = sum_{c != y} p_c = 1 - p_y
+    loss = log(1 + e^(m' - z_y) s)      ||r||^2 = (p_rest g_y)^2 + sum_c (g_c p_c)^2    p_rest = sum_{c != y} p_c
 
 so that nothing cancels where p_y is close to 1. Label smoothing gives every class a share a_c = (eps / C) w_c of the
 target, and sum_c g_c^2 (T p_c - a_c)^2 must not be expanded: a trained model has T p_c close to a_c. It is a least-
 squares fit of e by w instead, kept as Welford and Chan do: with E = g e, V = g w over the classes seen so far
 
-    A = sum w     D = sum w (ref - z log2 e)     rho = E.V / V.V     Q = ||E - rho V||^2     V2 = V.V
+    amount = sum w     spread = sum w (ref - z log2 e)     rho = E.V / V.V     missed = ||E - rho V||^2     square = V.V
 
-and ||x E - k V||^2 = x^2 Q + (x rho - k)^2 V2 for every x, k. Two parts merge with delta = rho' - rho:
-Q + Q' + delta^2 V2 V2' / (V2 + V2').
-
-The same sums elsewhere; C++ keeps them relative to m, in natural logarithms, and k is eps / C:
-
-    here                      csrc/statistics/cpu.hpp    selbp/reference/losses.py
-    s      sum e              s                          logsumexp(others) = m + log s
-    s2     sum (g e)^2        s2, without smoothing      -
-    A      sum w              sw                         rest = k A
-    D      sum w (ref - z)    u                          spread = k (u + A (lse - m))
-    rho    E.V / V.V          rho                        -
-    Q      ||E - rho V||^2    s2, with smoothing         -
-    V2     V.V                v2                         -
-    q      1 - p_y            others                     others, in residual()
+and ||x E - k V||^2 = x^2 missed + (x rho - k)^2 square for every x, k. Two parts merge with delta = rho' - rho:
+missed + missed' + delta^2 square square' / (square + square'). C++ keeps the same sums under the same names,
+relative to m and in natural logarithms, with ``missed`` in the place of s2.
 
 Tile picture: program (row tile, split) keeps ROWS rows and walks its share of the class tiles.
 
@@ -64,13 +53,13 @@ from . import configs
 from .arithmetic import FLOOR, LOG2E, MINUS_INFINITY, grouped_tile, reference_exponent, soft_cap
 from .matmul_tile import dot_precision, logits_tile, operands
 
-FIELDS = {False: 3, True: 7}  # of the partials, by label smoothing: m, s, s2 | m, s, Q, A, D, rho, V2
+FIELDS = {False: 3, True: 7}  # of the partials: m, s, s2; smoothed m, s, missed, amount, spread, rho, square
 WIDTH = 64  # columns of P that one launch projects onto
 
 
 @triton.jit
 def empty_state(ROWS: tl.constexpr, SMOOTH: tl.constexpr):
-    """Of rows of which no class has been seen: (m, ref, s, s2), with smoothing (m, ref, s, Q, A, D, rho, V2)."""
+    """Of rows of which no class has been seen: m, ref, and the sums in the order of FIELDS."""
     zero = tl.zeros((ROWS,), tl.float32)
     state = tl.full((ROWS,), MINUS_INFINITY, tl.float32), tl.full((ROWS,), FLOOR, tl.float32) * LOG2E, zero, zero
     if SMOOTH:
@@ -112,7 +101,7 @@ def absorb(z, g, w, state, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr):
 
 @triton.jit
 def merge_fit(rho, missed, square, rho_, missed_, square_):
-    """Least-squares fits of two disjoint sets of classes, joined: (rho, Q, V2)."""
+    """Least-squares fits of two disjoint sets of classes, joined: (rho, missed, square)."""
     total = square + square_
     share = tl.where(total > 0.0, square_ / tl.where(total > 0.0, total, 1.0), 0.0)
     delta = rho_ - rho

@@ -80,24 +80,36 @@ class LogitPass:
         self.outputs = empty_statistics(target, n, accumulate)
         self.state: Tensor | None = None
         self.p_rest: Tensor | None = None  # (n,) 1 - p_y, where wanted
+        self.logits: Tensor | None = None  # (n, C), where wanted
+        self._dtype = dtype
 
     def carry(self) -> None:
         """Keep each row's state between tiles."""
         self.state = torch.empty(self.target.shape[0], _native.STATISTICS_STATE, dtype=torch.float64)
 
+    def keep_logits(self, n_classes: int) -> Tensor:
+        """Memory that :meth:`add_head` is to leave the logits in."""
+        self.logits = torch.empty(self.target.shape[0], n_classes, dtype=self._dtype)
+        return self.logits
+
     def add_head(self, features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Run the whole pass over the logits of a head, a tile at a time."""
         (n, d), n_classes = features.shape, weight.shape[0]
         small = n * d * n_classes <= _SMALL_HEAD and n >= _PACKED_ROWS and features.dtype == torch.float32
-        if small and not self.options.label_smoothing and not self.options.softcap:
+        if small and self.logits is None and not self.options.label_smoothing and not self.options.softcap:
             self._add_small_head(weight, bias)
             return
         rows, columns = tile_shape(n, n_classes, features.dtype)
         if n <= rows and n_classes <= columns:
-            self.add(_gemm.linear(features, weight, bias))
+            logits = _gemm.linear(features, weight, bias)
+            if self.logits is not None:
+                self.logits.copy_(logits)
+            self.add(logits)
             return
         self.carry()
         for part, first_class, logits in head_tiles(features, weight, bias):
+            if self.logits is not None:
+                self.logits[part, first_class : first_class + logits.shape[1]] = logits
             self.add(logits, part.start, first_class)
 
     def add(self, logits: Tensor, row: int = 0, first_class: int = 0) -> None:

@@ -8,10 +8,12 @@ from typing import ClassVar, Literal
 import torch
 
 from selbp._checks import check_choice, check_flag, check_number
+from selbp.ops.match_gradients import match_gradients
 from selbp.ops.matching import RULES, match
 from selbp.reference.sampling import fill_spare
 from selbp.selectors.base import BaseSelector, Needs
 from selbp.selectors.candidates import Candidates
+from selbp.selectors.proxies import GradientProxies
 from selbp.types import Selection
 
 
@@ -66,8 +68,20 @@ class GradientMatching(BaseSelector):
 
     def choose(self, rows: Candidates, k: int) -> Selection:
         """Match with k rows; draws nothing."""
+        stats, proxies = rows.stats, rows.proxies
+        plain = self.weights == "refit" and not self.unit_sum and stats.valid.device.type == "cpu"
+        factors = proxies.factors() if plain and isinstance(proxies, GradientProxies) else None
+        if factors is not None and proxies is not None and len(factors[0]) == len(factors[1]) == rows.n:
+            found = match_gradients(
+                *factors, stats.valid, k, bias=proxies.bias, rule=self.rule, ridge=self.ridge,
+                nonnegative=self.nonnegative,
+            )  # fmt: skip
+            proxies.keep(found.gram, found.mean)
+            return Selection(found.indices, found.weights.to(stats.loss.dtype))
+        return self._in_turn(rows, rows.gradients, k)
+
+    def _in_turn(self, rows: Candidates, proxies: GradientProxies, k: int) -> Selection:
         stats = rows.stats
-        proxies = rows.gradients
         gram, mean = proxies.gram(), proxies.mean_gradient()
         inner, target_sq, ridge = mean.inner, mean.target_sq, self.ridge
         if self.unit_sum:

@@ -4,7 +4,7 @@ import torch
 from hypothesis import strategies as st
 from support.factors import DTYPES, draw, output_dtype, unit, with_bias
 
-from selbp import ops, reference
+from selbp import _native, ops, reference
 
 SHAPES = [
     (0, 3, 4),
@@ -82,6 +82,30 @@ def test_a_row_that_is_not_finite_counts_as_zero_and_spoils_no_other(value, whic
     assert (got[~kept] == 0).all() and (got[:, ~kept] == 0).all()
     assert torch.equal(got[kept][:, kept], clean[kept][:, kept])
     assert torch.allclose(got.double(), reference.gradient_gram(*(x.double() for x in factors)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(200, 10, 12), (130, 7, 33), (65, 1, 300), (64, 129, 1)], ids=str)
+def test_bfloat16_pairs_give_what_widened_factors_give(shape, monkeypatch):
+    """In pairs where the processor multiplies them, else widened: both meet the bound, and neither spreads a NaN."""
+    if not _native.multiplies_bfloat16():
+        pytest.skip("needs AVX512-BF16, at the level v4")
+    factors = list(draw(*shape, torch.bfloat16))
+    check_gram(ops.gradient_gram, *factors, True)
+    clean = ops.gradient_gram(*factors)
+    for which, value in ((0, torch.nan), (1, torch.inf)):
+        spoiled = list(factors)
+        spoiled[which] = spoiled[which].clone()
+        spoiled[which][3, -1] = value
+        got = ops.gradient_gram(*spoiled)
+        kept = torch.arange(len(got)) != 3
+        assert (got[3] == 0).all() and (got[:, 3] == 0).all()
+        assert torch.equal(got[kept][:, kept], clean[kept][:, kept])
+    pairs, calls = _native.gram_pairs, []
+    monkeypatch.setattr(_native, "gram_pairs", lambda *a: (calls.append(a), pairs(*a))[1])
+    assert torch.equal(ops.gradient_gram(*factors), clean) and len(calls) == 1
+    monkeypatch.setattr(_native, "multiplies_bfloat16", lambda: False)
+    check_gram(ops.gradient_gram, *factors, True)
+    assert len(calls) == 1
 
 
 def test_overflow_of_finite_factors_stays_visible():

@@ -39,16 +39,20 @@ RIGHT = {
     "linear_cross_entropy_statistics": {"features": f(N, D), "weight": f(C, D), "bias": f(C), "target": i(N), **LOSS},
     "linear_cross_entropy": {
         "features": f(N, D), "weight": f(C, D), "bias": f(C), "target": i(N), "class_weight": None, "rows": i(2),
-        "ignore_index": -100, "label_smoothing": 0.0, "softcap": 0.0,
+        "ignore_index": -100, "label_smoothing": 0.0, "softcap": 0.0, "keep_logits": False,
     },
     "linear_cross_entropy_backward": {
         "grad": f(N), "features": f(N, D), "weight": f(C, D), "bias": f(C), "target": i(N), "lse": f(N),
-        "others": f(N), "valid": f(N) > 0, "class_weight": None, "rows": i(2), "ignore_index": -100,
+        "others": f(N), "valid": f(N) > 0, "logits": f(N, C), "class_weight": None, "rows": i(2), "ignore_index": -100,
         "label_smoothing": 0.0, "softcap": 0.0, "need_features": True, "need_weight": True, "need_bias": True,
     },
     "residual": {"logits": f(N, C), "target": i(N), "lse": f(N), **LOSS},
     "gradient_gram": {"residual": f(N, C), "features": f(N, D), "bias": True},
     "mean_gradient": {"residual": f(N, C), "features": f(N, D), "bias": True},
+    "match_gradients": {
+        "residual": f(N, C), "features": f(N, D), "valid": f(N) > 0, "bias": True, "k": 2, "rule": "ols", "ridge": 0.1,
+        "nonnegative": True,
+    },
     "matching_residual": {
         "residual": f(N, C), "features": f(N, D), "indices": i(2), "weights": f(2), "bias": True
     },
@@ -160,6 +164,9 @@ WRONG = {
         ({"lse": f(N, dtype=HALF)}, "lse must be float32, got float16"),
         ({"others": f(N, dtype=torch.float64)}, "others must be float32, got float64"),
         ({"valid": f(N)}, "valid must be bool, got float32"),
+        ({"logits": f(N, C + 1)}, r"logits must be \(n, C\) = \(4, 3\), or empty, got \(4, 4\)"),
+        ({"logits": f(N, C, dtype=HALF)}, "logits must have the dtype of features, float32, got float16"),
+        ({"logits": meta(f(N, C))}, "logits must be on the device of features, cpu, got meta"),
     ],
     "residual": [
         *LOGITS_WRONG, *LOSS_WRONG,
@@ -170,6 +177,15 @@ WRONG = {
     ],
     "gradient_gram": FACTORS_WRONG,
     "mean_gradient": FACTORS_WRONG,
+    "match_gradients": [
+        *FACTORS_WRONG,
+        ({"valid": f(N)}, "valid must be bool, got float32"),
+        ({"valid": f(N + 1) > 0}, r"valid must be \(n,\) with n = 4 rows as residual, got \(5,\)"),
+        ({"valid": meta(f(N) > 0)}, "valid must be on the device of residual, cpu, got meta"),
+        ({"k": -1}, "k must be at least 0, got -1"),
+        ({"rule": "best"}, "rule must be one of 'ols', 'normalized', 'raw', got 'best'"),
+        ({"ridge": -0.1}, "ridge must be at least 0 and finite, got -0.1"),
+    ],
     "matching_residual": [
         *FACTORS_WRONG,
         ({"indices": i(2, dtype=torch.int32)}, r"selection.indices must be int64, got int32"),
@@ -274,6 +290,7 @@ ONLY_VALUES = {
 def through_the_function(name, arguments):
     a = dict(arguments)
     if name == "linear_cross_entropy":
+        a.pop("keep_logits")
         return ops.linear_cross_entropy(**a)
     if name == "sketch":
         projections = a.pop("left"), a.pop("right")
@@ -287,4 +304,4 @@ def through_the_function(name, arguments):
     return getattr(ops, name)(**a)
 
 
-PRIVATE = ("linear_cross_entropy_backward", "choose_rows", "percentile")  # no function of selbp.ops
+PRIVATE = ("linear_cross_entropy_backward", "choose_rows", "percentile", "match_gradients")  # no function of selbp.ops

@@ -1,11 +1,8 @@
-// Streaming kernels for the roofline: the compiler must neither skip a repeat nor turn the copy into memcpy, whose
-// non-temporal stores would measure something that no kernel of ours does.
-#include "stream/cpu.hpp"
+// Streaming loops for the roofline, built by benchmarks/stream.py: the compiler must neither skip a repeat nor turn the
+// copy into memcpy, whose non-temporal stores would measure something that no kernel of ours does. Every thread has
+// its own contiguous share.
+#include <cstdint>
 
-#include "cpu/parallel.hpp"
-
-namespace selbp {
-namespace SELBP_LEVEL {
 namespace {
 
 constexpr int kLanes = 128;  // independent partial sums: enough to hide the latency of an addition on any vector width
@@ -29,31 +26,33 @@ inline void forget(const void* pointer) { asm volatile("" : : "r"(pointer) : "me
 
 }  // namespace
 
-float stream_read(const float* source, std::int64_t count, int repeats, int n_threads) {
-  float total = 0;
-  parallel_for(n_threads, n_threads, 0, [&](std::int64_t t) {
+extern "C" {
+
+// Reads `count` floats `repeats` times, and adds them up.
+void selbp_stream_read(const float* source, std::int64_t count, int repeats, int n_threads) {
+#pragma omp parallel for num_threads(n_threads) schedule(static)
+  for (int t = 0; t < n_threads; ++t) {
     const std::int64_t begin = count * t / n_threads, end = count * (t + 1) / n_threads;
     float part = 0;
     for (int r = 0; r < repeats; ++r) {
       forget(source);
       part += sum_once(source + begin, end - begin);
     }
-    if (t == 0) total = part;  // nobody reads the sum: one part keeps the reads from being optimised away
     forget(&part);
-  });
-  return total;
+  }
 }
 
-void stream_copy(float* target, const float* source, std::int64_t count, int repeats, int n_threads) {
-  parallel_for(n_threads, n_threads, 0, [&](std::int64_t t) {
+// Copies `count` floats `repeats` times.
+void selbp_stream_copy(float* target, const float* source, std::int64_t count, int repeats, int n_threads) {
+#pragma omp parallel for num_threads(n_threads) schedule(static)
+  for (int t = 0; t < n_threads; ++t) {
     const std::int64_t begin = count * t / n_threads, end = count * (t + 1) / n_threads;
     volatile float one = 1.0f;
     for (int r = 0; r < repeats; ++r) {
       copy_once(target + begin, source + begin, end - begin, one);
       forget(target);
     }
-  });
+  }
 }
 
-}  // namespace SELBP_LEVEL
-}  // namespace selbp
+}  // extern "C"
