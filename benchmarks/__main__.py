@@ -27,7 +27,8 @@ def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(
         "python -m benchmarks",
         description="Ours, peers and this machine's roofline, in one run of about ten minutes; --quick for a first "
-        "look. Times are medians of interleaved rounds.",
+        "look. Times are medians of interleaved rounds. `python -m benchmarks integrations` measures whole steps in "
+        "the loops of other frameworks, and has a --help of its own.",
     )
     parse.add_argument("names", nargs="*", metavar="name", help=f"suites to run: {', '.join(SUITES)} (all)")
     parse.add_argument("--quick", action="store_true", help="the small cases only, for a first look")
@@ -59,7 +60,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmarks: 0; 1 where ours failed or ``--check`` finds a missed limit; 2 bad input; 130 interrupted."""
-    options = parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["integrations"]:
+        from benchmarks import integrations
+
+        return integrations.main(given[1:])
+    options = parser().parse_args(given)
     reason = _bad(options)
     if reason:
         print(f"benchmarks: {reason}", file=sys.stderr)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from selbp._checks import shown
+from selbp.common.packed import unpacked
 from selbp.integrations.seen import Observed, Replay, rows_in
 from selbp.integrations.tasks import base_of, per_sample, task_options
 from selbp.integrations.window import Window
@@ -85,6 +86,9 @@ class SelectiveTrainerMixin:
         parent: Any = super()
         if self._selective is None or not model.training:
             return parent.compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
+        if "labels" in inputs:  # the rows of a packed batch, also for what is read off them below
+            rows, labels = unpacked({k: v for k, v in inputs.items() if k != "labels"}, inputs["labels"])
+            inputs = {**rows, "labels": labels}
         loss, output = self._selective.loss(model, inputs, num_items_in_batch, return_outputs)
         if self._selective.metrics:  # TRL's own, read off the same forward
             with torch.no_grad():

@@ -155,6 +155,14 @@ def test_losses_that_a_step_would_replace_are_refused(tmp_path):
 
 
 @pytest.mark.skipif(not FUSED, reason="this TRL leaves no mark of packing in the batch on a CPU")
-def test_a_packed_batch_is_named(tmp_path):
-    with pytest.raises(ValueError, match="the batch is packed"):
-        train(llama(), tmp_path, FULL, padding_free=True, max_length=None)
+def test_a_packed_batch_trains_as_a_padded_one(tmp_path):
+    """Its sequences are the samples; TRL's own figures are of the same tokens."""
+    found = []
+    for padding_free in (False, True):
+        rule = {"selector": selbp.TopLoss(), "keep": 0.5}
+        trainer = train(llama(), tmp_path, rule, padding_free=padding_free, max_length=None)
+        found.append((trainer.model, [logged(trainer, name) for name in ("loss", *METRICS)]))
+    (want, figures), (got, others) = found
+    assert difference(got, want, weights(llama())) < 1e-5
+    for figure, other in zip(figures, others, strict=True):
+        assert other == pytest.approx(figure, rel=1e-3)
