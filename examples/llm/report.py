@@ -33,8 +33,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"({setup['junk']:.0%} of all): {setup['seconds']:.0f} processor seconds an arm, minibatches of "
         f"{setup['rows']} samples of up to {setup['length']} tokens, {setup['keep']:.0%} of them kept. Loss by "
         f"the token on {result['evaluated']} docstrings of other files; before fine-tuning it was {start:.3f}. "
-        f"Mean of {seeds} {'seed' if seeds == 1 else 'seeds'} of the fine-tuning, and the range over them. torch {result['torch']}, "
-        f"Transformers {result['transformers']}, {result['threads']} thread.",
+        f"Mean of {seeds} {'seed' if seeds == 1 else 'seeds'} of the fine-tuning, and the range over them. "
+        f"torch {result['torch']}, Transformers {result['transformers']}, {result['threads']} thread.",
         "",
         "| arm | loss | range | against random, same seed | steps | junk among the chosen | backward |",
         "|---|--:|--:|--:|--:|--:|---|",
