@@ -102,10 +102,10 @@ def _cpu(residual: Tensor, features: Tensor, indices: Tensor, weights: Tensor, b
         raise ValueError(f"selection.indices must lie in [-1, {n}), got values from {indices.min()} to {indices.max()}")
     h = features.double().contiguous()
     if is_small(n, residual.shape[1], h.shape[1]) and len(indices) <= n:
-        r, w = residual.double().contiguous(), weights.double().contiguous()
+        r, w, rows = residual.double().contiguous(), weights.double().contiguous(), indices.contiguous()
         squares = _native.matching_residual(
             r.data_ptr(), h.data_ptr(), (n, r.shape[1], h.shape[1]), bias,
-            indices.contiguous().data_ptr(), w.data_ptr(), len(w),
+            rows.data_ptr(), w.data_ptr(), len(w),
         )  # fmt: skip
         if all(map(math.isfinite, squares)) and squares[1]:
             return torch.tensor(math.sqrt(squares[0] / squares[1]), dtype=torch.float64)
