@@ -95,7 +95,7 @@ def head(n: int, classes: int, d: int, dtype: torch.dtype) -> Arguments:
 def head_of_rows(n: int, classes: int, d: int, dtype: torch.dtype) -> Arguments:
     a = head(n, classes, d, dtype)
     first = {name: a.pop(name) for name in ("features", "weight", "bias", "target", "class_weight")}
-    return {**first, "rows": torch.arange(0, n, 2), **a}
+    return {**first, "rows": torch.arange(0, n, 2), **a, "keep_logits": True}
 
 
 def stored(n: int, classes: int, d: int, dtype: torch.dtype) -> Arguments:
@@ -193,7 +193,7 @@ def sketched(left: Any, right: Any, **arguments: Any) -> Any:
     return ops.sketch(projections=(left, right), **arguments)
 
 
-def with_statistics(**arguments: Any) -> Any:
+def with_statistics(keep_logits: bool, **arguments: Any) -> Any:  # the function keeps them where it has room
     return ops.linear_cross_entropy(return_statistics=True, **arguments)
 
 
