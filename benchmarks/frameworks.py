@@ -107,10 +107,16 @@ def lightning(model: Any, rows: Any, n: int, rate: float, options: Any, before: 
     module = Module()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, default_root_dir=folder, barebones=False,
+            max_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+            barebones=False,
             callbacks=[Around()] if options is None else [Around(), SelectiveCallback(log=False)],
-        )  # fmt: skip
+        )
         trainer.fit(module, torch.utils.data.DataLoader(Lines(rows), batch_size=n))
     return module.step
 
@@ -145,9 +151,18 @@ def sft(model: Any, rows: Any, n: int, rate: float, options: Any, before: Note, 
 
 
 def _huggingface(
-    kind: Any, arguments: Any, model: Any, data: Any, n: int, rate: float, options: Any, before: Note, after: Note,
-    extra: Any = None, **more: Any,
-) -> Any:  # fmt: skip
+    kind: Any,
+    arguments: Any,
+    model: Any,
+    data: Any,
+    n: int,
+    rate: float,
+    options: Any,
+    before: Note,
+    after: Note,
+    extra: Any = None,
+    **more: Any,
+) -> Any:
     import transformers
 
     from selbp.integrations.huggingface import selective
@@ -163,10 +178,21 @@ def _huggingface(
 
     with tempfile.TemporaryDirectory() as folder:
         made = arguments(
-            output_dir=folder, per_device_train_batch_size=n, num_train_epochs=1, learning_rate=rate, optim="sgd",
-            lr_scheduler_type="constant", max_grad_norm=0.0, report_to=[], save_strategy="no", use_cpu=True,
-            disable_tqdm=True, bf16=False, logging_strategy="no", **(extra or {}),
-        )  # fmt: skip
+            output_dir=folder,
+            per_device_train_batch_size=n,
+            num_train_epochs=1,
+            learning_rate=rate,
+            optim="sgd",
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            bf16=False,
+            logging_strategy="no",
+            **(extra or {}),
+        )
         trained = kind(model=model, args=made, train_dataset=data, callbacks=[Around()], **more)
         if options is not None:
             selective(trained, **options)

@@ -44,7 +44,7 @@ ARMS: dict[str, Any] = {
     "top loss, recompute": {"selector": selbp.TopLoss(normalize="tokens"), "backward": "recompute"},
     "matching sketched, rows": {"selector": selbp.GradientMatching(), "proxy": "sketch", "backward": "rows"},
     "matching sketched, recompute": {"selector": selbp.GradientMatching(), "proxy": "sketch", "backward": "recompute"},
-}  # fmt: skip
+}
 Case = tuple[str, str]
 
 
@@ -60,9 +60,16 @@ def llama(small: bool) -> Any:
     torch.manual_seed(0)
     width, layers, vocabulary = (16, 2, 64) if small else (128, 4, 2048)
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=LENGTH, pad_token_id=0, use_cache=False,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=LENGTH,
+        pad_token_id=0,
+        use_cache=False,
+    )
     return transformers.LlamaForCausalLM(config).train()
 
 
@@ -128,9 +135,14 @@ def seconds(case: Case, steps: int) -> list[float]:
     spent: list[float] = []
     torch.manual_seed(5)
     FRAMEWORKS[framework][0](
-        model, rows, ROWS, 1e-3, options_of(arm), lambda: begun.append(time.process_time()),
+        model,
+        rows,
+        ROWS,
+        1e-3,
+        options_of(arm),
+        lambda: begun.append(time.process_time()),
         lambda: spent.append(time.process_time() - begun[-1]),
-    )  # fmt: skip
+    )
     return spent[WARM:]
 
 
@@ -193,11 +205,15 @@ def table(
         peak, whole = memory.get("/".join(case)), memory.get("/".join(full))
         rows.append(
             {
-                "framework": case[0], "arm": case[1], "right to": right[case], "milliseconds": 1e3 * median,
-                "time over full": median / base, "megabytes": None if peak is None else peak / 1e6,
+                "framework": case[0],
+                "arm": case[1],
+                "right to": right[case],
+                "milliseconds": 1e3 * median,
+                "time over full": median / base,
+                "megabytes": None if peak is None else peak / 1e6,
                 "memory over full": peak / whole if peak is not None and whole else None,
             }
-        )  # fmt: skip
+        )
     return rows
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import selbp
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-from hf_kit import VOCABULARY, llama  # noqa: E402
+from support.hf_kit import VOCABULARY, llama  # noqa: E402
 
 LENGTHS = [7, 3, 9, 1, 5, 8]
 

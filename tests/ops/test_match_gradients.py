@@ -14,9 +14,15 @@ from selbp.reference.sampling import fill_spare
 MODULE = import_module("selbp.ops.match_gradients")
 OPTIONS = {"bias": True, "rule": "ols", "ridge": 1e-3, "nonnegative": True}
 SHAPES = {  # n, C, d, k
-    "one": (1, 1, 1, 1), "small": (128, 10, 64, 32), "narrow": (37, 3, 5, 9), "wider_than_a_block": (130, 2, 131, 130),
-    "many_rows": (300, 4, 6, 20), "large": (250, 90, 60, 12), "no_rows": (0, 3, 4, 2), "none_chosen": (20, 3, 4, 0),
-}  # fmt: skip
+    "one": (1, 1, 1, 1),
+    "small": (128, 10, 64, 32),
+    "narrow": (37, 3, 5, 9),
+    "wider_than_a_block": (130, 2, 131, 130),
+    "many_rows": (300, 4, 6, 20),
+    "large": (250, 90, 60, 12),
+    "no_rows": (0, 3, 4, 2),
+    "none_chosen": (20, 3, 4, 0),
+}
 
 
 def in_turn(residual, features, valid, k, *, bias, **options):
