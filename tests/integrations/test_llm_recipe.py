@@ -1,7 +1,8 @@
-"""The recipe of ``examples/llm`` runs from nothing to its table."""
+"""The recipe of ``examples/llm`` runs from nothing to its table, and its page is that of the result file."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,7 +13,26 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples" / "llm"
+RESULT = ROOT / "benchmarks" / "results" / "llm.json"
 ARMS = ["full", "random", "top loss by the token", "matching, sketched"]
+
+
+def load_report():
+    spec = importlib.util.spec_from_file_location("llm_recipe_report", RECIPE / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_and_the_plot_are_those_of_the_result_file():
+    report, result = load_report(), json.loads(RESULT.read_text())
+    assert (RESULT.parent / "llm.md").read_text() == report.markdown(result)
+    assert (ROOT / "docs" / "_static" / "llm.svg").read_text() == report.plot(result)
+    assert list(report.by_arm(result)) == ARMS
+    for runs in report.by_arm(result).values():
+        for run in runs:
+            over = run["curve"][-1][0] - result["setup"]["seconds"]
+            assert 0 <= over < 0.1 * result["setup"]["seconds"]  # an arm stops after the step that fills its time
 
 
 @pytest.mark.slow
