@@ -27,7 +27,8 @@ def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(
         "python -m benchmarks",
         description="Ours, peers and this machine's roofline, in one run of about ten minutes; --quick for a first "
-        "look. Times are medians of interleaved rounds.",
+        "look. Times are medians of interleaved rounds. `python -m benchmarks integrations` measures whole steps in "
+        "the loops of other frameworks, and has a --help of its own.",
     )
     parse.add_argument("names", nargs="*", metavar="name", help=f"suites to run: {', '.join(SUITES)} (all)")
     parse.add_argument("--quick", action="store_true", help="the small cases only, for a first look")
@@ -38,11 +39,18 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--publish", action="store_true", help="write them to benchmarks/results, and the table of the documentation"
     )
-    parse.add_argument("--clock", choices=("wall", "process"), help="process: CPU time of all threads (one thread: "
-                       "process, which other programs move less; else wall)")  # fmt: skip
+    parse.add_argument(
+        "--clock",
+        choices=("wall", "process"),
+        help="process: CPU time of all threads (one thread: process, which other programs move less; else wall)",
+    )
     parse.add_argument("--threads", type=int, default=1, help="threads of torch, the native kernels and the BLAS (1)")
-    parse.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, or cuda: CUDA events, "
-                       "each call on a cold L2 (unmeasured)")  # fmt: skip
+    parse.add_argument(
+        "--device",
+        type=torch.device,
+        default=torch.device("cpu"),
+        help="cpu, or cuda: CUDA events, each call on a cold L2 (unmeasured)",
+    )
     parse.add_argument("--seconds", type=float, default=0.5, help="to spend on each case, at least (0.5)")
     parse.add_argument("--seed", type=int, default=0, help="of the inputs and of the order of the rounds (0)")
     parse.add_argument("--no-memory", action="store_true", help="leave out peak memory, a process of its own")
@@ -52,7 +60,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmarks: 0; 1 where ours failed or ``--check`` finds a missed limit; 2 bad input; 130 interrupted."""
-    options = parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["integrations"]:
+        from benchmarks import integrations
+
+        return integrations.main(given[1:])
+    options = parser().parse_args(given)
     reason = _bad(options)
     if reason:
         print(f"benchmarks: {reason}", file=sys.stderr)
@@ -131,9 +144,12 @@ def _run(chosen: dict[str, list[Case]], options: argparse.Namespace) -> int:
 
 
 def _time(
-    chosen: dict[str, list[Case]], options: argparse.Namespace, roofline: Roofline, clock: Clock,
+    chosen: dict[str, list[Case]],
+    options: argparse.Namespace,
+    roofline: Roofline,
+    clock: Clock,
     results: dict[str, list[Row]],
-) -> int:  # fmt: skip
+) -> int:
     total, done, start = sum(map(len, chosen.values())), 0, time.perf_counter()
     seconds = options.seconds / (4 if options.quick else 1)
     try:

@@ -29,7 +29,6 @@ def _fastest(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _case(n: int, classes: int, features: int, dtype: torch.dtype = torch.float32, quick: bool = False) -> Case:
-    size = 8 if dtype == torch.float64 else 4
     return Case(
         f"gram n={n} C={classes} d={features} {str(dtype).removeprefix('torch.')}",
         partial(_factors, n, classes, features, dtype),
@@ -40,10 +39,10 @@ def _case(n: int, classes: int, features: int, dtype: torch.dtype = torch.float3
             "eager torch": reference.gradient_gram,
         },
         flops=n * (n + 1) * (classes + features),
-        nbytes=size * (n * (classes + features) + n * n),
+        nbytes=dtype.itemsize * n * (classes + features) + (8 if dtype == torch.float64 else 4) * n * n,
         formula="n (n + 1)(C + d) flops: one triangle of both products; each factor read and K written once",
-        dtype=torch.float32 if dtype == torch.bfloat16 else dtype,
-        limits={"the two fastest full GEMMs alone": 0.70} if n >= 1024 and dtype == torch.float32 else {},
+        dtype=dtype,
+        limits={"the two fastest full GEMMs alone": 0.70} if n >= 1024 and dtype != torch.float64 else {},
         quick=quick,
     )
 
@@ -132,10 +131,12 @@ CASES = [
     _case(1024, 1000, 512, torch.bfloat16),
     _case(1024, 1000, 512, torch.float64),
     _mean_case(128, 10, 128, quick=True),
+    _mean_case(128, 10, 512, quick=True),
     _mean_case(1024, 100, 512, quick=True),
     _mean_case(1024, 1000, 2048),
     _scoring_case(512, 100, 512),
     _residual_case(128, 10, 128, 32, quick=True),
+    _residual_case(128, 10, 512, 32, quick=True),
     _residual_case(1024, 1000, 512, 256),
 ]
 test_gram = suite(CASES)

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import stream
 from benchmarks.gradients import STAGES, MatchingProblem, matching_problem
 from benchmarks.harness import Case, Unavailable, suite
 from benchmarks.peers import matching as peers
-from selbp import _native, ops, reference
+from selbp import ops, reference
 from selbp_study.models import SmallCNN
 
 
@@ -60,7 +61,7 @@ def _pursuit(n: int, k: int, source: str, stage: str, quick: bool = False) -> Ca
     memory = torch.ones(tableau // 4)
 
     def read(*_: object) -> None:
-        _native.stream_read(memory.data_ptr(), memory.numel(), round(nbytes / tableau), torch.get_num_threads())
+        stream.read(memory, round(nbytes / tableau), torch.get_num_threads())
 
     return Case(
         f"nonnegative OLS n={n} k={k} {source}, {stage}",
@@ -205,9 +206,12 @@ class _Basic(nn.Module):
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(inputs, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width),
-        )  # fmt: skip
+            nn.Conv2d(inputs, width, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(width),
+        )
         self.skip = (
             nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width))
             if stride != 1 or inputs != width
@@ -220,12 +224,26 @@ class _Basic(nn.Module):
 
 def resnet18(classes: int) -> nn.Module:
     """He et al. (2016), table 1, with the ImageNet stem."""
-    widths = [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1), (256, 512, 2),
-              (512, 512, 1)]  # fmt: skip
+    widths = [
+        (64, 64, 1),
+        (64, 64, 1),
+        (64, 128, 2),
+        (128, 128, 1),
+        (128, 256, 2),
+        (256, 256, 1),
+        (256, 512, 2),
+        (512, 512, 1),
+    ]
     return nn.Sequential(
-        nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
-        *(_Basic(*w) for w in widths), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes),
-    )  # fmt: skip
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+        *(_Basic(*w) for w in widths),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(512, classes),
+    )
 
 
 def modelled_h100_us(k: int, barriers: int = 2) -> float:

@@ -23,9 +23,11 @@ def _head(
     features = torch.randn(n, d, device=device).to(dtype)
     weight = (torch.randn(classes, d, device=device) / d**0.5).to(dtype)
     return (
-        features, weight, torch.randn(classes, device=device).to(dtype) if bias else None,
+        features,
+        weight,
+        torch.randn(classes, device=device).to(dtype) if bias else None,
         torch.randint(classes, (n,), device=device),
-    )  # fmt: skip
+    )
 
 
 def _logits(n: int, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:

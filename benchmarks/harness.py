@@ -275,8 +275,10 @@ def suite(cases: Sequence[Case]) -> Callable[..., None]:
 
     pairs = [
         pytest.param(case, name, id=re.sub(r"[^\w=.-]+", "-", f"{case.name} {name}"))
-        for case in cases if case.quick for name in case.contenders
-    ]  # fmt: skip
+        for case in cases
+        if case.quick
+        for name in case.contenders
+    ]
 
     @pytest.mark.parametrize("case,name", pairs)
     def test(case: Case, name: str, benchmark: Any) -> None:

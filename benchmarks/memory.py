@@ -63,8 +63,11 @@ def measure_peaks(names: list[str], options: list[str]) -> dict[str, dict[str, d
         return {}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", *names, *options],
-        env={**os.environ, **RETURN_FREED}, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
+        env={**os.environ, **RETURN_FREED},
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
     if done.returncode:
         print(f"benchmarks: peak memory is missing: its process ended with {done.returncode}", file=sys.stderr)
         return {}

@@ -212,12 +212,25 @@ def write(folder: Path, results: Results, about: Mapping[str, Any], roofline: Ma
     rates = [f"* {key}: {value:.1f}" for key, value in roofline.items()]
     tables = [markdown(suite, found) for suite, found in results.items()]
     files[3].write_text(
-        "\n".join(["# Benchmarks", "", *facts, "", "Rates of this machine, measured in the same run:", "", *rates, "",
-                   "Contenders named `ours: ...` are variants of ours; those with `alone` do a part of the task only.",
-                   "Host reads: values or lengths that a call waits for; peak: resident memory above the inputs;",
-                   "residual and bias: of the chosen, weighted gradients, relative to the mean gradient's norm.", "",
-                   *tables]) + "\n"
-    )  # fmt: skip
+        "\n".join(
+            [
+                "# Benchmarks",
+                "",
+                *facts,
+                "",
+                "Rates of this machine, measured in the same run:",
+                "",
+                *rates,
+                "",
+                "Contenders named `ours: ...` are variants of ours; those with `alone` do a part of the task only.",
+                "Host reads: values or lengths that a call waits for; peak: resident memory above the inputs;",
+                "residual and bias: of the chosen, weighted gradients, relative to the mean gradient's norm.",
+                "",
+                *tables,
+            ]
+        )
+        + "\n"
+    )
     plot = _plot(folder / "bench.svg", results)
     return [file for file in [*files, plot] if file is not None and file.exists()]
 

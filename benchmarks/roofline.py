@@ -10,8 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import roofline_gpu
-from selbp import _native
+from benchmarks import roofline_gpu, stream
 from selbp.ops import _gemm, gradient_gram
 
 _BYTES_PER_SAMPLE = 1 << 28  # read about this much per timing, so that a small working set is read many times
@@ -38,7 +37,7 @@ class Roofline:
             rates = [flops / self._seconds(lambda: torch.mm(x, x.t()))]
             if self.device.type == "cpu" and dtype in _gemm._PROBED and _gemm._agree(dtype):
                 rates.append(flops / self._seconds(lambda: _gemm._onednn(x, x)))
-            if dtype in (torch.float32, torch.float64):  # one triangle of two products
+            if dtype != torch.float16:  # one triangle of two products
                 rates.append(flops / self._seconds(lambda: gradient_gram(x, x)))
             self._flops[dtype] = max(rates)
         return self._flops[dtype]
@@ -63,9 +62,9 @@ class Roofline:
 
                 def once() -> None:
                     if copy:
-                        _native.stream_copy(target.data_ptr(), source.data_ptr(), count, repeats, self.threads)
+                        stream.copy(target, source, repeats, self.threads)
                     else:
-                        _native.stream_read(source.data_ptr(), count, repeats, self.threads)
+                        stream.read(source, repeats, self.threads)
 
                 known[size] = size * repeats / self._seconds(once)
         return known[size]

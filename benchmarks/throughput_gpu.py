@@ -54,8 +54,11 @@ def peers() -> dict[str, Callable[..., Tensor]]:
 def measure(work: roofline_gpu.Work, device: str, ours: Callable[[], object], **others: Callable[[], object]) -> None:
     """Print the time of ``ours`` beside its model, and of each other one."""
     took, model = milliseconds(ours, device), roofline_gpu.modelled(work, roofline_gpu.DEVICES["H100"])
-    print(f"     {work.kernel} {work.shape}: {took:.3f} ms, {work.flops / took / 1e9:.0f} TFLOP/s "
-          f"(model, H100: {1e3 * model:.3f})", flush=True)  # fmt: skip
+    print(
+        f"     {work.kernel} {work.shape}: {took:.3f} ms, {work.flops / took / 1e9:.0f} TFLOP/s "
+        f"(model, H100: {1e3 * model:.3f})",
+        flush=True,
+    )
     for name, other in others.items():
         try:
             theirs = milliseconds(other, device)
@@ -77,35 +80,45 @@ def throughput(shapes: list[tuple[int, int, int]], device: str = "cuda") -> None
 
         with torch.no_grad():
             measure(
-                roofline_gpu.statistics(n, n_classes, d), device,
+                roofline_gpu.statistics(n, n_classes, d),
+                device,
                 lambda: ops.linear_cross_entropy_statistics(h, w, None, y),  # noqa: B023
                 **{name: functools.partial(loss, *head) for name, loss in losses.items()},
-            )  # fmt: skip
+            )
             left, right = ops.sketch_projections(n_classes, d, dtype=h.dtype, device=device)
             tokens = h.view(n // 8, 8, d), w, None, y.view(n // 8, 8)
             measure(
-                roofline_gpu.sketch(n, n_classes, d), device, functools.partial(ops.sketch, *tokens, (left, right)),
+                roofline_gpu.sketch(n, n_classes, d),
+                device,
+                functools.partial(ops.sketch, *tokens, (left, right)),
                 eager=functools.partial(reference.sketch, *tokens, left, right),
-            )  # fmt: skip
+            )
         measure(
-            roofline_gpu.training(n, n_classes, d), device,
+            roofline_gpu.training(n, n_classes, d),
+            device,
             functools.partial(step, lambda h, w, y: ops.linear_cross_entropy(h, w, None, y)),
             **{name: functools.partial(step, loss) for name, loss in losses.items()},
-        )  # fmt: skip
+        )
     n, n_classes, d = shapes[0]
     r, h = (torch.randn(n, k, device=device, dtype=torch.bfloat16) for k in (n_classes, d))
     measure(
-        roofline_gpu.gram(n, n_classes, d), device, lambda: ops.gradient_gram(r, h),
+        roofline_gpu.gram(n, n_classes, d),
+        device,
+        lambda: ops.gradient_gram(r, h),
         eager=lambda: (r @ r.T).float() * ((h @ h.T).float() + 1.0),
-    )  # fmt: skip
+    )
     n, n_classes, _ = shapes[-1]
     z, y = torch.randn(n, n_classes, device=device, dtype=torch.bfloat16), torch.randint(n_classes, (n,), device=device)
     measure(
-        roofline_gpu.logits_statistics(n, n_classes), device, lambda: ops.cross_entropy_statistics(z, y),
+        roofline_gpu.logits_statistics(n, n_classes),
+        device,
+        lambda: ops.cross_entropy_statistics(z, y),
         eager=lambda: F.cross_entropy(z.float(), y, reduction="none"),
-    )  # fmt: skip
+    )
     lse = torch.logsumexp(z.float(), 1)
     measure(
-        roofline_gpu.residual(n, n_classes), device, lambda: ops.residual(z, y, lse),
+        roofline_gpu.residual(n, n_classes),
+        device,
+        lambda: ops.residual(z, y, lse),
         eager=lambda: torch.softmax(z.float(), 1).scatter_add_(1, y[:, None], -torch.ones_like(lse[:, None])),
-    )  # fmt: skip
+    )

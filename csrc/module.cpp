@@ -16,8 +16,8 @@
 #include "draw/cpu.hpp"
 #include "gram/cpu.hpp"
 #include "matching/cpu.hpp"
+#include "mean_gradient/cpu.hpp"
 #include "statistics/cpu.hpp"
-#include "stream/cpu.hpp"
 
 namespace py = pybind11;
 
@@ -117,18 +117,17 @@ void bind_gram(py::module_& m) {
           SELBP_PICK(row_dots_f32)(at<double>(sums), at<float>(a), at<float>(b), rows, columns, n_threads);
       },
       Released());
+#if defined(SELBP_BFLOAT16_PRODUCTS) && defined(SELBP_X86_LEVELS)
   m.def(
-      "stream_read",
-      [](Address source, Size count, int repeats, int n_threads) {
-        return SELBP_PICK(stream_read)(at<float>(source), count, repeats, n_threads);
+      "gram_pairs",
+      [](Address out, Address packed, Address r, Address h, Size n, Size class_pairs, Size feature_pairs, bool bias,
+         int n_threads) {
+        return selbp::v4::gram_bf16(at<float>(out), at<float>(packed), at<float>(r), at<float>(h),
+                                    {n, class_pairs, feature_pairs}, bias, n_threads);
       },
-      Released());
-  m.def(
-      "stream_copy",
-      [](Address target, Address source, Size count, int repeats, int n_threads) {
-        SELBP_PICK(stream_copy)(at<float>(target), at<float>(source), count, repeats, n_threads);
-      },
-      Released());
+      Released(), "gram of bfloat16 factors, a pair of terms at a time; only where multiplies_bfloat16().");
+#endif
+  m.def("multiplies_bfloat16", [] { return selbp::multiplies_bfloat16(); }, "Whether gram_pairs can run here.");
 }
 
 template <typename T, typename Solve>
@@ -160,6 +159,113 @@ void bind_matching(py::module_& m) {
       "buffers: gram, inner, target_sq, valid (0: all), indices, weights, count, residual, status.");
 }
 
+// Memory that stays for the thread's next call, aligned to a cache line: fresh pages would cost a tenth of a selection.
+template <typename T>
+T* kept_scratch(std::size_t count) {
+  constexpr std::size_t kLine = 64;
+  static thread_local std::vector<unsigned char> memory;
+  if (memory.size() < count * sizeof(T) + kLine) memory.resize(count * sizeof(T) + kLine);
+  const auto begin = reinterpret_cast<std::uintptr_t>(memory.data());
+  return reinterpret_cast<T*>((begin + kLine - 1) / kLine * kLine);
+}
+
+struct GradientKernels {
+  template <typename T>
+  static bool gram(T* out, const T* r, const T* h, const selbp::GramShape& shape, bool bias) {
+    const std::int64_t padded = (shape.n + 63) / 64 * 64;
+    T* packed = kept_scratch<T>(static_cast<std::size_t>(padded * (shape.classes + shape.features)));
+    if constexpr (sizeof(T) == sizeof(double))
+      return SELBP_PICK(gram_f64)(out, packed, r, h, shape, bias, 1);
+    else
+      return SELBP_PICK(gram_f32)(out, packed, r, h, shape, bias, 1);
+  }
+  static bool mean(const selbp::GradientFactors<float>& factors, const selbp::MeanGradientOutput<float>& output) {
+    return SELBP_PICK(mean_gradient_f32)(factors, output);
+  }
+  static bool mean(const selbp::GradientFactors<double>& factors, const selbp::MeanGradientOutput<double>& output) {
+    return SELBP_PICK(mean_gradient_f64)(factors, output);
+  }
+};
+
+template <typename T>
+selbp::GradientFactors<T> factors_of(std::uintptr_t r, std::uintptr_t h, const std::array<std::int64_t, 3>& shape,
+                                     bool bias) {
+  return {at<T>(r), at<T>(h), shape[0], shape[1], shape[2], bias};
+}
+
+template <typename T>
+selbp::MeanGradientOutput<T> mean_output(const std::array<std::uintptr_t, 4>& buffers) {
+  return {at<T>(buffers[0]), at<T>(buffers[1]), at<T>(buffers[2]), at<T>(buffers[3])};
+}
+
+// From the factors to the rows: Gram matrix, mean gradient, match. False where a number is not finite.
+template <typename T, typename Solve>
+bool match_gradients(Solve solve, const selbp::GradientFactors<T>& factors, const selbp::matching::Options& options,
+                     T* gram, const selbp::MeanGradientOutput<T>& mean, const unsigned char* valid,
+                     std::int64_t* indices, T* weights) {
+  const selbp::GramShape shape{factors.n, factors.classes, factors.width};
+  if (!GradientKernels::gram(gram, factors.residual, factors.features, shape, factors.bias)) return false;
+  if (!GradientKernels::mean(factors, mean)) return false;
+  std::int32_t count = 0;
+  T residual = 0;
+  unsigned char status = 0;
+  const selbp::matching::Problem<T> problem{gram, mean.inner, mean.target_sq, valid};
+  if (!solve(options, problem, {indices, weights, &count, &residual, &status}, 1, 1)) throw std::bad_alloc();
+  std::int64_t spare = 0;  // the first chosen row, else the first valid one, else row 0
+  if (count > 0) {
+    spare = indices[0];
+  } else {
+    while (spare < factors.n && !valid[spare]) ++spare;
+    if (spare == factors.n) spare = 0;
+  }
+  for (int slot = count; slot < options.k; ++slot) indices[slot] = spare;
+  return true;
+}
+
+void bind_mean_gradient(py::module_& m) {
+  using Address = std::uintptr_t;
+  using Size = std::int64_t;
+  m.def(
+      "mean_gradient",
+      [](Address r, Address h, bool is_double, const std::array<Size, 3>& shape, bool bias,
+         const std::array<Address, 4>& out) {
+        const py::gil_scoped_release released;
+        if (is_double) return GradientKernels::mean(factors_of<double>(r, h, shape, bias), mean_output<double>(out));
+        return GradientKernels::mean(factors_of<float>(r, h, shape, bias), mean_output<float>(out));
+      },
+      "shape: n, classes, width; out: inner, target_sq, head_weight, head_bias.");
+  m.def(
+      "matching_residual",
+      [](Address r, Address h, const std::array<Size, 3>& shape, bool bias, Address indices, Address weights, Size k) {
+        const py::gil_scoped_release released;
+        double squares[2];
+        double* scratch =
+            kept_scratch<double>(static_cast<std::size_t>(selbp::residual_scratch(k, shape[1], shape[2])));
+        SELBP_PICK(matching_residual)
+        (factors_of<double>(r, h, shape, bias), {at<Size>(indices), at<double>(weights), k}, squares, scratch);
+        return std::array<double, 2>{squares[0], squares[1]};
+      },
+      "Squared norms of M - sum_j w_j g_j and of M.");
+  m.def(
+      "match_gradients",
+      [](Address r, Address h, bool is_double, const std::array<Size, 3>& shape, bool bias, int k, int rule,
+         bool nonnegative, double ridge, Address gram, const std::array<Address, 4>& mean, Address valid,
+         Address indices, Address weights) {
+        const py::gil_scoped_release released;
+        const selbp::matching::Options options{
+            static_cast<int>(shape[0]), k, static_cast<selbp::matching::Rule>(rule), nonnegative, ridge, 0.0};
+        const auto* rows = at<unsigned char>(valid);
+        if (is_double)
+          return match_gradients<double>(SELBP_PICK(match_f64), factors_of<double>(r, h, shape, bias), options,
+                                         at<double>(gram), mean_output<double>(mean), rows, at<Size>(indices),
+                                         at<double>(weights));
+        return match_gradients<float>(SELBP_PICK(match_f32), factors_of<float>(r, h, shape, bias), options,
+                                      at<float>(gram), mean_output<float>(mean), rows, at<Size>(indices),
+                                      at<float>(weights));
+      },
+      "False where a number is not finite; indices and weights are then unset.");
+}
+
 void bind_statistics(py::module_& m) {
   using Address = std::uintptr_t;
   using Size = std::int64_t;
@@ -170,14 +276,14 @@ void bind_statistics(py::module_& m) {
       [](Address logits, int type, Size row_stride, Size rows, Size columns, Size first_class, Size n_classes,
          Address features, int feature_type, Size feature_stride, Size n_features, bool feature_bias, Address target,
          Address class_weight, Size ignore_index, double label_smoothing, double softcap, Address state, Address loss,
-         Address lse, Address residual_sq, Address feature_sq, Address others, Address correct, Address valid,
+         Address lse, Address residual_sq, Address feature_sq, Address p_rest, Address correct, Address valid,
          int n_threads) {
         const selbp::Matrix z{at<void>(logits), selbp::Type(type), row_stride, rows, columns};
         const selbp::Matrix h{at<void>(features), selbp::Type(feature_type), feature_stride, rows, n_features};
         const selbp::LossOptions options{at<Size>(target), at<void>(class_weight), ignore_index, label_smoothing,
                                          softcap};
         const selbp::StatisticsOutput out{at<void>(loss),       at<void>(lse),    at<void>(residual_sq),
-                                          at<void>(feature_sq), at<void>(others), at<bool>(correct),
+                                          at<void>(feature_sq), at<void>(p_rest), at<bool>(correct),
                                           at<bool>(valid)};
         return SELBP_PICK(statistics)(z, first_class, n_classes, h, feature_bias, options, at<selbp::RowState>(state),
                                       out, n_threads);
@@ -187,12 +293,12 @@ void bind_statistics(py::module_& m) {
       "head_statistics",
       [](Address features, Size feature_stride, Size rows, Size n_features, Address weight, Size weight_stride,
          Size n_classes, Address bias, Address target, Address class_weight, Size ignore_index, Address loss,
-         Address lse, Address residual_sq, Address feature_sq, Address others, Address correct, Address valid) {
+         Address lse, Address residual_sq, Address feature_sq, Address p_rest, Address correct, Address valid) {
         const selbp::Matrix h{at<void>(features), selbp::Type::f32, feature_stride, rows, n_features};
         const selbp::Matrix w{at<void>(weight), selbp::Type::f32, weight_stride, n_classes, n_features};
         const selbp::LossOptions options{at<Size>(target), at<void>(class_weight), ignore_index, 0.0, 0.0};
         const selbp::StatisticsOutput out{at<void>(loss),       at<void>(lse),    at<void>(residual_sq),
-                                          at<void>(feature_sq), at<void>(others), at<bool>(correct),
+                                          at<void>(feature_sq), at<void>(p_rest), at<bool>(correct),
                                           at<bool>(valid)};
         std::vector<float> scratch(static_cast<std::size_t>(selbp::head_scratch(n_classes, n_features)));
         return SELBP_PICK(head_statistics)(h, w, at<float>(bias), options, out, scratch.data());
@@ -201,11 +307,11 @@ void bind_statistics(py::module_& m) {
   m.def(
       "residual",
       [](Address out, Address logits, int type, Size row_stride, Size rows, Size columns, Size first_class,
-         Size n_classes, double weight_sum, Address lse, Address others, Address scale, Address target,
+         Size n_classes, double weight_sum, Address lse, Address p_rest, Address scale, Address target,
          Address class_weight, Size ignore_index, double label_smoothing, double softcap, int n_threads) {
         const selbp::Matrix z{at<void>(logits), selbp::Type(type), row_stride, rows, columns};
         const selbp::ResidualTile tile{first_class,   n_classes,        weight_sum,
-                                       at<void>(lse), at<void>(others), at<void>(scale)};
+                                       at<void>(lse), at<void>(p_rest), at<void>(scale)};
         const selbp::LossOptions options{at<Size>(target), at<void>(class_weight), ignore_index, label_smoothing,
                                          softcap};
         return SELBP_PICK(residual)(z, tile, options, at<void>(out), n_threads);
@@ -229,5 +335,6 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   bind_draw(m);
   bind_gram(m);
   bind_matching(m);
+  bind_mean_gradient(m);
   bind_statistics(m);
 }

@@ -5,17 +5,13 @@ Run as ``python examples/02_custom_rule.py``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import nn
 
 import selbp
 
 
-@dataclass(frozen=True)
-class HardestOfEachClass:
+class HardestOfEachClass(selbp.BaseSelector):
     """k rows, the same number of each class as far as possible: of each the largest losses. Weights 1 / k.
 
     The step hands over the classes by name: ``step(inputs, target, classes=target)``.
@@ -23,24 +19,13 @@ class HardestOfEachClass:
 
     needs = "loss"  # the least that is read: the losses of all n rows
 
-    @torch.no_grad()
-    def select(
-        self, stats: selbp.BatchStatistics, k: int, *, proxies: Any = None, extras: Any = None, generator: Any = None
-    ) -> selbp.Selection:
-        """Sort by (place among the rows of one's class, loss) and take the first k. Nothing waits for a device."""
-        loss = torch.where(stats.valid, stats.loss, -torch.inf)
-        same = extras["classes"][:, None] == extras["classes"]  # (n, n)
-        place = (same & (loss[None, :] > loss[:, None])).sum(1)  # how many of the class are harder
-        by_loss = loss.argsort(descending=True)
-        indices = by_loss[place[by_loss].argsort(stable=True)][:k]
-        return selbp.Selection(indices, torch.where(stats.valid[indices], 1.0 / k, 0.0))
-
-    def state_dict(self) -> dict[str, Any]:
-        """An empty state: the rule remembers nothing."""
-        return {}
-
-    def load_state_dict(self, state: Any) -> None:
-        """Nothing to take over."""
+    def choose(self, rows: selbp.selectors.Candidates, k: int) -> selbp.Selection:
+        """Compare by (place among the rows of one's class, loss). Nothing waits for a device."""
+        loss = torch.where(rows.stats.valid, rows.stats.loss, -torch.inf)
+        classes = rows.extra("classes")
+        harder = (classes[:, None] == classes) & (loss[None, :] > loss[:, None])  # (n, n)
+        rank = loss.argsort().argsort() / rows.n  # in [0, 1)
+        return rows.pick(rank - harder.sum(1), k)  # the best of each class first, then the second best, ...
 
 
 def main() -> None:

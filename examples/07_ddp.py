@@ -1,4 +1,4 @@
-"""Two processes, each choosing from its own minibatch; DistributedDataParallel averages the gradients.
+"""Two processes that choose, each from its own minibatch or both from all; DistributedDataParallel averages gradients.
 
 Run as ``torchrun --nproc-per-node 2 examples/07_ddp.py``. It uses gloo, so it needs no GPU.
 """
@@ -25,26 +25,28 @@ def main() -> None:
     torch.manual_seed(0)  # the same weights everywhere
     model = DistributedDataParallel(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    step = selbp.SelectiveBackprop(  # built from the wrapped model: else the gradients would never be averaged
-        model,
-        selector=selbp.GradientMatching(),
-        keep=0.25,
-        target="global",  # match the mean gradient of both ranks, not each rank's own
-    )
+    # Built from the wrapped model: else the gradients would never be averaged.
+    options = {"selector": selbp.GradientMatching(), "keep": 0.25}
+    steps = {
+        "its own, for the mean gradient of both": selbp.SelectiveBackprop(model, target="global", **options),
+        "all, as one process would": selbp.SelectiveBackprop(model, scope="global", **options),
+    }
 
     data = torch.Generator().manual_seed(100 + rank)  # other samples on every rank
-    for _ in range(5):
-        inputs = torch.randn(32, 16, generator=data)
-        target = inputs[:, :4].argmax(1)
-        step(inputs, target).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    for among, step in steps.items():
+        for _ in range(5):
+            inputs = torch.randn(32, 16, generator=data)
+            target = inputs[:, :4].argmax(1)
+            step(inputs, target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        print(f"rank {rank}: chose among {among}: {step.report.k} of {step.report.n}", flush=True)
 
     weight = model.module[0].weight.detach()
     spread = weight.clone()
     dist.broadcast(spread, src=0)
     same = bool(torch.equal(spread, weight))
-    print(f"rank {rank}: chose {step.report.k} of {step.report.n}, weights equal to rank 0's: {same}", flush=True)
+    print(f"rank {rank}: weights equal to rank 0's: {same}", flush=True)
     dist.barrier()
     dist.destroy_process_group()
     # Past the interpreter's end: a thread of gloo that asks for the GIL while Python finalizes ends in std::terminate.

@@ -36,7 +36,7 @@ for tool in "$prefix-g++" "$prefix-objdump" qemu-aarch64; do
   fi
 done
 build "$out/there" "$prefix-g++"
-for family in gram matching statistics residual; do
+for family in gram matching mean_gradient statistics residual; do
   for lanes in 4s 2d; do
     count=$("$prefix-objdump" -d "$out/there/$family.o" | grep -cE "fmla\s+v[0-9]+\.$lanes" || true)
     echo "selbp: $family: $count fused multiply-adds on .$lanes"

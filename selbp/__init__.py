@@ -9,6 +9,7 @@ from selbp.cut.report import CutReport
 from selbp.rows import checkpoint, fence, select
 from selbp.sampling import AutoSelect, NoiseAwareCrossEntropy
 from selbp.selectors import (
+    BaseSelector,
     BatchStatistics,
     CubeSampling,
     DivBS,
@@ -36,6 +37,7 @@ SelectiveBackward, selective_backward = BackwardCut, backward_cut  # their names
 __all__ = [
     "AutoSelect",
     "BackwardCut",
+    "BaseSelector",
     "BatchStatistics",
     "CubeSampling",
     "CutReport",

@@ -66,8 +66,32 @@ def gram(
     n_threads: int,
 ) -> bool: ...
 def row_dots(sums: int, a: int, b: int, is_double: bool, rows: int, columns: int, n_threads: int) -> None: ...
-def stream_read(source: int, count: int, repeats: int, n_threads: int) -> float: ...
-def stream_copy(target: int, source: int, count: int, repeats: int, n_threads: int) -> None: ...
+def gram_pairs(
+    out: int, packed: int, r: int, h: int, n: int, class_pairs: int, feature_pairs: int, bias: bool, n_threads: int
+) -> bool: ...
+def multiplies_bfloat16() -> bool: ...
+def mean_gradient(
+    r: int, h: int, is_double: bool, shape: tuple[int, int, int], bias: bool, out: tuple[int, int, int, int]
+) -> bool: ...
+def matching_residual(
+    r: int, h: int, shape: tuple[int, int, int], bias: bool, indices: int, weights: int, k: int
+) -> tuple[float, float]: ...
+def match_gradients(
+    r: int,
+    h: int,
+    is_double: bool,
+    shape: tuple[int, int, int],
+    bias: bool,
+    k: int,
+    rule: int,
+    nonnegative: bool,
+    ridge: float,
+    gram: int,
+    mean: tuple[int, int, int, int],
+    valid: int,
+    indices: int,
+    weights: int,
+) -> bool: ...
 def match(
     buffers: tuple[int, int, int, int, int, int, int, int, int],
     is_double: bool,

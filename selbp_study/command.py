@@ -52,8 +52,15 @@ def study(arguments: argparse.Namespace) -> int:
 
     def progress(done: int, known: int) -> None:
         if not bars:  # not before the first run: what is wrong with the call is said on a line of its own
-            bars.append(tqdm(unit=" runs", disable=arguments.quiet, dynamic_ncols=True, desc=f"study {protocol.name}",
-                             mininterval=0.2 if sys.stderr.isatty() else 30.0))  # fmt: skip
+            bars.append(
+                tqdm(
+                    unit=" runs",
+                    disable=arguments.quiet,
+                    dynamic_ncols=True,
+                    desc=f"study {protocol.name}",
+                    mininterval=0.2 if sys.stderr.isatty() else 30.0,
+                )
+            )
         bars[0].total = known
         bars[0].update(done - bars[0].n)
 

@@ -28,6 +28,7 @@ from selbp_study.sampled import SampledOrder
 from selbp_study.show import Bar, Show, say
 from selbp_study.storage import Lock, LockedError, StorageError, write_text
 from selbp_study.timing import CLOCKS, clock_for
+from selbp_study.together import SharedRun, Together, starts
 
 DEMO_ARMS = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching", "auto")
 DEFAULT_EPOCHS = 4.0
@@ -89,10 +90,18 @@ def _base(arguments: argparse.Namespace, data: Dataset, selector: str, lr: float
     }
     keep = keep_for(selector, 0.25 if arguments.keep is None else arguments.keep)
     config = RunConfig(
-        dataset=data.name, fingerprint=data.fingerprint, selector=selector, steps=steps, lr=lr, keep=keep, seed=seed,
-        batch_size=batch_size, device=arguments.device, threads=arguments.threads,
+        dataset=data.name,
+        fingerprint=data.fingerprint,
+        selector=selector,
+        steps=steps,
+        lr=lr,
+        keep=keep,
+        seed=seed,
+        batch_size=batch_size,
+        device=arguments.device,
+        threads=arguments.threads,
         **{"model": model_for(data.train), "evaluate_every": max(1, math.ceil(steps / 10)), **given},
-    )  # fmt: skip
+    )
     return config
 
 
@@ -104,45 +113,61 @@ def train(arguments: argparse.Namespace) -> int:
     with asked_by(f"--selector {arguments.selector}"):
         arm = Arm.parse(arguments.selector)
         build_selector(arm.selector)
-    data = _load(arguments)
+    with Together(arguments.device) as together:
+        return _train(arguments, arm, together)
+
+
+def _train(arguments: argparse.Namespace, arm: Arm, together: Together) -> int:
+    tell = say if together.leads else _keep_quiet
+    data = together.in_turn(lambda: _load(arguments))
     lr = arm.rate() if arguments.lr is None else arguments.lr
     base = _base(arguments, data, arm.selector, lr, arguments.seed)
     own = arm if arguments.keep is None else replace(arm, keep=arguments.keep)
     config = replace(own.config(base, arguments.seed), lr=lr)
     name = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in arguments.selector)
     folder = arguments.out or Path("runs") / f"{data.name}-{name}-seed{arguments.seed}"
-    before = read_config(folder)
-    if before is not None and not arguments.resume:
+    before = together.share(lambda: read_config(folder))
+    resume = arguments.resume or starts() > 0
+    if before is not None and not resume:
         raise UsageError(f"{folder} holds a run already: --resume goes on with it, another --out starts a new one")
-    if before is None and arguments.resume:
-        say(f"{folder} holds no run yet: starting one")
+    if before is None and resume:
+        tell(f"{folder} holds no run yet: starting one")
     if before is not None and before != config:
         raise UsageError(f"{folder} holds another run: {'; '.join(before.differences(config))}")
-    result = read_result(folder)
+    result = together.share(lambda: read_result(folder))
     if result is not None:
-        say(f"{folder} is finished")
+        tell(f"{folder} is finished")
     else:
-        run = Run(config, data, folder)
+        run = Run(config, data, folder) if together.size == 1 else SharedRun(config, data, folder, together)
         done = run.open()
-        say(f"{'going on at step ' + str(done) if done else 'training'} in {folder}: {config.steps} steps, "
-            f"{config.kept()} of {config.batch_size} samples run backward")  # fmt: skip
-        bar = Bar(config.selector, arguments.quiet).add(config, done)
+        among = "" if together.size == 1 else f", shared by {together.size} processes"
+        tell(
+            f"{'going on at step ' + str(done) if done else 'training'} in {folder}: {config.steps} steps, "
+            f"{config.kept()} of {config.batch_size} samples run backward{among}"
+        )
+        bar = Bar(config.selector, arguments.quiet or not together.leads).add(config, done)
         try:
             result = run.execute(bar)
         except KeyboardInterrupt:
             bar.close()
-            say(f"stopped after step {run.step} of {config.steps}; the same command with --resume goes on from there")
+            tell(f"stopped after step {run.step} of {config.steps}; the same command with --resume goes on from there")
             return INTERRUPTED
         finally:
             bar.close()
         _write_scores(run, data)
     seconds = result["seconds"]
     processor = "processor " if result.get("clock") == "process" else ""
-    say(f"test accuracy {result['accuracy']:.2f} %, {result['backward_samples']} backward samples, {processor}seconds: "
-        f"forward {seconds['score'] + seconds['forward']:.1f}, select {seconds['select']:.1f}, "
-        f"backward {seconds['backward']:.1f}, total {seconds['total']:.1f}")  # fmt: skip
-    say(f"log {folder / 'log.jsonl'}, weights {folder / 'model.pt'}, result {folder / 'result.json'}")
+    tell(
+        f"test accuracy {result['accuracy']:.2f} %, {result['backward_samples']} backward samples, "
+        f"{processor}seconds: forward {seconds['score'] + seconds['forward']:.1f}, select {seconds['select']:.1f}, "
+        f"backward {seconds['backward']:.1f}, total {seconds['total']:.1f}"
+    )
+    tell(f"log {folder / 'log.jsonl'}, weights {folder / 'model.pt'}, result {folder / 'result.json'}")
     return OK
+
+
+def _keep_quiet(text: str) -> None:
+    """The first process says it."""
 
 
 def _write_scores(run: Run, data: Dataset) -> None:

@@ -52,13 +52,22 @@ class RunConfig:
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a text, got {getattr(self, name)!r}")
         for name, least in (
-            ("steps", 1), ("batch_size", 1), ("evaluate_every", 1), ("journal_every", 1), ("threads", 0), ("seed", 0)
-        ):  # fmt: skip
+            ("steps", 1),
+            ("batch_size", 1),
+            ("evaluate_every", 1),
+            ("journal_every", 1),
+            ("threads", 0),
+            ("seed", 0),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
-        for name, low, high in (("lr", 0.0, math.inf), ("momentum", 0.0, 1.0), ("weight_decay", 0.0, math.inf),
-                                ("warmup", 0.0, 1.0)):  # fmt: skip
+        for name, low, high in (
+            ("lr", 0.0, math.inf),
+            ("momentum", 0.0, 1.0),
+            ("weight_decay", 0.0, math.inf),
+            ("warmup", 0.0, 1.0),
+        ):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not (number and low <= value < high) or (name == "lr" and value == 0):
@@ -67,9 +76,12 @@ class RunConfig:
             raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
         if self.model not in MODELS:
             raise ValueError(f"model must be one of {', '.join(MODELS)}, got {self.model!r}")
-        for name, choices in (("backward", ("auto", "rows", "recompute")), ("scoring", ("same", "eval")),
-                              ("head_gradient", ("subset", "full")),
-                              ("precision", ("float32", "bfloat16"))):  # fmt: skip
+        for name, choices in (
+            ("backward", ("auto", "rows", "recompute")),
+            ("scoring", ("same", "eval")),
+            ("head_gradient", ("subset", "full")),
+            ("precision", ("float32", "bfloat16")),
+        ):
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         self.kept()

@@ -51,8 +51,14 @@ class Cost:
 def cost_name(config: RunConfig) -> str:
     """What a step's cost depends on: neither seed, rate, length nor what was changed in the training part."""
     name = config.dataset.removesuffix("-held-out").partition("+")[0]
-    default = {"head_gradient": "subset", "backward": "auto", "scoring": "same", "cut": "", "options": "",
-               "precision": "float32"}  # fmt: skip
+    default = {
+        "head_gradient": "subset",
+        "backward": "auto",
+        "scoring": "same",
+        "cut": "",
+        "options": "",
+        "precision": "float32",
+    }
     own = {field: getattr(config, field) for field in default}
     given = ",".join(f"{field}={value}" for field, value in own.items() if value != default[field])
     arm = "@".join(filter(None, (config.selector, given)))
@@ -154,8 +160,12 @@ class Costs:
         scale = statistics.median(self.costs[name].median / found[name].median for name in anchors) if anchors else 1.0
         for name in missing:
             cost = found[name]
-            self.costs[name] = Cost(cost.median * scale, cost.low * scale, cost.high * scale,
-                                    {phase: value * scale for phase, value in cost.phases.items()})  # fmt: skip
+            self.costs[name] = Cost(
+                cost.median * scale,
+                cost.low * scale,
+                cost.high * scale,
+                {phase: value * scale for phase, value in cost.phases.items()},
+            )
         self.machine = self.machine or machine()
         write_text(self.path, json.dumps(self.as_dict(), indent=1) + "\n")
 

@@ -20,12 +20,22 @@ def curves_plot(findings: Findings, entries: Sequence[dict[str, Any]], axis: str
     figure, axes = new_figure(5.2)
     ends: list[tuple[float, float, str, str]] = []
     for index, entry in enumerate(entries):
-        scale = {"steps": 1.0, "samples": entry["samples"] / entry["steps"] / 1e3,
-                 "seconds": findings.cost(entry)["median"] / 1e3}[axis]  # fmt: skip
+        scale = {
+            "steps": 1.0,
+            "samples": entry["samples"] / entry["steps"] / 1e3,
+            "seconds": findings.cost(entry)["median"] / 1e3,
+        }[axis]
         steps, accuracy = np.array(entry["curve"], float)[1:].T
         colour = COLOURS[index % len(COLOURS)]
-        axes.plot(steps * scale, accuracy, color=colour, linestyle=DASHES[index % len(DASHES)], linewidth=1.8,
-                  marker="o", markersize=3)  # fmt: skip
+        axes.plot(
+            steps * scale,
+            accuracy,
+            color=colour,
+            linestyle=DASHES[index % len(DASHES)],
+            linewidth=1.8,
+            marker="o",
+            markersize=3,
+        )
         ends.append(
             (float(steps[-1] * scale), float(accuracy[-1]), f"{label(entry['label'])} {accuracy[-1]:.1f}", colour)
         )
@@ -38,9 +48,15 @@ def curves_plot(findings: Findings, entries: Sequence[dict[str, Any]], axis: str
     right = max(end[0] for end in ends)
     for (x, y, text, colour), place in zip(ends, places, strict=True):
         axes.annotate(
-            text, (x, y), (right * 1.03, place), color=colour, fontsize=9, va="center", annotation_clip=False,
+            text,
+            (x, y),
+            (right * 1.03, place),
+            color=colour,
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 2},
-        )  # fmt: skip
+        )
     axes.set_xlabel(UNITS[axis])
     axes.set_ylabel("test accuracy (%)")
     axes.set_title(label(title), loc="left", fontsize=11)

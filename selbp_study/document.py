@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from selbp_study.findings import Findings, answer, cell_table, summary_table, table, title_of
+from selbp_study.findings import Findings, answer, cell_table, direct_table, summary_table, table, title_of
 from selbp_study.folder import short
 from selbp_study.protocols import PROTOCOLS
 from selbp_study.storage import StorageError, read_object
@@ -39,6 +39,11 @@ that was tried: a better one may lie beyond it.
 the minibatch's mean gradient, in the space that the rule matches in, over the chosen rows' error; after the stroke
 against as many random rows as the step's cost pays for. The median of a training. Compare it with the verdicts: they
 are about accuracy.
+
+A confirmation has each arm minus the full batch too, paired by seed. *Time to random's final accuracy* is a ratio: the
+seconds at which an arm's curve first has what random ends with on the same seed, over random's seconds, the geometric
+mean over seeds with its 95 % interval. It needs the curves of several seeds; a dash says that they were not recorded. A
+curve's inner points run at a rate that has not decayed yet: a training made for less time would be quicker.
 """
 
 
@@ -67,22 +72,30 @@ def costs_table(result: dict[str, Any]) -> str:
     """Every measured step, its quartiles and where its time goes."""
     phases = ("score", "select", "forward", "backward", "optimizer")
     rows = [
-        [code(name), f"{cost['median']:.2f}", f"{cost['low']:.2f} – {cost['high']:.2f}",
-         *(f"{cost['phases'].get(phase, 0.0):.2f}" for phase in phases)]
+        [
+            code(name),
+            f"{cost['median']:.2f}",
+            f"{cost['low']:.2f} – {cost['high']:.2f}",
+            *(f"{cost['phases'].get(phase, 0.0):.2f}" for phase in phases),
+        ]
         for name, cost in sorted(result["costs"].items())
-    ]  # fmt: skip
+    ]
     return "\n\n".join([table(["step", "ms", "quartiles", *phases], rows), *reading_of(result)])
 
 
 def reading_of(result: dict[str, Any]) -> list[str]:
     """What random would save if it read only the samples that it keeps, where that was measured."""
-    shares = [(cost["phases"]["read"] - cost["phases"]["read kept"]) / cost["median"]
-              for name, cost in result["costs"].items()
-              if "read kept" in cost["phases"] and name.partition("@")[0].endswith(" random")]  # fmt: skip
+    shares = [
+        (cost["phases"]["read"] - cost["phases"]["read kept"]) / cost["median"]
+        for name, cost in result["costs"].items()
+        if "read kept" in cost["phases"] and name.partition("@")[0].endswith(" random")
+    ]
     if not shares:
         return []
-    return ["Reading the data is not in it. Random could read only the samples that it keeps: that would save it at "
-            f"most {max(0.0, *shares):.1%} of its step."]  # fmt: skip
+    return [
+        "Reading the data is not in it. Random could read only the samples that it keeps: that would save it at "
+        f"most {max(0.0, *shares):.1%} of its step."
+    ]
 
 
 def section(result: dict[str, Any]) -> str:
@@ -103,6 +116,8 @@ def section(result: dict[str, Any]) -> str:
         )
         budget = f", {findings.seconds(place):.1f} s" if "time" in findings.budgets else ""
         parts += [f"{steps} steps{budget}.", cell_table(findings, place)]
+        direct = direct_table(findings, place) if protocol["claim"] else None
+        parts += [] if direct is None else [direct]
     for name, error in result["failed"].items():
         parts.append(f"Failed: {plain(name)}: {plain(error)}")
     machine = plain("; ".join(f"{name}: {value}" for name, value in result["machine"].items() if name != "threads"))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from selbp_study.protocols import OWN_KEEP
-from selbp_study.statistics import Difference, Verdict, holm, paired
+from selbp_study.statistics import Difference, Verdict, holm, paired, t_quantile
 from selbp_study.text import plain
 
 FIRST = {"full": 0, "random": 1, OWN_KEEP: 2}  # in tables; the others as the protocol has them
@@ -74,11 +75,19 @@ class Findings:
         self.rows = {(place, budget): self._rows(place, budget) for place in self.places for budget in self.budgets}
         if result["protocol"]["claim"]:
             for budget in self.budgets:
-                family = [row for place in self.places for row in self.rows[place, budget]
-                          if row.difference is not None and row.difference.p is not None
-                          and row.entry["arm"] not in ("random", OWN_KEEP)]  # fmt: skip
-                for row, p in zip(family, holm([row.difference.p for row in family if row.difference
-                                                and row.difference.p is not None]), strict=True):  # fmt: skip
+                family = [
+                    row
+                    for place in self.places
+                    for row in self.rows[place, budget]
+                    if row.difference is not None
+                    and row.difference.p is not None
+                    and row.entry["arm"] not in ("random", OWN_KEEP)
+                ]
+                for row, p in zip(
+                    family,
+                    holm([row.difference.p for row in family if row.difference and row.difference.p is not None]),
+                    strict=True,
+                ):
                     row.p = p
 
     def baseline(self, place: Place, budget: str) -> Entry | None:
@@ -87,8 +96,14 @@ class Findings:
             own = (*place[:3], 0) == place_of_entry(entry) and entry["arm"] == OWN_KEEP
             if entry["budget"] == budget and budget == "time" and own:
                 return dict(entry)
-        return next((entry for entry in self.entries if place_of_entry(entry) == place
-                     and entry["budget"] == budget and entry["arm"] == "random"), None)  # fmt: skip
+        return next(
+            (
+                entry
+                for entry in self.entries
+                if place_of_entry(entry) == place and entry["budget"] == budget and entry["arm"] == "random"
+            ),
+            None,
+        )
 
     def _rows(self, place: Place, budget: str) -> list[Row]:
         base = self.baseline(place, budget)
@@ -96,10 +111,14 @@ class Findings:
         mine = [e for e in self.entries if place_of_entry(e) == place and e["budget"] == budget]
         mine = sorted([*mine, *own], key=lambda e: FIRST.get(e["arm"], len(FIRST)))
         return [
-            Row(e, None if base is None or e is base or e["key"] == base["key"]
-                else paired(accuracies(e), accuracies(base)))
+            Row(
+                e,
+                None
+                if base is None or e is base or e["key"] == base["key"]
+                else paired(accuracies(e), accuracies(base)),
+            )
             for e in mine
-        ]  # fmt: skip
+        ]
 
     def cost(self, entry: Entry) -> dict[str, Any]:
         """The measured cost of an entry's step."""
@@ -197,6 +216,61 @@ def _cells(row: Row | None, steps: bool) -> list[str]:
     return [*count, row.rate(), row.accuracy(), row.against()]
 
 
+def seconds_at(findings: Findings, entry: Entry, step: float) -> float:
+    """Processor seconds of ``step`` steps of an entry, what is paid once included."""
+    cost = findings.cost(entry)
+    return float(cost["phases"].get("once", 0.0) + step * cost["median"]) / 1e3
+
+
+def time_ratio(findings: Findings, entry: Entry, base: Entry) -> str:
+    """Seconds until an entry has the final accuracy that ``base`` has with the same seed, over the seconds of ``base``.
+
+    The geometric mean over the seeds with a curve, and its 95 % interval. Between its points a curve is a line.
+    """
+    ratios, late = [], 0
+    for seed, target in accuracies(base).items():
+        curve = entry.get("curves", {}).get(str(seed))
+        if curve is None or len(curve) < 2:
+            continue
+        step = first_reached(curve, target)
+        if step is None:
+            late += 1
+        else:
+            ratios.append(math.log(seconds_at(findings, entry, step) / seconds_at(findings, base, base["steps"])))
+    if late or len(ratios) < 2:
+        return f"not reached by {late} of {late + len(ratios)} seeds" if late else "–"
+    mean = statistics.fmean(ratios)
+    half = t_quantile(0.05, len(ratios) - 1) * statistics.stdev(ratios) / math.sqrt(len(ratios))
+    return f"{math.exp(mean):.2f} [{math.exp(mean - half):.2f}, {math.exp(mean + half):.2f}]"
+
+
+def first_reached(curve: Sequence[Sequence[float]], target: float) -> float | None:
+    """The step at which a curve of (step, accuracy) first has ``target``; None where it never does."""
+    for (before, low), (after, high) in zip(curve, curve[1:], strict=False):
+        if low < target <= high:
+            return before + (after - before) * (target - low) / (high - low)
+    return float(curve[0][0]) if curve[0][1] >= target else None
+
+
+def direct_table(findings: Findings, place: Place) -> str | None:
+    """At equal time, each arm minus the full batch, and its time to random's accuracy; None without a full batch."""
+    if "time" not in findings.budgets:
+        return None
+    rows, base = findings.rows[place, "time"], findings.baseline(place, "time")
+    full = next((row.entry for row in rows if row.entry["arm"] == "full"), None)
+    if full is None or base is None:
+        return None
+    lines = []
+    for row in rows:
+        if row.entry["arm"] in FIRST:
+            continue
+        difference = paired(accuracies(row.entry), accuracies(full))
+        text = "–" if difference is None else difference.text()
+        lines.append([plain(row.entry["label"]), text, time_ratio(findings, row.entry, base)])
+    head = ["arm, equal time", "minus the full batch", "time to random's final accuracy, of random's"]
+    return table(head, lines) if lines else None
+
+
 def summary_table(findings: Findings) -> str:
     """In how many cells each arm is ahead of random, behind it, or neither, by budget."""
     words = {"steps": "equal steps", "samples": "equal samples", "time": "equal time"}
@@ -206,11 +280,14 @@ def summary_table(findings: Findings) -> str:
 
     def count(label: str, budget: str) -> str:
         found = verdicts[budget].get(label, [])
-        return ", ".join(f"{found.count(word)} {word}" for word in ("ahead", "no difference", "behind", "-")
-                         if found.count(word)).replace("- ", "")  # fmt: skip
+        return ", ".join(
+            f"{found.count(word)} {word}" for word in ("ahead", "no difference", "behind", "-") if found.count(word)
+        ).replace("- ", "")
 
-    return table(["arm", *(words[budget] for budget in budgets)],
-                 ([plain(label), *(count(label, budget) for budget in budgets)] for label in labels))  # fmt: skip
+    return table(
+        ["arm", *(words[budget] for budget in budgets)],
+        ([plain(label), *(count(label, budget) for budget in budgets)] for label in labels),
+    )
 
 
 def answer(findings: Findings) -> str:

@@ -73,8 +73,14 @@ def wrong_result(value: dict[str, Any]) -> str | None:
             return f"a point of the curve must hold a finite {', '.join(POINT)}, got {short(point)}"
     if not isinstance(value.get("config"), dict):
         return f"config must be an object, got {short(value.get('config'))}"
-    return next((f"{name} must be a number or null, got {short(value[name])}" for name in ("gain", "gain_at_cost")
-                 if value.get(name) is not None and type(value[name]) not in (int, float)), None)  # fmt: skip
+    return next(
+        (
+            f"{name} must be a number or null, got {short(value[name])}"
+            for name in ("gain", "gain_at_cost")
+            if value.get(name) is not None and type(value[name]) not in (int, float)
+        ),
+        None,
+    )
 
 
 def check_log(log: JsonLines, config: RunConfig, step: int) -> list[dict[str, Any]]:

@@ -12,12 +12,12 @@ from selbp._checks import check_number
 from selbp.ops.matching import match
 from selbp.ops.mean_gradient import mean_gradient
 from selbp.reference.sampling import fill_spare
-from selbp.selectors import GradientProxies
-from selbp.selectors.base import Needs, check_call, check_state, require_proxies
-from selbp.types import BatchStatistics, Selection
+from selbp.selectors import BaseSelector, Candidates, Needs
+from selbp.selectors.base import check_state
+from selbp.types import Selection
 
 
-class AveragedTarget:
+class AveragedTarget(BaseSelector):
     """Nonnegative matching of an exponential average of the minibatches' mean gradients, instead of this one's.
 
     The average is ``T <- decay T + (1 - decay) M``, divided by ``1 - decay^t`` as Adam's is, of gradients in units of
@@ -40,22 +40,9 @@ class AveragedTarget:
         self._average: Tensor | None = None  # (C, d + 1) the head's weight and bias side by side
         self._steps = 0
 
-    def __repr__(self) -> str:
-        return f"AveragedTarget(decay={self.decay}, ridge={self.ridge})"
-
-    @torch.no_grad()
-    def select(
-        self,
-        stats: BatchStatistics,
-        k: int,
-        *,
-        proxies: GradientProxies | None = None,
-        extras: Mapping[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Selection:
-        """See :meth:`selbp.Selector.select`; draws nothing."""
-        check_call(stats, k, generator)
-        proxies = require_proxies(self, proxies)
+    def choose(self, rows: Candidates, k: int) -> Selection:
+        """Match the average with k rows; draws nothing."""
+        proxies = rows.gradients
         gram = proxies.gram()
         scale = gram.diagonal().mean().sqrt().clamp(min=torch.finfo(gram.dtype).tiny)  # a cut's gradients have no unit
         mean = mean_gradient(proxies.residual, proxies.features, bias=True)
@@ -68,9 +55,9 @@ class AveragedTarget:
         weight, offset = target[:, :-1], target[:, -1]
         residual = proxies.residual.to(target.dtype)
         inner = ((residual @ weight) * proxies.features.to(target.dtype)).sum(1) + residual @ offset
-        found = match(gram, inner, target.square().sum(), k, ridge=self.ridge, valid=stats.valid)
-        indices, _ = fill_spare(found.indices, found.indices >= 0, stats.valid)
-        return Selection(indices, found.weights.to(stats.loss.dtype))
+        found = match(gram, inner, target.square().sum(), k, ridge=self.ridge, valid=rows.stats.valid)
+        indices, _ = fill_spare(found.indices, found.indices >= 0, rows.stats.valid)
+        return Selection(indices, found.weights.to(rows.stats.loss.dtype))
 
     def state_dict(self) -> dict[str, Any]:
         """The average and how many minibatches are in it."""

@@ -34,10 +34,21 @@ MAGIC = b"SELBPJ02"
 SUMMED = b"SELBPJ01"  # slots of earlier versions, whose checksum is a sum of words
 HEADER = struct.Struct("<8sQQQQ")  # magic, sequence number, bytes of JSON, bytes of tensors, checksum
 ALIGN = 64
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.bool,
-)}  # fmt: skip
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    )
+}
 
 
 # ------------------------------------------------------------------------------------------------- nested state

@@ -9,6 +9,7 @@ keeps it (see ``selbp.keep_freed_memory``).
 """
 
 import os
+import sys
 
 
 def main() -> int:
@@ -19,4 +20,11 @@ def main() -> int:
     from selbp_study.cli import main as command
 
     keep_freed_memory()
-    return command()
+    status = command()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Past the interpreter's end: a thread of gloo that asks for the GIL while Python finalizes ends in
+        # std::terminate.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status

@@ -33,11 +33,19 @@ class SmallCNN(nn.Module):
             raise ValueError(f"image must be at least 8 x 8 pixels, got {image[0]} x {image[1]}")
         a, b, c, hidden = self.widths
         self.body = nn.Sequential(
-            nn.Conv2d(1, a, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(b, c, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(c * rows * columns, hidden), nn.ReLU(),
-        )  # fmt: skip
+            nn.Conv2d(1, a, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(a, b, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(b, c, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(c * rows * columns, hidden),
+            nn.ReLU(),
+        )
         self.head = nn.Linear(hidden, n_classes)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
 
@@ -74,9 +82,12 @@ class ResidualBlock(nn.Module):
     def __init__(self, inside: int, outside: int, stride: int) -> None:
         super().__init__()
         self.inner = nn.Sequential(
-            nn.Conv2d(inside, outside, 3, stride, padding=1, bias=False), nn.GroupNorm(outside // 8, outside),
-            nn.ReLU(), nn.Conv2d(outside, outside, 3, padding=1, bias=False), nn.GroupNorm(outside // 8, outside),
-        )  # fmt: skip
+            nn.Conv2d(inside, outside, 3, stride, padding=1, bias=False),
+            nn.GroupNorm(outside // 8, outside),
+            nn.ReLU(),
+            nn.Conv2d(outside, outside, 3, padding=1, bias=False),
+            nn.GroupNorm(outside // 8, outside),
+        )
         same = inside == outside and stride == 1
         self.beside = nn.Identity() if same else nn.Conv2d(inside, outside, 1, stride)
 
@@ -92,9 +103,12 @@ class ResNet(nn.Module):
         super().__init__()
         image_of(shape)
         self.body = nn.Sequential(
-            nn.Conv2d(1, 16, 3, 2, padding=1), nn.ReLU(), ResidualBlock(16, 16, 1), ResidualBlock(16, 32, 2),
+            nn.Conv2d(1, 16, 3, 2, padding=1),
+            nn.ReLU(),
+            ResidualBlock(16, 16, 1),
+            ResidualBlock(16, 32, 2),
             ResidualBlock(32, 64, 2),
-        )  # fmt: skip
+        )
         self.head = nn.Linear(64, n_classes)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
 
@@ -150,8 +164,12 @@ def image_of(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 MODELS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
-    "cnn": SmallCNN, "wide-cnn": WideCNN, "resnet": ResNet, "mlp": MLP, "transformer": Transformer,
-}  # fmt: skip
+    "cnn": SmallCNN,
+    "wide-cnn": WideCNN,
+    "resnet": ResNet,
+    "mlp": MLP,
+    "transformer": Transformer,
+}
 HEAD = "head"  # the name of each model's last linear layer
 # Modules at whose output a cut leaves 1, 2, ... layers with parameters above it, a residual block being one layer.
 CUTS: dict[str, tuple[str, ...]] = {

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 COLOURS = ("#000000", "#999999", "#D55E00", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#8F5E15", "#7A3FA0")
 DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (3, 1.5)), (0, (5, 1.5, 1, 1.5)), "-", (0, (8, 2, 2, 2)))
 PHASE_COLOURS = {
-    "score": "#F0E442", "select": "#D55E00", "forward": "#56B4E9", "backward": "#0072B2", "optimizer": "#BBBBBB",
-}  # fmt: skip
+    "score": "#F0E442",
+    "select": "#D55E00",
+    "forward": "#56B4E9",
+    "backward": "#0072B2",
+    "optimizer": "#BBBBBB",
+}
 Curve = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
@@ -100,9 +104,15 @@ def accuracy_plot(lines: Sequence[Line], axis: str, title: str) -> bytes:
     places = spread_labels([end[1] for end in ends], 0.052 * (ceiling - floor), floor, ceiling)
     for (x_end, y_end, text, colour), place in zip(ends, places, strict=True):
         axes.annotate(
-            text, (x_end, y_end), (right * 1.03, place), color=colour, fontsize=10, va="center", annotation_clip=False,
+            text,
+            (x_end, y_end),
+            (right * 1.03, place),
+            color=colour,
+            fontsize=10,
+            va="center",
+            annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 2},
-        )  # fmt: skip
+        )
     units = {
         "backward_samples": "samples that ran backward (thousands)",
         "seconds": "seconds of training (processor time)",

@@ -35,6 +35,7 @@ class Protocol:
     tuned_keeps: tuple[str, ...] = ()  # arms whose keep is chosen among own_keeps too, under the budget of time
     clock: str = "matching"  # the arm whose steps, at the dearest keep, set the budget of time
     note: str = ""  # for who reads the result
+    curves: int = 2  # seeds, the first ones, whose curves are recorded: an evaluation takes as long as many steps
     claim: bool = False  # Holm-corrected over all of its differences, cells by arms, in each budget
 
     def __post_init__(self) -> None:
@@ -58,9 +59,12 @@ PAPER = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching"
 MORE = ("full", "random", "top-loss", "gradnorm", "matching", "divbs", "matching-recut")
 AUTO = ("full", "random", "auto", "aware-random")
 AGAINST_AUTO: dict[str, Any] = {
-    "budgets": ("time",), "own_keeps": (32, 48, 64), "tuned_keeps": ("auto", "aware-random"), "clock": "random",
+    "budgets": ("time",),
+    "own_keeps": (32, 48, 64),
+    "tuned_keeps": ("auto", "aware-random"),
+    "clock": "random",
     "claim": True,
-}  # fmt: skip
+}
 AUTO_NOTE = (
     "The budget of time is what 600 (digits: 400) steps of random on 48 samples take. The seconds of the small network "
     "that first fills the table are paid out of it."
@@ -71,96 +75,194 @@ PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
         Protocol(
-            "quick", "the rules of the first table, a short training, two seeds",
-            (Cell(CLEAN, "cnn", 150),), PAPER, (0, 1), own_keeps=(16, 32, 64),
+            "quick",
+            "the rules of the first table and auto, a short training, two seeds",
+            (Cell(CLEAN, "cnn", 150),),
+            (*PAPER, "auto-32"),
+            (0, 1),
+            own_keeps=(16, 32, 64),
         ),
         Protocol(
-            "main", "Fashion-MNIST, the small CNN, clean and with 20 % wrong labels",
-            (Cell(CLEAN, "cnn", 500, (0.1, 0.25)), Cell(NOISY, "cnn", 500, (0.1, 0.25))), PAPER, (0, 1, 2, 3, 4),
+            "main",
+            "Fashion-MNIST, the small CNN, clean and with 20 % wrong labels",
+            (Cell(CLEAN, "cnn", 500, (0.1, 0.25)), Cell(NOISY, "cnn", 500, (0.1, 0.25))),
+            PAPER,
+            (0, 1, 2, 3, 4),
             own_keeps=(16, 32, 64),
         ),
         # About 60 core-minutes by the costs of steps; "long" about 50.
         Protocol(
-            "full", "more networks, and a text",
+            "full",
+            "more networks, and a text",
             (
-                Cell("digits", "mlp", 400, (0.1, 0.25)), Cell(CLEAN, "resnet", 500, (0.25,)),
+                Cell("digits", "mlp", 400, (0.1, 0.25)),
+                Cell(CLEAN, "resnet", 500, (0.25,)),
                 Cell(CLEAN, "wide-cnn", 500, (0.25,), batch_size=64),
                 Cell(TEXT, "transformer", 600, (0.25,), batch_size=64),
             ),
-            MORE, (0, 1, 2, 3, 4), own_keeps=(16, 32, 64),
+            MORE,
+            (0, 1, 2, 3, 4),
+            own_keeps=(16, 32, 64),
         ),
         Protocol(
-            "long", "the small CNN, trained four times as long", (Cell(CLEAN, "cnn", 2000, (0.25,)),),
-            MORE, (0, 1, 2, 3, 4), own_keeps=(16, 32, 64),
+            "long",
+            "the small CNN, trained four times as long",
+            (Cell(CLEAN, "cnn", 2000, (0.25,)),),
+            MORE,
+            (0, 1, 2, 3, 4),
+            own_keeps=(16, 32, 64),
         ),
         # Found on seeds 0 and 1 and held-out data; the rates are tuned again here, the seeds are fresh. The full
         # batch is there because random's own keep came out as nearly all of a minibatch of 64.
         Protocol(
-            "confirm", "the cut below the head against random at equal time, on fresh seeds",
+            "confirm",
+            "the cut below the head against random at equal time, on fresh seeds",
             (Cell(CLEAN, "wide-cnn", 1200, (0.25,), batch_size=64),),
-            ("full", "random", "matching-recut", "cube-recut"), tuple(range(100, 110)), budgets=("time",),
-            own_keeps=(16, 32, 48), clock="cube-recut", claim=True,
+            ("full", "random", "matching-recut", "cube-recut"),
+            tuple(range(100, 110)),
+            budgets=("time",),
+            own_keeps=(16, 32, 48),
+            clock="cube-recut",
+            claim=True,
             note="Every arm trains in float32; the arms with a cut score in bfloat16, which random and the full batch "
             "have no use for. A machine that is fast in bfloat16 can train in it: see confirm-bfloat16.",
         ),
         Protocol(
-            "confirm-bfloat16", "the same with every arm trained in bfloat16, on ten more seeds",
+            "confirm-bfloat16",
+            "the same with every arm trained in bfloat16, on ten more seeds",
             (Cell(CLEAN, "wide-cnn", 1200, (0.25,), batch_size=64, precision="bfloat16"),),
-            ("full", "random", "matching-recut", "cube-recut"), tuple(range(200, 210)), budgets=("time",),
-            own_keeps=(16, 32, 48), clock="cube-recut", claim=True,
+            ("full", "random", "matching-recut", "cube-recut"),
+            tuple(range(200, 210)),
+            budgets=("time",),
+            own_keeps=(16, 32, 48),
+            clock="cube-recut",
+            claim=True,
             note="All forwards and backwards run under autocast to bfloat16.",
         ),
         # Found by "long" and "explore" on seeds 0 to 4; every arm is tuned again, for this budget of time.
         Protocol(
-            "confirm-loss", "the largest losses, and matching below the head, against random on fresh seeds",
+            "confirm-loss",
+            "the largest losses, and matching below the head, against random on fresh seeds",
             (
                 Cell(CLEAN, "cnn", 2000, (0.25,)),
                 Cell(CLEAN, "wide-cnn", 1200, (0.25,), batch_size=64, precision="bfloat16"),
             ),
-            ("full", "random", "top-loss", "top-loss-every2", "matching-cut1"), tuple(range(300, 310)),
-            budgets=("time",), own_keeps=(16, 32, 48, 64), clock="top-loss", claim=True,
+            ("full", "random", "top-loss", "top-loss-every2", "matching-cut1"),
+            tuple(range(300, 310)),
+            budgets=("time",),
+            own_keeps=(16, 32, 48, 64),
+            clock="top-loss",
+            claim=True,
             note="The small CNN trains in float32, all arms of the wider one under autocast to bfloat16.",
         ),
         # Fixed before it ran, on seeds that nothing else has seen. Random's keep, auto's and every rate are tuned here.
         Protocol(
-            "confirm-auto", "choosing by a table of scores, while it pays, against random and the full batch",
+            "confirm-auto",
+            "choosing by a table of scores, while it pays, against random and the full batch",
             (Cell(CLEAN, "cnn", 600, (48,)), Cell(NOISY, "cnn", 600, (48,)), Cell("digits", "mlp", 400, (48,))),
-            AUTO, tuple(range(500, 510)), **AGAINST_AUTO, note=AUTO_NOTE,
+            AUTO,
+            tuple(range(500, 510)),
+            **AGAINST_AUTO,
+            note=AUTO_NOTE,
         ),
         Protocol(
-            "confirm-auto-hard", "the same with more noise, noise of a direction, long-tailed classes, duplicates",
-            tuple(Cell(CLEAN + change, "cnn", 600, (48,)) for change in (
-                "+noise=0.4", "+class-noise=0.2", "+long-tail=50", "+duplicates=0.3")),
-            AUTO, tuple(range(500, 510)), **AGAINST_AUTO, note=AUTO_NOTE,
+            "confirm-auto-hard",
+            "the same with more noise, noise of a direction, long-tailed classes, duplicates",
+            tuple(
+                Cell(CLEAN + change, "cnn", 600, (48,))
+                for change in ("+noise=0.4", "+class-noise=0.2", "+long-tail=50", "+duplicates=0.3")
+            ),
+            AUTO,
+            tuple(range(500, 510)),
+            **AGAINST_AUTO,
+            note=AUTO_NOTE,
+        ),
+        # Fixed before it ran, on fresh seeds, after "confirm-auto" missed its goal on digits: a lower end of -.15. A
+        # controller that is off now costs next to nothing, the loss is the plain one where no noise is shown, and the
+        # proxy makes the one pass that selbp.auto_select(steps=400) gives it.
+        Protocol(
+            "confirm-auto-digits",
+            "choosing by a table where a step takes a millisecond",
+            (Cell("digits", "mlp", 400, (48,)),),
+            ("full", "random", "auto-one-pass"),
+            tuple(range(600, 610)),
+            budgets=("time",),
+            own_keeps=(32, 48, 64),
+            tuned_keeps=("auto-one-pass",),
+            clock="random",
+            claim=True,
+            curves=10,
+            note="The budget of time is what 400 steps of random on 48 samples take. The seconds of the small network "
+            "that first fills the table are paid out of it.",
         ),
         Protocol(
-            "confirm-auto-text", "the same on a text, whose windows are alike: nothing to choose",
+            "confirm-auto-text",
+            "the same on a text, whose windows are alike: nothing to choose",
             (Cell(TEXT, "transformer", 300, (32,), batch_size=64),),
-            ("full", "random", "auto"), tuple(range(500, 510)), budgets=("time",), own_keeps=(16, 32, 48),
-            tuned_keeps=("auto",), clock="random", claim=True,
+            ("full", "random", "auto"),
+            tuple(range(500, 510)),
+            budgets=("time",),
+            own_keeps=(16, 32, 48),
+            tuned_keeps=("auto",),
+            clock="random",
+            claim=True,
         ),
         # What of "auto" helps, on the seeds that explore.
         Protocol(
-            "ablate-auto", "what of the table helps",
+            "ablate-auto",
+            "what of the table helps",
             (Cell(CLEAN, "cnn", 600, (48,)), Cell(NOISY, "cnn", 600, (48,))),
             (
-                "full", "random", "top-loss-64", "aware-random", "scored", "scored-history", "scored-proxy",
-                "scored-plain-loss", "scored-hard", "scored-right", "scored-512", "info-batch", "rho-loss",
+                "full",
+                "random",
+                "top-loss-64",
+                "aware-random",
+                "scored",
+                "scored-history",
+                "scored-proxy",
+                "scored-plain-loss",
+                "scored-hard",
+                "scored-right",
+                "scored-512",
+                "info-batch",
+                "rho-loss",
             ),
-            (0, 1, 2, 3, 4), budgets=("time",), own_keeps=(32, 48, 64), clock="random",
+            (0, 1, 2, 3, 4),
+            budgets=("time",),
+            own_keeps=(32, 48, 64),
+            clock="random",
             note="An exploration: the best of so many arms looks better than it is.",
         ),
         Protocol(
-            "explore", "what else was tried, every arm in bfloat16, and whether the matching matters below the head",
+            "explore",
+            "what else was tried, every arm in bfloat16, and whether the matching matters below the head",
             (Cell(CLEAN, "wide-cnn", 1200, (0.25,), batch_size=64, precision="bfloat16"),),
             (
-                "full", "random", "top-loss", "matching", "divbs", "matching-head", "matching-recut", "cube-recut",
-                "gradnorm-recut", "random-recut", "matching-recut-8", "matching-recut-128", "matching-recut2",
-                "matching-cut1", "matching-recut-every2", "matching-average-recut", "top-loss-every2", "top-loss-128",
+                "full",
+                "random",
+                "top-loss",
+                "matching",
+                "divbs",
+                "matching-head",
+                "matching-recut",
+                "cube-recut",
+                "gradnorm-recut",
+                "random-recut",
+                "matching-recut-8",
+                "matching-recut-128",
+                "matching-recut2",
+                "matching-cut1",
+                "matching-recut-every2",
+                "matching-average-recut",
+                "top-loss-every2",
+                "top-loss-128",
             ),
-            (0, 1, 2), budgets=("time",), own_keeps=(16, 32, 48), clock="cube-recut",
+            (0, 1, 2),
+            budgets=("time",),
+            own_keeps=(16, 32, 48),
+            clock="cube-recut",
             note="All forwards and backwards run under autocast to bfloat16. An exploration: the best of so many arms "
             "looks better than it is.",
         ),
     )
-}  # fmt: skip
+}

@@ -60,13 +60,16 @@ def settings_of(comparison: Comparison, data: Dataset) -> dict[str, str]:
     }
     return {
         "data": f"{data.name}: {len(data.train)} training and {len(data.test)} test images ({data.source})",
-        "model": base.model, "minibatch": f"{base.batch_size} samples, of which {base.kept()} run backward",
+        "model": base.model,
+        "minibatch": f"{base.batch_size} samples, of which {base.kept()} run backward",
         "budget": budget[comparison.budget],
         "optimizer": f"SGD, Nesterov momentum {base.momentum:g}, weight decay {base.weight_decay:g}; each run's rate "
         f"rises for {base.warmup:.0%} of its steps, then falls linearly to 0",
         "seeds": ", ".join(map(str, comparison.seeds)),
-        "backward": base.backward, "scoring": base.scoring, "head gradient": base.head_gradient,
-    }  # fmt: skip
+        "backward": base.backward,
+        "scoring": base.scoring,
+        "head gradient": base.head_gradient,
+    }
 
 
 def caveats(comparison: Comparison, lines: Sequence[Line]) -> list[str]:
@@ -125,8 +128,10 @@ def page(comparison: Comparison, data: Dataset, lines: Sequence[Line], plots: di
         return "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in values.items())
 
     def row(cells: Sequence[str]) -> str:
-        tags = (f'<td class="failed">{html.escape(c)}</td>' if c.startswith("failed") else f"<td>{html.escape(c)}</td>"
-                for c in cells)  # fmt: skip
+        tags = (
+            f'<td class="failed">{html.escape(c)}</td>' if c.startswith("failed") else f"<td>{html.escape(c)}</td>"
+            for c in cells
+        )
         return f"<tr>{''.join(tags)}</tr>"
 
     heads = "".join(f"<th>{html.escape(name)}</th>" for name in HEADINGS)

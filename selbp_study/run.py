@@ -61,9 +61,13 @@ class Run:
         self.stepping = self.wrapper if sampled is None else sampled.steps_by(self.wrapper)
         self.wrapper.clock = self.clock
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
-            nesterov=config.momentum > 0, fused=self.device.type in ("cpu", "cuda"),
-        )  # fmt: skip
+            self.model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.momentum > 0,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
         self.weights = self.model.state_dict()  # once: its tensors are the model's own, and gathering them takes 0.1 ms
         self.log = JsonLines(folder / "log.jsonl")
         self.journal = Journal(folder, before_durable=self.log.sync)
@@ -82,23 +86,33 @@ class Run:
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, and the sums that the result reports."""
         return {
-            "step": self.step, "model": self.weights, "optimizer": self.optimizer.state_dict(),
-            "wrapper": self.wrapper.state_dict(), "generator": self.generator.get_state(),
-            "rng": torch.get_rng_state(), "backward_samples": self.backward_samples, "seconds": self.seconds,
-            "journal_seconds": self.journal_seconds, "window": self.window,
+            "step": self.step,
+            "model": self.weights,
+            "optimizer": self.optimizer.state_dict(),
+            "wrapper": self.wrapper.state_dict(),
+            "generator": self.generator.get_state(),
+            "rng": torch.get_rng_state(),
+            "backward_samples": self.backward_samples,
+            "seconds": self.seconds,
+            "journal_seconds": self.journal_seconds,
+            "window": self.window,
             **({"order": self.order.state()} if self.order.charged else {}),
-        }  # fmt: skip
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state`. ValueError, or what torch raises, for a state that is none of this run's."""
         times, window = state["seconds"], state["window"]
-        wrong = [name for name, good in (
-            ("step", type(state["step"]) is int and 0 <= state["step"] <= self.config.steps),
-            ("backward_samples", is_number(state["backward_samples"])),
-            ("journal_seconds", is_number(state["journal_seconds"])),
-            ("seconds", times.keys() == self.seconds.keys() and all(map(is_number, times.values()))),
-            ("window", (window.shape, window.dtype) == (self.window.shape, self.window.dtype)),
-        ) if not good]  # fmt: skip
+        wrong = [
+            name
+            for name, good in (
+                ("step", type(state["step"]) is int and 0 <= state["step"] <= self.config.steps),
+                ("backward_samples", is_number(state["backward_samples"])),
+                ("journal_seconds", is_number(state["journal_seconds"])),
+                ("seconds", times.keys() == self.seconds.keys() and all(map(is_number, times.values()))),
+                ("window", (window.shape, window.dtype) == (self.window.shape, self.window.dtype)),
+            )
+            if not good
+        ]
         if wrong:
             raise ValueError(f"{wrong[0]} is {short(state[wrong[0]])}")
         self.model.load_state_dict(state["model"])
@@ -271,11 +285,17 @@ class Run:
             self.seconds[phase] += median * steps
         report = self.wrapper.report
         row: dict[str, Any] = {
-            "kind": "train", "step": self.step, "loss": report.loss, "accuracy": 100 * (report.accuracy or 0.0),
-            "lr": self.config.rate(self.step - 1), "backward_samples": self.backward_samples,
-            "seconds": self.seconds["total"], "gain": report.gain, "gain_at_cost": report.gain_at_cost,
+            "kind": "train",
+            "step": self.step,
+            "loss": report.loss,
+            "accuracy": 100 * (report.accuracy or 0.0),
+            "lr": self.config.rate(self.step - 1),
+            "backward_samples": self.backward_samples,
+            "seconds": self.seconds["total"],
+            "gain": report.gain,
+            "gain_at_cost": report.gain_at_cost,
             "milliseconds": dict(zip(PHASES, (1e3 * medians).tolist(), strict=True)),
-        }  # fmt: skip
+        }
         if isinstance(self.order, SampledOrder):
             row |= self.order.figures()
         self.log.append(row)
@@ -289,24 +309,36 @@ class Run:
         seconds = self.seconds["total"]
         if len(pending) and self.step < self.config.steps:
             seconds += float(typical(pending)[PHASES.index("total")]) * len(pending)
-        self.log.append({
-            "kind": "evaluation", "step": self.step, "accuracy": accuracy, "loss": loss,
-            "backward_samples": self.backward_samples, "seconds": seconds,
-        })  # fmt: skip
+        self.log.append(
+            {
+                "kind": "evaluation",
+                "step": self.step,
+                "accuracy": accuracy,
+                "loss": loss,
+                "backward_samples": self.backward_samples,
+                "seconds": seconds,
+            }
+        )
 
     def _finish(self) -> dict[str, Any]:
         rows = check_log(self.log, self.config, self.step)
         curve = [row for row in rows if row.get("kind") == "evaluation"]
         gains = {name: [row[name] for row in rows if row.get(name) is not None] for name in ("gain", "gain_at_cost")}
         result = {
-            "key": self.config.key(), "config": self.config.as_dict(), "accuracy": curve[-1]["accuracy"],
-            "loss": curve[-1]["loss"], "steps": self.step, "backward_samples": self.backward_samples,
+            "key": self.config.key(),
+            "config": self.config.as_dict(),
+            "accuracy": curve[-1]["accuracy"],
+            "loss": curve[-1]["loss"],
+            "steps": self.step,
+            "backward_samples": self.backward_samples,
             "seconds": self.seconds,
-            "journal_seconds": self.journal_seconds, "clock": clock_for(self.device),
+            "journal_seconds": self.journal_seconds,
+            "clock": clock_for(self.device),
             **{name: statistics.median(found) if found else None for name, found in gains.items()},
-            "curve": [{name: row[name] for name in ("step", "accuracy", "backward_samples", "seconds")}
-                      for row in curve],
-        }  # fmt: skip
+            "curve": [
+                {name: row[name] for name in ("step", "accuracy", "backward_samples", "seconds")} for row in curve
+            ],
+        }
         weights = io.BytesIO()
         torch.save(self.model.state_dict(), weights)
         write_bytes(self.folder / "model.pt", weights.getvalue())

@@ -31,6 +31,7 @@ class Sampling:
     power: float = 0.5  # of the hardness
     floor: float = 0.1  # added to all odds, relative to their mean
     proxy: bool = True  # whether a small network fills the table before the training; its seconds are charged
+    passes: int | None = None  # over the data, of that network; None: as many as it takes to see noise
     history: bool = True  # whether the rows that train write their scores back
     responsibility: bool = True  # whether a label may be believed to be wrong
     aware: bool = True  # whether the loss is the noise-aware one
@@ -71,7 +72,9 @@ class SampledOrder:
         if options.proxy and classes is not None:
             started = clock()
             data = torch.utils.data.TensorDataset(*split.batch(torch.arange(len(split))))
-            proxy = fit_proxy(data, self.table, seed=config.seed, halves=options.sampling == "rho")
+            proxy = fit_proxy(
+                data, self.table, passes=options.passes, seed=config.seed, halves=options.sampling == "rho"
+            )
             self.proxy_seconds = clock() - started
         self.sampler = self._sampler(proxy)
         if options.history:
@@ -114,10 +117,11 @@ class SampledOrder:
         drawn = next(self._batches, None)
         if drawn is None:
             self._batches = iter(self.sampler)
-            drawn = next(self._batches)
+            next(self._batches)
+        drawn = self.table.issued.draws[-1].ids  # as the loader's list has them
         if not self.options.history:
             self.sampler.skip()
-        return torch.as_tensor(drawn)
+        return drawn
 
     def elsewhere(self, step: int) -> Tensor:
         """As many samples as a step reads, without a draw."""

@@ -23,9 +23,15 @@ class Bar:
         from tqdm import tqdm
 
         self.bar = tqdm(
-            total=0, desc=name, unit=" samples", unit_scale=True, disable=quiet,
-            mininterval=0.2 if sys.stderr.isatty() else 15.0, leave=False, dynamic_ncols=True,
-        )  # fmt: skip
+            total=0,
+            desc=name,
+            unit=" samples",
+            unit_scale=True,
+            disable=quiet,
+            mininterval=0.2 if sys.stderr.isatty() else 15.0,
+            leave=False,
+            dynamic_ncols=True,
+        )
 
     def add(self, config: RunConfig, done: int) -> Bar:
         """One more run, which stands at step ``done``."""
@@ -73,8 +79,10 @@ class Show:
         if last.result is None:
             text = f"{where}: failed: {last.error}"
         else:
-            text = (f"{where}: {last.result['accuracy']:.2f} % in {last.result['seconds']['total']:.1f} s"
-                    f"{' (from before)' if last.cached else ''}")  # fmt: skip
+            text = (
+                f"{where}: {last.result['accuracy']:.2f} % in {last.result['seconds']['total']:.1f} s"
+                f"{' (from before)' if last.cached else ''}"
+            )
         if self.bar is None:
             say(text)
         else:

@@ -22,7 +22,6 @@ from selbp_study.tuning import Choice, climb, tuning_config
 
 FORMAT = 1
 POINTS = 4  # of a curve, its end included
-CURVES = 2  # seeds, the first ones, whose curves are recorded: an evaluation takes as long as many steps
 ALIKE = 1.5  # budgets whose numbers of steps differ by no more than this share a rate
 Job = Generator[list[RunConfig], list[Finished], list[dict[str, Any]]]
 Say = Callable[[str], None]
@@ -66,10 +65,17 @@ def plan_cell(cell: Cell, protocol: Protocol, sets: Sets, costs: Costs, advance:
     """Read the cell's data, measure what is not measured yet, and set its budget of time."""
     data = sets(cell.dataset)
     base = RunConfig(
-        dataset=data.name, fingerprint=data.fingerprint, selector="random", steps=cell.steps, lr=0.05,
-        model=cell.model, batch_size=cell.batch_size, journal_every=200, threads=1,
+        dataset=data.name,
+        fingerprint=data.fingerprint,
+        selector="random",
+        steps=cell.steps,
+        lr=0.05,
+        model=cell.model,
+        batch_size=cell.batch_size,
+        journal_every=200,
+        threads=1,
         precision=cell.precision,
-    )  # fmt: skip
+    )
     plan = Plan(cell, protocol, base, data.held_out(), costs)
     configs = [plan.config(Arm.parse(name), keep) for keep in cell.keeps for name in protocol.arms]
     own = plan.own_keeps()
@@ -84,17 +90,19 @@ def plan_cell(cell: Cell, protocol: Protocol, sets: Sets, costs: Costs, advance:
 # -------------------------------------------------------------------------------------------------------- jobs
 
 
-def tuned(plan: Plan, config: RunConfig, keeps: Sequence[float | int], start: float) -> Generator[
-    list[RunConfig], list[Finished], tuple[Choice, dict[float | int, int]]
-]:  # fmt: skip
+def tuned(
+    plan: Plan, config: RunConfig, keeps: Sequence[float | int], start: float
+) -> Generator[list[RunConfig], list[Finished], tuple[Choice, dict[float | int, int]]]:
     """The best rate of ``config`` (and keep of ``keeps``: then the budget is time), on held-out data."""
     own = len(keeps) > 1
     steps = {keep: plan.steps("time", replace(config, keep=keep), 0) if own else config.steps for keep in keeps}
     search = climb(keeps, start)
     trials = next(search)
     while True:
-        wanted = [tuning_config(replace(config, steps=steps[keep]), plan.held_out, keep, lr, seed)
-                  for keep, lr, seed in trials]  # fmt: skip
+        wanted = [
+            tuning_config(replace(config, steps=steps[keep]), plan.held_out, keep, lr, seed)
+            for keep, lr, seed in trials
+        ]
         found = yield wanted
         accuracies = [float("-inf") if one.result is None else one.result["accuracy"] for one in found]
         try:
@@ -120,8 +128,10 @@ def arm_job(plan: Plan, arm: Arm, keep: float | int, budgets: Sequence[str]) -> 
         asked.append((budget, choice, seeded(plan, replace(base, steps=steps, lr=choice.lr))))
     found = yield [config for _, _, configs in asked for config in configs]
     by_key = {one.config.key(): one for one in found}
-    return [entry(plan, arm, keep, budget, choice, [by_key[config.key()] for config in configs])
-            for budget, choice, configs in asked]  # fmt: skip
+    return [
+        entry(plan, arm, keep, budget, choice, [by_key[config.key()] for config in configs])
+        for budget, choice, configs in asked
+    ]
 
 
 def own_keep_job(plan: Plan, arm: Arm, name: str) -> Job:
@@ -138,7 +148,7 @@ def seeded(plan: Plan, config: RunConfig) -> list[RunConfig]:
     """``config`` with each of the study's seeds, the first ones evaluated at a few points."""
     every = max(1, -(-config.steps // POINTS))
     return [
-        replace(config, seed=seed, evaluate_every=every if place < CURVES else config.steps)
+        replace(config, seed=seed, evaluate_every=every if place < plan.protocol.curves else config.steps)
         for place, seed in enumerate(plan.protocol.seeds)
     ]
 
@@ -155,17 +165,34 @@ def entry(
     curves = [[point["accuracy"] for point in curve] for curve in recorded]
     samples = [result["backward_samples"] for result in results.values()]
     return {
-        "dataset": plan.cell.dataset, "model": plan.cell.model, "batch_size": plan.cell.batch_size, "cell_keep": keep,
-        "budget": budget, "arm": arm.name, "label": arm.label, "keep": config.keep, "lr": config.lr,
-        "steps": config.steps, "samples": sum(samples) / len(samples) if samples else 0, "cost": cost_name(config),
+        "dataset": plan.cell.dataset,
+        "model": plan.cell.model,
+        "batch_size": plan.cell.batch_size,
+        "cell_keep": keep,
+        "budget": budget,
+        "arm": arm.name,
+        "label": arm.label,
+        "keep": config.keep,
+        "lr": config.lr,
+        "steps": config.steps,
+        "samples": sum(samples) / len(samples) if samples else 0,
+        "cost": cost_name(config),
         "accuracy": {str(seed): round(result["accuracy"], 4) for seed, result in results.items()},
-        "gain": _median(results, "gain"), "gain_at_cost": _median(results, "gain_at_cost"),
+        "gain": _median(results, "gain"),
+        "gain_at_cost": _median(results, "gain_at_cost"),
         "errors": {str(one.config.seed): one.error for one in found if one.result is None},
-        "curve": [[step, round(sum(values) / len(values), 3)]
-                  for step, values in zip(points, zip(*curves, strict=True), strict=True)],
+        "curve": [
+            [step, round(sum(values) / len(values), 3)]
+            for step, values in zip(points, zip(*curves, strict=True), strict=True)
+        ],
+        "curves": {
+            str(seed): [[point["step"], round(point["accuracy"], 4)] for point in result["curve"]]
+            for seed, result in results.items()
+            if len(result["curve"]) == longest
+        },
         "tuning": [list(tried) for tried in choice.tried],
         "key": config.key(),
-    }  # fmt: skip
+    }
 
 
 def _median(results: dict[int, dict[str, Any]], name: str) -> float | None:
@@ -226,8 +253,10 @@ def drive(
         finished = pool.next()
         results[finished.config.key()] = finished
         if finished.error is not None:
-            say(f"{finished.config.selector}, rate {finished.config.lr:g}, seed {finished.config.seed}: failed: "
-                f"{finished.error}")  # fmt: skip
+            say(
+                f"{finished.config.selector}, rate {finished.config.lr:g}, seed {finished.config.seed}: failed: "
+                f"{finished.error}"
+            )
         for name, (job, wanted) in list(waiting.items()):
             if all(config.key() in results for config in wanted):
                 del waiting[name]

@@ -70,9 +70,11 @@ def phases_of(choice: tuple[float, float] | None, begun: float, forward: float, 
     """
     chosen = choice or (begun, begun)
     return {
-        "score": chosen[0] - begun, "select": chosen[1] - chosen[0], "forward": forward - chosen[1],
+        "score": chosen[0] - begun,
+        "select": chosen[1] - chosen[0],
+        "forward": forward - chosen[1],
         "backward": backward - forward,
-    }  # fmt: skip
+    }
 
 
 def typical(steps: Tensor) -> Tensor:

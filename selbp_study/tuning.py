@@ -34,9 +34,14 @@ def tuning_config(config: RunConfig, held_out: Dataset, keep: float | int, lr: f
     if not held_out.name.endswith(HELD_OUT):
         raise ValueError(f"rates are tuned on held-out training data, not on {held_out.name}")
     return replace(
-        config, dataset=held_out.name, fingerprint=held_out.fingerprint, keep=keep, lr=lr, seed=seed,
+        config,
+        dataset=held_out.name,
+        fingerprint=held_out.fingerprint,
+        keep=keep,
+        lr=lr,
+        seed=seed,
         evaluate_every=config.steps,
-    )  # fmt: skip
+    )
 
 
 def nearest(rate: float, rates: Sequence[float] = RATES) -> int:
@@ -61,8 +66,11 @@ def climb(
         asked = []
         for keep in keeps:
             best = max((index for k, index in scores if k == keep), key=lambda index: scores[keep, index][0])
-            asked += [(keep, index) for index in (best - 1, best + 1)
-                      if 0 <= index < len(rates) and (keep, index) not in scores]  # fmt: skip
+            asked += [
+                (keep, index)
+                for index in (best - 1, best + 1)
+                if 0 <= index < len(rates) and (keep, index) not in scores
+            ]
     finalists = sorted(scores, key=lambda pair: -scores[pair][0])[:2]
     if len(seeds) > 1:
         found = yield [(keep, rates[index], seed) for keep, index in finalists for seed in seeds[1:]]
@@ -72,6 +80,8 @@ def climb(
     keep, index = max(finalists, key=lambda pair: means[pair])
     if means[keep, index] == -math.inf:
         raise ValueError(f"every rate fails: {', '.join(f'{rates[i]:g}' for _, i in scores)}")
-    tried = tuple((k, rates[i], round(means[k, i], 3), len(scores[k, i])) for k, i in sorted(
-        scores, key=lambda pair: (str(pair[0]), pair[1])))  # fmt: skip
+    tried = tuple(
+        (k, rates[i], round(means[k, i], 3), len(scores[k, i]))
+        for k, i in sorted(scores, key=lambda pair: (str(pair[0]), pair[1]))
+    )
     return Choice(keep, rates[index], tried)

@@ -31,6 +31,12 @@ if hypothesis is not None:
 ADDRESS = re.compile(r"0x[0-9a-f]|<function|object at\b", re.IGNORECASE)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hand files out by name: by their number of tests, as xdist would, the long single tests come last and alone."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def seed_everything(name: str) -> None:
     """Seed torch, NumPy and ``random`` from ``name``: the same in every process, unlike ``hash``."""
     seed = zlib.crc32(name.encode())

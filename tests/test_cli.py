@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support import processes
+from support.images import small_dataset, write_set
 
 import selbp
 from selbp_study import commands
 from selbp_study.arguments import keep_argument, list_argument, seeds_argument
 from selbp_study.arms import Arm
 from selbp_study.cli import build_parser, main
-from selbp_study.data.idx import write_idx
 from selbp_study.rules import RULES
 
 FAST = ["--model", "mlp", "--steps", "12", "--batch-size", "16", "--threads", "1", "--quiet"]
@@ -25,15 +27,7 @@ FAST = ["--model", "mlp", "--steps", "12", "--batch-size", "16", "--threads", "1
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("set")
-    generator = torch.Generator().manual_seed(0)
-    for prefix, n in (("train", 200), ("t10k", 50)):
-        labels = torch.randint(0, 10, (n,), generator=generator)
-        pixels = torch.randint(0, 100, (n, 8, 8), generator=generator)
-        pixels[torch.arange(n), labels % 8, labels // 2] += 150
-        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", pixels.to(torch.uint8))
-        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels.to(torch.uint8))
-    return folder
+    return write_set(tmp_path_factory.mktemp("set"), small_dataset())
 
 
 def test_train_then_refuse_then_resume(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,27 +192,19 @@ def test_bench_hands_its_arguments_on(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert seen[0][1:] == ["-m", "benchmarks", "-k", "gram", "--seed", "4"]
 
 
-INTERRUPTED = """
-import signal, sys
-from selbp_study import commands
-from selbp_study.cli import main
+def _interrupted(left: int, line: list[str]) -> None:
+    """The command, with Ctrl-C in the step number ``left``."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with the signal ignored
+    advance = commands.Bar.__call__
+    steps = itertools.count(1)
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with the signal ignored
-left = int(sys.argv.pop(1))
-advance = commands.Bar.__call__
+    def interrupting(bar: commands.Bar, samples: int, loss: float) -> None:
+        if next(steps) == left:
+            signal.raise_signal(signal.SIGINT)
+        advance(bar, samples, loss)
 
-
-def interrupting(bar, samples, loss):
-    global left
-    left -= 1
-    if left == 0:
-        signal.raise_signal(signal.SIGINT)
-    advance(bar, samples, loss)
-
-
-commands.Bar.__call__ = interrupting
-sys.exit(main())
-"""
+    commands.Bar.__call__ = interrupting  # type: ignore[method-assign]
+    sys.exit(main(line))
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
@@ -229,10 +215,7 @@ def test_ctrl_c_leaves_a_state_to_resume_and_says_so(
         ["--selector", "random", "--resume"] if command == "train" else ["--arms", "random,top-loss", "--seeds", "0"]
     )
     line = [command, "--data", str(images), *FAST, *extra, "--out", str(tmp_path)]
-    stopped = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, "7", *line], capture_output=True, text=True, timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    stopped = processes.run(_interrupted, 7, line)
     assert stopped.returncode == 130, stopped.stderr
     assert "stopped" in stopped.stdout and "same command" in stopped.stdout and "Traceback" not in stopped.stderr
     assert main(line) == 0
@@ -248,8 +231,8 @@ def test_importing_the_command_line_is_light() -> None:
 
 
 def test_a_comparison_at_equal_time_measures_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["compare", "--dataset", "digits", "--model", "mlp", "--arms", "random,matching", "--steps", "6",
-                 "--seeds", "0", "--threads", "1", "--budget", "time", "--quiet", "--out", str(tmp_path)]  # fmt: skip
+    options = "--dataset digits --model mlp --arms random,matching --steps 6 --seeds 0 --threads 1 --budget time"
+    arguments = ["compare", *options.split(), "--quiet", "--out", str(tmp_path)]
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert out.count("ms a step") == 2 and "same time" in (tmp_path / "table.md").read_text()
@@ -273,8 +256,12 @@ def test_a_study_from_the_command_line_is_cached_and_rendered(
     assert (tmp_path / "study-quick.html").stat().st_size > 50_000
     assert main(["study", "--render", str(tmp_path), "--out", str(tmp_path / "study.md")]) == 0
     assert "digits, MLP, 32 of 128 samples" in (tmp_path / "study.md").read_text()
-    for bad, word in ((["--render", str(tmp_path / "runs")], "no study-"), (["--arms", "random,best"], "best"),
-                      (["--seeds", "1000"], "1000"), (["--arms", "matching"], "random")):  # fmt: skip
+    for bad, word in (
+        (["--render", str(tmp_path / "runs")], "no study-"),
+        (["--arms", "random,best"], "best"),
+        (["--seeds", "1000"], "1000"),
+        (["--arms", "matching"], "random"),
+    ):
         capsys.readouterr()
         assert main([*arguments, *bad]) == 2 and word in capsys.readouterr().err
 
@@ -290,14 +277,14 @@ class Missing:
 sys.meta_path.insert(0, Missing())
 import selbp
 from selbp_study.cli import main
-sys.exit(main(["train", "--dataset", "digits", "--steps", "2", "--out", sys.argv[1]]))
+sys.exit(main(["train", "--data", sys.argv[1], "--steps", "2", "--out", sys.argv[2]]))
 """
 
 
 @pytest.mark.parametrize("module", ["numpy", "tqdm"])
-def test_what_the_library_does_not_need_is_named_where_the_command_does(module, tmp_path):
+def test_what_the_library_does_not_need_is_named_where_the_command_does(module, images, tmp_path):
     """The import of selbp itself needs torch alone."""
-    command = [sys.executable, "-W", "ignore", "-c", WITHOUT.format(module=module), str(tmp_path / "run")]
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT.format(module=module), str(images), str(tmp_path / "run")]
     tried = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert tried.returncode == 1
     assert tried.stderr.splitlines()[-1] == f"selbp: {module} is not installed: pip install 'selbp[study]'"

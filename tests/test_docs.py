@@ -13,8 +13,11 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)  # "```python notest" is shown and not run
 FRAGMENTS = {  # pages whose blocks are parts of a program of the reader's
-    "rows.md", "guides/backward_through_rows.md", "developer/rows.md", "guides/frameworks.md",
-}  # fmt: skip
+    "rows.md",
+    "guides/backward_through_rows.md",
+    "developer/rows.md",
+    "guides/frameworks.md",
+}
 
 
 def name_of(page: Path) -> str:

@@ -50,3 +50,32 @@ def test_a_wrong_example_is_caught() -> None:
     said: list[str] = []
     doctest.DocTestRunner().run(wrong, out=said.append)
     assert said
+
+
+def parameters_of(docstring: str) -> list[str]:
+    """The names in a NumPy docstring's section Parameters."""
+    section = docstring.split("Parameters\n----------\n", 1)[1]
+    names: list[str] = []
+    for line in section.splitlines():
+        if line and not line[0].isspace():
+            if set(line) == {"-"}:
+                return names[:-1]  # the next section's title came last
+            names += [name.strip(" *") for name in line.split(" : ")[0].split(",")]
+    return names
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_its_sections_are_in_numpy_style_and_name_every_parameter(name: str) -> None:
+    thing = PUBLIC[name]
+    members = [thing, *(vars(thing).values() if inspect.isclass(thing) else ())]
+    for member in members:
+        if not (inspect.isclass(member) or inspect.isfunction(member)) or not member.__module__.startswith("selbp"):
+            continue
+        text = inspect.cleandoc(member.__doc__ or "")
+        google = {"Args:", "Returns:", "Raises:", "Example:", "Examples:"} & {
+            line.strip() for line in text.splitlines()
+        }
+        assert not google, f"{member.__qualname__}: {google}"
+        if "Parameters\n----------\n" in text:
+            takes = [parameter for parameter in inspect.signature(member).parameters if parameter != "self"]
+            assert sorted(parameters_of(text)) == sorted(takes), member.__qualname__

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import multiprocessing
+from support.processes import context
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted((ROOT / "examples").glob("0[1-7]_*.py"))  # those of frameworks: tests/integrations
-ALONE = [path for path in EXAMPLES if path.stem != "07_ddp"]
+TOGETHER = [ROOT / "examples" / f"{name}.py" for name in ("07_ddp", "12_fsdp2")]  # two processes each
+ALONE = sorted((ROOT / "examples").glob("0[1-6]_*.py"))
+EXAMPLES = ALONE + TOGETHER  # those of frameworks: tests/integrations
 EXPECTED = {  # what the output must hold: figures that would differ if the library did the wrong thing
     "01_plain_loop": [r"full\n  accuracy 0\.[89]", r"random\n(.*k 32\n){3}", r"matching\n(.*\n){3}  accuracy 0\.[89]"],
     "02_custom_rule": [r"step 30: loss 0\.\d+, chosen of each class \[\d, \d, [1-9]\]"],
@@ -42,19 +43,20 @@ def test_it_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(pattern, said), f"{pattern} is not in:\n{said}"
 
 
-def _rank(rank: int, meeting: str) -> None:
+def _rank(rank: int, meeting: str, path: Path) -> None:
     """What torchrun would do, with a file to meet in instead of a port."""
     torch.set_num_threads(1)
     real = torch.distributed.init_process_group
     torch.distributed.init_process_group = lambda backend: real(  # type: ignore[assignment]
         backend, init_method=meeting, rank=rank, world_size=2
     )
-    load(ROOT / "examples" / "07_ddp.py").main()  # exits with 1 where the ranks' weights differ
+    load(path).main()  # exits with 1 where the ranks' weights differ, or the loss does not fall
 
 
-def test_two_processes_agree(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_rank, args=(rank, (tmp_path / "meeting").as_uri())) for rank in range(2)]
+@pytest.mark.parametrize("path", TOGETHER, ids=lambda path: path.stem)
+def test_two_processes_agree(path: Path, tmp_path: Path) -> None:
+    meeting = (tmp_path / "meeting").as_uri()
+    ranks = [context().Process(target=_rank, args=(rank, meeting, path)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:

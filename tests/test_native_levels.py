@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.compiled import compile_all
 from torch.utils.data import DataLoader, Dataset
 
 from selbp import _native, ops
@@ -20,14 +21,12 @@ SOURCES = sorted((ROOT / "csrc").glob("*/cpu.cpp"))
 x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86-64 levels need x86-64")
 
 
-def shared_symbols(source: str, folder: Path) -> list[str]:
+def shared_symbols(source: Path) -> list[str]:
     """Symbols of the object compiled from ``source`` that a linker may replace by another object's copy."""
-    (folder / "kernel.cpp").write_text(source)
     # Without optimisation nothing is inlined away, so that every such function shows.
     flags = "-std=c++17 -O0 -fPIC -w -mavx2 -mfma -mbmi -mbmi2 -mf16c -DSELBP_LEVEL=v3 -DSELBP_X86_LEVELS=1".split()
-    command = [os.environ.get("CXX", "g++"), *flags, f"-I{ROOT / 'csrc'}", "-c", "kernel.cpp", "-o", "kernel.o"]
-    subprocess.run(command, cwd=folder, check=True)
-    listing = subprocess.run(["nm", "-C", "kernel.o"], cwd=folder, check=True, capture_output=True, text=True).stdout
+    (compiled,) = compile_all([(source, flags, [ROOT / "csrc"])])
+    listing = subprocess.run(["nm", "-C", str(compiled)], check=True, capture_output=True, text=True).stdout
     symbols = [line[17:] for line in listing.splitlines()]
     # A name that contains the level's namespace is this level's alone. DW.ref.*: a data pointer, shared by design.
     return [s for s in symbols if s[0] in "WVuvTDBR" and "selbp::v3::" not in s and "DW.ref." not in s]
@@ -36,18 +35,19 @@ def shared_symbols(source: str, folder: Path) -> list[str]:
 @x86
 @pytest.mark.skipif(not (shutil.which("g++") and shutil.which("nm")), reason="needs g++ and nm")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.parent.name)
-def test_kernels_share_no_symbol_between_levels(source, tmp_path):
-    assert shared_symbols(source.read_text(), tmp_path) == []
+def test_kernels_share_no_symbol_between_levels(source):
+    assert shared_symbols(source) == []
 
 
 @x86
 @pytest.mark.skipif(not (shutil.which("g++") and shutil.which("nm")), reason="needs g++ and nm")
 def test_an_inline_function_would_be_seen(tmp_path):
     planted = "inline double shared(double x) { return x * x; }\ndouble f(double x) { return shared(x); }\n"
-    assert len(shared_symbols(planted, tmp_path)) == 2
+    (tmp_path / "planted.cpp").write_text(planted)
+    assert len(shared_symbols(tmp_path / "planted.cpp")) == 2
 
 
-RUN = """
+CASES = """
 import sys, torch
 from selbp import ops, _native
 torch.manual_seed(3)
@@ -67,17 +67,19 @@ for dtype in (torch.float32, torch.float64):
     for n, C, d in ((5, 3, 2), (70, 200, 131)):  # ragged blocks, and more terms than one stretch
         factors = torch.randn(n, C, dtype=dtype) / C**0.5, torch.randn(n, d, dtype=dtype) / d**0.5
         results[f"gram {dtype} {n}"] = (ops.gradient_gram(*factors), ops.mean_gradient(*factors).inner)
-torch.save(results, sys.argv[1])
 """
+SAVE = "torch.save(results, sys.argv[1])"
 
 
 @x86
 def test_levels_agree(tmp_path):
-    results = {}
-    for level in ("baseline", "v3", ""):
+    here: dict = {}
+    exec(CASES, here)  # at the level that this process has picked
+    results = {"": here["results"]}
+    for level in ("baseline", "v3"):
         path = tmp_path / f"level-{level}.pt"
         environment = {**os.environ, "SELBP_CPU_LEVEL": level}
-        subprocess.run([sys.executable, "-c", RUN, str(path)], check=True, timeout=600, env=environment)
+        subprocess.run([sys.executable, "-c", CASES + SAVE, str(path)], check=True, timeout=600, env=environment)
         results[level] = torch.load(path)
     assert results["baseline"].pop("level") == "baseline"
     assert results[""].pop("level") == _native.level()
@@ -146,7 +148,8 @@ def _child(queue):
 def test_dataloader_workers(start):
     torch.set_num_threads(2)
     expected = statistics()[:4]  # the parent's OpenMP threads exist now
-    loader = DataLoader(Losses(), batch_size=2, num_workers=2, multiprocessing_context=start, timeout=600)
+    workers = 1 if start == "spawn" else 2  # a spawned one imports torch anew
+    loader = DataLoader(Losses(), batch_size=2, num_workers=workers, multiprocessing_context=start, timeout=600)
     torch.testing.assert_close(torch.cat(list(loader)), expected)
 
 

@@ -43,10 +43,10 @@ def test_ids_are_those_of_another_process(request: pytest.FixtureRequest) -> Non
     if layout and subprocess.run([*layout, "true"], capture_output=True).returncode != 0:
         layout = []  # forbidden in some containers
     hash_seed = "1" if outside.get("PYTHONHASHSEED") != "1" else "2"
-    done = subprocess.run(
-        [*layout, sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(TESTS)],
-        cwd=TESTS.parent, env={**outside, "PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    collect = "--collect-only -q -p no:cacheprovider --assert=plain".split()  # asserts that are rewritten change no id
+    command = [*layout, sys.executable, "-m", "pytest", *collect, str(TESTS)]
+    env = {**outside, "PYTHONHASHSEED": hash_seed}
+    done = subprocess.run(command, cwd=TESTS.parent, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     there = set(done.stdout.splitlines())
     here = [item.nodeid for item in request.session.items if item.nodeid.startswith("tests/")]
@@ -91,8 +91,11 @@ def test_a_shared_fixture_draws_the_same_whoever_wants_it_first(ours, shared: tu
 def test_examples_are_the_same_each_time_and_never_late(request: pytest.FixtureRequest) -> None:
     """Of every property that was collected here; ``HYPOTHESIS_PROFILE=random`` draws anew, as `make test-all` does."""
     functions = [getattr(item, "obj", None) for item in request.session.items]
-    known = [function._hypothesis_internal_use_settings for function in functions
-             if hasattr(function, "_hypothesis_internal_use_settings")]  # fmt: skip
+    known = [
+        function._hypothesis_internal_use_settings
+        for function in functions
+        if hasattr(function, "_hypothesis_internal_use_settings")
+    ]
     for settings in [hypothesis.settings(), *known]:
         assert settings.deadline is None and settings.derandomize == (PROFILE == "ci")
         assert PROFILE != "ci" or settings.database is None
@@ -103,8 +106,13 @@ def test_examples_are_the_same_each_time_and_never_late(request: pytest.FixtureR
 @pytest.mark.parametrize("what", CHANCE)
 def test_no_test_takes_a_chance(what: str) -> None:
     pattern = re.compile(CHANCE[what])
-    found = [f"{path.relative_to(TESTS)}:{number}" for path in sorted(TESTS.rglob("*.py")) if path != Path(__file__)
-             for number, line in enumerate(path.read_text().splitlines(), 1) if pattern.search(line)]  # fmt: skip
+    found = [
+        f"{path.relative_to(TESTS)}:{number}"
+        for path in sorted(TESTS.rglob("*.py"))
+        if path != Path(__file__)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if pattern.search(line)
+    ]
     assert found == []
 
 

@@ -31,9 +31,7 @@ def test_a_row_counts_what_ran(tmp_path: Path) -> None:
     done = script("row", "2.6.0", "3.11.7", "all", tmp_path / "report.xml")
     cells = [cell.strip() for cell in done.stdout.strip("|\n ").split("|")]
     assert cells[:6] == ["2.6.0", "3.11.7", "all", "1", "2", "3"] and cells[-1] == TODAY
-    assert cells[6] == (
-        "`test_gram::test_b[1/2]`; `test_gram::test_c`; 2 skipped: no GPU; 1 skipped: y is missing"
-    )  # fmt: skip
+    assert cells[6] == ("`test_gram::test_b[1/2]`; `test_gram::test_c`; 2 skipped: no GPU; 1 skipped: y is missing")
     assert done.returncode == 1
     (tmp_path / "report.xml").write_text("<t><testcase classname='a' name='b'/></t>")
     assert script("row", "2.6.0", "3.11.7", "all", tmp_path / "report.xml").returncode == 0

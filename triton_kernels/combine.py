@@ -6,10 +6,10 @@ Splits are added in order after rescaling by exact powers of two. With C = max(r
 
 the row's loss against its own class is log(1 + a / t) where the target leads and log Z - (z_y log2 e - C) ln 2 where it
 does not (there it exceeds ln 2, and only absolute accuracy counts); lse = z_y + that. With the soft target
-t_y = (1 - eps) w_y + k w_y, a_c = k w_c for c != y, k = eps / C, T = t_y + k A:
+t_y = (1 - eps) w_y + k w_y, a_c = k w_c for c != y, k = eps / C, T = t_y + k amount:
 
-    loss    = t_y (lse - z_y) + k ln 2 (D + A (C - ref + log2 Z))          every term is >= 0
-    ||r||^2 = g_y^2 (k A - T q)^2 + x^2 Q + (x rho - k)^2 V2,   x = T 2^(ref - C) / Z
+    loss    = t_y (lse - z_y) + k ln 2 (spread + amount (C - ref + log2 Z))          every term is >= 0
+    ||r||^2 = g_y^2 (k amount - T q)^2 + x^2 missed + (x rho - k)^2 square,   x = T 2^(ref - C) / Z
 
 (without smoothing: T^2 (g_y^2 q^2 + s2 (2^(ref - C) / Z)^2)). Rows: ignored -> loss and ||r||^2 are 0; target out of
 range -> NaN; NaN or +inf logits -> not finite; only rows with everything finite are ``valid``.
@@ -28,11 +28,28 @@ from .statistics import merge_fit
 
 @triton.jit(do_not_specialize=["n", "n_splits", "ignore_index"])
 def finalize_kernel(
-    partials, target_logit, feature_sq, class_weight, target,
-    loss_out, lse_out, residual_sq_out, others_out, correct_out, valid_out,
-    n, n_splits, n_classes, ignore_index, label_smoothing, softcap,
-    ROWS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-):  # fmt: skip
+    partials,
+    target_logit,
+    feature_sq,
+    class_weight,
+    target,
+    loss_out,
+    lse_out,
+    residual_sq_out,
+    others_out,
+    correct_out,
+    valid_out,
+    n,
+    n_splits,
+    n_classes,
+    ignore_index,
+    label_smoothing,
+    softcap,
+    ROWS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+):
     """The five outputs of each row from its partials [fields, splits, n] and its target logit."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
@@ -63,9 +80,13 @@ def finalize_kernel(
             spread += tl.load(part + 4 * field, mask=inside, other=0.0) + amount_part * (new - ref_part)
             amount += amount_part
             rho, s2, square = merge_fit(
-                rho * scale, s2 * square_scale, square, tl.load(part + 5 * field, mask=inside, other=0.0) * scale_part,
-                s2_part, tl.load(part + 6 * field, mask=inside, other=0.0),
-            )  # fmt: skip
+                rho * scale,
+                s2 * square_scale,
+                square,
+                tl.load(part + 5 * field, mask=inside, other=0.0) * scale_part,
+                s2_part,
+                tl.load(part + 6 * field, mask=inside, other=0.0),
+            )
         else:
             s2 = s2 * square_scale + s2_part
         ref = new
@@ -144,9 +165,27 @@ def finalize(
     correct, valid = (torch.empty(n, dtype=torch.uint8, device=partials.device) for _ in range(2))
     if n:
         finalize_kernel[(triton.cdiv(n, ROWS),)](
-            partials, target_logit, feature_sq, class_weight, target, loss, lse, residual_sq, others,
-            correct, valid,
-            n, n_splits, n_classes, ignore_index, label_smoothing, softcap or 1.0,
-            ROWS=ROWS, SOFTCAP=bool(softcap), SMOOTH=fields == 7, HAS_WEIGHT=class_weight is not None, num_warps=4,
-        )  # fmt: skip
+            partials,
+            target_logit,
+            feature_sq,
+            class_weight,
+            target,
+            loss,
+            lse,
+            residual_sq,
+            others,
+            correct,
+            valid,
+            n,
+            n_splits,
+            n_classes,
+            ignore_index,
+            label_smoothing,
+            softcap or 1.0,
+            ROWS=ROWS,
+            SOFTCAP=bool(softcap),
+            SMOOTH=fields == 7,
+            HAS_WEIGHT=class_weight is not None,
+            num_warps=4,
+        )
     return loss, lse, residual_sq, others, correct.view(torch.bool), valid.view(torch.bool)

@@ -146,9 +146,15 @@ def _ceil(a: int, b: int) -> int:
 
 
 def statistics_tile(
-    device: torch.device, dtype: torch.dtype, n_classes: int, *, bias: bool, softcap: bool, smooth: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    n_classes: int,
+    *,
+    bias: bool,
+    softcap: bool,
+    smooth: bool,
     projected: bool = False,
-) -> Tile:  # fmt: skip
+) -> Tile:
     """The configuration of ``statistics``: sums of a projection, options, a bias and a ragged end need registers."""
     if projected:
         return tile("sketch_smoothing" if smooth else "sketch_softcap" if softcap else "sketch", device, dtype)

@@ -31,10 +31,26 @@ from .matmul_tile import dot_precision, operands, product
 
 @triton.jit(do_not_specialize=["n"])  # a row stride that is known to be aligned saves registers
 def gram_kernel(
-    residual, features, gram, broken, n, n_classes, d, stride_r, stride_h, stride_k, plus,
-    ROWS: tl.constexpr, DEPTH_R: tl.constexpr, DEPTH_H: tl.constexpr, DESCRIPTOR: tl.constexpr,
-    EVEN_R: tl.constexpr, EVEN_H: tl.constexpr, PRECISION_R: tl.constexpr, PRECISION_H: tl.constexpr,
-):  # fmt: skip
+    residual,
+    features,
+    gram,
+    broken,
+    n,
+    n_classes,
+    d,
+    stride_r,
+    stride_h,
+    stride_k,
+    plus,
+    ROWS: tl.constexpr,
+    DEPTH_R: tl.constexpr,
+    DEPTH_H: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    EVEN_R: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    PRECISION_R: tl.constexpr,
+    PRECISION_H: tl.constexpr,
+):
     """One tile of the lower triangle and its mirror; broken[row] = 1 where the row's own product is not finite."""
     i, j = triangle_tile(tl.program_id(0))
     acc = tl.zeros((ROWS, ROWS), tl.float32)
@@ -125,16 +141,40 @@ def gram(
     descriptor, pair = operands(tile.descriptor, (residual, tile.rows, depth_r), (features, tile.rows, depth_h))
     count = triton.cdiv(n, tile.rows)
     gram_kernel[(count * (count + 1) // 2,)](
-        *pair, out, broken, n, n_classes, d, residual.stride(0), features.stride(0), n if n > 1 else 16, float(bias),
-        ROWS=tile.rows, DEPTH_R=depth_r, DEPTH_H=depth_h, DESCRIPTOR=descriptor,
-        EVEN_R=n_classes % depth_r == 0, EVEN_H=d % depth_h == 0,
-        PRECISION_R=dot_precision(residual.dtype), PRECISION_H=dot_precision(features.dtype),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        *pair,
+        out,
+        broken,
+        n,
+        n_classes,
+        d,
+        residual.stride(0),
+        features.stride(0),
+        n if n > 1 else 16,
+        float(bias),
+        ROWS=tile.rows,
+        DEPTH_R=depth_r,
+        DEPTH_H=depth_h,
+        DESCRIPTOR=descriptor,
+        EVEN_R=n_classes % depth_r == 0,
+        EVEN_H=d % depth_h == 0,
+        PRECISION_R=dot_precision(residual.dtype),
+        PRECISION_H=dot_precision(features.dtype),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     gram_confirm_kernel[(triton.cdiv(n, CONFIRM_ROWS),)](
-        residual, features, broken, n, n_classes, d, residual.stride(0), features.stride(0),
-        ROWS=CONFIRM_ROWS, DEPTH=CONFIRM_DEPTH, num_warps=4,
-    )  # fmt: skip
+        residual,
+        features,
+        broken,
+        n,
+        n_classes,
+        d,
+        residual.stride(0),
+        features.stride(0),
+        ROWS=CONFIRM_ROWS,
+        DEPTH=CONFIRM_DEPTH,
+        num_warps=4,
+    )
     clear = triton.cdiv(n, CLEAR_ROWS)
     gram_clear_kernel[(clear, clear)](out, broken, n, out.stride(0), ROWS=CLEAR_ROWS, num_warps=4)
     return out

@@ -53,9 +53,12 @@ def cross_entropy_statistics(
     options = contiguous(options)
     with torch.cuda.device_of(logits):
         z, feature_sq = target_logit(
-            target, logits.shape[1], features=None if features is None else rows(features), logits=logits,
+            target,
+            logits.shape[1],
+            features=None if features is None else rows(features),
+            logits=logits,
             plus=float(bias),
-        )  # fmt: skip
+        )
         partials = logits_statistics(
             logits,
             target,
@@ -120,10 +123,18 @@ def linear_cross_entropy_backward(
     class_weight, _, label_smoothing, softcap = contiguous(options)
     with torch.cuda.device_of(features):
         return head.backward(
-            scale, rows(features), rows(weight), None if bias is None else bias.contiguous(), *scored, class_weight,
-            label_smoothing=label_smoothing, softcap=softcap,
-            need_features=need_features, need_weight=need_weight, need_bias=need_bias,
-        )  # fmt: skip
+            scale,
+            rows(features),
+            rows(weight),
+            None if bias is None else bias.contiguous(),
+            *scored,
+            class_weight,
+            label_smoothing=label_smoothing,
+            softcap=softcap,
+            need_features=need_features,
+            need_weight=need_weight,
+            need_bias=need_bias,
+        )
 
 
 def sketch(

@@ -32,9 +32,23 @@ ADDS_IN_FLOAT = "dtype_out" in torch.ops.aten.addmm.overloads()  # torch.addmm(.
 
 @triton.jit
 def residual_tile(
-    z, g, w, classes, rows, inside, target, lse, others, scale, mass, rest, share,
-    SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-):  # fmt: skip
+    z,
+    g,
+    w,
+    classes,
+    rows,
+    inside,
+    target,
+    lse,
+    others,
+    scale,
+    mass,
+    rest,
+    share,
+    SOFTCAP: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+):
     """The scaled residuals of a tile of capped logits z; g is the cap's slope, w the class weights of the tile."""
     mass_row = tl.load(mass + rows, mask=inside, other=0.0)
     q = tl.load(others + rows, mask=inside, other=0.0)
@@ -56,12 +70,38 @@ def residual_tile(
 
 @triton.jit(do_not_specialize=["k", "n_columns", "first_class"])
 def residual_chunk_kernel(
-    features, weight, bias, class_weight, target, lse, others, scale, mass, rest, out,
-    k, n_columns, first_class, d, stride_h, stride_w, stride_out, share, softcap,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, DESCRIPTOR: tl.constexpr,
-    EVEN_DEPTH: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    features,
+    weight,
+    bias,
+    class_weight,
+    target,
+    lse,
+    others,
+    scale,
+    mass,
+    rest,
+    out,
+    k,
+    n_columns,
+    first_class,
+    d,
+    stride_h,
+    stride_w,
+    stride_out,
+    share,
+    softcap,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """out[i, c] = scale_i r_i,first+c for the classes of a chunk; weight, bias and class_weight start at the chunk."""
     n_row_tiles = tl.cdiv(k, ROWS)
     row_tile, tile = grouped_tile(tl.program_id(0), n_row_tiles, tl.num_programs(0) // n_row_tiles, GROUP)
@@ -77,9 +117,23 @@ def residual_chunk_kernel(
     if SMOOTH and HAS_WEIGHT:
         w = tl.load(class_weight + columns, mask=within, other=0.0).to(tl.float32)[None, :]
     r = residual_tile(
-        z, g, w, columns + first_class, rows, inside, target, lse, others, scale, mass, rest, share,
-        SOFTCAP, SMOOTH, HAS_WEIGHT,
-    )  # fmt: skip
+        z,
+        g,
+        w,
+        columns + first_class,
+        rows,
+        inside,
+        target,
+        lse,
+        others,
+        scale,
+        mass,
+        rest,
+        share,
+        SOFTCAP,
+        SMOOTH,
+        HAS_WEIGHT,
+    )
     place = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
     tl.store(place, r.to(out.dtype.element_ty), mask=inside[:, None] & within[None, :])
 
@@ -102,19 +156,45 @@ def residual_chunk(
     tile = tile or configs.tile("chunk", features.device, features.dtype)
     descriptor, pair = operands(tile.descriptor, (features, tile.rows, tile.depth), (weight, tile.columns, tile.depth))
     residual_chunk_kernel[(triton.cdiv(k, tile.rows) * triton.cdiv(columns, tile.columns),)](
-        *pair, bias, class_weight, *rows, out, k, columns, first_class, d, features.stride(0), weight.stride(0),
-        out.stride(0), share, softcap or 1.0,
-        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=tile.group, DESCRIPTOR=descriptor,
-        EVEN_DEPTH=d % tile.depth == 0, HAS_BIAS=bias is not None, SOFTCAP=bool(softcap), SMOOTH=share != 0.0,
-        HAS_WEIGHT=share != 0.0 and class_weight is not None, PRECISION=dot_precision(features.dtype),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        *pair,
+        bias,
+        class_weight,
+        *rows,
+        out,
+        k,
+        columns,
+        first_class,
+        d,
+        features.stride(0),
+        weight.stride(0),
+        out.stride(0),
+        share,
+        softcap or 1.0,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        GROUP=tile.group,
+        DESCRIPTOR=descriptor,
+        EVEN_DEPTH=d % tile.depth == 0,
+        HAS_BIAS=bias is not None,
+        SOFTCAP=bool(softcap),
+        SMOOTH=share != 0.0,
+        HAS_WEIGHT=share != 0.0 and class_weight is not None,
+        PRECISION=dot_precision(features.dtype),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
 
 
 def row_terms(
-    scale: torch.Tensor, target: torch.Tensor, lse: torch.Tensor, others: torch.Tensor,
-    class_weight: torch.Tensor | None, label_smoothing: float, n_classes: int,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    scale: torch.Tensor,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    others: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    label_smoothing: float,
+    n_classes: int,
+) -> tuple[torch.Tensor, ...]:
     """What :func:`residual_tile` reads of each row: target, lse, others, scale, T and A, each (k,) and contiguous."""
     y = torch.where((target >= 0) & (target < n_classes), target, 0)
     share = label_smoothing / n_classes
@@ -183,9 +263,17 @@ def backward(
         part = slice(first, min(first + chunk, n_classes))
         r = buffer[: k * (part.stop - first)].view(k, -1)
         residual_chunk(
-            r, features, weight[part], None if bias is None else bias[part],
-            None if class_weight is None else class_weight[part], rows, first, share=share, softcap=softcap, tile=tile,
-        )  # fmt: skip
+            r,
+            features,
+            weight[part],
+            None if bias is None else bias[part],
+            None if class_weight is None else class_weight[part],
+            rows,
+            first,
+            share=share,
+            softcap=softcap,
+            tile=tile,
+        )
         if d_bias is not None:
             d_bias[part] = r.sum(0, dtype=torch.float32)
         if d_weight is not None:

@@ -18,10 +18,24 @@ from .arithmetic import soft_cap
 
 @triton.jit
 def product(
-    a, b, acc, i, j, n_a, n_b, length, stride_a, stride_b,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DESCRIPTOR: tl.constexpr,
-    EVEN_COLUMNS: tl.constexpr, EVEN_DEPTH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    acc,
+    i,
+    j,
+    n_a,
+    n_b,
+    length,
+    stride_a,
+    stride_b,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """What is in acc, plus A_i B_j^T for row tiles i of a (n_a, length) and j of b (n_b, length)."""
     depth = tl.arange(0, DEPTH)
     if not DESCRIPTOR:
@@ -47,11 +61,27 @@ def product(
 
 @triton.jit
 def logits_tile(
-    features, weight, bias, row_tile, tile, n, n_classes, d, stride_h, stride_w, softcap,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DESCRIPTOR: tl.constexpr,
-    EVEN_COLUMNS: tl.constexpr, EVEN_DEPTH: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    features,
+    weight,
+    bias,
+    row_tile,
+    tile,
+    n,
+    n_classes,
+    d,
+    stride_h,
+    stride_w,
+    softcap,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """(z, g): one tile of the capped logits H W^T + c and the cap's slope, which without a cap nobody reads."""
     z = tl.zeros((ROWS, COLUMNS), tl.float32)
     z = product(

@@ -27,10 +27,27 @@ from .arithmetic import exponential, soft_cap
 
 @triton.jit(do_not_specialize=["n", "tiles_per_split", "ignore_index"])
 def residual_kernel(
-    logits, lse, class_weight, weight_sum, target, out, sums,
-    n, n_classes, stride_z, stride_out, tiles_per_split, ignore_index, label_smoothing, softcap,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-):  # fmt: skip
+    logits,
+    lse,
+    class_weight,
+    weight_sum,
+    target,
+    out,
+    sums,
+    n,
+    n_classes,
+    stride_z,
+    stride_out,
+    tiles_per_split,
+    ignore_index,
+    label_smoothing,
+    softcap,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+):
     """All entries but the target's; sums[field, split, row] of p, with smoothing also of w and of broken entries."""
     n_row_tiles = tl.cdiv(n, ROWS)
     n_splits = tl.num_programs(0) // n_row_tiles
@@ -88,10 +105,26 @@ def residual_kernel(
 
 @triton.jit(do_not_specialize=["n", "n_splits", "ignore_index"])
 def residual_target_kernel(
-    logits, lse, class_weight, target, out, sums,
-    n, n_splits, n_classes, stride_z, stride_out, ignore_index, label_smoothing, softcap,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-):  # fmt: skip
+    logits,
+    lse,
+    class_weight,
+    target,
+    out,
+    sums,
+    n,
+    n_splits,
+    n_classes,
+    stride_z,
+    stride_out,
+    ignore_index,
+    label_smoothing,
+    softcap,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+):
     """The target's entry of each row; rows that are not valid become 0."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
@@ -161,13 +194,45 @@ def residual(
     weight_sum = class_weight.sum(dtype=torch.float32) if smooth and class_weight is not None else None
     options = {"SOFTCAP": bool(softcap), "SMOOTH": smooth, "HAS_WEIGHT": class_weight is not None}
     residual_kernel[(row_tiles * count,)](
-        logits, lse, class_weight, weight_sum, target, out, sums,
-        n, n_classes, logits.stride(0), out.stride(0), per_split, ignore_index, label_smoothing, softcap or 1.0,
-        ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps, num_stages=tile.stages, **options,
-    )  # fmt: skip
+        logits,
+        lse,
+        class_weight,
+        weight_sum,
+        target,
+        out,
+        sums,
+        n,
+        n_classes,
+        logits.stride(0),
+        out.stride(0),
+        per_split,
+        ignore_index,
+        label_smoothing,
+        softcap or 1.0,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **options,
+    )
     residual_target_kernel[(triton.cdiv(n, ROWS),)](
-        logits, lse, class_weight, target, out, sums,
-        n, count, n_classes, logits.stride(0), out.stride(0), ignore_index, label_smoothing, softcap or 1.0,
-        ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4, **options,
-    )  # fmt: skip
+        logits,
+        lse,
+        class_weight,
+        target,
+        out,
+        sums,
+        n,
+        count,
+        n_classes,
+        logits.stride(0),
+        out.stride(0),
+        ignore_index,
+        label_smoothing,
+        softcap or 1.0,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        num_warps=4,
+        **options,
+    )
     return out

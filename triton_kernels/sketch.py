@@ -63,16 +63,31 @@ def projected_residuals(
     z, feature_sq = target_logit(target, n_classes, features=features, weight=weight, bias=bias)
     found = [
         statistics(
-            features, weight, bias, target, class_weight=class_weight, smooth=label_smoothing != 0.0, softcap=softcap,
-            projection=projection[:, start : start + WIDTH], tile=tile, splits=splits,
+            features,
+            weight,
+            bias,
+            target,
+            class_weight=class_weight,
+            smooth=label_smoothing != 0.0,
+            softcap=softcap,
+            projection=projection[:, start : start + WIDTH],
+            tile=tile,
+            splits=splits,
         )
         for start in range(0, projection.shape[1], WIDTH)
-    ]  # fmt: skip
+    ]
     partials, sums = found[0][0], torch.cat([sums for _, sums in found], 3)
     _, lse, _, q, _, valid = finalize(
-        partials, z, feature_sq, target, n_classes, class_weight=class_weight, ignore_index=ignore_index,
-        label_smoothing=label_smoothing, softcap=softcap,
-    )  # fmt: skip
+        partials,
+        z,
+        feature_sq,
+        target,
+        n_classes,
+        class_weight=class_weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+    )
     y, _, _, _, mass, rest = row_terms(z, target, lse, q, class_weight, label_smoothing, n_classes)
     reference = (partials[0].clamp_min(FLOOR.value) * LOG2E.value).ceil()  # as arithmetic.reference_exponent
     scale = torch.exp2(reference - reference.amax(0))

@@ -6,28 +6,17 @@ For row i with target y, over c != y (the reference c of arithmetic.py, here cal
 
 g_c = 1 - tanh^2 is the slope of the soft cap (1 without one). combine.py joins these with z_y into
 
-    loss = log(1 + e^(m' - z_y) s)      ||r||^2 = q^2 g_y^2 + sum_c (g_c p_c)^2      q = sum_{c != y} p_c = 1 - p_y
+    loss = log(1 + e^(m' - z_y) s)      ||r||^2 = (p_rest g_y)^2 + sum_c (g_c p_c)^2    p_rest = sum_{c != y} p_c
 
 so that nothing cancels where p_y is close to 1. Label smoothing gives every class a share a_c = (eps / C) w_c of the
 target, and sum_c g_c^2 (T p_c - a_c)^2 must not be expanded: a trained model has T p_c close to a_c. It is a least-
 squares fit of e by w instead, kept as Welford and Chan do: with E = g e, V = g w over the classes seen so far
 
-    A = sum w     D = sum w (ref - z log2 e)     rho = E.V / V.V     Q = ||E - rho V||^2     V2 = V.V
+    amount = sum w     spread = sum w (ref - z log2 e)     rho = E.V / V.V     missed = ||E - rho V||^2     square = V.V
 
-and ||x E - k V||^2 = x^2 Q + (x rho - k)^2 V2 for every x, k. Two parts merge with delta = rho' - rho:
-Q + Q' + delta^2 V2 V2' / (V2 + V2').
-
-The same sums elsewhere; C++ keeps them relative to m, in natural logarithms, and k is eps / C:
-
-    here                      csrc/statistics/cpu.hpp    selbp/reference/losses.py
-    s      sum e              s                          logsumexp(others) = m + log s
-    s2     sum (g e)^2        s2, without smoothing      -
-    A      sum w              sw                         rest = k A
-    D      sum w (ref - z)    u                          spread = k (u + A (lse - m))
-    rho    E.V / V.V          rho                        -
-    Q      ||E - rho V||^2    s2, with smoothing         -
-    V2     V.V                v2                         -
-    q      1 - p_y            others                     others, in residual()
+and ||x E - k V||^2 = x^2 missed + (x rho - k)^2 square for every x, k. Two parts merge with delta = rho' - rho:
+missed + missed' + delta^2 square square' / (square + square'). C++ keeps the same sums under the same names,
+relative to m and in natural logarithms, with ``missed`` in the place of s2.
 
 Tile picture: program (row tile, split) keeps ROWS rows and walks its share of the class tiles.
 
@@ -64,13 +53,13 @@ from . import configs
 from .arithmetic import FLOOR, LOG2E, MINUS_INFINITY, grouped_tile, reference_exponent, soft_cap
 from .matmul_tile import dot_precision, logits_tile, operands
 
-FIELDS = {False: 3, True: 7}  # of the partials, by label smoothing: m, s, s2 | m, s, Q, A, D, rho, V2
+FIELDS = {False: 3, True: 7}  # of the partials: m, s, s2; smoothed m, s, missed, amount, spread, rho, square
 WIDTH = 64  # columns of P that one launch projects onto
 
 
 @triton.jit
 def empty_state(ROWS: tl.constexpr, SMOOTH: tl.constexpr):
-    """Of rows of which no class has been seen: (m, ref, s, s2), with smoothing (m, ref, s, Q, A, D, rho, V2)."""
+    """Of rows of which no class has been seen: m, ref, and the sums in the order of FIELDS."""
     zero = tl.zeros((ROWS,), tl.float32)
     state = tl.full((ROWS,), MINUS_INFINITY, tl.float32), tl.full((ROWS,), FLOOR, tl.float32) * LOG2E, zero, zero
     if SMOOTH:
@@ -112,7 +101,7 @@ def absorb(z, g, w, state, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr):
 
 @triton.jit
 def merge_fit(rho, missed, square, rho_, missed_, square_):
-    """Least-squares fits of two disjoint sets of classes, joined: (rho, Q, V2)."""
+    """Least-squares fits of two disjoint sets of classes, joined: (rho, missed, square)."""
     total = square + square_
     share = tl.where(total > 0.0, square_ / tl.where(total > 0.0, total, 1.0), 0.0)
     delta = rho_ - rho
@@ -141,13 +130,37 @@ def store_state(partials, state, rows, inside, split, n, n_splits):
 
 @triton.jit(do_not_specialize=["n", "tiles_per_split"])
 def statistics_kernel(
-    features, weight, bias, class_weight, target, projection, partials, sums,
-    n, n_classes, d, p, stride_h, stride_w, stride_p, tiles_per_split, softcap,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
-    DESCRIPTOR: tl.constexpr, EVEN_COLUMNS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    features,
+    weight,
+    bias,
+    class_weight,
+    target,
+    projection,
+    partials,
+    sums,
+    n,
+    n_classes,
+    d,
+    p,
+    stride_h,
+    stride_w,
+    stride_p,
+    tiles_per_split,
+    softcap,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Partials [fields, splits, n] of the logits cap(H W^T + c) over the classes other than each row's target.
 
     With a WIDTH also sums [1, splits, n, p] of g e P; [2, ...] with smoothing and a cap, the second of g w P.
@@ -201,9 +214,21 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=["n", "tiles_per_split"])
 def logits_statistics_kernel(
-    logits, class_weight, target, partials, n, n_classes, stride_z, tiles_per_split, softcap,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-):  # fmt: skip
+    logits,
+    class_weight,
+    target,
+    partials,
+    n,
+    n_classes,
+    stride_z,
+    tiles_per_split,
+    softcap,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+):
     """The same partials from stored logits (n, C)."""
     n_row_tiles = tl.cdiv(n, ROWS)
     n_splits = tl.num_programs(0) // n_row_tiles
@@ -253,9 +278,14 @@ def statistics(
     """
     (n, d), (n_classes, p) = features.shape, (len(weight), 0) if projection is None else projection.shape
     tile = tile or configs.statistics_tile(
-        features.device, features.dtype, n_classes, bias=bias is not None, softcap=bool(softcap), smooth=smooth,
+        features.device,
+        features.dtype,
+        n_classes,
+        bias=bias is not None,
+        softcap=bool(softcap),
+        smooth=smooth,
         projected=projection is not None,
-    )  # fmt: skip
+    )
     descriptor, pair = operands(tile.descriptor, (features, tile.rows, tile.depth), (weight, tile.columns, tile.depth))
     if tile.descriptor and not descriptor:
         tile = tile.with_pointers()
@@ -266,15 +296,38 @@ def statistics(
     if n == 0:
         return partials, sums
     statistics_kernel[(row_tiles * count,)](
-        *pair, bias, class_weight, target, projection, partials, sums, n, n_classes, d, p,
-        features.stride(0), weight.stride(0), 0 if projection is None else projection.stride(0), per_split,
+        *pair,
+        bias,
+        class_weight,
+        target,
+        projection,
+        partials,
+        sums,
+        n,
+        n_classes,
+        d,
+        p,
+        features.stride(0),
+        weight.stride(0),
+        0 if projection is None else projection.stride(0),
+        per_split,
         softcap or 1.0,
-        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WIDTH=0 if projection is None else WIDTH,
-        GROUP=tile.group, DESCRIPTOR=descriptor,
-        EVEN_COLUMNS=n_classes % tile.columns == 0, EVEN_DEPTH=d % tile.depth == 0, HAS_BIAS=bias is not None,
-        SOFTCAP=bool(softcap), SMOOTH=smooth, HAS_WEIGHT=smooth and class_weight is not None,
-        PRECISION=dot_precision(features.dtype), num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        WIDTH=0 if projection is None else WIDTH,
+        GROUP=tile.group,
+        DESCRIPTOR=descriptor,
+        EVEN_COLUMNS=n_classes % tile.columns == 0,
+        EVEN_DEPTH=d % tile.depth == 0,
+        HAS_BIAS=bias is not None,
+        SOFTCAP=bool(softcap),
+        SMOOTH=smooth,
+        HAS_WEIGHT=smooth and class_weight is not None,
+        PRECISION=dot_precision(features.dtype),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     return partials, sums
 
 
@@ -296,8 +349,21 @@ def logits_statistics(
     partials = torch.empty(FIELDS[smooth], count, n, dtype=torch.float32, device=logits.device)
     if n:
         logits_statistics_kernel[(row_tiles * count,)](
-            logits, class_weight, target, partials, n, n_classes, logits.stride(0), per_split, softcap or 1.0,
-            ROWS=tile.rows, COLUMNS=tile.columns, SOFTCAP=bool(softcap), SMOOTH=smooth,
-            HAS_WEIGHT=smooth and class_weight is not None, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+            logits,
+            class_weight,
+            target,
+            partials,
+            n,
+            n_classes,
+            logits.stride(0),
+            per_split,
+            softcap or 1.0,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            SOFTCAP=bool(softcap),
+            SMOOTH=smooth,
+            HAS_WEIGHT=smooth and class_weight is not None,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
     return partials

@@ -25,11 +25,26 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["n"])
 def target_logit_kernel(
-    features, weight, bias, logits, target, target_logit, feature_sq,
-    n, d, n_classes, stride_h, stride_w, stride_z, plus,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr, HAS_FEATURES: tl.constexpr, HAS_LOGITS: tl.constexpr,
+    features,
+    weight,
+    bias,
+    logits,
+    target,
+    target_logit,
+    feature_sq,
+    n,
+    d,
+    n_classes,
+    stride_h,
+    stride_w,
+    stride_z,
+    plus,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    HAS_FEATURES: tl.constexpr,
+    HAS_LOGITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-):  # fmt: skip
+):
     """target_logit[i] = h_i . W[y_i] + c[y_i] (or logits[i, y_i]); feature_sq[i] = ||h_i||^2 + plus."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
@@ -76,11 +91,25 @@ def target_logit(
     feature_sq = torch.empty_like(z)
     if n:
         target_logit_kernel[(triton.cdiv(n, ROWS),)](
-            features, weight, bias, logits, target, z, feature_sq,
-            n, 0 if features is None else features.shape[1], n_classes,
-            0 if features is None else features.stride(0), 0 if weight is None else weight.stride(0),
-            0 if logits is None else logits.stride(0), plus,
-            ROWS=ROWS, DEPTH=DEPTH, HAS_FEATURES=features is not None, HAS_LOGITS=logits is not None,
-            HAS_BIAS=bias is not None, num_warps=4,
-        )  # fmt: skip
+            features,
+            weight,
+            bias,
+            logits,
+            target,
+            z,
+            feature_sq,
+            n,
+            0 if features is None else features.shape[1],
+            n_classes,
+            0 if features is None else features.stride(0),
+            0 if weight is None else weight.stride(0),
+            0 if logits is None else logits.stride(0),
+            plus,
+            ROWS=ROWS,
+            DEPTH=DEPTH,
+            HAS_FEATURES=features is not None,
+            HAS_LOGITS=logits is not None,
+            HAS_BIAS=bias is not None,
+            num_warps=4,
+        )
     return z, feature_sq

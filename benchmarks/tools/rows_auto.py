@@ -50,10 +50,12 @@ def table(words: list[str], seconds: float = 4.0) -> str:
     torch.set_num_threads(1)
     kept = selbp.keep_freed_memory() if "plain" not in words else False
     lines = [
-        f"freed memory is {'kept' if kept else 'returned (plain glibc)'}", "",
+        f"freed memory is {'kept' if kept else 'returned (plain glibc)'}",
+        "",
         "| model | keep | full | rows | recompute | bound / rows | with these kernels | rows / recompute "
-        "| auto | auto / better |", "|---|--:|--:|--:|--:|--:|--:|--:|---|--:|",
-    ]  # fmt: skip
+        "| auto | auto / better |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|---|--:|",
+    ]
     tasks = {**TIMED, **STUDIED}
     for name in [word for word in words if word in tasks] or list(tasks):
         task = tasks[name]

@@ -51,8 +51,11 @@ def _operators(rows: RowSet) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     gradient, saved, weight = wrap(torch.randn(k, d), layout), torch.randn(n, d), torch.randn(d, d)
     image, filters = torch.randn(n, 3, 2, 2), torch.randn(4, 3, 1, 1)
     pixels, mean, rstd, scale = (
-        wrap(torch.randn(k, 4, 2, 2), layout), torch.randn(n, 1), torch.rand(n, 1), torch.ones(d)
-    )  # fmt: skip
+        wrap(torch.randn(k, 4, 2, 2), layout),
+        torch.randn(n, 1),
+        torch.rand(n, 1),
+        torch.ones(d),
+    )
     convolution = ([4], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, True])
     return {
         "t": (aten.t.default, (gradient,)),

@@ -12,6 +12,10 @@
 #include <cpuid.h>
 #endif
 
+#if defined(__x86_64__)
+#define SELBP_BFLOAT16_PRODUCTS  // the v4 kernels have a form for AVX512-BF16
+#endif
+
 namespace selbp {
 
 enum class Level { baseline, v3, v4 };
@@ -50,6 +54,17 @@ inline Level detect_level() {
 inline Level level() {
   static const Level chosen = detect_level();
   return chosen;
+}
+
+// Whether the level's kernels may use AVX512-BF16.
+inline bool multiplies_bfloat16() {
+#ifdef SELBP_X86_LEVELS
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  static const bool found = level() == Level::v4 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1u);
+  return found;
+#else
+  return false;
+#endif
 }
 
 // Whether SELBP_CPU_LEVEL is unset, empty or names a level.

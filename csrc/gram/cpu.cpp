@@ -10,6 +10,10 @@
 #include "cpu/parallel.hpp"
 #include "cpu/vector.hpp"
 
+#if defined(SELBP_BFLOAT16_PRODUCTS) && defined(__AVX512F__)
+#define SELBP_BFLOAT16_KERNEL
+#endif
+
 namespace selbp {
 namespace SELBP_LEVEL {
 namespace {
@@ -94,80 +98,122 @@ void pack(T* packed, const T* factor, std::int64_t n, std::int64_t terms, int n_
   });
 }
 
-// block[i, j] (+)= sum_k left[k, i] right[k, j] over one stretch of terms, all sums of a tile in registers.
-template <typename T, bool kAdd>
-void multiply_stretch(T* block, const T* left, const T* right, std::int64_t terms) {
-  using V = typename Simd<T>::V;
-  constexpr int kRows = 4, kVectors = kVectorBytes == 64 ? 4 : 2, kLanes = Simd<T>::kLanes;
-  for (std::int64_t j = 0; j < kBlock; j += kVectors * kLanes) {
-    for (std::int64_t i = 0; i < kBlock; i += kRows) {
-      V sums[kRows][kVectors] = {};
-      for (std::int64_t k = 0; k < terms; ++k) {
-        const T* factors = left + k * kBlock + i;
-        const T* values = right + k * kBlock + j;
-        // Without the pragmas GCC keeps `sums` in memory: three times slower.
-#pragma GCC unroll 4
-        for (int a = 0; a < kRows; ++a)
-#pragma GCC unroll 4
-          for (int b = 0; b < kVectors; ++b) sums[a][b] = fma(splat(factors[a]), load(values + b * kLanes), sums[a][b]);
-      }
-#pragma GCC unroll 4
-      for (int a = 0; a < kRows; ++a)
-#pragma GCC unroll 4
-        for (int b = 0; b < kVectors; ++b) {
-          T* place = block + (i + a) * kBlock + j + b * kLanes;
-          store(place, kAdd ? load(place) + sums[a][b] : sums[a][b]);
-        }
-    }
+// How a term of one row meets a vector of other rows' terms.
+template <typename T>
+struct Plain {
+  using Term = T;
+  using Sum = T;
+  SELBP_INLINE static typename Simd<T>::V add(const T* factor, typename Simd<T>::V values, typename Simd<T>::V sum) {
+    return fma(splat(*factor), values, sum);
   }
+};
+
+#ifdef SELBP_BFLOAT16_KERNEL
+// Two bfloat16 terms in the place of one float: their exact products join a float32 sum one after the other.
+struct Pairs {
+  using Term = float;
+  using Sum = float;
+  SELBP_INLINE static F32 add(const float* factor, F32 values, F32 sum) {
+    // In assembly: an intrinsic would need the instruction's own target in every function around it.
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(values), "m"(*factor));
+    return sum;
+  }
+};
+#endif
+
+// kRows x kVectors vectors of block[i, j] (+)= sum_k left[k, i] right[k, j], all sums in registers.
+template <class Product, bool kAdd, int kRows, int kVectors>
+SELBP_INLINE void multiply_tile(typename Product::Sum* block, const typename Product::Term* left,
+                                const typename Product::Term* right, std::int64_t terms) {
+  using T = typename Product::Sum;
+  constexpr int kLanes = Simd<T>::kLanes;
+  typename Simd<T>::V sums[kRows][kVectors] = {};
+  for (std::int64_t k = 0; k < terms; ++k) {
+    // Without the pragmas GCC keeps `sums` in memory: three times slower.
+#pragma GCC unroll 16
+    for (int a = 0; a < kRows; ++a)
+#pragma GCC unroll 4
+      for (int b = 0; b < kVectors; ++b)
+        sums[a][b] = Product::add(left + k * kBlock + a, load(right + k * kBlock + b * kLanes), sums[a][b]);
+  }
+#pragma GCC unroll 16
+  for (int a = 0; a < kRows; ++a)
+#pragma GCC unroll 4
+    for (int b = 0; b < kVectors; ++b) {
+      T* place = block + a * kBlock + b * kLanes;
+      store(place, kAdd ? load(place) + sums[a][b] : sums[a][b]);
+    }
+}
+
+// One stretch of terms of a whole block or, on the diagonal, of the tiles that its lower triangle touches.
+template <class Product, bool kAdd>
+void multiply_stretch(typename Product::Sum* block, const typename Product::Term* left,
+                      const typename Product::Term* right, std::int64_t terms, bool diagonal) {
+  constexpr int kLanes = Simd<typename Product::Sum>::kLanes, kVectors = kVectorBytes == 64 ? 4 : 2, kRows = 4;
+  constexpr int kTall = kVectorBytes == 64 ? 16 : 8;  // rows of a tile one vector wide
+  if (diagonal) {
+    for (std::int64_t i = 0; i < kBlock; i += kTall)
+      for (std::int64_t j = 0; j < i + kTall; j += kLanes)
+        multiply_tile<Product, kAdd, kTall, 1>(block + i * kBlock + j, left + i, right + j, terms);
+    return;
+  }
+  for (std::int64_t j = 0; j < kBlock; j += kVectors * kLanes)
+    for (std::int64_t i = 0; i < kBlock; i += kRows)
+      multiply_tile<Product, kAdd, kRows, kVectors>(block + i * kBlock + j, left + i, right + j, terms);
 }
 
 // The product of two strips; summing stretch by stretch also keeps the rounding error of many terms low.
-template <typename T>
-void multiply(T* block, const T* left, const T* right, std::int64_t terms) {
-  multiply_stretch<T, false>(block, left, right, least(kTerms, terms));
+template <class Product>
+void multiply(typename Product::Sum* block, const typename Product::Term* left, const typename Product::Term* right,
+              std::int64_t terms, bool diagonal) {
+  multiply_stretch<Product, false>(block, left, right, least(kTerms, terms), diagonal);
   for (std::int64_t k = kTerms; k < terms; k += kTerms)
-    multiply_stretch<T, true>(block, left + k * kBlock, right + k * kBlock, least(kTerms, terms - k));
+    multiply_stretch<Product, true>(block, left + k * kBlock, right + k * kBlock, least(kTerms, terms - k), diagonal);
 }
 
 // The block at (i0, j0), i0 >= j0, and its mirror image; r and h are packed. Whether its part of the diagonal is
 // finite.
-template <typename T>
-bool write_block(T* out, const T* r, const T* h, GramShape shape, T bias, std::int64_t i0, std::int64_t j0) {
+template <class Product, typename T = typename Product::Sum>
+bool write_block(T* out, const typename Product::Term* r, const typename Product::Term* h, GramShape shape, T bias,
+                 std::int64_t i0, std::int64_t j0) {
   const std::int64_t n = shape.n, i_count = least(kBlock, n - i0), j_count = least(kBlock, n - j0);
+  const bool diagonal = i0 == j0;
   T* direct = out + i0 * n + j0;
   T* mirror = out + j0 * n + i0;
   alignas(64) T block[kBlock * kBlock], other[kBlock * kBlock];
-  multiply(block, r + i0 * shape.classes, r + j0 * shape.classes, shape.classes);
-  multiply(other, h + i0 * shape.features, h + j0 * shape.features, shape.features);
+  multiply<Product>(block, r + i0 * shape.classes, r + j0 * shape.classes, shape.classes, diagonal);
+  multiply<Product>(other, h + i0 * shape.features, h + j0 * shape.features, shape.features, diagonal);
   for (std::int64_t i = 0; i < i_count; ++i) {
-    for (std::int64_t j = 0; j < kBlock; ++j) block[i * kBlock + j] *= other[i * kBlock + j] + bias;
+    const std::int64_t end = diagonal ? i + 1 : kBlock;
+    for (std::int64_t j = 0; j < end; ++j) block[i * kBlock + j] *= other[i * kBlock + j] + bias;
     prefetch_row(direct + i * n);
     prefetch_row(mirror + least(i, j_count - 1) * n);
   }
   bool finite = true;
-  if (i0 == j0) {
-    for (std::int64_t i = 0; i < j_count; ++i) {
+  if (diagonal) {
+    for (std::int64_t i = 0; i < i_count; ++i) {
       finite = finite && block[i * kBlock + i] - block[i * kBlock + i] == 0;
       for (std::int64_t j = i + 1; j < j_count; ++j) block[i * kBlock + j] = block[j * kBlock + i];
     }
   }
   write_rows(direct, n, block, i_count, j_count);
+  if (diagonal) return finite;
   transpose(other, block, kBlock, i_count, j_count);
   write_rows(mirror, n, other, j_count, i_count);
   return finite;
 }
 
-template <typename T>
-bool gram_of(T* out, T* packed, const T* r, const T* h, GramShape shape, T bias, int n_threads) {
+template <class Product, typename T = typename Product::Sum>
+bool gram_of(T* out, typename Product::Term* packed, const typename Product::Term* r, const typename Product::Term* h,
+             GramShape shape, T bias, int n_threads) {
   const std::int64_t blocks = (shape.n + kBlock - 1) / kBlock;
-  T* packed_h = packed + blocks * kBlock * shape.classes;
+  typename Product::Term* packed_h = packed + blocks * kBlock * shape.classes;
   pack(packed, r, shape.n, shape.classes, n_threads);
   pack(packed_h, h, shape.n, shape.features, n_threads);
   AllOf finite;
   parallel_for(blocks * blocks, n_threads, 1, [&](std::int64_t place) {
     const std::int64_t i = place / blocks, j = place % blocks;
-    if (j <= i && !write_block(out, packed, packed_h, shape, bias, i * kBlock, j * kBlock)) finite.lower();
+    if (j <= i && !write_block<Product>(out, packed, packed_h, shape, bias, i * kBlock, j * kBlock)) finite.lower();
   });
   return finite.held();
 }
@@ -194,12 +240,17 @@ void dots_of(double* sums, const T* a, const T* b, std::int64_t rows, std::int64
 }  // namespace
 
 bool gram_f32(float* out, float* packed, const float* r, const float* h, GramShape shape, float bias, int n_threads) {
-  return gram_of(out, packed, r, h, shape, bias, n_threads);
+  return gram_of<Plain<float>>(out, packed, r, h, shape, bias, n_threads);
 }
 bool gram_f64(double* out, double* packed, const double* r, const double* h, GramShape shape, double bias,
               int n_threads) {
-  return gram_of(out, packed, r, h, shape, bias, n_threads);
+  return gram_of<Plain<double>>(out, packed, r, h, shape, bias, n_threads);
 }
+#ifdef SELBP_BFLOAT16_KERNEL
+bool gram_bf16(float* out, float* packed, const float* r, const float* h, GramShape shape, float bias, int n_threads) {
+  return gram_of<Pairs>(out, packed, r, h, shape, bias, n_threads);
+}
+#endif
 void row_dots_f32(double* sums, const float* a, const float* b, std::int64_t rows, std::int64_t columns,
                   int n_threads) {
   dots_of(sums, a, b, rows, columns, n_threads);

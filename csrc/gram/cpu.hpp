@@ -25,4 +25,12 @@ SELBP_DECLARE_LEVELS(
     void row_dots_f64(double* sums, const double* a, const double* b, std::int64_t rows, std::int64_t columns,
                       int n_threads);)
 
+#ifdef SELBP_BFLOAT16_PRODUCTS
+namespace v4 {
+// gram_f32 of bfloat16 factors, whose terms lie in pairs: a float stands for two, and `shape` counts pairs. Only where
+// multiplies_bfloat16().
+bool gram_bf16(float* out, float* packed, const float* r, const float* h, GramShape shape, float bias, int n_threads);
+}  // namespace v4
+#endif
+
 }  // namespace selbp

@@ -10,7 +10,7 @@ namespace {
 struct RowTerms {
   double lse, scale;
   double total, rest;  // T, and the soft target's sum over the classes other than the target
-  double others;       // their probability, or NaN where it is to be summed (the tile is then the whole row)
+  double p_rest;       // their probability, or NaN where it is to be summed (the tile is then the whole row)
 };
 
 // r = scale (T p - t) D of one row's tile into `out`, which may be `z` itself; false, with junk in `out`, where the
@@ -30,7 +30,7 @@ bool residual_row(const T* z, int64_t columns, int64_t y, const Compute<T>* weig
 
   const V lse = splat(A(row.lse)), total = splat(A(row.total * row.scale)), each = splat(A(smooth_each * row.scale));
   const V cap = splat(A(softcap)), zero{};
-  double others = 0;
+  double p_rest = 0;
   V bad{};  // NaN once a class of nonzero weight has a logit that is not finite
   for (int64_t start = 0; start < columns; start += kBlock) {
     const int64_t length = columns - start < kBlock ? columns - start : kBlock;
@@ -66,11 +66,11 @@ bool residual_row(const T* z, int64_t columns, int64_t y, const Compute<T>* weig
           const int64_t first = c - edge.start;
           for (int64_t lane = 0; lane < count; ++lane) out[start + c + lane] = lanes[first + lane];
         });
-    others += sum<A>(part);
+    p_rest += sum<A>(part);
   }
-  if (!__builtin_isfinite(others) || (kSmooth && sum<A>(bad) != 0)) return false;
-  if (row.others == row.others) others = row.others;
-  if (held) out[y] = A(row.scale * (row.rest - row.total * others) * derivative_y);
+  if (!__builtin_isfinite(p_rest) || (kSmooth && sum<A>(bad) != 0)) return false;
+  if (row.p_rest == row.p_rest) p_rest = row.p_rest;
+  if (held) out[y] = A(row.scale * (row.rest - row.total * p_rest) * derivative_y);
   return true;
 }
 
@@ -92,7 +92,7 @@ void run_residual(const Matrix& logits, const ResidualTile& tile, const LossOpti
       const RowTerms terms{
           static_cast<double>(static_cast<const A*>(tile.lse)[row]),
           tile.scale ? static_cast<double>(static_cast<const A*>(tile.scale)[row]) : 1.0, total, rest,
-          tile.others ? static_cast<double>(static_cast<const A*>(tile.others)[row]) : __builtin_nan("")};
+          tile.p_rest ? static_cast<double>(static_cast<const A*>(tile.p_rest)[row]) : __builtin_nan("")};
       finite = residual_row<T, kSmooth, kCap>(z, logits.columns, y - tile.first_class,
                                               weight ? weight + tile.first_class : nullptr, smooth_each,
                                               options.softcap, terms, out);

@@ -10,17 +10,17 @@ namespace SELBP_LEVEL {
 namespace {
 
 // Joins to the row's fit that of other classes, given by its residual and sums relative to the slope `shift`:
-// residual = ||E - shift V||^2, product = (E - shift V).V, v2 = V.V.
-void join_fit(RowState& state, double shift, double residual, double product, double v2) {
-  const double slope = v2 > 0 ? product / v2 : 0.0;
+// residual = ||E - shift V||^2, product = (E - shift V).V, square = V.V.
+void join_fit(RowState& state, double shift, double residual, double product, double square) {
+  const double slope = square > 0 ? product / square : 0.0;
   const double left = residual - slope * product;  // at its own best slope; cancels little where `shift` is near it
   state.s2 += left > 0 || left != left ? left : 0.0;
-  const double total = state.v2 + v2;
+  const double total = state.square + square;
   if (total > 0) {
     const double delta = shift + slope - state.rho;
-    state.s2 += delta * delta * (state.v2 * (v2 / total));
-    state.rho += delta * (v2 / total);
-    state.v2 = total;
+    state.s2 += delta * delta * (state.square * (square / total));
+    state.rho += delta * (square / total);
+    state.square = total;
   }
 }
 
@@ -49,25 +49,25 @@ void add_block(const T* z, int64_t columns, int64_t y, const Compute<T>* weight,
       state.rho *= factor;
       state.s2 *= factor * factor;
     }
-    if (state.sw != 0) state.u += state.sw * (static_cast<double>(block_m) - state.m);
+    if (state.amount != 0) state.spread += state.amount * (static_cast<double>(block_m) - state.m);
     state.m = static_cast<double>(block_m);
   }
 
   const V m = splat(state.m > -kInfinity ? A(state.m) : A(0));  // -inf - -inf would be NaN
   const V cap = splat(A(softcap));
-  V s{}, s2{}, product{}, v2{}, u{}, sw{}, shift{};
+  V s{}, s2{}, product{}, square{}, spread{}, amount{}, shift{};
   const auto add = [&](V v, V w, V derivative) SELBP_LAMBDA {
     V e = exp<A>(v - m);
     s += e;
     if (kCap) e *= derivative;
     if (kSmooth) {
       const V gap = w == zero ? zero : w * (m - v);  // 0 * inf counts as 0: a masked class of weight 0
-      u += gap;
-      sw += w;
+      spread += gap;
+      amount += w;
       if (kCap) w *= derivative;
       e = fma(-shift, w, e);
       product = fma(e, w, product);
-      v2 = fma(w, w, v2);
+      square = fma(w, w, square);
     }
     s2 = fma(e, e, s2);
   };
@@ -80,9 +80,9 @@ void add_block(const T* z, int64_t columns, int64_t y, const Compute<T>* weight,
   };
   if (kSmooth) {  // the slope of the first chunk, so that the block's fit is summed near its own slope
     add_edge(0, columns < S::kLanes ? columns : int64_t(S::kLanes), y >= 0 && y < S::kLanes ? y : -1);
-    const A squares = A(sum<A>(v2));
+    const A squares = A(sum<A>(square));
     if (squares > 0) shift = splat(A(sum<A>(product)) / squares);
-    s = s2 = product = v2 = u = sw = zero;
+    s = s2 = product = square = spread = amount = zero;
   }
   for_each_chunk<S::kLanes>(
       columns, y,
@@ -94,9 +94,9 @@ void add_block(const T* z, int64_t columns, int64_t y, const Compute<T>* weight,
       add_edge);
   state.s += sum<A>(s);
   if (kSmooth) {
-    join_fit(state, static_cast<double>(shift[0]), sum<A>(s2), sum<A>(product), sum<A>(v2));
-    state.u += sum<A>(u);
-    state.sw += sum<A>(sw);
+    join_fit(state, static_cast<double>(shift[0]), sum<A>(s2), sum<A>(product), sum<A>(square));
+    state.spread += sum<A>(spread);
+    state.amount += sum<A>(amount);
   } else {
     state.s2 += sum<A>(s2);
   }
@@ -139,7 +139,7 @@ double row_square_sum(const Matrix& matrix, int64_t row) {
 }
 
 struct RowResult {
-  double loss, lse, residual_sq, others;
+  double loss, lse, residual_sq, p_rest;
   bool correct;
 };
 
@@ -164,17 +164,17 @@ RowResult finish(const RowState& state, int64_t y, double w_y, double smooth_eac
   RowResult result{0, a > 0 ? z_y + loss_y : state.m + above_m, 0, 0, false};
   if (y < 0) return result;
 
-  const double q = state.s * p_m;
+  const double p_rest = state.s * p_m;
   const double target_y = (1 - label_smoothing) * w_y + smooth_each * w_y;
-  const double rest = smooth_each * state.sw;  // sum over the others of the soft target
+  const double rest = smooth_each * state.amount;  // sum over the others of the soft target
   const double total = target_y + rest;
   result.loss = target_y * loss_y;
-  if (rest != 0) result.loss += smooth_each * (state.sw * above_m + state.u);
-  const double r_y = (rest - total * q) * state.derivative_y;
+  if (rest != 0) result.loss += smooth_each * (state.amount * above_m + state.spread);
+  const double r_y = (rest - total * p_rest) * state.derivative_y;
   const double scale = total * p_m;
   const double miss = scale * state.rho - smooth_each;
-  result.residual_sq = r_y * r_y + scale * scale * state.s2 + miss * miss * state.v2;
-  result.others = q;
+  result.residual_sq = r_y * r_y + scale * scale * state.s2 + miss * miss * state.square;
+  result.p_rest = p_rest;
   result.correct = z_y >= state.m;
   return result;
 }
@@ -189,7 +189,7 @@ void write(const StatisticsOutput& out, int64_t row, const RowResult& result, bo
   static_cast<A*>(out.lse)[row] = lse;
   static_cast<A*>(out.residual_sq)[row] = __builtin_isfinite(loss) || ignored ? residual_sq : nan;
   static_cast<A*>(out.feature_sq)[row] = sq;
-  if (out.others) static_cast<A*>(out.others)[row] = A(result.others);
+  if (out.p_rest) static_cast<A*>(out.p_rest)[row] = A(result.p_rest);
   out.valid[row] = finite && !ignored;
   out.correct[row] = finite && !ignored && result.correct;
 }

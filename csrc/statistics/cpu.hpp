@@ -2,13 +2,14 @@
 //
 // The logits come either whole or in column tiles (the linear form: a GEMM writes a tile, this consumes it). With the
 // target's logit z_y held apart, each row accumulates over the other classes only, relative to their running maximum m:
-//   s = sum e^(z-m),  s2 = sum D^2 e^(2(z-m)),  and with label smoothing  u = sum w (m - z),  sw = sum w
-//                                                          (w class weights, D derivative of the soft cap, else 1)
+//   s = sum e^(z-m),  s2 = sum g^2 e^(2(z-m)),  and with label smoothing  amount = sum w,  spread = sum w (m - z)
+//                                                          (w class weights, g slope of the soft cap, else 1)
 // from which loss, log-sum-exp and ||r||^2 follow without cancellation for confident rows:
-//   loss_y = log1p(e^(m-z_y) s),  q = 1 - p_y = e^(m-lse) s,  ||r||^2 = q^2 + e^(2(m-lse)) s2.
-// With label smoothing the sum over c != y is that of (x E - k V)^2, E = D e^(z-m), V = D w, which vanishes at the
+//   loss_y = log1p(e^(m-z_y) s),  p_rest = 1 - p_y = e^(m-lse) s,  ||r||^2 = p_rest^2 + e^(2(m-lse)) s2.
+// With label smoothing the sum over c != y is that of (x E - k V)^2, E = g e^(z-m), V = g w, which vanishes at the
 // optimum and must not be expanded. It is kept as the least-squares fit of E by V (Welford's and Chan's update):
-//   rho = E.V / V.V,  v2 = V.V,  s2 = ||E - rho V||^2,        ||x E - k V||^2 = x^2 s2 + (x rho - k)^2 v2.
+//   rho = E.V / V.V,  square = V.V,  s2 = ||E - rho V||^2,    ||x E - k V||^2 = x^2 s2 + (x rho - k)^2 square.
+// The Triton kernels keep the same sums under the same names, relative to a power of two.
 // Inside a tile lanes accumulate in the compute type (float, or double for double); across tiles everything is double.
 #pragma once
 
@@ -36,8 +37,8 @@ struct Matrix {  // rows with a contiguous last dimension
 
 // What a row has accumulated so far; an array of these carries the rows from one tile to the next.
 struct RowState {
-  double m, s, s2, rho, v2, u, sw;  // rho, v2: see s2 above
-  double z_y, derivative_y;         // the target's logit after the cap, and D there
+  double m, s, s2, rho, square, spread, amount;
+  double z_y, derivative_y;  // the target's logit after the cap, and the cap's slope there
 };
 
 // For vectors of up to 16 lanes: packed weights, and the logits of one vector's worth of rows, twice.
@@ -47,7 +48,7 @@ constexpr int kStateDoubles = sizeof(RowState) / sizeof(double);
 
 struct StatisticsOutput {  // floats in the compute type of the logits
   void *loss, *lse, *residual_sq, *feature_sq;
-  void* others;  // probability of all classes but the target; may be null
+  void* p_rest;  // probability of all classes but the target; may be null
   bool *correct, *valid;
 };
 
@@ -56,7 +57,7 @@ struct ResidualTile {
   int64_t first_class, n_classes;
   double weight_sum;   // of all class weights; n_classes without them
   const void* lse;     // and the rest, one value a row in the compute type
-  const void* others;  // as in StatisticsOutput; null: summed here, for which the tile must be the whole row
+  const void* p_rest;  // as in StatisticsOutput; null: summed here, for which the tile must be the whole row
   const void* scale;   // what each row is multiplied with; null: 1
 };
 

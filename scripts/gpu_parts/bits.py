@@ -20,9 +20,15 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def every_operator(
-    features: Tensor, weight: Tensor, bias: Tensor, target: Tensor, logits: Tensor, left: Tensor, right: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    logits: Tensor,
+    left: Tensor,
+    right: Tensor,
     solve: bool,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """What every operator returns, and the (n,) losses with their graph; nothing waits for the device."""
     stored = ops.cross_entropy_statistics(logits, target, features)
     r = ops.residual(logits, target, stored.lse)
@@ -41,9 +47,12 @@ def reproducible(results: Results, device: str, backend: str) -> None:
     """The same bits twice, from compiled code, and from a captured graph."""
     torch.manual_seed(0)
     features, weight, bias, logits, target = (
-        torch.randn(300, 256), torch.randn(5000, 256) / 16, torch.randn(5000), torch.randn(300, 5000),
+        torch.randn(300, 256),
+        torch.randn(5000, 256) / 16,
+        torch.randn(5000),
+        torch.randn(300, 5000),
         torch.randint(5000, (300,)),
-    )  # fmt: skip
+    )
     heads = [x.to(device).requires_grad_() for x in (features, weight, bias)]
     rest = (target.to(device), logits.to(device), *ops.sketch_projections(5000, 257, device=device))
     solve = device == "cpu" or _cuda_solver.solver(0, 300, 16, False)[0] is not None  # else it is solved on the host

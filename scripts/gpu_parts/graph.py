@@ -12,9 +12,11 @@ from gpu_parts.results import Results
 from gpu_parts.timing import times
 
 RULES = {
-    "TopLoss": selbp.TopLoss, "GradNormImportance": selbp.GradNormImportance, "Random": selbp.Random,
+    "TopLoss": selbp.TopLoss,
+    "GradNormImportance": selbp.GradNormImportance,
+    "Random": selbp.Random,
     "GradientMatching": selbp.GradientMatching,
-}  # fmt: skip
+}
 STEPS = 8
 
 

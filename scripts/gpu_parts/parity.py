@@ -71,14 +71,18 @@ def parity(
         compare(f"statistics {field} {label}", getattr(got, field), getattr(spec, field), getattr(eager, field))
     r = ops.residual(logits, target, got.lse, **options)
     compare(
-        f"residual {label}", r, reference.residual(logits.double(), target, got.lse.double(), **wide),
+        f"residual {label}",
+        r,
+        reference.residual(logits.double(), target, got.lse.double(), **wide),
         reference.residual(logits.float(), target, got.lse, **options),
-    )  # fmt: skip
+    )
     r, h = r.to(dtype), features
     compare(
-        f"gram {label}", ops.gradient_gram(r, h), reference.gradient_gram(r.double(), h.double()),
+        f"gram {label}",
+        ops.gradient_gram(r, h),
+        reference.gradient_gram(r.double(), h.double()),
         reference.gradient_gram(r, h),
-    )  # fmt: skip
+    )
     got, spec = ops.mean_gradient(r, h), reference.mean_gradient(r.double(), h.double())
     eager = reference.mean_gradient(r, h)
     for field in ("inner", "head_weight", "head_bias"):
@@ -89,10 +93,11 @@ def parity(
     h, y = features.view(n // tokens, tokens, d), target.view(n // tokens, tokens)
     left, right = ops.sketch_projections(n_classes, d + 1, (16, 16), dtype=dtype, device=device)  # exact in any dtype
     compare(
-        f"sketch {label}", ops.sketch(h, weight, bias, y, (left, right), **options),
+        f"sketch {label}",
+        ops.sketch(h, weight, bias, y, (left, right), **options),
         reference.sketch(h.double(), weight.double(), bias.double(), y, left.double(), right.double(), **wide),
         reference.sketch(h, weight, bias, y, left, right, **options),
-    )  # fmt: skip
+    )
 
 
 def backward(
@@ -116,9 +121,12 @@ def backward(
             logits = reference.soft_cap(F.linear(*inputs), chosen.get("softcap", 0.0))
             weights = chosen.get("class_weight")
             loss = F.cross_entropy(
-                logits, target, weight=None if weights is None else weights.to(dtype), reduction="sum",
+                logits,
+                target,
+                weight=None if weights is None else weights.to(dtype),
+                reduction="sum",
                 label_smoothing=chosen.get("label_smoothing", 0.0),
-            )  # fmt: skip
+            )
         return list(torch.autograd.grad(loss, inputs))
 
     ours, eager = gradients(features.dtype, True), gradients(features.dtype, False)

@@ -39,8 +39,13 @@ def driver(device: str) -> None:
             torch.autograd.grad(ops.linear_cross_entropy(*leaves, y, **options).sum(), leaves)
         r = r.to(dtype)
         gram, mean = ops.gradient_gram(r, h), ops.mean_gradient(r, h)
-        ops.sketch(h[:30].unflatten(0, (10, 3)), w, c, y[:30].view(10, 3),
-                   ops.sketch_projections(n_classes, d + 1, (8, 8), dtype=dtype, device=device))  # fmt: skip
+        ops.sketch(
+            h[:30].unflatten(0, (10, 3)),
+            w,
+            c,
+            y[:30].view(10, 3),
+            ops.sketch_projections(n_classes, d + 1, (8, 8), dtype=dtype, device=device),
+        )
         for wide in (torch.float32, torch.float64):
             problem = [x.to(wide) for x in (gram, mean.inner, mean.target_sq)]
             ops.match(*problem, 12, valid=stats.valid)
@@ -71,8 +76,12 @@ def check(results: Results, tool: str, device: str) -> None:
     options = ["--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "5"]
     done = subprocess.run([found, *options, *command], env=environment, capture_output=True, text=True)
     said = [line for line in done.stdout.splitlines() if line.startswith("=========")]
-    results.add(tool, done.returncode == 0, detail=f"exit {done.returncode}; {' '.join(said[-12:])[:900]}"
-                + (done.stderr[-400:] if done.returncode not in (0, FOUND) else ""))  # fmt: skip
+    results.add(
+        tool,
+        done.returncode == 0,
+        detail=f"exit {done.returncode}; {' '.join(said[-12:])[:900]}"
+        + (done.stderr[-400:] if done.returncode not in (0, FOUND) else ""),
+    )
 
 
 def run(results: Results, device: str, tiny: bool) -> None:

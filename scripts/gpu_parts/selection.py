@@ -12,11 +12,17 @@ from gpu_parts.results import Results
 from gpu_parts.timing import launches, times
 
 RULES = {
-    "Full": selbp.Full, "Random": selbp.Random, "TopLoss": selbp.TopLoss, "LossRank": selbp.LossRank,
-    "LossPercentile": selbp.LossPercentile, "TopGradNorm": selbp.TopGradNorm,
-    "GradNormImportance": selbp.GradNormImportance, "GradientMatching": selbp.GradientMatching,
-    "DivBS": selbp.DivBS, "CubeSampling": selbp.CubeSampling,
-}  # fmt: skip
+    "Full": selbp.Full,
+    "Random": selbp.Random,
+    "TopLoss": selbp.TopLoss,
+    "LossRank": selbp.LossRank,
+    "LossPercentile": selbp.LossPercentile,
+    "TopGradNorm": selbp.TopGradNorm,
+    "GradNormImportance": selbp.GradNormImportance,
+    "GradientMatching": selbp.GradientMatching,
+    "DivBS": selbp.DivBS,
+    "CubeSampling": selbp.CubeSampling,
+}
 
 
 def measure(results: Results, name: str, n: int, k: int, n_classes: int, width: int, device: str, repeats: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selbp.common.packed import packed_message, signs_of, unpacked
 from selbp.common.places import PLAIN, Key, Places
 from selbp.common.samples import (
     finite_entry,
@@ -44,7 +45,8 @@ class Batch:
     def of(cls, inputs: Any, target: Any, extras: Mapping[str, Any], places: Places = PLAIN) -> Batch:
         """Check a step's arguments. In a dict without a ``target``, ``"labels"`` is the target, or what places name.
 
-        Raises TypeError or ValueError that names what is wrong, before anything has run.
+        A packed row becomes one row a sequence. Raises TypeError or ValueError that names what is wrong, before
+        anything has run.
         """
         if not isinstance(inputs, (Tensor, tuple, list, Mapping)):
             raise TypeError(f"inputs must be a Tensor, a tuple or a dict of tensors, got {type(inputs).__name__}")
@@ -53,6 +55,8 @@ class Batch:
         if target is None:
             raise ValueError('target is missing: pass step(inputs, target), or a dict batch with "labels"')
         refuse_packed(inputs)
+        if places.plain:
+            inputs, target = unpacked(inputs, target)
         inputs, held = (inputs, _NOTHING) if places is PLAIN else places.split(inputs)
         devices: list[torch.device] = []
 
@@ -90,8 +94,8 @@ class Batch:
             return entries
 
         self._map_inputs(check, found)
-        if n == 1 and (names := _packed(self.inputs)):
-            raise ValueError(_packed_message(names))
+        if n == 1 and (names := signs_of(self.inputs)):
+            raise ValueError(packed_message(names))
         if not held:
             raise ValueError("inputs hold no tensor with a batch dimension, nor a list with one entry a sample")
         map_samples(self.target, n, check, found)
@@ -140,6 +144,10 @@ class Batch:
 
         return self._some(len(indices), *self._map(rows, some))
 
+    def mapped(self, n: int, tensors: Any, entries: Any) -> Batch:
+        """``n`` samples: what ``tensors`` and ``entries`` make of the tensors with rows and of the lists of samples."""
+        return self._some(n, *self._map(tensors, entries))
+
     def _some(self, n: int, inputs: Any, target: Any) -> Batch:
         return Batch(inputs, target, {}, n, self.device, self.places, self.held)
 
@@ -174,28 +182,10 @@ class Batch:
         return model(*inputs)
 
 
-def _packed(inputs: Any) -> list[str]:
-    """The names by which a dict batch says that a row holds several sequences."""
-    if not isinstance(inputs, Mapping):
-        return []
-    names = [str(name) for name in inputs if str(name).startswith(("cu_seq", "seq_idx", "max_length_q"))]
-    position = inputs.get("position_ids")
-    if not names and isinstance(position, Tensor) and position.dim() == 2 and len(position) == 1:
-        names = ["position_ids"] if int((position == 0).sum()) > 1 else []
-    return names
-
-
-def _packed_message(names: list[str]) -> str:
-    return (
-        f"the batch is packed ({', '.join(names)}): one row holds several sequences, so that there are no rows to "
-        "choose among. Pad instead (packing=False, padding_free=False), so that a row is a sequence"
-    )
-
-
 def _wrong_rows(x: Tensor, inputs: Any, n: int) -> str:
     message = f"every tensor of the batch must have n = {n} rows, got one of {tuple(x.shape)}"
-    if names := _packed(inputs):
-        return f"{_packed_message(names)}; {message}"
+    if names := signs_of(inputs):
+        return f"{packed_message(names)}; {message}"
     if isinstance(inputs, list) and len(inputs) > 1 and not isinstance(inputs[0], Mapping):
         message += ". A list is the model's arguments: where it holds the samples, pass step((samples,), target)"
     return message

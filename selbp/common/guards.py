@@ -116,16 +116,16 @@ class AutocastMode:
 
     def __init__(self, device: torch.device) -> None:
         self._type = device.type
-        self.enabled, self._dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+        self.enabled, self.dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
     def apply(self) -> None:
         """Put it back, until the enclosing context ends."""
         torch.set_autocast_enabled(self._type, self.enabled)
-        torch.set_autocast_dtype(self._type, self._dtype)
+        torch.set_autocast_dtype(self._type, self.dtype)
 
     def within(self) -> AbstractContextManager[None]:
         """It is in force inside."""
-        return torch.autocast(self._type, dtype=self._dtype, enabled=self.enabled)
+        return torch.autocast(self._type, dtype=self.dtype, enabled=self.enabled)
 
 
 def scoring_autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:

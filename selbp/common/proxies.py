@@ -125,6 +125,12 @@ class HeadProxies(GradientProxies):
         """Residual (n T, C) and features (n T, d)."""
         return self.token_residual.flatten(0, 1), self.token_features.flatten(0, 1)
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """See :meth:`GradientProxies.factors`; None for several positions, or where M is that of all ranks."""
+        known = self._gram is not None or self._mean is not None
+        plain = self.positions == 1 and self._reduce is None and type(self) is HeadProxies
+        return self.flat if plain and not known else None
+
     def gram(self) -> Tensor:
         """See :meth:`GradientProxies.gram`."""
         if self._gram is None:

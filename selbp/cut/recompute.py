@@ -45,11 +45,19 @@ class RecomputedCut:
 
     def __init__(self, model: nn.Module, module: nn.Module, name: str, cut: Cut, precision: str) -> None:
         if parallel_in(model) is not None:
-            raise ValueError('cut= with backward="recompute" runs a backward inside the backward, which '
-                             'DistributedDataParallel does not follow: use backward="rows"')  # fmt: skip
+            raise ValueError(
+                'cut= with backward="recompute" runs a backward inside the backward, which '
+                'DistributedDataParallel does not follow: use backward="rows"'
+            )
         self._model, self._module, self._name, self._cut, self._precision = model, module, name, cut, precision
         self._running, self._untouched = RunningStatistics(model), Untouched()
         self._checked = False
+
+    def prepare(self, batch: Batch) -> None:
+        """Look once, by a forward of two samples, whether the part below can be recomputed. Raises ValueError."""
+        if not self._checked and torch.is_grad_enabled() and kept_rows(self._cut.keep, batch.n) < batch.n:
+            self._check_bypass(batch)
+            self._checked = True
 
     def feed(self, batch: Batch, on_choice: Callable[[CutReport], None]) -> Any:
         """Run the forward and return the model's output. Its backward trains the part below the cut on k rows.
@@ -59,9 +67,7 @@ class RecomputedCut:
         k = kept_rows(self._cut.keep, batch.n)
         if not torch.is_grad_enabled() or k >= batch.n:
             return batch.feed(self._model)
-        if not self._checked:
-            self._check_bypass(batch)
-            self._checked = True
+        self.prepare(batch)
         mode = AutocastMode(batch.device)
 
         def leave(hidden: Tensor, features: Tensor | None) -> Tensor:

@@ -70,9 +70,13 @@ class AcceleratedStep(SelectiveBackprop):
     ) -> Tensor:
         """One minibatch: returns the scalar for ``accelerator.backward``. See :class:`selbp.SelectiveBackprop`."""
         loss = super().__call__(
-            inputs, target, normalizer=normalizer, num_items_in_batch=num_items_in_batch, selection=selection,
+            inputs,
+            target,
+            normalizer=normalizer,
+            num_items_in_batch=num_items_in_batch,
+            selection=selection,
             **per_sample,
-        )  # fmt: skip
+        )
         if self.accelerator.sync_gradients and selection is None:
             self.advance()
         if normalizer is None and num_items_in_batch is None:

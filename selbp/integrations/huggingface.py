@@ -22,13 +22,16 @@ import torch
 from torch import Tensor
 
 from selbp._checks import shown
+from selbp.common.packed import unpacked
 from selbp.integrations.seen import Observed, Replay, rows_in
 from selbp.integrations.tasks import base_of, per_sample, task_options
 from selbp.integrations.window import Window
+from selbp.training.linear_loss import NAME as LINEAR
+from selbp.training.losses import CAUSAL
 from selbp.training.step import SelectiveBackprop
 
 FILE = "selbp_state_{}.pt"  # one a process, in the checkpoint's folder
-TOKEN_LOSSES = ("cross_entropy", "causal_lm")
+TOKEN_LOSSES = ("cross_entropy", *CAUSAL)
 
 
 class SelectiveTrainerMixin:
@@ -83,6 +86,9 @@ class SelectiveTrainerMixin:
         parent: Any = super()
         if self._selective is None or not model.training:
             return parent.compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
+        if "labels" in inputs:  # the rows of a packed batch, also for what is read off them below
+            rows, labels = unpacked({k: v for k, v in inputs.items() if k != "labels"}, inputs["labels"])
+            inputs = {**rows, "labels": labels}
         loss, output = self._selective.loss(model, inputs, num_items_in_batch, return_outputs)
         if self._selective.metrics:  # TRL's own, read off the same forward
             with torch.no_grad():
@@ -166,7 +172,8 @@ class _Selective:
         self.trainer, self.options = trainer, dict(options)
         self.step: SelectiveBackprop | None = None
         self.window = Window()
-        self.metrics = self._own_metrics()
+        # A head without logits has none for the trainer's metrics.
+        self.metrics = self._own_metrics() and self.options.get("loss") != LINEAR
         # TRL before 1 reads its metrics off the logits and the inputs beside them, all of the rows that ran
         self.by_logits = not hasattr(sys.modules.get("trl.trainer.utils"), "add_fused_lm_head")
         self._state: Mapping[str, Any] | None = None  # of a checkpoint, for the step that is to be built

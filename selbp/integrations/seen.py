@@ -94,5 +94,9 @@ def token_figures(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         parts[2].append(some.argmax(-1) == target)
     log_probs, entropy, top = (torch.cat(part).view(mask.shape) for part in parts)
     zero = torch.zeros((), device=logits.device)
-    return {"log_probs": torch.where(mask, log_probs, zero), "entropy": torch.where(mask, entropy, zero),
-            "is_top1": top & mask, "label_mask": mask}  # fmt: skip
+    return {
+        "log_probs": torch.where(mask, log_probs, zero),
+        "entropy": torch.where(mask, entropy, zero),
+        "is_top1": top & mask,
+        "label_mask": mask,
+    }

@@ -17,7 +17,8 @@ def check_factors(residual: Tensor, features: Tensor, *_: object) -> None:
     check_floating("residual", residual)
     check_floating("features", features)
     check_shape("residual", residual, "(n, C)", (None, None))
-    check_shape("features", features, f"(n, d) with n = {len(residual)} rows as residual", (len(residual), None))
+    n = residual.shape[0]  # len() would tie a compiled graph to this one size
+    check_shape("features", features, f"(n, d) with n = {n} rows as residual", (n, None))
     check_same_dtype("features", features, "residual", residual)
     check_same_device("features", features, "residual", residual)
 

@@ -17,7 +17,9 @@ from selbp.ops._loss_options import LossOptions
 Outputs = tuple[Tensor, ...]
 
 
-def outputs(plain: Outputs, head: Head, target: Tensor, rows: Tensor | None, options: LossOptions) -> Outputs:
+def outputs(
+    plain: Outputs, head: Head, target: Tensor, rows: Tensor | None, options: LossOptions, keep: bool
+) -> Outputs:
     """The operator's outputs ``plain`` with a loss that is differentiable in both modes."""
     live = _live(plain[5], rows)
     _, z, t = _terms(live, head, target, options)

@@ -80,24 +80,36 @@ class LogitPass:
         self.outputs = empty_statistics(target, n, accumulate)
         self.state: Tensor | None = None
         self.p_rest: Tensor | None = None  # (n,) 1 - p_y, where wanted
+        self.logits: Tensor | None = None  # (n, C), where wanted
+        self._dtype = dtype
 
     def carry(self) -> None:
         """Keep each row's state between tiles."""
         self.state = torch.empty(self.target.shape[0], _native.STATISTICS_STATE, dtype=torch.float64)
 
+    def keep_logits(self, n_classes: int) -> Tensor:
+        """Memory that :meth:`add_head` is to leave the logits in."""
+        self.logits = torch.empty(self.target.shape[0], n_classes, dtype=self._dtype)
+        return self.logits
+
     def add_head(self, features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Run the whole pass over the logits of a head, a tile at a time."""
         (n, d), n_classes = features.shape, weight.shape[0]
         small = n * d * n_classes <= _SMALL_HEAD and n >= _PACKED_ROWS and features.dtype == torch.float32
-        if small and not self.options.label_smoothing and not self.options.softcap:
+        if small and self.logits is None and not self.options.label_smoothing and not self.options.softcap:
             self._add_small_head(weight, bias)
             return
         rows, columns = tile_shape(n, n_classes, features.dtype)
         if n <= rows and n_classes <= columns:
-            self.add(_gemm.linear(features, weight, bias))
+            logits = _gemm.linear(features, weight, bias)
+            if self.logits is not None:
+                self.logits.copy_(logits)
+            self.add(logits)
             return
         self.carry()
         for part, first_class, logits in head_tiles(features, weight, bias):
+            if self.logits is not None:
+                self.logits[part, first_class : first_class + logits.shape[1]] = logits
             self.add(logits, part.start, first_class)
 
     def add(self, logits: Tensor, row: int = 0, first_class: int = 0) -> None:
@@ -110,15 +122,33 @@ class LogitPass:
         loss, lse, residual_sq, feature_sq, correct, valid = self.outputs
         item = loss.element_size() * row
         bad = _native.statistics(
-            logits.data_ptr(), self.code, logits.stride(0), rows, columns, first_class, self.n_classes,
+            logits.data_ptr(),
+            self.code,
+            logits.stride(0),
+            rows,
+            columns,
+            first_class,
+            self.n_classes,
             0 if f is None else (f.data_ptr() or self.target.data_ptr()) + row * f.stride(0) * f.element_size(),
-            0 if f is None else TYPE_CODE[f.dtype], 0 if f is None else f.stride(0), 0 if f is None else f.shape[1],
-            self.bias, self.target.data_ptr() + 8 * row, address(class_weight), ignore_index, label_smoothing, softcap,
+            0 if f is None else TYPE_CODE[f.dtype],
+            0 if f is None else f.stride(0),
+            0 if f is None else f.shape[1],
+            self.bias,
+            self.target.data_ptr() + 8 * row,
+            address(class_weight),
+            ignore_index,
+            label_smoothing,
+            softcap,
             0 if self.state is None else self.state.data_ptr() + 8 * _native.STATISTICS_STATE * row,
-            loss.data_ptr() + item, lse.data_ptr() + item, residual_sq.data_ptr() + item, feature_sq.data_ptr() + item,
+            loss.data_ptr() + item,
+            lse.data_ptr() + item,
+            residual_sq.data_ptr() + item,
+            feature_sq.data_ptr() + item,
             0 if self.p_rest is None else self.p_rest.data_ptr() + item,
-            correct.data_ptr() + row, valid.data_ptr() + row, native_threads(rows * columns),
-        )  # fmt: skip
+            correct.data_ptr() + row,
+            valid.data_ptr() + row,
+            native_threads(rows * columns),
+        )
         if bad >= 0:
             raise_bad_target(self.target, row + bad, self.n_classes, ignore_index)
 
@@ -130,10 +160,25 @@ class LogitPass:
         class_weight, ignore_index, _, _ = self.options
         loss, lse, residual_sq, feature_sq, correct, valid = self.outputs
         bad = _native.head_statistics(
-            f.data_ptr(), f.stride(0), f.shape[0], f.shape[1], weight.data_ptr(), weight.stride(0), self.n_classes,
-            address(bias), y.data_ptr(), address(class_weight), ignore_index, loss.data_ptr(), lse.data_ptr(),
-            residual_sq.data_ptr(), feature_sq.data_ptr(), address(self.p_rest), correct.data_ptr(), valid.data_ptr(),
-        )  # fmt: skip
+            f.data_ptr(),
+            f.stride(0),
+            f.shape[0],
+            f.shape[1],
+            weight.data_ptr(),
+            weight.stride(0),
+            self.n_classes,
+            address(bias),
+            y.data_ptr(),
+            address(class_weight),
+            ignore_index,
+            loss.data_ptr(),
+            lse.data_ptr(),
+            residual_sq.data_ptr(),
+            feature_sq.data_ptr(),
+            address(self.p_rest),
+            correct.data_ptr(),
+            valid.data_ptr(),
+        )
         if bad >= 0:
             raise_bad_target(y, bad, self.n_classes, ignore_index)
 
@@ -189,10 +234,25 @@ def residual_tile(
     first, total, weights = classes
     n_rows, columns = logits.shape
     bad = _native.residual(
-        out.data_ptr(), logits.data_ptr(), TYPE_CODE[logits.dtype], logits.stride(0), n_rows, columns, first, total,
-        weights, rows.lse.data_ptr(), address(rows.p_rest), address(rows.scale), rows.target.data_ptr(),
-        address(class_weight), ignore_index, label_smoothing, softcap, native_threads(logits.numel()),
-    )  # fmt: skip
+        out.data_ptr(),
+        logits.data_ptr(),
+        TYPE_CODE[logits.dtype],
+        logits.stride(0),
+        n_rows,
+        columns,
+        first,
+        total,
+        weights,
+        rows.lse.data_ptr(),
+        address(rows.p_rest),
+        address(rows.scale),
+        rows.target.data_ptr(),
+        address(class_weight),
+        ignore_index,
+        label_smoothing,
+        softcap,
+        native_threads(logits.numel()),
+    )
     if bad >= 0:
         raise_bad_target(rows.target, bad, total, ignore_index)
     return out

@@ -24,8 +24,17 @@ library = torch.library.Library("selbp", "DEF")
 # operator's Autograd kernel runs. What torch.func itself uses there has been called this since torch 2.0.
 _Function: Any = torch.autograd.function._SingleLevelFunction
 _NOTHING = contextlib.nullcontext()
-_LAYOUTS = ("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA", "NestedTensorCPU", "NestedTensorCUDA",
-            "MkldnnCPU", "QuantizedCPU", "QuantizedCUDA")  # fmt: skip
+_LAYOUTS = (
+    "SparseCPU",
+    "SparseCUDA",
+    "SparseCsrCPU",
+    "SparseCsrCUDA",
+    "NestedTensorCPU",
+    "NestedTensorCUDA",
+    "MkldnnCPU",
+    "QuantizedCPU",
+    "QuantizedCUDA",
+)
 
 
 def _any_wants_gradient(*args: Any) -> bool:

@@ -83,9 +83,17 @@ def rows_of_odds(score: Tensor, valid: Tensor, draws: Tensor | None, k: int, rul
     draws = None if draws is None else draws.contiguous()
     indices, found, scratch = valid.new_empty(k, dtype=torch.int64), score.new_empty(k), score.new_empty(7 * n)
     _native.choose_rows(
-        n, k, score.data_ptr(), valid.data_ptr(), 0 if draws is None else draws.data_ptr(), RULES.index(rule),
-        WEIGHTS.index(weights), indices.data_ptr(), found.data_ptr(), scratch.data_ptr(),
-    )  # fmt: skip
+        n,
+        k,
+        score.data_ptr(),
+        valid.data_ptr(),
+        0 if draws is None else draws.data_ptr(),
+        RULES.index(rule),
+        WEIGHTS.index(weights),
+        indices.data_ptr(),
+        found.data_ptr(),
+        scratch.data_ptr(),
+    )
     return indices, found
 
 
@@ -147,9 +155,14 @@ def _cpu_percentile(history: Tensor, loss: Tensor) -> _Pair:
     history, loss = history.contiguous(), loss.contiguous()
     entered, share, scratch = torch.empty_like(history), torch.empty_like(loss), history.new_empty(4 * len(history))
     _native.percentile(
-        len(loss), len(history), loss.data_ptr(), history.data_ptr(), entered.data_ptr(), share.data_ptr(),
+        len(loss),
+        len(history),
+        loss.data_ptr(),
+        history.data_ptr(),
+        entered.data_ptr(),
+        share.data_ptr(),
         scratch.data_ptr(),
-    )  # fmt: skip
+    )
     return entered, share
 
 

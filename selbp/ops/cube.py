@@ -103,5 +103,8 @@ def _fake(balance: Tensor, probability: Tensor, order: Tensor, draws: Tensor) ->
 
 _cube = define(
     "cube_sample(Tensor balance, Tensor probability, Tensor order, Tensor draws) -> Tensor",
-    check=_check, fake=_fake, cpu=_cpu, cuda=reference.cube_sample,
-)  # fmt: skip
+    check=_check,
+    fake=_fake,
+    cpu=_cpu,
+    cuda=reference.cube_sample,
+)

@@ -1,7 +1,8 @@
 """``gradient_gram``: the inner products of all per-sample last-layer gradients, K = (R R^T) o (H H^T + 1).
 
 On the CPU one native kernel computes one triangle block by block: both products, the bias's one, their product, and the
-write to the block's place and to its mirror image, so K is symmetric bit for bit.
+write to the block's place and to its mirror image, so K is symmetric bit for bit. Where the processor multiplies
+bfloat16 pairs, such factors are multiplied as they are.
 """
 
 from __future__ import annotations
@@ -65,17 +66,44 @@ def gradient_gram(
 
 def _cpu(residual: Tensor, features: Tensor, bias: bool) -> Tensor:
     dtype = accumulate_dtype(residual.dtype)
-    r, h = residual.to(dtype).contiguous(), features.to(dtype).contiguous()
-    n, classes, d = len(r), r.shape[1], h.shape[1]
+    n = len(residual)
     out = torch.empty(n, n, dtype=dtype)
+    if residual.dtype == torch.bfloat16 and _native.multiplies_bfloat16():
+        if not _of_pairs(out, _even(residual), _even(features), bias):
+            _zero_spoiled(out, residual, features)
+        return out
+    r, h = residual.to(dtype).contiguous(), features.to(dtype).contiguous()
+    classes, d = r.shape[1], h.shape[1]
     packed = torch.empty(-(-n // _BLOCK) * _BLOCK * (classes + d), dtype=dtype)
     finite = _native.gram(
-        out.data_ptr(), packed.data_ptr(), r.data_ptr(), h.data_ptr(), dtype == torch.float64,
-        n, classes, d, bias, native_threads(n * n),
-    )  # fmt: skip
+        out.data_ptr(),
+        packed.data_ptr(),
+        r.data_ptr(),
+        h.data_ptr(),
+        dtype == torch.float64,
+        n,
+        classes,
+        d,
+        bias,
+        native_threads(n * n),
+    )
     if not finite:
         _zero_spoiled(out, r, h)
     return out
+
+
+def _even(factor: Tensor) -> Tensor:
+    """A bfloat16 factor with an even number of terms, contiguous and so in pairs."""
+    return torch.nn.functional.pad(factor, (0, 1)) if factor.shape[1] % 2 else factor.contiguous()
+
+
+def _of_pairs(out: Tensor, r: Tensor, h: Tensor, bias: bool) -> bool:
+    """The kernel that multiplies bfloat16 pairs and sums in float32. Whether the diagonal is finite."""
+    n, classes, d = len(r), r.shape[1] // 2, h.shape[1] // 2
+    packed = torch.empty(-(-n // _BLOCK) * _BLOCK * (classes + d))
+    return _native.gram_pairs(
+        out.data_ptr(), packed.data_ptr(), r.data_ptr(), h.data_ptr(), n, classes, d, bias, native_threads(n * n)
+    )
 
 
 def _zero_spoiled(out: Tensor, residual: Tensor, features: Tensor) -> None:
@@ -106,5 +134,9 @@ def _cuda(residual: Tensor, features: Tensor, bias: bool) -> Tensor:
 
 _gradient_gram = define(
     "gradient_gram(Tensor residual, Tensor features, bool bias) -> Tensor",
-    check=check_factors, fake=_fake, cpu=_cpu, cuda=_cuda, autocast=autocast_factors,
-)  # fmt: skip
+    check=check_factors,
+    fake=_fake,
+    cpu=_cpu,
+    cuda=_cuda,
+    autocast=autocast_factors,
+)

@@ -3,7 +3,8 @@
 Forward: the pass of ``linear_cross_entropy_statistics``, a tile of logits at a time. Of each row only its log-sum-exp
 and q = 1 - p_y are kept. Backward, for the k rows whose loss has a gradient: a tile of their logits again, turned in
 place into residuals scaled by the incoming gradient, then R W into the features' gradient and R^T H into the weight's
-rows of that tile. Three products of k rows; nothing of size n x C exists at any time.
+rows of that tile. Three products of k rows; nothing of size n x C exists at any time. On a CPU, where ``memory_limit``
+has room for the logits, the forward keeps them and the backward makes two products.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from selbp._checks import (
     check_floating,
     check_optional_tensor,
     check_same_device,
+    check_same_dtype,
     check_shape,
     check_tensor,
     flag,
+    integer,
 )
 from selbp.ops import _gemm
 from selbp.ops import _linear_cross_entropy_cuda as _cuda
@@ -46,22 +49,41 @@ from selbp.types import BatchStatistics
 # Of residuals: the two products that read them are slower on larger tiles; but of 16-bit inputs each tile's part of the
 # features' gradient is widened and added, which costs less often with fewer of them.
 _TILE_BYTES = {2: 8 << 20, 4: 2 << 20, 8: 2 << 20}
+_MEMORY_LIMIT = 256 << 20  # bytes of logits that are kept where the caller names no limit
 
 
 @overload
 def linear_cross_entropy(
-    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, class_weight: Tensor | None = ...,
-    ignore_index: int = ..., label_smoothing: float = ..., softcap: float = ..., rows: Tensor | None = ...,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    class_weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    softcap: float = ...,
+    rows: Tensor | None = ...,
     return_statistics: Literal[False] = ...,
-) -> Tensor: ...  # fmt: skip
+    memory_limit: int | None = ...,
+) -> Tensor: ...
 
 
 @overload
 def linear_cross_entropy(
-    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, class_weight: Tensor | None = ...,
-    ignore_index: int = ..., label_smoothing: float = ..., softcap: float = ..., rows: Tensor | None = ...,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    class_weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    softcap: float = ...,
+    rows: Tensor | None = ...,
     return_statistics: Literal[True],
-) -> tuple[Tensor, BatchStatistics]: ...  # fmt: skip
+    memory_limit: int | None = ...,
+) -> tuple[Tensor, BatchStatistics]: ...
 
 
 def linear_cross_entropy(
@@ -76,8 +98,9 @@ def linear_cross_entropy(
     softcap: float = 0.0,
     rows: Tensor | None = None,  # (k,)
     return_statistics: bool = False,
+    memory_limit: int | None = None,
 ) -> Tensor | tuple[Tensor, BatchStatistics]:
-    """Cross-entropy of ``features @ weight.T + bias`` per row, differentiable; the logits are never stored.
+    """Cross-entropy of ``features @ weight.T + bias`` per row, differentiable, without a probability stored.
 
     The gradients of features, weight and bias cost three products of the rows that have one: on the CPU those whose
     incoming gradient is not 0, found in the backward; on a GPU, where looking would wait for the device, all rows or
@@ -106,6 +129,10 @@ def linear_cross_entropy(
         (k,) int64, the rows whose losses carry a gradient; the others' count as constants. Repeated entries count once.
     return_statistics : bool
         Also return the statistics of the same pass, which carry no gradient.
+    memory_limit : int or None
+        Bytes of logits that may be kept for the backward, which then need not form them again; where (n, C) of them
+        take more, and at 0, no logits are stored. None: 256 MiB. Read on a CPU, and only where a gradient is wanted;
+        on a GPU none are kept.
 
     Returns
     -------
@@ -139,24 +166,37 @@ def linear_cross_entropy(
     check_tensor("target", target)
     check_optional_tensor("rows", rows)
     flag("return_statistics", return_statistics)
+    keep = _keeps_logits(features, weight, bias, _MEMORY_LIMIT if memory_limit is None else memory_limit)
     class_weight, *options = LossOptions.of(class_weight, ignore_index, label_smoothing, softcap)
-    loss, *statistics, _ = _linear_cross_entropy(features, weight, bias, target, class_weight, rows, *options)
+    outputs = _linear_cross_entropy(features, weight, bias, target, class_weight, rows, *options, keep)
+    loss, *statistics = outputs[:6]
     return (loss, BatchStatistics(loss.detach(), *statistics)) if return_statistics else loss
 
 
+def _keeps_logits(features: Tensor, weight: Tensor, bias: Tensor | None, limit: object) -> bool:
+    """Whether the forward keeps the logits: on a CPU, where a gradient is wanted and ``limit`` bytes have room."""
+    limit = integer("memory_limit", limit)
+    if limit < 0:
+        raise ValueError(f"memory_limit must be at least 0 bytes or None, got {limit}")
+    if features.device.type != "cpu" or features.dim() != 2 or weight.dim() != 2 or not torch.is_grad_enabled():
+        return False
+    wanted = features.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    return wanted and features.shape[0] * weight.shape[0] * features.element_size() <= limit
+
+
 def _pack(*flat: Any) -> tuple[Any, ...]:
-    features, weight, bias, target, class_weight, rows, *options = flat
-    return Head(features, weight, bias), target, rows, LossOptions(class_weight, *options)
+    features, weight, bias, target, class_weight, rows, *options, keep = flat
+    return Head(features, weight, bias), target, rows, LossOptions(class_weight, *options), keep
 
 
 def _pack_backward(*flat: Any) -> tuple[Any, ...]:
-    grad, features, weight, bias, target, lse, p_rest, valid, class_weight, rows, *options = flat
+    grad, features, weight, bias, target, lse, p_rest, valid, logits, class_weight, rows, *options = flat
     *options, need_features, need_weight, need_bias = options
-    head, scored = Head(features, weight, bias), Scored(target, lse, p_rest, valid)
+    head, scored = Head(features, weight, bias), Scored(target, lse, p_rest, valid, logits)
     return grad, head, scored, rows, LossOptions(class_weight, *options), Needs(need_features, need_weight, need_bias)
 
 
-def _check(head: Head, target: Tensor, rows: Tensor | None, options: LossOptions) -> None:
+def _check(head: Head, target: Tensor, rows: Tensor | None, options: LossOptions, keep: bool = False) -> None:
     features = head.features
     check_head(*head)
     check_loss("features", features, head.weight.shape[0], target, options)
@@ -169,7 +209,7 @@ def _check(head: Head, target: Tensor, rows: Tensor | None, options: LossOptions
 def _check_backward(
     grad: Tensor, head: Head, scored: Scored, rows: Tensor | None, options: LossOptions, needs: Needs
 ) -> None:
-    features, (target, lse, p_rest, valid) = head.features, scored
+    features, (target, lse, p_rest, valid, logits) = head.features, scored
     _check(head, target, rows, options)
     check_floating("grad", grad)
     check_dtype("lse", lse, accumulate_dtype(features.dtype))
@@ -179,6 +219,10 @@ def _check_backward(
     for name, tensor in (("grad", grad), ("lse", lse), ("others", p_rest), ("valid", valid)):
         check_shape(name, tensor, f"(n,) with n = {n} as features", (n,))
         check_same_device(name, tensor, "features", features)
+    if logits.numel():
+        check_same_dtype("logits", logits, "features", features)
+        check_same_device("logits", logits, "features", features)
+        check_shape("logits", logits, f"(n, C) = {(n, len(head.weight))}, or empty", (n, len(head.weight)))
 
 
 def _check_rows(rows: Tensor | None, n: int) -> None:
@@ -189,18 +233,21 @@ def _check_rows(rows: Tensor | None, n: int) -> None:
             raise ValueError(f"rows must lie in [0, {n}), got values from {least} to {most}")
 
 
-def _fake(head: Head, target: Tensor, rows: Tensor | None, options: LossOptions) -> Forward:
+def _fake(head: Head, target: Tensor, rows: Tensor | None, options: LossOptions, keep: bool) -> Forward:
     n, dtype = target.shape[0], accumulate_dtype(head.features.dtype)
-    return *empty_statistics(head.features, n, dtype), head.features.new_empty(n, dtype=dtype)
+    stored = (n, len(head.weight)) if keep and head.features.device.type == "cpu" else (0, 0)
+    features = head.features
+    return *empty_statistics(features, n, dtype), features.new_empty(n, dtype=dtype), features.new_empty(stored)
 
 
-def _cpu(head: Head, target: Tensor, rows: Tensor | None, options: LossOptions) -> Forward:
+def _cpu(head: Head, target: Tensor, rows: Tensor | None, options: LossOptions, keep: bool) -> Forward:
     features, weight, bias = head
     _check_rows(rows, features.shape[0])
     logit_pass = LogitPass(weight.shape[0], features.dtype, target, features, bias is not None, options)
     p_rest = logit_pass.p_rest = torch.empty(features.shape[0], dtype=accumulate_dtype(features.dtype))
+    logits = logit_pass.keep_logits(len(weight)) if keep else features.new_empty(0, 0)
     logit_pass.add_head(features, weight, bias)
-    return *logit_pass.outputs, p_rest
+    return *logit_pass.outputs, p_rest, logits
 
 
 def _backward_fake(
@@ -232,10 +279,16 @@ def _backward_cpu(
     native, total = native_options(options, accumulate), weight_sum(options, n_classes)
     dh: Tensor | None = None
     columns = min(n_classes, max(64, _TILE_BYTES[features.element_size()] // (4 * k) // 64 * 64))
+    room = torch.empty(k * columns, dtype=accumulate) if scored.logits.numel() else None  # kept logits stay as they are
     for c in range(0, n_classes, columns):
         part = weight[c : c + columns]
-        z = contiguous_rows(_gemm.linear(h, part, None if bias is None else bias[c : c + columns]))
-        r = residual_tile(in_place(z, accumulate), z, tile_rows, ResidualClasses(c, n_classes, total), native)
+        if room is not None:
+            z = scored.logits[:, c : c + columns]
+            z, out = z if k == n else z.index_select(0, chosen), room[: k * len(part)].view(k, len(part))
+        else:
+            z = contiguous_rows(_gemm.linear(h, part, None if bias is None else bias[c : c + columns]))
+            out = in_place(z, accumulate)
+        r = residual_tile(out, z, tile_rows, ResidualClasses(c, n_classes, total), native)
         if needs.bias:
             d_bias[c : c + columns] = r.sum(0)
         r = r.to(features.dtype)
@@ -252,29 +305,29 @@ def _backward_cpu(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
-    features, weight, bias, target, class_weight, rows, *options = inputs
-    _, lse, _, _, _, valid, others = output
+    features, weight, bias, target, class_weight, rows, *options, _ = inputs
+    _, lse, _, _, _, valid, others, logits = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(features, weight, bias, target, lse, others, valid, class_weight, rows)
+    ctx.save_for_backward(features, weight, bias, target, lse, others, valid, logits, class_weight, rows)
     ctx.options = options
 
 
 def _backward(ctx: Any, needed: Sequence[bool], grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 9
+        return (None,) * 10
     features, weight, bias, *rest = ctx.saved_tensors
     needs = needed[:3]
     gradients = _linear_cross_entropy_backward(grad, features, weight, bias, *rest, *ctx.options, *needs)
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *(None,) * 6
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *(None,) * 7
 
 
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
     needs = inputs[-3:]
     ctx.mark_non_differentiable(*(gradient for gradient, needed in zip(output, needs, strict=True) if not needed))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:10])
-    ctx.options = inputs[10:]
+    ctx.save_for_backward(*inputs[:11])
+    ctx.options = inputs[11:]
 
 
 def _backward_second(ctx: Any, needed: Sequence[bool], *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -303,8 +356,9 @@ def _backward_second(ctx: Any, needed: Sequence[bool], *upstream: Tensor | None)
 
 _linear_cross_entropy = define_differentiable(
     "linear_cross_entropy(Tensor features, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
-    "Tensor? rows, SymInt ignore_index, float label_smoothing, float softcap) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",  # BatchStatistics, then (n,) 1 - p_y
+    "Tensor? rows, SymInt ignore_index, float label_smoothing, float softcap, bool keep_logits) "
+    # BatchStatistics, then (n,) 1 - p_y and the logits that were kept
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     check=_check,
     fake=_fake,
     cpu=_cpu,
@@ -317,7 +371,7 @@ _linear_cross_entropy = define_differentiable(
 )
 _linear_cross_entropy_backward = define_differentiable(
     "linear_cross_entropy_backward(Tensor grad, Tensor features, Tensor weight, Tensor? bias, Tensor target, "
-    "Tensor lse, Tensor others, Tensor valid, Tensor? class_weight, Tensor? rows, SymInt ignore_index, "
+    "Tensor lse, Tensor others, Tensor valid, Tensor logits, Tensor? class_weight, Tensor? rows, SymInt ignore_index, "
     "float label_smoothing, float softcap, bool need_features, bool need_weight, bool need_bias) "
     "-> (Tensor, Tensor, Tensor)",
     check=_check_backward,

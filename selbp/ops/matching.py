@@ -44,9 +44,16 @@ _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _check(
-    gram: Tensor, inner: Tensor, target_sq: Tensor, k: int, rule: str, ridge: float, nonnegative: bool,
-    valid: Tensor | None, tolerance: float,
-) -> None:  # fmt: skip
+    gram: Tensor,
+    inner: Tensor,
+    target_sq: Tensor,
+    k: int,
+    rule: str,
+    ridge: float,
+    nonnegative: bool,
+    valid: Tensor | None,
+    tolerance: float,
+) -> None:
     _check_problem(gram, inner, valid)
     check_floating("target_sq", target_sq)
     if target_sq.shape != gram.shape[:-2]:
@@ -77,10 +84,7 @@ def _check_problem(gram: Tensor, inner: Tensor, valid: Tensor | None) -> None:
         check_same_device("valid", valid, "gram", gram)
 
 
-def _fake(
-    gram: Tensor, inner: Tensor, target_sq: Tensor, k: int, rule: str, ridge: float, nonnegative: bool,
-    valid: Tensor | None, tolerance: float,
-) -> _Outputs:  # fmt: skip
+def _fake(gram: Tensor, inner: Tensor, target_sq: Tensor, k: int, *options: object) -> _Outputs:
     return _empty(inner, accumulate_dtype(gram.dtype), k)
 
 
@@ -127,9 +131,16 @@ def _addresses(buffers: _Buffers) -> tuple[int, int, int, int, int, int, int, in
 
 
 def _cpu(
-    gram: Tensor, inner: Tensor, target_sq: Tensor, k: int, rule: str, ridge: float, nonnegative: bool,
-    valid: Tensor | None, tolerance: float,
-) -> _Outputs:  # fmt: skip
+    gram: Tensor,
+    inner: Tensor,
+    target_sq: Tensor,
+    k: int,
+    rule: str,
+    ridge: float,
+    nonnegative: bool,
+    valid: Tensor | None,
+    tolerance: float,
+) -> _Outputs:
     buffers = _buffers(gram, inner, target_sq, k, valid)
     outputs, n, problems, is_double = buffers[4:], inner.shape[-1], target_sq.numel(), gram.dtype == torch.float64
     if problems:
@@ -141,9 +152,16 @@ def _cpu(
 
 
 def _cuda(
-    gram: Tensor, inner: Tensor, target_sq: Tensor, k: int, rule: str, ridge: float, nonnegative: bool,
-    valid: Tensor | None, tolerance: float,
-) -> _Outputs:  # fmt: skip
+    gram: Tensor,
+    inner: Tensor,
+    target_sq: Tensor,
+    k: int,
+    rule: str,
+    ridge: float,
+    nonnegative: bool,
+    valid: Tensor | None,
+    tolerance: float,
+) -> _Outputs:
     n, device, is_double = inner.shape[-1], inner.device.index, gram.dtype == torch.float64
     core, missing = solver(device, n, k, is_double)
     if core is None:
@@ -158,16 +176,35 @@ def _cuda(
                 core.match_workspace(problems, is_double, n, k, device), dtype=torch.uint8, device=inner.device
             )
             core.match(
-                _addresses(buffers), is_double, problems, n, k, RULES.index(rule), nonnegative, ridge, tolerance,
-                workspace.data_ptr(), device, torch.cuda.current_stream(device).cuda_stream,
-            )  # fmt: skip
+                _addresses(buffers),
+                is_double,
+                problems,
+                n,
+                k,
+                RULES.index(rule),
+                nonnegative,
+                ridge,
+                tolerance,
+                workspace.data_ptr(),
+                device,
+                torch.cuda.current_stream(device).cuda_stream,
+            )
     return buffers[4:]
 
 
 def _on_host(
-    gram: Tensor, inner: Tensor, target_sq: Tensor, k: int, rule: str, ridge: float, nonnegative: bool,
-    valid: Tensor | None, tolerance: float, *, pin: bool,
-) -> _Outputs:  # fmt: skip
+    gram: Tensor,
+    inner: Tensor,
+    target_sq: Tensor,
+    k: int,
+    rule: str,
+    ridge: float,
+    nonnegative: bool,
+    valid: Tensor | None,
+    tolerance: float,
+    *,
+    pin: bool,
+) -> _Outputs:
     """Solved on the host, by one copy there and one back: a solver of small torch operators would wait for each."""
     dtype = accumulate_dtype(gram.dtype)
     mask = () if valid is None else (valid,)
@@ -258,9 +295,16 @@ def match(
     if not isinstance(rule, str):
         raise TypeError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
     found = _match(
-        gram, inner, target_sq, integer("k", k), rule, number("ridge", ridge), flag("nonnegative", nonnegative), valid,
+        gram,
+        inner,
+        target_sq,
+        integer("k", k),
+        rule,
+        number("ridge", ridge),
+        flag("nonnegative", nonnegative),
+        valid,
         number("tolerance", tolerance),
-    )  # fmt: skip
+    )
     return Matching(*found)
 
 

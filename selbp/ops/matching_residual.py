@@ -12,10 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from selbp import reference
+from selbp import _native, reference
 from selbp._checks import check_dtype, check_floating, check_same_device, check_shape, check_tensor, flag
 from selbp.ops._factors import autocast_factors, check_factors, finite_rows, row_dots
 from selbp.ops._register import define
+from selbp.ops.mean_gradient import is_small
 
 _BLOCK = 1 << 21  # float64 entries of one block of M (16 MiB)
 
@@ -89,7 +90,8 @@ def _check(residual: Tensor, features: Tensor, indices: Tensor, weights: Tensor,
     check_dtype("selection.indices", indices, torch.int64)
     check_shape("selection.indices", indices, "(k,)", (None,))
     check_floating("selection.weights", weights)
-    check_shape("selection.weights", weights, f"(k,) with k = {len(indices)} as selection.indices", (len(indices),))
+    k = indices.shape[0]
+    check_shape("selection.weights", weights, f"(k,) with k = {k} as selection.indices", (k,))
     check_same_device("selection.indices", indices, "residual", residual)
     check_same_device("selection.weights", weights, "residual", residual)
 
@@ -98,9 +100,17 @@ def _cpu(residual: Tensor, features: Tensor, indices: Tensor, weights: Tensor, b
     n = len(residual)
     if len(indices) and not (-1 <= int(indices.min()) and int(indices.max()) < n):
         raise ValueError(f"selection.indices must lie in [-1, {n}), got values from {indices.min()} to {indices.max()}")
+    h = features.double().contiguous()
+    if is_small(n, residual.shape[1], h.shape[1]) and len(indices) <= n:
+        r, w, rows = residual.double().contiguous(), weights.double().contiguous(), indices.contiguous()
+        squares = _native.matching_residual(
+            r.data_ptr(), h.data_ptr(), (n, r.shape[1], h.shape[1]), bias,
+            rows.data_ptr(), w.data_ptr(), len(w),
+        )  # fmt: skip
+        if all(map(math.isfinite, squares)) and squares[1]:
+            return torch.tensor(math.sqrt(squares[0] / squares[1]), dtype=torch.float64)
     taken = indices >= 0
     rows, w = indices[taken], weights[taken].double()
-    h = features.double().contiguous()
     error_sq, mean_sq = _squares(residual, h, rows, w, bias)
     if not (math.isfinite(error_sq) and math.isfinite(mean_sq)):
         finite = finite_rows(residual, features)

@@ -1,7 +1,7 @@
 """``mean_gradient``: the exact mean gradient of the head, and every sample's inner product with it, without K.
 
-Two GEMMs: M = (1/n) R^T [H, 1], then b_i = r_i^T M [h_i, 1]. Taking b from the Gram matrix instead, as K 1 / n, would
-lose everything where the mean nearly cancels.
+Two GEMMs: M = (1/n) R^T [H, 1], then b_i = r_i^T M [h_i, 1]; of a small minibatch one native kernel. Taking b from the
+Gram matrix instead, as K 1 / n, would lose everything where the mean nearly cancels.
 """
 
 from __future__ import annotations
@@ -11,12 +11,19 @@ import math
 import torch
 from torch import Tensor
 
-from selbp import reference
+from selbp import _native, reference
 from selbp._checks import accumulate_dtype, check_tensor, flag
 from selbp.ops import _gemm
 from selbp.ops._factors import autocast_factors, check_factors, finite_rows, row_dots
 from selbp.ops._register import define
 from selbp.types import MeanGradient
+
+_SMALL = 1 << 20  # n C d up to which one native call beats two BLAS calls and what stands around them
+
+
+def is_small(n: int, n_classes: int, width: int) -> bool:
+    """Whether a minibatch's factors go to the kernels for small ones."""
+    return 0 < n * n_classes * width <= _SMALL
 
 
 def mean_gradient(
@@ -68,7 +75,7 @@ def mean_gradient(
 def _cpu(residual: Tensor, features: Tensor, bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulate_dtype(residual.dtype)
     r, h = residual.to(dtype).contiguous(), features.to(dtype).contiguous()
-    products = _products(r, h, len(r), bias)
+    products = (_small if is_small(len(r), r.shape[1], h.shape[1]) else _products)(r, h, len(r), bias)
     if r.shape[1] and math.isfinite(products[1]):
         return products
     # Only now are the rows looked at: a NaN or an infinity in either factor makes some entry of M, and so its norm,
@@ -79,6 +86,16 @@ def _cpu(residual: Tensor, features: Tensor, bias: bool) -> tuple[Tensor, Tensor
     kept, target_sq, head_weight, head_bias = _products(r[finite], h[finite], len(r), bias)
     inner = torch.zeros(len(r), dtype=dtype)
     inner[finite] = kept
+    return inner, target_sq, head_weight, head_bias
+
+
+def _small(r: Tensor, h: Tensor, n: int, bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four results in one native call."""
+    dtype, n_classes, width = r.dtype, r.shape[1], h.shape[1]
+    inner, target_sq = torch.empty(n, dtype=dtype), torch.empty((), dtype=dtype)
+    head_weight, head_bias = torch.empty(n_classes, width, dtype=dtype), torch.empty(n_classes * bias, dtype=dtype)
+    out = (inner.data_ptr(), target_sq.data_ptr(), head_weight.data_ptr(), head_bias.data_ptr())
+    _native.mean_gradient(r.data_ptr(), h.data_ptr(), dtype == torch.float64, (n, n_classes, width), bias, out)
     return inner, target_sq, head_weight, head_bias
 
 
@@ -115,5 +132,9 @@ def _cuda(residual: Tensor, features: Tensor, bias: bool) -> tuple[Tensor, Tenso
 _mean_gradient = define(
     "mean_gradient(Tensor residual, Tensor features, bool bias)"
     " -> (Tensor inner, Tensor target_sq, Tensor head_weight, Tensor head_bias)",
-    check=check_factors, fake=_fake, cpu=_cpu, cuda=_cuda, autocast=autocast_factors,
-)  # fmt: skip
+    check=check_factors,
+    fake=_fake,
+    cpu=_cpu,
+    cuda=_cuda,
+    autocast=autocast_factors,
+)

@@ -54,10 +54,16 @@ def cross_entropy_statistics(
         lse == torch.inf, torch.nan, t_y * loss_y + spread
     )  # a logit of +inf leaves no loss, as in torch
 
-    residual_sq = residual(
-        logits, target, lse, class_weight=class_weight, ignore_index=ignore_index,
-        label_smoothing=label_smoothing, softcap=softcap,
-    ).square().sum(1)  # fmt: skip
+    r = residual(
+        logits,
+        target,
+        lse,
+        class_weight=class_weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+    )
+    residual_sq = r.square().sum(1)
     loss = torch.where(target == ignore_index, 0.0, torch.where(present, loss, torch.nan))
     residual_sq = torch.where(torch.isfinite(loss), residual_sq, torch.nan)
     if features is None:
@@ -83,9 +89,15 @@ def linear_cross_entropy_statistics(
     """:func:`cross_entropy_statistics` of ``features @ weight.T + bias``."""
     logits = torch.nn.functional.linear(features, weight, bias)
     return cross_entropy_statistics(
-        logits, target, features, class_weight=class_weight, ignore_index=ignore_index,
-        label_smoothing=label_smoothing, softcap=softcap, bias=bias is not None,
-    )  # fmt: skip
+        logits,
+        target,
+        features,
+        class_weight=class_weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+        bias=bias is not None,
+    )
 
 
 def residual(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +53,8 @@ def match(
         strict=True,
     )
     exact = gram.dtype == torch.float64
-    found = [_match_one(*problem, k, rule, ridge, nonnegative, tolerance, exact) for problem in problems]
+    options = _Options(k, rule, ridge, nonnegative, tolerance, exact)
+    found = [_match_one(*problem, options) for problem in problems]
     result = Matching(
         indices=inner.new_full((len(found), k), -1, dtype=torch.int64),
         weights=inner.new_zeros(len(found), k, dtype=torch.float64),
@@ -73,10 +75,22 @@ def match(
     )
 
 
+class _Options(NamedTuple):
+    k: int
+    rule: str
+    ridge: float
+    nonnegative: bool
+    tolerance: float
+    exact: bool  # float64 came, whose tolerances are narrower
+
+
 def _match_one(
-    gram: Tensor, inner: Tensor, target_sq: Tensor, valid: Tensor, k: int,
-    rule: str, ridge: float, nonnegative: bool, tolerance: float, exact: bool,
-) -> tuple[list[int], Tensor, float, MatchStatus]:  # fmt: skip
+    gram: Tensor,
+    inner: Tensor,
+    target_sq: Tensor,
+    valid: Tensor,
+    options: _Options,
+) -> tuple[list[int], Tensor, float, MatchStatus]:
     """One problem in float64: support in order of choice, weights, relative residual, status."""
     pair = valid[:, None] & valid[None, :]
     gram, inner = torch.where(pair, gram, 0.0), torch.where(valid, inner, 0.0)
@@ -86,7 +100,7 @@ def _match_one(
     gram, inner = gram * row_scale * row_scale, inner * row_scale * mean_scale
     target_sq = target_sq * mean_scale * mean_scale
 
-    support, weights, status = _pursue(gram, inner, target_sq, valid, k, rule, ridge, nonnegative, tolerance, exact)
+    support, weights, status = _pursue(gram, inner, target_sq, valid, options)
     explained = 2.0 * weights @ inner[support] - weights @ gram[support][:, support] @ weights
     residual_sq = (target_sq - explained).clamp(min=0.0) / target_sq if target_sq > 0 else target_sq
     return support, weights * (row_scale / mean_scale), float(residual_sq.sqrt()), status
@@ -99,10 +113,14 @@ def _power_of_two(square: Tensor) -> Tensor:
 
 
 def _pursue(
-    gram: Tensor, inner: Tensor, target_sq: Tensor, valid: Tensor, k: int,
-    rule: str, ridge: float, nonnegative: bool, tolerance: float, exact: bool,
-) -> tuple[list[int], Tensor, MatchStatus]:  # fmt: skip
+    gram: Tensor,
+    inner: Tensor,
+    target_sq: Tensor,
+    valid: Tensor,
+    options: _Options,
+) -> tuple[list[int], Tensor, MatchStatus]:
     """The greedy loop on a scaled problem whose invalid rows are zero."""
+    k, rule, ridge, nonnegative, tolerance, exact = options
     diagonal = gram.diagonal()
     lam = ridge * diagonal.sum() / valid.sum().clamp(min=1)
     ridged = gram + lam * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

@@ -12,6 +12,7 @@ from selbp.rows.rules import (  # noqa: F401  (each module registers its rules)
     batchnorm,
     elementwise,
     gather_scatter,
+    own,
     per_sample,
     products,
     recurrent,

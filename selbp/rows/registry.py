@@ -43,9 +43,13 @@ def require(condition: bool, why: str) -> None:
 
 
 def overloads(name: str) -> list[OpOverload]:
-    """Return the overload that ``name`` stands for, or an empty list if this torch has none (it then densifies)."""
-    base, _, overload = name.partition(".")
-    packet = getattr(torch.ops.aten, base, None)
+    """Return the overload that ``name`` stands for, or an empty list if this torch has none (it then densifies).
+
+    A name without a namespace before it (``"selbp::..."``) is one of ``aten``.
+    """
+    namespace, _, own = name.rpartition("::")
+    base, _, overload = own.partition(".")
+    packet = getattr(getattr(torch.ops, namespace or "aten"), base, None)
     operator = getattr(packet, overload or "default", None)
     return [] if operator is None else [operator]
 

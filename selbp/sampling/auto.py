@@ -14,24 +14,49 @@ from selbp.sampling.batches import ScoredBatchSampler
 
 FALLBACK = "random"
 TIMES = 32  # of the last steps of each candidate, whose median counts
+SPARSE = 8  # of so many random steps one writes to the table: enough for headroom, and next to nothing on average
 WARM = 2  # first steps of a candidate that do not count
 
 
 class Candidate(NamedTuple):
-    """One way to make a step."""
+    """One way to make a step.
 
-    step: Any  # a SelectiveBackprop with the sampler's table
-    k: int | None = None  # rows of the sampler's batches; None: the sampler's own
-    scored: bool = True  # whether they are drawn by the table's odds
+    Parameters
+    ----------
+    step : SelectiveBackprop
+        With the sampler's table.
+    k : int or None
+        Rows of the sampler's batches; None: the sampler's own.
+    scored : bool
+        Whether they are drawn by the table's odds.
+    """
+
+    step: Any
+    k: int | None = None
+    scored: bool = True
 
 
 class Decision(NamedTuple):
-    """A line of the controller's log."""
+    """A line of the controller's log.
 
-    step: int  # steps before it
+    Attributes
+    ----------
+    step : int
+        Steps before it.
+    chosen : str
+        The candidate's name.
+    headroom : float
+        The table's, at that step.
+    prices : dict
+        Of each candidate, over random's.
+    why : str
+        The reason, in words.
+    """
+
+    step: int
     chosen: str
     headroom: float
-    prices: dict[str, float]  # of each candidate, over random's
+    prices: dict[str, float]
     why: str
 
 
@@ -54,21 +79,37 @@ class AutoSelect:
     for its price.
 
     With headroom near 1, as for windows of text, nothing is chosen: the step is random's at its own keep, and the
-    controller costs a few microseconds.
+    controller costs a few microseconds: the draw is a slice of the epoch's order, and one step of eight writes to the
+    table.
 
-    Args:
-        step: the :class:`selbp.SelectiveBackprop` of ``"random"`` and ``"drawn"``, with ``table=`` the sampler's.
-        sampler: its batches are drawn as the controller says.
-        random_k: rows of a random step; the sampler's k for None. Give random the keep that is best for it.
-        others: further candidates by name, each with a step of its own, such as one that scores a pool of 64.
-        prices: of each candidate's step over random's, where they are known: nothing is timed then, and a run is the
-            same each time.
-        every: steps between decisions.
-        trial: timed steps of each candidate in the beginning.
-        margin: by how much more another one must be worth, at least 0.
+    Parameters
+    ----------
+    step : SelectiveBackprop
+        The :class:`selbp.SelectiveBackprop` of ``"random"`` and ``"drawn"``, with ``table=`` the sampler's.
+    sampler : ScoredBatchSampler
+        Its batches are drawn as the controller says.
+    random_k : int or None
+        Rows of a random step; the sampler's k for None. Give random the keep that is best for it.
+    others : dict or None
+        Further candidates by name, each with a step of its own, such as one that scores a pool of 64.
+    prices : dict or None
+        Of each candidate's step over random's, where they are known: nothing is timed then, and a run is the same each
+        time.
+    every : int
+        Steps between decisions.
+    trial : int
+        Timed steps of each candidate in the beginning.
+    margin : float
+        By how much more another one must be worth, at least 0.
 
-    Raises:
-        TypeError, ValueError: for arguments that do not fit.
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit.
+
+    See Also
+    --------
+    selbp.auto_select : makes step, sampler and controller in one call.
     """
 
     def __init__(
@@ -86,8 +127,10 @@ class AutoSelect:
         if not isinstance(sampler, ScoredBatchSampler):
             raise TypeError(f"sampler must be a selbp.sampling.ScoredBatchSampler, got {shown(sampler)}")
         self.candidates = {
-            FALLBACK: Candidate(step, random_k, scored=False), "drawn": Candidate(step), **dict(others or {}),
-        }  # fmt: skip
+            FALLBACK: Candidate(step, random_k, scored=False),
+            "drawn": Candidate(step),
+            **dict(others or {}),
+        }
         for name, candidate in self.candidates.items():
             if not isinstance(candidate, Candidate) or not callable(candidate.step):
                 raise TypeError(f"candidate {name!r} must be a Candidate with a step, got {shown(candidate)}")
@@ -102,13 +145,14 @@ class AutoSelect:
         self._fixed = None if prices is None else _checked(prices, self.candidates)
         self._times: dict[str, deque[float]] = {name: deque(maxlen=TIMES) for name in self.candidates}
         self._count = dict.fromkeys(self.candidates, 0)
-        self._steps, self._last = 0, ("", 0.0)
-        self._report: Any = None
+        self._steps, self._last, self._tried = 0, ("", 0.0), self._fixed is not None
+        self._last_step: Any = None
         self._use(FALLBACK)
 
     def _use(self, name: str) -> None:
         candidate = self.candidates[name]
-        self.sampler.use(k=candidate.k, scored=candidate.scored, tag=name)
+        every = 1 if candidate.scored else SPARSE
+        self.sampler.use(k=candidate.k, scored=candidate.scored, tag=name, record_every=every)
         self.current = name
 
     def __call__(self, inputs: Any, target: Any = None, **per_sample: Tensor) -> Tensor:
@@ -118,10 +162,10 @@ class AutoSelect:
         if self._fixed is None:
             self._time(name, getattr(target, "device", None))
         self._steps += 1
-        if self._steps % self.every == 0 or (self._untried() and not self._trying()):
+        if self._steps % self.every == 0 or not (self._tried or self._trying()):
             self.decide()
-        loss: Tensor = self.candidates[name].step(inputs, target, **per_sample)
-        self._report = self.candidates[name].step.report
+        step = self._last_step = self.candidates[name].step
+        loss: Tensor = step(inputs, target, **per_sample)
         return loss
 
     def _time(self, name: str, device: Any) -> None:
@@ -145,9 +189,9 @@ class AutoSelect:
     @property
     def report(self) -> Any:
         """The last step's :class:`selbp.StepReport`. Raises RuntimeError before the first one."""
-        if self._report is None:
+        if self._last_step is None:
             raise RuntimeError("there is no report before the first step")
-        return self._report
+        return self._last_step.report
 
     @property
     def prices(self) -> dict[str, float]:
@@ -172,6 +216,7 @@ class AutoSelect:
         if self._trying():
             return self.current
         untried = self._untried()
+        self._tried = not untried
         before = self.current
         if untried:
             chosen, why = untried[0], f"its price is not known: {self.trial} steps will tell"
@@ -218,6 +263,7 @@ class AutoSelect:
         self._times = {name: deque(state["times"][name], maxlen=TIMES) for name in self.candidates}
         self._count = {name: int(state["count"][name]) for name in self.candidates}
         self._steps, self._last = check_int("steps", state["steps"], 0), ("", 0.0)
+        self._tried = not self._untried()
         self.log = [Decision(*line) for line in state["log"]]
         self._use(state["current"])
 

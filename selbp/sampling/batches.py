@@ -56,6 +56,9 @@ class TableSampler(Sampler[list[int]]):
     def _plan_epoch(self) -> dict[str, Tensor]:
         raise NotImplementedError
 
+    def _before_epoch(self) -> None:
+        self.table.refresh()
+
     def _length(self) -> int:
         raise NotImplementedError
 
@@ -79,7 +82,7 @@ class TableSampler(Sampler[list[int]]):
             self.epoch += self._begun
             self._consumed = 0
             self._replay.clear()
-            self.table.refresh()
+            self._before_epoch()
             self._plan = self._plan_epoch()
         self._begun, self._resumed = True, False
         token, index = self.table.issued.begin(self), self._consumed
@@ -113,10 +116,15 @@ class TableSampler(Sampler[list[int]]):
         """
         waiting = [*self.table.issued.draws, *self._replay] if self._begun else list(self._replay)
         issued = [
-            {"ids": d.ids.cpu().clone(), "uniform": d.uniform, "tag": d.tag,
-             "weights": None if d.weights is None else d.weights.cpu().clone()}
+            {
+                "ids": d.ids.cpu().clone(),
+                "uniform": d.uniform,
+                "tag": d.tag,
+                "recorded": d.recorded,
+                "weights": None if d.weights is None else d.weights.cpu().clone(),
+            }
             for d in waiting
-        ]  # fmt: skip
+        ]
         plan = {name: value.cpu().clone() for name, value in self._plan.items()}
         shard = [self.table.samples, self.rank, self.world_size, self.seed]
         return {"epoch": self.epoch, "consumed": self._consumed, "issued": issued, "plan": plan, "shard": shard}
@@ -137,9 +145,9 @@ class TableSampler(Sampler[list[int]]):
         epoch, consumed = check_int("the state's epoch", state["epoch"], 0), check_int("consumed", state["consumed"], 0)
         device = self.table.device
         issued = [
-            Draw(d["ids"].to(device), int(d["uniform"]), _moved(d["weights"], device), d["tag"])
+            Draw(d["ids"].to(device), int(d["uniform"]), _moved(d["weights"], device), d["tag"], bool(d["recorded"]))
             for d in state["issued"]
-        ]  # fmt: skip
+        ]
         self.epoch, self._consumed = epoch, consumed
         self._plan = {name: value.to(device, copy=True) for name, value in state["plan"].items()}
         self._replay = deque(issued)
@@ -172,26 +180,44 @@ class ScoredBatchSampler(TableSampler):
     ahead, so scores are ``num_workers * prefetch_factor`` steps old when they are used. The loader must keep its order
     (``in_order=True``, the default).
 
-    Args:
-        table: the scores; its length is the data set's.
-        k: rows of a batch.
-        pool: samples that a batch is drawn from, at least k; all there are where they are fewer.
-        power: of the hardness 1 - p, at least 0; 0 draws by responsibility alone.
-        floor: added to all odds, relative to their mean. Above 0 for ``weights="unbiased"``.
-        uniform: share of the rows in [0, 1], on average.
-        weights: ``"mean"``: the step averages over the rows as they come. ``"unbiased"``: it weights them so that
-            the expectation is the pool's mean (see ``selbp.sampling.draw``).
-        seed: of every draw; the same on all ranks.
-        rank, world_size: each rank owns every ``world_size``-th sample and has scores of those alone; from
-            ``torch.distributed`` where that is initialised. All ranks have the same number of batches.
+    Parameters
+    ----------
+    table : ScoreTable
+        The scores; its length is the data set's.
+    k : int
+        Rows of a batch.
+    pool : int
+        Samples that a batch is drawn from, at least k; all there are where they are fewer.
+    power : float
+        Of the hardness 1 - p, at least 0; 0 draws by responsibility alone.
+    floor : float
+        Added to all odds, relative to their mean. Above 0 for ``weights="unbiased"``.
+    uniform : float
+        Share of the rows in [0, 1], on average.
+    weights : {"mean", "unbiased"}
+        ``"mean"``: the step averages over the rows as they come. ``"unbiased"``: it weights them so that the
+        expectation is the pool's mean (see ``selbp.sampling.draw``).
+    seed : int
+        Of every draw; the same on all ranks.
+    rank, world_size : int or None
+        Each rank owns every ``world_size``-th sample and has scores of those alone; from ``torch.distributed`` where
+        that is initialised. All ranks have the same number of batches.
 
-    Raises:
-        TypeError, ValueError: at construction, for arguments of the wrong type or out of range.
+    Raises
+    ------
+    TypeError, ValueError
+        At construction, for arguments of the wrong type or out of range.
 
-    Example:
-        >>> sampler = ScoredBatchSampler(ScoreTable(1000, classes=10), k=16, pool=100)
-        >>> len(sampler), len(next(iter(sampler)))
-        (10, 16)
+    See Also
+    --------
+    selbp.sampling.ScoreTable : what it draws by.
+    selbp.auto_select : makes table, sampler and step in one call.
+
+    Examples
+    --------
+    >>> sampler = ScoredBatchSampler(ScoreTable(1000, classes=10), k=16, pool=100)
+    >>> len(sampler), len(next(iter(sampler)))
+    (10, 16)
     """
 
     def __init__(
@@ -221,17 +247,24 @@ class ScoredBatchSampler(TableSampler):
         if table.samples // self.world_size < self.k:
             raise ValueError(f"k must be at most a rank's {table.samples // self.world_size} samples, got {self.k}")
         self.weights = weights
-        self._scored, self._rows, self._tag = True, self.k, ""
+        self._scored, self._rows, self._tag, self._every = True, self.k, "", 1
+        self._sweep = -1, torch.empty(0, dtype=torch.int64)  # its number and its permutation
 
-    def use(self, *, k: int | None = None, scored: bool = True, tag: str = "") -> None:
+    def use(self, *, k: int | None = None, scored: bool = True, tag: str = "", record_every: int = 1) -> None:
         """From the next draw on: rows of a batch (None: as constructed), whether by the odds or uniformly, and a name.
 
-        The name is handed to the step with each batch. Raises ValueError for a k above the pool.
+        The name is handed to the step with each batch. Of ``record_every`` batches the step writes what it saw of one
+        to the table. Raises ValueError for a k above the pool.
         """
+        self._every = check_int("record_every", record_every, 1)
         rows = self.k if k is None else check_int("k", k, 1)
         if rows > min(self.pool, self.table.samples // self.world_size):
             raise ValueError(f"k must be at most the pool's {self.pool} samples, got {rows}")
         self._scored, self._rows, self._tag = scored, rows, tag
+
+    def _before_epoch(self) -> None:
+        if self._scored:  # else nothing is drawn by a score
+            self.table.refresh()
 
     def _length(self) -> int:
         return max(1, self.table.samples // self.world_size // self.pool)
@@ -241,15 +274,30 @@ class ScoredBatchSampler(TableSampler):
         factor = self.table.class_factor(self.odds)
         return plan if factor is None else {**plan, "factor": factor}
 
+    def _next_of_sweep(self, step: int, k: int) -> Tensor:
+        """(k,) the samples of random step ``step``: from one permutation after another, as a shuffling loader has them.
+
+        A sample then comes back only when all others had their turn, which k of each pool would not grant.
+        """
+        sweep, place = divmod(step, (self.table.samples // self.world_size) // k)
+        if self._sweep[0] != sweep:
+            generator = torch.Generator().manual_seed((self.seed + ~sweep * _ODD) % (1 << 63))
+            ids = self.ids
+            self._sweep = sweep, ids[torch.randperm(len(ids), generator=generator).to(ids.device)]
+        return self._sweep[1][place * k : (place + 1) * k]
+
     def _draw(self, index: int) -> Draw:
         order, batches = self._plan["order"], self._length()
-        pool = order[index * len(order) // batches : (index + 1) * len(order) // batches]
         step = self.epoch * batches + index
         k, share = self._rows, self.uniform * self._rows
-        uniform = int((step + 1) * share) - int(step * share) if self._scored else k
+        recorded, unbiased = step % self._every == 0, self.weights == "unbiased"
+        if not self._scored:
+            weights = torch.ones(k, dtype=torch.float64, device=order.device) if unbiased else None
+            return Draw(self._next_of_sweep(step, k), k, weights, self._tag, recorded)
+        pool = order[index * len(order) // batches : (index + 1) * len(order) // batches]
+        uniform = int((step + 1) * share) - int(step * share)
         self.table.arrive(wait=False)
-        unbiased = self.weights == "unbiased"
         place, weights = draw(
             self.table._columns, pool, k, uniform, self.odds, self._plan.get("factor"), self.seed, step, unbiased
         )
-        return Draw(pool[place], uniform, None if weights is None else weights * k, self._tag)
+        return Draw(pool[place], uniform, None if weights is None else weights.mul_(k), self._tag, recorded)

@@ -6,6 +6,7 @@ The generator is SplitMix64's sequence (Steele, Lea & Flood 2014), read at the s
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from selbp import _native
+from selbp.ops.choose_rows import RULES, WEIGHTS
 from selbp.ops.choose_rows import _choose_rows as choose
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -83,9 +85,16 @@ def odds_of(table: Columns, ids: Tensor, odds: Odds, factor: Tensor | None) -> T
 
 
 def specified(
-    table: Columns, ids: Tensor, k: int, uniform_rows: int, odds: Odds, factor: Tensor | None, seed: int, step: int,
+    table: Columns,
+    ids: Tensor,
+    k: int,
+    uniform_rows: int,
+    odds: Odds,
+    factor: Tensor | None,
+    seed: int,
+    step: int,
     unbiased: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """See :func:`draw`: the same in plain torch, which waits for no device."""
     first = uniform(seed, step, 0, ids).sort(stable=True).indices[:uniform_rows]
     if uniform_rows >= k:
@@ -98,6 +107,11 @@ def specified(
     return torch.cat([first, keys.sort(stable=True).indices[: k - uniform_rows]]), None
 
 
+@functools.lru_cache(maxsize=8)
+def _all_valid(pool: int) -> Tensor:
+    return torch.ones(pool, dtype=torch.bool)
+
+
 def _unbiased(first: Tensor, odds: Tensor, draws: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The rows ``first`` (u,) at 1 / n each, and k - u of the others by systematic sampling at 1 / (n pi)."""
     valid = torch.ones_like(odds, dtype=torch.bool)
@@ -108,9 +122,16 @@ def _unbiased(first: Tensor, odds: Tensor, draws: Tensor, k: int) -> tuple[Tenso
 
 
 def draw(
-    table: Columns, ids: Tensor, k: int, uniform_rows: int, odds: Odds, factor: Tensor | None, seed: int, step: int,
+    table: Columns,
+    ids: Tensor,
+    k: int,
+    uniform_rows: int,
+    odds: Odds,
+    factor: Tensor | None,
+    seed: int,
+    step: int,
     unbiased: bool = False,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """Draw k of the samples ``ids`` (pool,) int64: ``uniform_rows`` of them uniformly, the others by their odds.
 
     The others are drawn one after another without replacement, each with a chance in proportion to its odds among
@@ -126,14 +147,39 @@ def draw(
     if ids.device.type != "cpu":
         return specified(table, ids, k, uniform_rows, odds, factor, seed, step, unbiased)
     pool = len(ids)
-    scratch = torch.empty(2 * pool + 1 + 2 * k, dtype=torch.float64)
-    rows, address = torch.empty(k, dtype=torch.int64), scratch.data_ptr()
     second = unbiased and uniform_rows < k
+    scratch = torch.empty((9 * pool if second else pool) + 1 + 2 * k, dtype=torch.float64)
+    rows, address = torch.empty(k, dtype=torch.int64), scratch.data_ptr()
+    heap = address + 8 * (len(scratch) - 2 * k)
     _native.draw(
-        pool, k, uniform_rows, ids.data_ptr(), table.addresses(), 0 if factor is None else factor.data_ptr(),
-        odds.power, odds.floor, seed, step, rows.data_ptr(), address, address + 8 * pool if second else 0,
-        address + 8 * (2 * pool + 1),
-    )  # fmt: skip
+        pool,
+        k,
+        uniform_rows,
+        ids.data_ptr(),
+        table.addresses(),
+        0 if factor is None else factor.data_ptr(),
+        odds.power,
+        odds.floor,
+        seed,
+        step,
+        rows.data_ptr(),
+        address,
+        address + 8 * pool if second else 0,
+        heap,
+    )
     if not second:
         return rows, torch.full((k,), 1.0 / k, dtype=torch.float64) if unbiased else None
-    return _unbiased(rows[:uniform_rows], scratch[:pool], scratch[pool : 2 * pool + 1], k)
+    weights, valid = torch.full((k,), 1.0 / pool, dtype=torch.float64), _all_valid(pool)
+    _native.choose_rows(  # as in _unbiased, straight to the slots after the uniform rows
+        pool,
+        k - uniform_rows,
+        address,
+        valid.data_ptr(),
+        address + 8 * pool,
+        RULES.index("odds"),
+        WEIGHTS.index("unbiased"),
+        rows.data_ptr() + 8 * uniform_rows,
+        weights.data_ptr() + 8 * uniform_rows,
+        address + 8 * (2 * pool + 1),
+    )
+    return rows, weights

@@ -12,12 +12,27 @@ from selbp._checks import shown
 
 
 class Draw(NamedTuple):
-    """One batch of a sampler."""
+    """One batch of a sampler.
 
-    ids: Tensor  # (k,) int64
-    uniform: int  # so many of its first rows were drawn without regard to any score
-    weights: Tensor | None = None  # (k,) float64, a factor on each row's weight in the step; None: 1
-    tag: str = ""  # what :meth:`ScoredBatchSampler.use` called it
+    Attributes
+    ----------
+    ids : Tensor
+        (k,) int64, the samples' numbers.
+    uniform : int
+        So many of the first rows were drawn without regard to any score.
+    weights : Tensor or None
+        (k,) float64, a factor on each row's weight in the step; None: 1.
+    tag : str
+        What :meth:`ScoredBatchSampler.use` called it.
+    recorded : bool
+        Whether the step writes what it sees of them to the table.
+    """
+
+    ids: Tensor
+    uniform: int
+    weights: Tensor | None = None
+    tag: str = ""
+    recorded: bool = True
 
 
 class Owner(Protocol):

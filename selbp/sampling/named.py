@@ -60,24 +60,40 @@ def info_batch(
     whole data set's; the last ``1 - anneal`` of the ``epochs`` see everything. A sample's loss is the one that it had
     when it was last trained on.
 
-    Args:
-        table: whose p tell the losses, -log p; a step with ``table=`` writes them.
-        k: rows of a batch; an epoch's last one may have fewer.
-        epochs: of the whole training.
-        ratio: share of the samples below the mean that is left out, in [0, 1).
-        anneal: share of the epochs that leave samples out.
-        seed: of every draw.
+    Parameters
+    ----------
+    table : ScoreTable
+        Whose p tell the losses, -log p; a step with ``table=`` writes them.
+    k : int
+        Rows of a batch; an epoch's last one may have fewer.
+    epochs : int
+        Of the whole training.
+    ratio : float
+        Share of the samples below the mean that is left out, in [0, 1).
+    anneal : float
+        Share of the epochs that leave samples out.
+    seed : int
+        Of every draw.
 
-    Returns:
+    Returns
+    -------
+    InfoBatchSampler
         A batch sampler: ``DataLoader(dataset, batch_sampler=...)``, with ``selector=selbp.Full()``. Its length is that
         of the epoch it is in.
 
-    Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range; several ranks.
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is of the wrong type or out of range; several ranks.
 
-    Example:
-        >>> len(info_batch(ScoreTable(1000, classes=10), k=100, epochs=8))
-        10
+    See Also
+    --------
+    selbp.sampling.rho_loss : another published rule on a table.
+
+    Examples
+    --------
+    >>> len(info_batch(ScoreTable(1000, classes=10), k=100, epochs=8))
+    10
     """
     return InfoBatchSampler(table, k, ratio, epochs, anneal, seed)
 
@@ -90,28 +106,43 @@ def rho_loss(
     The source trains the irreducible model on held-out data; ``fit_proxy(..., halves=True)`` scores each sample by a
     proxy that has not seen it.
 
-    Args:
-        table: it keeps the irreducible losses, and the step hands them to the rule.
-        proxy: what :func:`fit_proxy` returned.
-        k: rows that are trained on.
-        pool: rows that run forward.
-        seed: of every draw.
+    Parameters
+    ----------
+    table : ScoreTable
+        It keeps the irreducible losses, and the step hands them to the rule.
+    proxy : Proxy
+        What :func:`fit_proxy` returned.
+    k : int
+        Rows that are trained on.
+    pool : int
+        Rows that run forward.
+    seed : int
+        Of every draw.
 
-    Returns:
+    Returns
+    -------
+    sampler, arguments : tuple of ScoredBatchSampler and dict
         A sampler of ``pool`` uniform samples a batch, and arguments of :class:`selbp.SelectiveBackprop`, which then
         runs all of them forward and the k of greatest reducible loss backward::
 
             sampler, arguments = selbp.sampling.rho_loss(table, proxy)
             step = selbp.SelectiveBackprop(model, **arguments)
 
-    Raises:
-        TypeError, ValueError: an argument is of the wrong type, or the proxy is of another number of samples.
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is of the wrong type, or the proxy is of another number of samples.
 
-    Example:
-        >>> table = ScoreTable(4, classes=2)
-        >>> proxy = Proxy(0.0, 0.0, 1.0, 1.0, torch.zeros(4))
-        >>> rho_loss(table, proxy, k=1, pool=2)[1]["keep"]
-        1
+    See Also
+    --------
+    selbp.ReducibleLoss : the rule without a table.
+
+    Examples
+    --------
+    >>> table = ScoreTable(4, classes=2)
+    >>> proxy = Proxy(0.0, 0.0, 1.0, 1.0, torch.zeros(4))
+    >>> rho_loss(table, proxy, k=1, pool=2)[1]["keep"]
+    1
     """
     if not isinstance(proxy, Proxy):
         raise TypeError(f"proxy must be what fit_proxy returned, got {shown(proxy)}")

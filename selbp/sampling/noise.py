@@ -7,6 +7,7 @@ T[y', y] = P(given y | true y'), it is sum_y' T[y', y] p_y' (the forward correct
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -44,21 +45,35 @@ def noise_aware(loss: Tensor, epsilon: Tensor | float, classes: int) -> Tensor:
 
         losses = selbp.sampling.noise_aware(selbp.ops.linear_cross_entropy(h, w, b, y), 0.2, len(w))
 
-    Args:
-        loss: (n,) or any shape, floating: each sample's cross-entropy -log p.
-        epsilon: a number in [0, 1) or a tensor () on the CPU or on the loss's device, whose value is not read back.
-        classes: C, at least 2.
+    Parameters
+    ----------
+    loss : Tensor
+        Each sample's cross-entropy -log p: (n,) or any other shape, floating.
+    epsilon : Tensor or float
+        A number in [0, 1) or a tensor () on the CPU or on the loss's device, whose value is not read back.
+    classes : int
+        C, at least 2.
 
-    Returns:
+    Returns
+    -------
+    Tensor
         The shape and dtype of ``loss``. A NaN stays with its sample.
 
-    Raises:
-        TypeError: ``loss`` is no floating tensor, or ``epsilon`` or ``classes`` no number.
-        ValueError: a number out of range, or an ``epsilon`` of another shape than ().
+    Raises
+    ------
+    TypeError
+        ``loss`` is no floating tensor, or ``epsilon`` or ``classes`` no number.
+    ValueError
+        A number out of range, or an ``epsilon`` of another shape than ().
 
-    Example:
-        >>> noise_aware(torch.tensor([0.0, 100.0]), 0.2, 10)
-        tensor([0.1985, 3.9120])
+    See Also
+    --------
+    selbp.NoiseAwareCrossEntropy : the same as a ``loss=`` of a step.
+
+    Examples
+    --------
+    >>> noise_aware(torch.tensor([0.0, 100.0]), 0.2, 10)
+    tensor([0.1985, 3.9120])
     """
     if not isinstance(loss, Tensor) or not loss.is_floating_point():
         raise TypeError(f"loss must be a floating tensor of cross-entropies, got {shown(loss)}")
@@ -69,11 +84,16 @@ def noise_aware(loss: Tensor, epsilon: Tensor | float, classes: int) -> Tensor:
         epsilon = epsilon.double()
     else:
         epsilon = _check_epsilon(epsilon)
-        if epsilon == 0.0:
-            return loss * 1.0
-        epsilon = torch.tensor(epsilon, dtype=torch.float64)
+        return _of_number(loss, epsilon, classes) if epsilon > 0.0 else loss * 1.0
     right, other = torch.log1p(-epsilon).to(loss.dtype), torch.log(epsilon / classes).to(loss.dtype)
     return -torch.logaddexp(right - loss, other)
+
+
+def _of_number(loss: Tensor, epsilon: float, classes: int) -> Tensor:
+    """:func:`noise_aware` in three operators: with b = log(eps / C), ``-b - softplus(log(1 - eps) - b - loss)``."""
+    other = math.log(epsilon / classes)
+    # Beyond 50 the softplus is its argument in either precision, and no exponential overflows.
+    return -other - F.softplus(math.log1p(-epsilon) - other - loss, threshold=50.0)
 
 
 def _check_epsilon(epsilon: object) -> float:
@@ -127,21 +147,30 @@ class NoiseAwareCrossEntropy:
     """Cross-entropy for labels of which a share is wrong: ``-log((1 - eps) p + eps / C)`` for each sample.
 
     Pass it as ``loss=`` of :class:`selbp.SelectiveBackprop`. The gradient is cross-entropy's times the responsibility
-    r, so that a sample whose label the model holds for wrong pulls little; at eps = 0 it is cross-entropy.
+    r, so that a sample whose label the model holds for wrong pulls little; at eps = 0 it is cross-entropy. It is that
+    too while a table has not shown that more than a few labels are wrong: see ``ScoreTable.shown_epsilon``.
 
-    Args:
-        noise: a :class:`selbp.sampling.ScoreTable`, whose estimate is read at each call; a number eps in [0, 1); or a
-            tensor: () eps, or (C, C) the transition ``T[y', y] = P(given y | true y')``, for
-            ``-log sum_y' T[y', y] p_y'``.
+    Parameters
+    ----------
+    noise : ScoreTable, float or Tensor
+        A :class:`selbp.sampling.ScoreTable`, whose estimate is read at each call; a number eps in [0, 1); or a tensor:
+        () eps, or (C, C) the transition ``T[y', y] = P(given y | true y')``, for ``-log sum_y' T[y', y] p_y'``.
 
-    Raises:
-        TypeError, ValueError: at construction for anything else; at the call for logits that are not (n, C) floating
-            or a target that is not (n,) int64.
+    Raises
+    ------
+    TypeError, ValueError
+        At construction for anything else; at the call for logits that are not (n, C) floating or a target that is not
+        (n,) int64.
 
-    Example:
-        >>> loss = NoiseAwareCrossEntropy(0.2)
-        >>> loss(torch.tensor([[8.0, 0.0]]), torch.tensor([1]))
-        tensor([2.2999])
+    See Also
+    --------
+    selbp.sampling.noise_aware : the same for losses that are there.
+
+    Examples
+    --------
+    >>> loss = NoiseAwareCrossEntropy(0.2)
+    >>> loss(torch.tensor([[8.0, 0.0]]), torch.tensor([1]))
+    tensor([2.2999])
     """
 
     def __init__(self, noise: KnowsNoise | Tensor | float) -> None:
@@ -157,7 +186,7 @@ class NoiseAwareCrossEntropy:
             self._read = lambda: fixed
         elif isinstance(noise, KnowsNoise):
             table = noise
-            self._read = lambda: (table.epsilon, table.transition)
+            self._read = lambda: _shown(table)
         else:
             epsilon = _check_epsilon(noise)
             self._read = lambda: (epsilon, None)
@@ -174,11 +203,20 @@ class NoiseAwareCrossEntropy:
         epsilon, transition = self._read()
         classes = logits.shape[1]
         if transition is None:
-            return noise_aware(F.cross_entropy(logits, target, reduction="none"), epsilon, classes)
+            losses = F.cross_entropy(logits, target, reduction="none")
+            return losses if isinstance(epsilon, float) and epsilon == 0.0 else noise_aware(losses, epsilon, classes)
         if len(transition) != classes:
             raise ValueError(f"the transition is of {len(transition)} classes, the logits of {classes}")
         log_given = transition.to(logits).log().T.index_select(0, target)
         return -torch.logsumexp(log_given + F.log_softmax(logits, 1), 1)
+
+
+def _shown(noise: KnowsNoise) -> tuple[Tensor | float, Tensor | None]:
+    """Eps and transition that a loss reckons with: a table's once they are shown, anything else's as they are."""
+    epsilon = getattr(noise, "shown_epsilon", None)
+    if epsilon is None:
+        return noise.epsilon, noise.transition
+    return epsilon, None if isinstance(epsilon, float) and epsilon == 0.0 else noise.transition
 
 
 def _check_transition(transition: Tensor) -> None:

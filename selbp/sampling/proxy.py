@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from selbp.sampling.table import ScoreTable
 
 LEAST = 100  # minibatches, from which the noise is seen
 MOST = 10  # passes that are made for them
+SHARE = 0.05  # minibatches beyond the first pass, of the steps of the training that follows
+HALF = 0.5  # of a pass: one that was ended before has scores to no use
 RATE, BATCH = 0.01, 128  # of Adam
 START, PACE = 0.2, 0.05  # eps before the first minibatch, and how far each one moves it
 FOR_TRANSITION = 20_000  # samples that a transition matrix is learned from
@@ -24,13 +27,27 @@ FOR_TRANSITION = 20_000  # samples that a transition matrix is learned from
 
 @dataclass(frozen=True)
 class Proxy:
-    """What :func:`fit_proxy` did."""
+    """What :func:`fit_proxy` did.
 
-    seconds: float  # processor seconds of this thread's process, reading the data included
-    fit_seconds: float  # of those, for training and scoring
-    passes: float  # over the data
-    accuracy: float  # on the given labels, of the samples as they were scored
-    losses: Tensor  # (N,) float32, each sample's cross-entropy
+    Attributes
+    ----------
+    seconds : float
+        Processor seconds of this thread's process, reading the data included.
+    fit_seconds : float
+        Of those, for training and scoring.
+    passes : float
+        Over the data.
+    accuracy : float
+        On the given labels, of the samples as they were scored.
+    losses : Tensor
+        (N,) float32, each sample's cross-entropy.
+    """
+
+    seconds: float
+    fit_seconds: float
+    passes: float
+    accuracy: float
+    losses: Tensor
 
 
 def fit_proxy(
@@ -41,6 +58,7 @@ def fit_proxy(
     hidden: int = 64,
     passes: int | None = None,
     seconds: float | None = None,
+    steps: int | None = None,
     halves: bool = False,
     seed: int = 0,
 ) -> Proxy:
@@ -53,33 +71,54 @@ def fit_proxy(
     One pass over Fashion-MNIST and its scan take about a third of a second on one core; its losses rank the samples
     much as the trained network's own do. Charge it: ``seconds`` of the result says what it took.
 
-    Args:
-        dataset: map-style, (input, label) for each number; a ``TensorDataset`` is read as tensors. Random augmentation
-            is read as it comes, once.
-        table: of as many samples, with classes.
-        features: ``"auto"``: images by average pooling to at most 256 numbers, texts and tokens by hashed n-grams,
-            vectors as they are. Or a function of the inputs (a tensor, or a list where they do not stack) of m samples
-            that gives (m, d); or a matrix (N, d), such as embeddings.
-        hidden: units of its one hidden layer.
-        passes: over the data, in a random order. None: one, and of a small data set as many as it takes to make 100
-            minibatches, at most 10; fewer leave the noise unseen.
-        seconds: end the training after so many processor seconds, reading not counted, even if the passes are not
-            through.
-        halves: train two, each on every other sample, and score by the one that has not seen the sample: scores that
-            nothing was learned by heart for, from half as much data each.
-        seed: of the weights and the order; torch's global generator is left alone.
+    Parameters
+    ----------
+    dataset : map-style data set
+        (input, label) for each number; a ``TensorDataset`` is read as tensors. Random augmentation is read as it comes,
+        once.
+    table : ScoreTable
+        Of as many samples, with classes.
+    features : "auto", callable or Tensor (N, d)
+        ``"auto"``: images by average pooling to at most 256 numbers, texts and tokens by hashed n-grams, vectors as
+        they are. Or a function of the inputs (a tensor, or a list where they do not stack) of m samples that gives
+        (m, d); or a matrix (N, d), such as embeddings.
+    hidden : int
+        Units of its one hidden layer.
+    passes : int or None
+        Over the data, in a random order. None: one, and of a small data set as many as it takes to make 100
+        minibatches, at most 10; fewer leave the noise unseen.
+    seconds : float or None
+        End the training after so many processor seconds, reading not counted, even if the passes are not through.
+        If that is before half of a pass, the table is left as it was.
+    steps : int or None
+        Of the training that follows: passes beyond the first are made only while the proxy's minibatches are at most a
+        twentieth of them, for ``passes=None``.
+    halves : bool
+        Train two, each on every other sample, and score by the one that has not seen the sample: scores that nothing
+        was learned by heart for, from half as much data each.
+    seed : int
+        Of the weights and the order; torch's global generator is left alone.
 
-    Returns:
-        A :class:`Proxy`.
+    Returns
+    -------
+    Proxy
+        What was done, and the samples' losses.
 
-    Raises:
-        TypeError, ValueError: arguments that do not fit, labels that are no classes, a sample's label outside [0, C).
+    Raises
+    ------
+    TypeError, ValueError
+        Arguments that do not fit, labels that are no classes, a sample's label outside [0, C).
 
-    Example:
-        >>> data = torch.utils.data.TensorDataset(torch.eye(4).repeat(50, 1), torch.arange(4).repeat(50))
-        >>> table = ScoreTable(200, classes=4)
-        >>> fit_proxy(data, table, passes=40).accuracy
-        1.0
+    See Also
+    --------
+    selbp.sampling.ScoreTable : what it fills.
+
+    Examples
+    --------
+    >>> data = torch.utils.data.TensorDataset(torch.eye(4).repeat(50, 1), torch.arange(4).repeat(50))
+    >>> table = ScoreTable(200, classes=4)
+    >>> fit_proxy(data, table, passes=40).accuracy
+    1.0
     """
     start = time.process_time()
     if not isinstance(table, ScoreTable):
@@ -93,7 +132,7 @@ def fit_proxy(
         raise ValueError(f"dataset must have the table's {n} samples, got {len(dataset)}")
     features = _check_features(features, n)
     hidden, seed = check_int("hidden", hidden, 1), check_int("seed", seed, 0)
-    passes = _enough(n) if passes is None else check_int("passes", passes, 1)
+    passes = _enough(n, steps) if passes is None else check_int("passes", passes, 1)
     limit = None if seconds is None else check_number("seconds", seconds, 0.0)
     x, y = _read(dataset, features, n, table.classes)
     read = time.process_time()
@@ -101,22 +140,31 @@ def fit_proxy(
     logits, done, epsilon = _fitted(
         x, y, table.classes, hidden, passes, limit, check_flag("halves", halves), seed, noisy
     )
-    if noisy:
-        table.epsilon.fill_(epsilon)
-    if table.noise == "class":
-        few = torch.randperm(n, generator=_generator(seed))[:FOR_TRANSITION]
-        table.estimate(logits[few], y[few])
-    table.fill(torch.arange(n), logits, y)
-    table.measure() if table.noise == "class" else table.estimate()
+    if done >= HALF:
+        _fill(table, logits, y, epsilon, seed)
     losses = F.cross_entropy(logits, y, reduction="none")
     accuracy = float((logits.argmax(1) == y).double().mean())
     end = time.process_time()
     return Proxy(end - start, end - read, done, accuracy, losses)
 
 
-def _enough(n: int) -> int:
-    """Passes over ``n`` samples that make :data:`LEAST` minibatches, at most :data:`MOST`."""
-    return max(1, min(MOST, -(-LEAST * BATCH // n)))
+def _fill(table: ScoreTable, logits: Tensor, y: Tensor, epsilon: float, seed: int) -> None:
+    """Write the scores of all samples, and what they say of the noise."""
+    n = len(y)
+    if table.noise != "none":
+        table.epsilon.fill_(epsilon)
+    if table.noise == "class":
+        few = torch.randperm(n, generator=_generator(seed))[:FOR_TRANSITION]
+        table.estimate(logits[few], y[few])
+    table.fill(torch.arange(n), logits, y)
+    table.measure() if table.noise == "class" else table.estimate()
+
+
+def _enough(n: int, steps: int | None) -> int:
+    """Passes over ``n`` samples that make :data:`LEAST` minibatches, at most :data:`MOST`, and no more than that."""
+    wanted = LEAST if steps is None else min(LEAST, int(SHARE * check_int("steps", steps, 1)))
+    found = wanted * BATCH / n
+    return max(1, min(MOST, math.ceil(found) if steps is None or wanted == LEAST else int(found)))
 
 
 def _check_features(features: Features, n: int) -> Features:
@@ -157,9 +205,16 @@ def _read(dataset: Any, features: Features, n: int, classes: int) -> tuple[Tenso
 
 
 def _fitted(
-    x: Tensor, y: Tensor, classes: int, hidden: int, passes: int, seconds: float | None, halves: bool, seed: int,
+    x: Tensor,
+    y: Tensor,
+    classes: int,
+    hidden: int,
+    passes: int,
+    seconds: float | None,
+    halves: bool,
+    seed: int,
     noisy: bool,
-) -> tuple[Tensor, float, float]:  # fmt: skip
+) -> tuple[Tensor, float, float]:
     """(N, C) logits, how many passes were made, and eps."""
     n, end = len(x), None if seconds is None else time.process_time() + seconds
     if not halves:
@@ -181,9 +236,16 @@ def _scores(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _trained(
-    x: Tensor, y: Tensor, ids: Tensor, classes: int, hidden: int, passes: int, end: float | None, seed: int,
+    x: Tensor,
+    y: Tensor,
+    ids: Tensor,
+    classes: int,
+    hidden: int,
+    passes: int,
+    end: float | None,
+    seed: int,
     noisy: bool,
-) -> tuple[nn.Module, float, float]:  # fmt: skip
+) -> tuple[nn.Module, float, float]:
     """A perceptron trained on the samples ``ids`` at a rate that falls to 0, the passes made, and eps."""
     epsilon = torch.tensor(START if noisy else 0.0, dtype=torch.float64)
     generator = _generator(seed)

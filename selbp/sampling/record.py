@@ -11,6 +11,8 @@ from selbp import _native
 from selbp.sampling.draw import Columns
 
 EPSILON, MASS, NORM, NORM_SQ = range(4)  # the entries of a table's averages
+FEW = 0.05  # wrong labels up to this share are left to the plain loss: a model's own errors look like as many
+QUANTILE = 2.326  # of the normal distribution, at 99 %
 LEAST_EPSILON = 1e-3  # where it is not 0 outright: expectation-maximisation would stay at 0 for ever
 
 
@@ -42,6 +44,15 @@ class Fresh:
         """(rows,) bool."""
         place = torch.arange(len(self.target), device=self.ids.device) if self.place is None else self.place
         return place < self.uniform
+
+
+def lower_bound(share: float, rows: float) -> float:
+    """Of a share that was seen in ``rows`` rows, at 99 % (Wilson 1927); 0 without a row."""
+    if rows <= 0.0:
+        return 0.0
+    share, spread = min(max(share, 0.0), 1.0), QUANTILE**2 / rows
+    half = (spread * share * (1.0 - share) + spread**2 / 4.0) ** 0.5
+    return max(0.0, (share + spread / 2.0 - half) / (1.0 + spread))
 
 
 def responsibility(probability: Tensor, epsilon: Tensor, classes: int) -> Tensor:
@@ -130,9 +141,20 @@ def record(table: Columns, averages: Averages, fresh: Fresh, logits: Tensor, tim
     if transition is not None:
         scratch = torch.empty(classes, dtype=torch.float64)
     return _native.record(
-        rows, classes, logits.stride(0), logits.data_ptr(), target.data_ptr(), ids.data_ptr(),
-        0 if place is None else place.data_ptr(), 0 if live is None else live.data_ptr(), fresh.uniform, time,
-        table.addresses(), averages.state.data_ptr(), 0 if transition is None else transition.data_ptr(),
-        0 if counts is None else counts.data_ptr(), float(averages.window),
+        rows,
+        classes,
+        logits.stride(0),
+        logits.data_ptr(),
+        target.data_ptr(),
+        ids.data_ptr(),
+        0 if place is None else place.data_ptr(),
+        0 if live is None else live.data_ptr(),
+        fresh.uniform,
+        time,
+        table.addresses(),
+        averages.state.data_ptr(),
+        0 if transition is None else transition.data_ptr(),
+        0 if counts is None else counts.data_ptr(),
+        float(averages.window),
         0 if scratch is None else scratch.data_ptr(),
-    )  # fmt: skip
+    )

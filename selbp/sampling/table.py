@@ -17,12 +17,14 @@ from selbp.sampling.issued import Draw, Issued, check_ids
 from selbp.sampling.noise import estimate_epsilon, estimate_transition, normalised
 from selbp.sampling.record import (
     EPSILON,
+    FEW,
     LEAST_EPSILON,
     MASS,
     NORM,
     NORM_SQ,
     Averages,
     Fresh,
+    lower_bound,
     record,
     remember,
     responsibility,
@@ -33,12 +35,24 @@ NoiseModel = Literal["symmetric", "class", "none"]
 
 
 class Suspects(NamedTuple):
-    """Samples that are probably mislabelled, the surest first."""
+    """Samples that are probably mislabelled, the surest first.
 
-    ids: Tensor  # (n,) int64
-    given: Tensor  # (n,) int64, the label that each has
-    probable: Tensor  # (n,) int64, the most probable other one
-    probability: Tensor  # (n,) float32, of being mislabelled
+    Attributes
+    ----------
+    ids : Tensor
+        (n,) int64, the samples' numbers.
+    given : Tensor
+        (n,) int64, the label that each has.
+    probable : Tensor
+        (n,) int64, the most probable other one.
+    probability : Tensor
+        (n,) float32, of being mislabelled.
+    """
+
+    ids: Tensor
+    given: Tensor
+    probable: Tensor
+    probability: Tensor
 
 
 class ScoreTable:
@@ -50,28 +64,43 @@ class ScoreTable:
     g = r (1 - p), the size of its gradient in the noise-aware loss. eps is estimated by expectation-maximisation: on
     the proxy's scan, then from the rows that were drawn uniformly only, since on rows chosen for r it would fall to 0.
 
-    Args:
-        samples: N, the length of the data set.
-        classes: C. None for targets that are no classes: then p = exp(-loss), the mean loss over a sequence's tokens,
-            and every label is believed.
-        noise: ``"symmetric"``, a wrong label is any with the same chance; ``"class"``, a transition matrix (C, C) is
-            learned, for few classes; ``"none"``, every label is believed.
-        balance: None: odds as they are. b in [0, 1]: the odds of a class's samples together are in proportion to
-            (its number of samples)^(1 - b), and scores rank within classes only. 0 leaves classes as frequent as they
-            are, however hard; 1 makes them equally frequent.
-        window: how many uniform rows the averages remember.
-        device: where the table lives. On the CPU it serves a model on any device: what a GPU saw is written when it has
-            arrived, a few steps later, and nothing waits for it. On a GPU draws are tensors there, for data that is
-            in its memory.
+    Parameters
+    ----------
+    samples : int
+        N, the length of the data set.
+    classes : int or None
+        C. None for targets that are no classes: then p = exp(-loss), the mean loss over a sequence's tokens, and every
+        label is believed.
+    noise : {"symmetric", "class", "none"}
+        ``"symmetric"``, a wrong label is any with the same chance; ``"class"``, a transition matrix (C, C) is learned,
+        for few classes; ``"none"``, every label is believed.
+    balance : float or None
+        None: odds as they are. b in [0, 1]: the odds of a class's samples together are in proportion to (its number of
+        samples)^(1 - b), and scores rank within classes only. 0 leaves classes as frequent as they are, however hard; 1
+        makes them equally frequent.
+    window : int
+        How many uniform rows the averages remember.
+    device : torch.device or str
+        Where the table lives. On the CPU it serves a model on any device: what a GPU saw is written when it has
+        arrived, a few steps later, and nothing waits for it. On a GPU draws are tensors there, for data that is in its
+        memory.
 
-    Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range.
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is of the wrong type or out of range.
 
-    Example:
-        >>> table = ScoreTable(4, classes=2)
-        >>> table.fill(torch.arange(2), torch.tensor([[4.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1]))
-        >>> table.probability
-        tensor([0.9820, 0.5000,    nan,    nan])
+    See Also
+    --------
+    selbp.sampling.fit_proxy : fills a table before the first step.
+    selbp.sampling.ScoredBatchSampler : draws by it.
+
+    Examples
+    --------
+    >>> table = ScoreTable(4, classes=2)
+    >>> table.fill(torch.arange(2), torch.tensor([[4.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1]))
+    >>> table.probability
+    tensor([0.9820, 0.5000,    nan,    nan])
     """
 
     def __init__(
@@ -113,6 +142,7 @@ class ScoreTable:
         if self.noise != "none":
             self._averages.state[EPSILON] = FIRST_EPSILON
         self._time = 0  # how often rows have been recorded
+        self._prior = 1.0  # the weight that the first eps, which nothing was learned from, has in today's
         self._arriving: list[tuple[Any, list[Tensor | None], int, Draw]] = []
         self.issued = Issued()
         self.irreducible: Tensor | None = None  # (N,) float32, see selbp.sampling.rho_loss
@@ -160,6 +190,21 @@ class ScoreTable:
     def epsilon(self) -> Tensor:
         """() float64: the mixture's weight of a label that is any of the C."""
         return self._averages.state[EPSILON]
+
+    @property
+    def shown_epsilon(self) -> Tensor | float:
+        """Eps where uniform rows show that more than a few labels are wrong, else 0: what a loss should reckon with.
+
+        It is shown where the lower 99 % bound of what the rows say, the first guess taken out, is above .05, as if a
+        row's responsibility were an observation. A clean data set's network is surely wrong of some samples too, and a
+        loss that held their labels for wrong would learn nothing from them. A number where the table is on the CPU;
+        on a GPU () float64, which nothing waits for: there eps is as it is.
+        """
+        if self.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.epsilon
+        epsilon, rows = self._averages.state[: MASS + 1].tolist()
+        seen = epsilon - self._prior * FIRST_EPSILON
+        return epsilon if seen > FEW and lower_bound(seen, rows * (1.0 - self._prior)) > FEW else 0.0
 
     @property
     def transition(self) -> Tensor | None:
@@ -241,12 +286,17 @@ class ScoreTable:
         ``"class"`` reads what it is given, for all probabilities of a sample count: fill the table afterwards, for
         responsibilities by the transition that was found, and measure again.
 
-        Args:
-            logits: (m, C) of samples drawn uniformly, for ``noise="class"``.
-            target: (m,) int64 their labels.
+        Parameters
+        ----------
+        logits : Tensor (m, C) or None
+            Of samples drawn uniformly, for ``noise="class"``.
+        target : Tensor (m,) int64 or None
+            Their labels.
 
-        Raises:
-            ValueError: there is nothing to estimate from, or the shapes do not fit.
+        Raises
+        ------
+        ValueError
+            There is nothing to estimate from, or the shapes do not fit.
         """
         if self.noise == "symmetric":
             known = self.probability[torch.isfinite(self.probability)]
@@ -263,6 +313,7 @@ class ScoreTable:
             assert self._averages.transition is not None and self._averages.counts is not None
             self._averages.transition.copy_(transition)
             self._averages.counts.copy_(counts)
+        self._prior = 0.0
         self.measure()
 
     @torch.no_grad()
@@ -309,22 +360,37 @@ class ScoreTable:
 
     @torch.no_grad()
     def record(
-        self, draw: Draw, target: Tensor, *, logits: Tensor | None = None, losses: Tensor | None = None,
-        place: Tensor | None = None, live: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        draw: Draw,
+        target: Tensor,
+        *,
+        logits: Tensor | None = None,
+        losses: Tensor | None = None,
+        place: Tensor | None = None,
+        live: Tensor | None = None,
+    ) -> None:
         """Write what a step saw of rows of ``draw``; waits for no device.
 
-        Args:
-            draw: the minibatch.
-            target: (rows,) int64 labels, or anything where the table has no classes.
-            logits: (rows, C), for a table with classes.
-            losses: (rows,) for one without: the mean loss of each.
-            place: (rows,) int64, each row's place in the minibatch; None: as they come.
-            live: (rows,) bool, rows that count; None: all.
+        Parameters
+        ----------
+        draw : Draw
+            The minibatch.
+        target : Tensor (rows,) int64
+            Labels, or anything where the table has no classes.
+        logits : Tensor (rows, C) or None
+            For a table with classes.
+        losses : Tensor (rows,) or None
+            For one without: the mean loss of each.
+        place : Tensor (rows,) int64 or None
+            Each row's place in the minibatch; None: as they come.
+        live : Tensor (rows,) bool or None
+            Rows that count; None: all.
 
-        Raises:
-            ValueError: the shapes do not fit, or a label (looked at on a CPU) is not the one that the table has of its
-                sample: then the batches did not come in the sampler's order.
+        Raises
+        ------
+        ValueError
+            The shapes do not fit, or a label (looked at on a CPU) is not the one that the table has of its sample: then
+            the batches did not come in the sampler's order.
         """
         self.arrive(wait=False)
         if self.classes is not None:
@@ -361,6 +427,7 @@ class ScoreTable:
         assert target is not None
         fresh = Fresh(draw.ids, draw.uniform, place, live, target)
         self._raise_mismatch(record(self._columns, self._averages, fresh, first, time), fresh)
+        self._prior *= max(0.0, 1.0 - draw.uniform / self.window)
         if self._averages.counts is not None and self._averages.transition is not None and draw.uniform:
             self._averages.transition.copy_(normalised(self._averages.counts, 1.0 / self.window))
 
@@ -409,7 +476,12 @@ class ScoreTable:
     def state_dict(self) -> dict[str, Any]:
         """Everything that was learned, on the CPU; waits for what is still on its way."""
         self.arrive(wait=True)
-        state: dict[str, Any] = {"classes": self.classes or 0, "noise": self.noise, "time": self._time}
+        state: dict[str, Any] = {
+            "classes": self.classes or 0,
+            "noise": self.noise,
+            "time": self._time,
+            "prior": self._prior,
+        }
         for name, column in zip(Columns._fields, self._columns, strict=True):
             state[name] = column[:-1].detach().cpu().clone()
         for name in ("state", "transition", "counts"):
@@ -428,6 +500,7 @@ class ScoreTable:
             if state[name] != mine[name]:
                 raise ValueError(f"the state's {name} is {shown(state[name])}, the table's {shown(mine[name])}")
         check_int("the state's time", state["time"], 0)
+        check_number("the state's prior", state["prior"], 0.0, 1.0)
         for name, own in mine.items():
             value = state[name]
             if name == "irreducible":
@@ -441,7 +514,7 @@ class ScoreTable:
                 getattr(self._averages, name).copy_(state[name])
         irreducible = state["irreducible"]
         self.irreducible = None if irreducible is None else irreducible.to(self.device, copy=True)
-        self._time = int(state["time"])
+        self._time, self._prior = int(state["time"]), float(state["prior"])
 
 
 def _same_kind(own: Tensor, value: Any) -> bool:

@@ -4,7 +4,8 @@ Data flows downward only: a selector reads statistics and proxies that :mod:`sel
 of models or training. One file per family; :mod:`selbp.selectors.base` says what a rule offers.
 """
 
-from selbp.selectors.base import Needs, Selector
+from selbp.selectors.base import BaseSelector, Needs, Selector
+from selbp.selectors.candidates import Candidates
 from selbp.selectors.cube import CubeSampling
 from selbp.selectors.diverse import DivBS
 from selbp.selectors.importance import GradNormImportance
@@ -16,7 +17,9 @@ from selbp.selectors.uniform import Full, Random
 from selbp.types import BatchStatistics, Selection
 
 __all__ = [
+    "BaseSelector",
     "BatchStatistics",
+    "Candidates",
     "CubeSampling",
     "DivBS",
     "Full",

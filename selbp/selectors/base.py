@@ -9,15 +9,19 @@ import torch
 from torch import Tensor
 
 from selbp._checks import check_generator, check_int, shown
+from selbp.selectors.candidates import Candidates
 from selbp.selectors.proxies import GradientProxies
 from selbp.types import BatchStatistics, Selection
 
 Needs = Literal["nothing", "loss", "statistics", "gradients"]
+NEEDS = ("nothing", "loss", "statistics", "gradients")
 
 
 @runtime_checkable
 class Selector(Protocol):
     """A rule that chooses k rows of a minibatch of n, and their weights: what a rule of your own must offer.
+
+    :class:`selbp.BaseSelector` offers it to subclasses, which choose only.
 
     Attributes
     ----------
@@ -84,16 +88,86 @@ class Selector(Protocol):
         ...
 
 
-class Stateless:
-    """A rule without memory: its state is empty."""
+class BaseSelector:
+    """A rule to subclass: say what it reads, ``needs``, and choose in :meth:`choose`.
+
+    What every rule repeats is here. :meth:`select` checks its arguments and records no gradient. The state is that of
+    a rule without memory: empty. The ``repr`` is the call that makes the rule.
+
+    Attributes
+    ----------
+    needs : {"nothing", "loss", "statistics", "gradients"}
+        What the rule reads, see :class:`selbp.Selector`.
+
+    See Also
+    --------
+    selbp.Selector : what a step asks of a rule, whose class may be any.
+    selbp.selectors.Candidates : what a rule is given.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> class Easiest(selbp.BaseSelector):
+    ...     needs = "loss"
+    ...
+    ...     def choose(self, rows, k):
+    ...         return rows.pick(-rows.stats.loss, k)
+    >>> logits = torch.tensor([[4.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.0, 3.0]])
+    >>> stats = selbp.ops.cross_entropy_statistics(logits, torch.zeros(4, dtype=torch.int64))
+    >>> Easiest().select(stats, k=2)
+    Selection(indices=tensor([0, 2]), weights=tensor([0.5000, 0.5000]))
+    >>> Easiest()
+    Easiest()
+    """
+
+    @property
+    def needs(self) -> Needs:
+        """What the rule reads."""
+        raise TypeError(f"{type(self).__name__} must say what it reads: needs = one of {NEEDS}")
+
+    def choose(self, rows: Candidates, k: int) -> Selection:
+        """Choose k of the ``rows``: what a subclass writes.
+
+        Parameters
+        ----------
+        rows : Candidates
+            The n rows of the minibatch. :meth:`Candidates.pick <selbp.selectors.Candidates.pick>` takes the best or
+            draws, and weights them.
+        k : int
+            How many, 1 <= k <= n.
+
+        Returns
+        -------
+        Selection
+            Exactly k rows and their weights, 0 for a row that is not ``rows.stats.valid``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define choose(rows, k)")
+
+    def select(
+        self,
+        stats: BatchStatistics,
+        k: int,
+        *,
+        proxies: GradientProxies | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Selection:
+        """See :meth:`Selector.select`: checks, then :meth:`choose`."""
+        with torch.no_grad():  # a decorator would cost a call more
+            k = check_select(stats, k, generator)
+            return self.choose(Candidates(stats, proxies, extras, generator, self), k)
 
     def state_dict(self) -> dict[str, Any]:
-        """An empty dict."""
+        """An empty dict: a rule with memory returns what it remembers."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Accept an empty state. Raises ValueError for any other, which belongs to another rule."""
         check_state(self, state, ())
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if not name.startswith("_"))
+        return f"{type(self).__name__}({options})"
 
 
 def check_state(selector: object, state: Mapping[str, Any], names: tuple[str, ...]) -> None:
@@ -103,36 +177,30 @@ def check_state(selector: object, state: Mapping[str, Any], names: tuple[str, ..
         raise ValueError(f"state of {type(selector).__name__} must have the entries {sorted(names)}, got {got}")
 
 
-def check_call(stats: BatchStatistics, k: int, generator: torch.Generator | None = None) -> int:
-    """Check what every ``select`` is given, and return n."""
-    return check_select(stats, k, generator)[0]
+def state_tensor(state: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
+    """A copy of the state's entry ``name``. Raises ValueError unless it is a float64 tensor of ``shape``."""
+    value = state[name]
+    if not isinstance(value, Tensor) or value.shape != shape or value.dtype != torch.float64:
+        got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} must be a float64 tensor of shape {shape}, got {got}")
+    return value.clone()
 
 
-def check_select(stats: BatchStatistics, k: int, generator: torch.Generator | None = None) -> tuple[int, int]:
-    """Check what every ``select`` is given, and return n and k."""
+def check_select(stats: BatchStatistics, k: int, generator: torch.Generator | None) -> int:
+    """Check what every ``select`` is given, and return k."""
     if not isinstance(stats, BatchStatistics):
         raise TypeError(f"stats must be a BatchStatistics, got {shown(stats)}")
     valid = stats.valid
     if not isinstance(valid, Tensor) or valid.dtype != torch.bool or valid.dim() != 1:
         raise ValueError(f"stats.valid must be a bool tensor (n,), got {shown(valid)}")
+    shape = valid.shape
     for name, value in zip(BatchStatistics._fields, stats, strict=True):
-        if not isinstance(value, Tensor) or value.shape != valid.shape:
-            raise ValueError(f"stats.{name} must be a tensor (n,) = {tuple(valid.shape)}, got {shown(value)}")
-    n = valid.shape[0]
+        if not isinstance(value, Tensor) or value.shape != shape:
+            raise ValueError(f"stats.{name} must be a tensor (n,) = {tuple(shape)}, got {shown(value)}")
+    n = shape[0]
     if not isinstance(k, torch.SymInt):
         k = check_int("k", k)
     if not 1 <= k <= n:
         raise ValueError(f"k must lie in [1, n = {n}], got {k}")
     check_generator(generator, valid.device)
-    return n, k
-
-
-def require_proxies(selector: object, proxies: GradientProxies | None, n: int | None = None) -> GradientProxies:
-    """The proxies, of n samples where n is given, or an error that says who reads them."""
-    if proxies is None:
-        raise ValueError(f"{selector!r} reads the per-sample gradients: proxies must be given, got None")
-    if not isinstance(proxies, GradientProxies):
-        raise TypeError(f"proxies must be a selbp.GradientProxies, got {shown(proxies)}")
-    if n is not None and len(proxies.gram()) != n:
-        raise ValueError(f"proxies must be of the n = {n} samples of stats, got {len(proxies.gram())}")
-    return proxies
+    return k

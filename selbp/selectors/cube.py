@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from selbp._checks import check_choice, check_int
 from selbp.ops.choose_gradients import choose_balanced
 from selbp.reference.sampling import uniform
-from selbp.selectors.base import Needs, Stateless, check_select, require_proxies
-from selbp.selectors.proxies import GradientProxies
-from selbp.types import BatchStatistics, Selection
+from selbp.selectors.base import BaseSelector, Needs
+from selbp.selectors.candidates import Candidates
+from selbp.types import Selection
 
 
 @dataclass(frozen=True)
-class CubeSampling(Stateless):
+class CubeSampling(BaseSelector):
     """Exactly k rows by the cube method (Deville & Tille 2004), weights 1 / (n pi): unbiased, of low variance.
 
     The draw is balanced on a sketch of the gradients: their inner products with the mean gradient and with random
@@ -55,19 +53,10 @@ class CubeSampling(Stateless):
             object.__setattr__(self, "dimensions", check_int("dimensions", self.dimensions, 1, "an int or None"))
         check_choice("probabilities", self.probabilities, ("gradnorm", "uniform"))
 
-    @torch.no_grad()
-    def select(
-        self,
-        stats: BatchStatistics,
-        k: int,
-        *,
-        proxies: GradientProxies | None = None,
-        extras: Mapping[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Selection:
-        """See :meth:`Selector.select`. Without any gradient the draw is uniform."""
-        n, k = check_select(stats, k, generator)
-        gram = require_proxies(self, proxies, n).gram()
+    def choose(self, rows: Candidates, k: int) -> Selection:
+        """Draw k balanced rows. Without any gradient the draw is uniform."""
+        n, stats, generator = rows.n, rows.stats, rows.generator
+        gram = rows.gradients.gram()
         directions = min(self.dimensions or max(1, k // 2), n) - 1
         mixture = torch.randn(n, directions, dtype=torch.float64, device=gram.device, generator=generator)
         draws = uniform(2 * n, gram, generator).view(2, n)

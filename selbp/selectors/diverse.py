@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from selbp._checks import check_choice
 from selbp.ops.choose_gradients import choose_diverse
 from selbp.reference.sampling import uniform
-from selbp.selectors.base import Needs, Stateless, check_select, require_proxies
-from selbp.selectors.proxies import GradientProxies
-from selbp.types import BatchStatistics, Selection
+from selbp.selectors.base import BaseSelector, Needs
+from selbp.selectors.candidates import Candidates
+from selbp.types import Selection
 
 
 @dataclass(frozen=True)
-class DivBS(Stateless):
+class DivBS(BaseSelector):
     """Diversified batch selection (Hong et al. 2024, algorithm 1): a randomised matching pursuit without its weights.
 
     Repeat k times: draw a row i, not drawn before, with odds ``|g_i . e|``, e what the rows so far do not span of the
@@ -49,21 +47,12 @@ class DivBS(Stateless):
     def __post_init__(self) -> None:
         check_choice("weights", self.weights, ("mean", "batch"))
 
-    @torch.no_grad()
-    def select(
-        self,
-        stats: BatchStatistics,
-        k: int,
-        *,
-        proxies: GradientProxies | None = None,
-        extras: Mapping[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Selection:
-        """See :meth:`Selector.select`."""
-        n, k = check_select(stats, k, generator)
-        proxies = require_proxies(self, proxies, n)
+    def choose(self, rows: Candidates, k: int) -> Selection:
+        """Draw k rows, each by what those before do not span."""
+        proxies = rows.gradients
         gram, mean = proxies.gram(), proxies.mean_gradient()
-        draws = uniform(k * n, gram, generator).view(k, n)
+        stats = rows.stats
+        draws = uniform(k * rows.n, gram, rows.generator).view(k, rows.n)
         single = stats.loss.dtype == torch.float32
         indices, weights = choose_diverse(gram, mean.inner, mean.target_sq, stats.valid, draws, k, self.weights, single)
         return Selection(indices, weights.to(stats.loss.dtype))

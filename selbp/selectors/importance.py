@@ -13,14 +13,14 @@ from selbp._checks import check_choice, check_flag, check_number
 from selbp.ops.choose_gradients import choose_by_norm
 from selbp.reference.choices import norm_odds
 from selbp.reference.sampling import sample_with_replacement, slot_weights, uniform
-from selbp.selectors.base import Needs, check_select, check_state
-from selbp.selectors.proxies import GradientProxies
+from selbp.selectors.base import BaseSelector, Needs, check_state, state_tensor
+from selbp.selectors.candidates import Candidates
 from selbp.selectors.weighting import Weights
-from selbp.types import BatchStatistics, Selection
+from selbp.types import Selection
 
 
 @dataclass(eq=False)
-class GradNormImportance:
+class GradNormImportance(BaseSelector):
     """Rows drawn with odds proportional to their gradient norm (Katharopoulos & Fleuret 2018).
 
     Parameters
@@ -76,29 +76,28 @@ class GradNormImportance:
         """() float64 running mean of tau; 0 before the first batch."""
         return torch.zeros((), dtype=torch.float64) if self._tau is None else self._tau
 
-    @torch.no_grad()
-    def select(
-        self,
-        stats: BatchStatistics,
-        k: int,
-        *,
-        proxies: GradientProxies | None = None,
-        extras: Mapping[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Selection:
-        """See :meth:`Selector.select`. Without any gradient the draw is uniform."""
-        n, k = check_select(stats, k, generator)
+    def choose(self, rows: Candidates, k: int) -> Selection:
+        """Draw k rows by their gradients' norms. Without any gradient the draw is uniform."""
+        stats, generator = rows.stats, rows.generator
         feature_sq = stats.feature_sq if self.norm == "gradient" else None
         tau = self.tau.to(stats.valid.device)
-        threshold = self._least_tau(k / n)
+        threshold = self._least_tau(k / rows.n)
         if self.replacement:
             odds, self._tau = norm_odds(stats.residual_sq, feature_sq, stats.valid, tau, self.momentum, threshold)
             indices, real, chance = sample_with_replacement(odds, k, generator)
             return Selection(indices, slot_weights(self.weights, stats.valid, real, k * chance).to(stats.loss.dtype))
         indices, weights, self._tau = choose_by_norm(
-            stats.residual_sq, feature_sq, stats.valid, uniform(n + 1, stats.valid, generator), tau, k, self.weights,
-            self.momentum, threshold, stats.loss.dtype == torch.float32,
-        )  # fmt: skip
+            stats.residual_sq,
+            feature_sq,
+            stats.valid,
+            uniform(rows.n + 1, stats.valid, generator),
+            tau,
+            k,
+            self.weights,
+            self.momentum,
+            threshold,
+            stats.loss.dtype == torch.float32,
+        )
         return Selection(indices, weights.to(stats.loss.dtype))
 
     def _least_tau(self, keep: float) -> float | None:
@@ -114,8 +113,4 @@ class GradNormImportance:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict`."""
         check_state(self, state, ("tau",))
-        tau = state["tau"]
-        if not isinstance(tau, Tensor) or tau.shape != () or tau.dtype != torch.float64:
-            got = f"{tau.dtype} {tuple(tau.shape)}" if isinstance(tau, Tensor) else type(tau).__name__
-            raise ValueError(f"tau must be a float64 tensor of shape (), got {got}")
-        self._tau = tau.clone()
+        self._tau = state_tensor(state, "tau", ())

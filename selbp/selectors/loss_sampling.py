@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from selbp._checks import check_choice, check_int, check_number
-from selbp.ops.choose_rows import choose_rows, percentile
-from selbp.selectors.base import Needs, Stateless, check_select, check_state
-from selbp.selectors.proxies import GradientProxies
+from selbp.ops.choose_rows import percentile
+from selbp.selectors.base import BaseSelector, Needs, check_state, state_tensor
+from selbp.selectors.candidates import Candidates
 from selbp.selectors.weighting import Weights
-from selbp.types import BatchStatistics, Selection
+from selbp.types import Selection
 
 # Odds of a row whose loss is the least of all: it is drawn when there is nothing else to fill the k slots with.
 _LEAST = 1e-30
@@ -22,7 +22,7 @@ _MODES = ("mean", "batch", "unbiased")
 
 
 @dataclass(eq=False)
-class LossPercentile:
+class LossPercentile(BaseSelector):
     """Selective-Backprop (Jiang et al. 2019): odds by the loss's percentile among the last losses.
 
     The odds are ``p(l) = max(p_min, (#{h < l} / |h|)^beta)`` with h the last ``history`` valid losses, this batch's
@@ -71,23 +71,11 @@ class LossPercentile:
                 "p_min must be > 0 for weights='unbiased': else the least loss has no chance at all, got 0"
             )
 
-    @torch.no_grad()
-    def select(
-        self,
-        stats: BatchStatistics,
-        k: int,
-        *,
-        proxies: GradientProxies | None = None,
-        extras: Mapping[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Selection:
-        """See :meth:`Selector.select`; this batch's losses enter the history first."""
-        _, k = check_select(stats, k, generator)
-        loss = torch.where(stats.valid, stats.loss.double(), torch.nan)
+    def choose(self, rows: Candidates, k: int) -> Selection:
+        """Draw k rows; this batch's losses enter the history first."""
+        loss = torch.where(rows.stats.valid, rows.stats.loss.double(), torch.nan)
         odds = torch.where(torch.isfinite(loss), self._keep_probability(loss), 0.0)
-        return choose_rows(
-            odds, stats.valid, k, rule="odds", weights=self.weights, dtype=stats.loss.dtype, generator=generator
-        )
+        return rows.pick(odds, k, by="odds", weights=self.weights)
 
     def _keep_probability(self, loss: Tensor) -> Tensor:
         """(n,) p(l) of the losses ``loss`` (n,), NaN where there is none, after they entered the history."""
@@ -104,15 +92,11 @@ class LossPercentile:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict` of a rule with the same ``history``."""
         check_state(self, state, ("losses",))
-        losses = state["losses"]
-        if not isinstance(losses, Tensor) or losses.shape != (self.history,) or losses.dtype != torch.float64:
-            got = f"{losses.dtype} {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-            raise ValueError(f"losses must be a float64 tensor of shape ({self.history},), got {got}")
-        self._losses = losses.clone()
+        self._losses = state_tensor(state, "losses", (self.history,))
 
 
 @dataclass(frozen=True)
-class LossRank(Stateless):
+class LossRank(BaseSelector):
     """Odds by the loss's rank in the minibatch, no history (Composer's variant of Selective-Backprop).
 
     Inclusion probabilities are proportional to ``((rank + 1/2) / v)^(1 / keep - 1)``, up to 1. Rank 0 is the least of
@@ -139,18 +123,6 @@ class LossRank(Stateless):
     def __post_init__(self) -> None:
         check_choice("weights", self.weights, _MODES)
 
-    @torch.no_grad()
-    def select(
-        self,
-        stats: BatchStatistics,
-        k: int,
-        *,
-        proxies: GradientProxies | None = None,
-        extras: Mapping[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Selection:
-        """See :meth:`Selector.select`."""
-        _, k = check_select(stats, k, generator)
-        return choose_rows(
-            stats.loss, stats.valid, k, rule="rank", weights=self.weights, dtype=stats.loss.dtype, generator=generator
-        )
+    def choose(self, rows: Candidates, k: int) -> Selection:
+        """Draw k rows by their losses' ranks."""
+        return rows.pick(rows.stats.loss, k, by="rank", weights=self.weights)

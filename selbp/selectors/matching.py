@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from selbp._checks import check_choice, check_flag, check_number
+from selbp.ops.match_gradients import match_gradients
 from selbp.ops.matching import RULES, match
-from selbp.reference.sampling import fill_spare, slot_weights
-from selbp.selectors.base import Needs, Stateless, check_select, require_proxies
+from selbp.reference.sampling import fill_spare
+from selbp.selectors.base import BaseSelector, Needs
+from selbp.selectors.candidates import Candidates
 from selbp.selectors.proxies import GradientProxies
-from selbp.types import BatchStatistics, Selection
+from selbp.types import Selection
 
 
 @dataclass(frozen=True)
-class GradientMatching(Stateless):
+class GradientMatching(BaseSelector):
     """Greedy matching of the mean last-layer gradient, by default with nonnegative weights (arXiv 2312.05021).
 
     Chooses at most k rows S and weights w that minimise ``||mean - sum_S w_j g_j||^2 + lam ||w||^2``, see
@@ -66,33 +66,37 @@ class GradientMatching(Stateless):
         check_choice("weights", self.weights, ("refit", "mean", "batch"))
         object.__setattr__(self, "unit_sum", check_number("unit_sum", self.unit_sum, 0.0))
 
-    @torch.no_grad()
-    def select(
-        self,
-        stats: BatchStatistics,
-        k: int,
-        *,
-        proxies: GradientProxies | None = None,
-        extras: Mapping[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Selection:
-        """See :meth:`Selector.select`; draws nothing."""
-        n, k = check_select(stats, k, generator)
-        proxies = require_proxies(self, proxies, n)
+    def choose(self, rows: Candidates, k: int) -> Selection:
+        """Match with k rows; draws nothing."""
+        stats, proxies = rows.stats, rows.proxies
+        plain = self.weights == "refit" and not self.unit_sum and stats.valid.device.type == "cpu"
+        factors = proxies.factors() if plain and isinstance(proxies, GradientProxies) else None
+        if factors is not None and proxies is not None and len(factors[0]) == len(factors[1]) == rows.n:
+            found = match_gradients(
+                *factors, stats.valid, k, bias=proxies.bias, rule=self.rule, ridge=self.ridge,
+                nonnegative=self.nonnegative,
+            )  # fmt: skip
+            proxies.keep(found.gram, found.mean)
+            return Selection(found.indices, found.weights.to(stats.loss.dtype))
+        return self._in_turn(rows, rows.gradients, k)
+
+    def _in_turn(self, rows: Candidates, proxies: GradientProxies, k: int) -> Selection:
+        stats = rows.stats
         gram, mean = proxies.gram(), proxies.mean_gradient()
         inner, target_sq, ridge = mean.inner, mean.target_sq, self.ridge
         if self.unit_sum:
             # (sum w - s)^2 is one more coordinate: 1 in every row, s in the target.
             valid = stats.valid.sum()
             penalty = self.unit_sum * torch.where(stats.valid, gram.diagonal(), 0.0).sum() / valid.clamp(min=1)
-            share = valid / n
+            share = valid / rows.n
             gram, inner = gram + penalty, inner + penalty * share
             target_sq = target_sq + penalty * share * share
             ridge = self.ridge / (1.0 + self.unit_sum)  # is relative to a diagonal that has grown
         found = match(
             gram, inner, target_sq, k, rule=self.rule, ridge=ridge, nonnegative=self.nonnegative, valid=stats.valid
         )
-        indices, real = fill_spare(found.indices, found.indices >= 0, stats.valid)
-        if self.weights == "refit":
-            return Selection(indices, found.weights.to(stats.loss.dtype))  # 0 in the spare slots
-        return Selection(indices, slot_weights(self.weights, stats.valid, real).to(stats.loss.dtype))
+        real = found.indices >= 0
+        if self.weights != "refit":
+            return rows.weighted(found.indices, real, self.weights)
+        indices, _ = fill_spare(found.indices, real, stats.valid)
+        return Selection(indices, found.weights.to(stats.loss.dtype))  # 0 in the spare slots

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,17 +9,16 @@ import torch
 from torch import Tensor
 
 from selbp._checks import check_choice, check_number
-from selbp.ops.choose_rows import choose_rows
-from selbp.selectors.base import Needs, Stateless, check_select, require_proxies
-from selbp.selectors.proxies import GradientProxies
+from selbp.selectors.base import BaseSelector, Needs
+from selbp.selectors.candidates import Candidates
 from selbp.selectors.weighting import Weights, refit_weights
-from selbp.types import BatchStatistics, Selection, gradient_norm
+from selbp.types import Selection, gradient_norm
 
 TARGETS = "targets of a sample"  # the extra that a step adds: no name that a caller may pass
 
 
 @dataclass(frozen=True)
-class _Top(Stateless):
+class _Top(BaseSelector):
     """The k valid rows of greatest score; the lower index first among equals."""
 
     weights: Weights = "mean"
@@ -30,29 +28,16 @@ class _Top(Stateless):
         check_choice("weights", self.weights, ("mean", "batch", "refit"))
         object.__setattr__(self, "ridge", check_number("ridge", self.ridge, 0.0))
 
-    def _score(self, stats: BatchStatistics, extras: Mapping[str, Tensor] | None) -> Tensor:
+    def _score(self, rows: Candidates) -> Tensor:
         raise NotImplementedError
 
-    @torch.no_grad()
-    def select(
-        self,
-        stats: BatchStatistics,
-        k: int,
-        *,
-        proxies: GradientProxies | None = None,
-        extras: Mapping[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Selection:
-        """See :meth:`Selector.select`; draws nothing."""
-        n, k = check_select(stats, k, generator)
-        score, refit = self._score(stats, extras), self.weights == "refit"
-        if refit:
-            proxies = require_proxies(self, proxies, n)
-        mode = "batch" if refit else self.weights
-        chosen = choose_rows(score, stats.valid, k, rule="top", weights=mode, dtype=stats.loss.dtype)
-        if not refit or proxies is None:
-            return chosen
-        return Selection(chosen.indices, refit_weights(stats, chosen.indices, chosen.weights > 0, proxies, self.ridge))
+    def choose(self, rows: Candidates, k: int) -> Selection:
+        """The k valid rows of greatest score; draws nothing."""
+        score = self._score(rows)
+        if self.weights != "refit":
+            return rows.pick(score, k, weights=self.weights)
+        indices, weights = rows.pick(score, k, weights="batch")
+        return Selection(indices, refit_weights(rows.stats, indices, weights > 0, rows.gradients, self.ridge))
 
 
 @dataclass(frozen=True)
@@ -96,13 +81,14 @@ class TopLoss(_Top):
         """``"loss"``, or ``"gradients"`` to refit."""
         return "gradients" if self.weights == "refit" else "loss"
 
-    def _score(self, stats: BatchStatistics, extras: Mapping[str, Tensor] | None) -> Tensor:
+    def _score(self, rows: Candidates) -> Tensor:
+        loss = rows.stats.loss
         if self.normalize == "sample":
-            return stats.loss
-        count = None if extras is None else extras.get(TARGETS)
+            return loss
+        count = None if rows.extras is None else rows.extras.get(TARGETS)
         if count is None:
             raise ValueError('normalize="tokens" needs what a selbp.SelectiveBackprop knows of the targets')
-        return stats.loss / count.to(stats.loss.dtype).clamp(min=torch.finfo(stats.loss.dtype).tiny)
+        return loss / count.to(loss.dtype).clamp(min=torch.finfo(loss.dtype).tiny)
 
 
 @dataclass(frozen=True)
@@ -133,8 +119,8 @@ class TopGradNorm(_Top):
         """``"statistics"``, or ``"gradients"`` to refit."""
         return "gradients" if self.weights == "refit" else "statistics"
 
-    def _score(self, stats: BatchStatistics, extras: Mapping[str, Tensor] | None) -> Tensor:
-        return gradient_norm(stats)
+    def _score(self, rows: Candidates) -> Tensor:
+        return gradient_norm(rows.stats)
 
 
 @dataclass(frozen=True)
@@ -176,17 +162,6 @@ class ReducibleLoss(_Top):
         """``"loss"``, or ``"gradients"`` to refit."""
         return "gradients" if self.weights == "refit" else "loss"
 
-    def _score(self, stats: BatchStatistics, extras: Mapping[str, Tensor] | None) -> Tensor:
-        if extras is not None and not isinstance(extras, Mapping):
-            raise TypeError(f"extras must be a dict of tensors (n,), got {type(extras).__name__}")
-        if extras is None or self.irreducible not in extras:
-            got = "none" if not extras else ", ".join(map(repr, extras))
-            raise ValueError(f"extras must hold {self.irreducible!r}, each sample's irreducible loss, got {got}")
-        irreducible = extras[self.irreducible]
-        if not isinstance(irreducible, Tensor):
-            raise TypeError(f"{self.irreducible} must be a Tensor, got {type(irreducible).__name__}")
-        if irreducible.shape != stats.loss.shape:
-            raise ValueError(
-                f"{self.irreducible} must be (n,) = {tuple(stats.loss.shape)}, got {tuple(irreducible.shape)}"
-            )
-        return stats.loss - irreducible.to(stats.loss)
+    def _score(self, rows: Candidates) -> Tensor:
+        irreducible = rows.extra(self.irreducible, "each sample's irreducible loss")
+        return rows.stats.loss - irreducible.to(rows.stats.loss)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from selbp.ops.choose_rows import choose_rows
 from selbp.reference.sampling import uniform
-from selbp.selectors.base import Needs, Stateless, check_select
-from selbp.selectors.proxies import GradientProxies
-from selbp.types import BatchStatistics, Selection
+from selbp.selectors.base import BaseSelector, Needs
+from selbp.selectors.candidates import Candidates
+from selbp.types import Selection
 
 
 @dataclass(frozen=True)
-class Full(Stateless):
+class Full(BaseSelector):
     """Every row with weight 1 / n, whatever k: the ordinary step.
 
     Rows that are not valid keep their place with weight 0, so that the forward sees the minibatch as it came.
@@ -33,23 +30,14 @@ class Full(Stateless):
 
     needs: ClassVar[Needs] = "nothing"
 
-    @torch.no_grad()
-    def select(
-        self,
-        stats: BatchStatistics,
-        k: int,
-        *,
-        proxies: GradientProxies | None = None,
-        extras: Mapping[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Selection:
-        """See :meth:`Selector.select`; returns all n rows."""
-        n, _ = check_select(stats, k, generator)
-        return Selection(torch.arange(n, device=stats.valid.device), stats.valid.to(stats.loss.dtype) / n)
+    def choose(self, rows: Candidates, k: int) -> Selection:
+        """All n rows."""
+        n, valid = rows.n, rows.stats.valid
+        return Selection(torch.arange(n, device=valid.device), valid.to(rows.stats.loss.dtype) / n)
 
 
 @dataclass(frozen=True)
-class Random(Stateless):
+class Random(BaseSelector):
     """k valid rows without replacement, each with the same chance; weights 1 / k.
 
     Of v < n valid rows min(k, v) are drawn, with weight v / (n min(k, v)): unbiased for (1/n) sum_valid g_i.
@@ -65,17 +53,6 @@ class Random(Stateless):
 
     needs: ClassVar[Needs] = "nothing"
 
-    @torch.no_grad()
-    def select(
-        self,
-        stats: BatchStatistics,
-        k: int,
-        *,
-        proxies: GradientProxies | None = None,
-        extras: Mapping[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Selection:
-        """See :meth:`Selector.select`."""
-        n, k = check_select(stats, k, generator)
-        key = uniform(n, stats.valid, generator)
-        return choose_rows(key, stats.valid, k, rule="top", weights="mean", dtype=stats.loss.dtype)
+    def choose(self, rows: Candidates, k: int) -> Selection:
+        """The k valid rows of greatest random numbers."""
+        return rows.pick(uniform(rows.n, rows.stats.valid, rows.generator), k)

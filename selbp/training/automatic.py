@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from selbp._checks import check_flag, shown
+from selbp._checks import check_flag, check_int, check_number, shown
 from selbp.sampling import AutoSelect, NoiseAwareCrossEntropy, ScoredBatchSampler, ScoreTable, fit_proxy
 from selbp.selectors import Full
 from selbp.training.step import SelectiveBackprop
+
+FOR_PROXY = 0.05  # of the training's processor seconds
 
 
 def auto_select(
@@ -22,6 +24,8 @@ def auto_select(
     features: Any = "auto",
     noise: str = "symmetric",
     proxy: bool = True,
+    steps: int | None = None,
+    step_seconds: float | None = None,
     seed: int = 0,
     **options: Any,
 ) -> AutoSelect:
@@ -47,6 +51,12 @@ def auto_select(
         ``"symmetric"``, ``"class"`` or ``"none"``, see :class:`selbp.sampling.ScoreTable`.
     proxy : bool
         Whether a small network fills the table first. It takes some seconds for each 100 000 samples.
+    steps : int or None
+        Planned for the training: on a small data set the small network then makes at most a twentieth as many,
+        or one pass.
+    step_seconds : float or None
+        What a step takes, where that is known beside ``steps``: the small network then trains for at most a twentieth
+        of the whole, and is left out if that is too short for half of a pass.
     seed : int
         Of the proxy and of every draw.
     **options
@@ -82,9 +92,18 @@ def auto_select(
     table = ScoreTable(len(dataset), classes, noise="none" if classes is None else noise)  # type: ignore[arg-type]
     if classes is not None:
         if check_flag("proxy", proxy):
-            fit_proxy(dataset, table, features=features, seed=seed)
+            fit_proxy(dataset, table, features=features, seconds=_allowed(steps, step_seconds), steps=steps, seed=seed)
         if noise != "none":
             options.setdefault("loss", NoiseAwareCrossEntropy(table))
     sampler = ScoredBatchSampler(table, k, pool, seed=seed)
     step = SelectiveBackprop(model, **{"selector": Full(), "keep": 1.0, "table": table, **options})
     return AutoSelect(step, sampler)
+
+
+def _allowed(steps: int | None, step_seconds: float | None) -> float | None:
+    """Seconds that the proxy may train for; None where the training's are not known."""
+    if step_seconds is None:
+        return None
+    if steps is None:
+        raise ValueError("step_seconds goes with steps, of which there are none")
+    return FOR_PROXY * check_int("steps", steps, 1) * check_number("step_seconds", step_seconds, 0.0)

@@ -11,10 +11,12 @@ little.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from selbp import allocator
+from selbp import allocator, ops  # noqa: F401  the operators are registered by their import
 
 FLOPS = 95e9  # per second and thread, float32 products
 CONVOLUTION_FLOPS = 200e9  # the same of convolutions, whose kernels are oneDNN's own
@@ -23,6 +25,22 @@ COPIED = 9e9  # per second, of saved rows, where freed memory is kept
 FAULTED = 4e9  # the same where the allocator returns it and every copy's pages are faulted in
 CALL = 6e-6  # seconds, of an operator of a network whose tensors evict torch's own code from the cache
 ROW_CALL = 55e-6  # seconds, of an operator on a row gradient: dispatch, rule and wrapper, in Python
+
+
+def _forward(features: Tensor, weight: Tensor, *_: Any, **__: Any) -> float:
+    return 2.0 * features.numel() * len(weight)
+
+
+def _backward(gradient: Tensor, features: Tensor, weight: Tensor, *others: Any, **__: Any) -> float:
+    needs_features, needs_weight, _ = others[-3:]
+    return _forward(features, weight) * (1 + needs_features + needs_weight)  # the logits again, and a product for each
+
+
+# FLOPs of this package's differentiable operators, in the form of torch's `flop_registry`.
+OWN = {
+    torch.ops.selbp.linear_cross_entropy: _forward,
+    torch.ops.selbp.linear_cross_entropy_backward: _backward,
+}
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,8 +24,11 @@ from selbp.rows import BatchNormPolicy, select
 from selbp.rows.engine import nodes_of
 from selbp.rows.gradient import Wrapper
 from selbp.rows.observe import Observer, observing
-from selbp.training.cost_model import Rates, Work, modelled
-from selbp.training.losses import criterion_of, of_some
+from selbp.training.cost_model import OWN, Rates, Work, modelled
+from selbp.training.head import find_head
+from selbp.training.linear_loss import NAME as LINEAR
+from selbp.training.linear_loss import LinearCausalLM
+from selbp.training.losses import CrossEntropy, criterion_of, of_some
 
 SAMPLES = 8  # enough to tell the samples' dim from other dims, few enough to cost little
 
@@ -140,7 +144,7 @@ class _Flops(TorchDispatchMode, Observer):
         from torch.utils.flop_counter import flop_registry  # imports triton, which importing selbp must not
 
         super().__init__()
-        self._formulas: dict[Any, Any] = flop_registry
+        self._formulas: dict[Any, Any] = {**flop_registry, **OWN}
         self._scale, self._threads = scale, torch.get_num_threads()
         self._own = {p.untyped_storage().data_ptr() for p in parameters}
         self._shapes = {tuple(p.shape) for p in parameters}
@@ -232,10 +236,15 @@ def analyse(
     dense = [operator for operator in operators if operator.runs != "rows"]
     saved_bytes = int(sum(storages.values()) * scale)
     return Diagnosis(
-        n, k, operators, flops.total, sum(operator.flops for operator in rows),
-        sum(operator.flops for operator in dense), saved_bytes,
+        n,
+        k,
+        operators,
+        flops.total,
+        sum(operator.flops for operator in rows),
+        sum(operator.flops for operator in dense),
+        saved_bytes,
         modelled(flops.work, _total_work(rows), _total_work(dense), saved_bytes, k / n, Rates.here()),
-    )  # fmt: skip
+    )
 
 
 def _refuse_reentrant(losses: Tensor) -> None:
@@ -348,13 +357,17 @@ def diagnose(
     inputs, target = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
     minibatch = Batch.of(inputs, target, {})
     criterion = criterion_of(loss, class_weight=None, ignore_index=-100, label_smoothing=0.0, class_dim=class_dim)
+    headless: AbstractContextManager[None] = nullcontext()
+    if isinstance(criterion, CrossEntropy) and loss == LINEAR:
+        criterion = linear = LinearCausalLM(criterion, model, find_head(model, None))
+        headless = linear.headless()
 
     def losses(pair: Any) -> Tensor:
         few, output = pair
         return criterion.losses(output, few.target, few.n)
 
     try:
-        with of_some(min(minibatch.n, SAMPLES), minibatch.n):
+        with headless, of_some(min(minibatch.n, SAMPLES), minibatch.n):
             return analyse_batch(model, minibatch, kept_rows(kept, minibatch.n), losses, batchnorm=batchnorm)
     except (NotImplementedError, TypeError, ValueError, torch.OutOfMemoryError):
         raise

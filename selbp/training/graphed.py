@@ -61,9 +61,12 @@ class GraphedStep:
     """What :func:`cuda_graph` returns; call it as the step is called."""
 
     def __init__(
-        self, step: SelectiveBackprop, batch: tuple[Any, ...], optimizer: torch.optim.Optimizer | None,
+        self,
+        step: SelectiveBackprop,
+        batch: tuple[Any, ...],
+        optimizer: torch.optim.Optimizer | None,
         recorder: Recorder,
-    ) -> None:  # fmt: skip
+    ) -> None:
         leaves, self._form = pytree.tree_flatten(batch)
         self._step, self._optimizer, self._recorder = step, optimizer, recorder
         self._buffers = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
@@ -82,9 +85,12 @@ class GraphedStep:
         Gradients are those of this minibatch alone: they replace what ``.grad`` held. A minibatch of other shapes than
         those that were given to :func:`cuda_graph` runs as an ordinary step.
 
-        Raises:
-            ValueError: where something that the graph holds fast has changed, such as a learning rate that is a number.
-            RuntimeError: where the step could not be captured; says why.
+        Raises
+        ------
+        ValueError
+            Where something that the graph holds fast has changed, such as a learning rate that is a number.
+        RuntimeError
+            Where the step could not be captured; says why.
         """
         leaves, form = pytree.tree_flatten((inputs, target, per_sample))
         self._calls += 1
@@ -197,9 +203,11 @@ class GraphedStep:
 
 
 def _is_number(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str)) or (
-        isinstance(value, tuple) and all(map(_is_number, value))
-    )  # fmt: skip
+    return (
+        value is None
+        or isinstance(value, (bool, int, float, str))
+        or (isinstance(value, tuple) and all(map(_is_number, value)))
+    )
 
 
 def _short(value: Any) -> str:
@@ -208,8 +216,10 @@ def _short(value: Any) -> str:
 
 def _own(graphed: GraphedStep, report: StepReport, step: int) -> StepReport:
     """A report with tensors of its own: the next replay writes into the graph's."""
-    tensors = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (
-        report.selection, report._stats, report._chosen, report._hits))  # fmt: skip
+    tensors = pytree.tree_map(
+        lambda x: x.clone() if isinstance(x, Tensor) else x,
+        (report.selection, report._stats, report._chosen, report._hits),
+    )
     selection, stats, chosen, hits = tensors
     own = replace(report, selection=selection, _stats=stats, _chosen=chosen, _hits=hits, step=step)
     if report._proxies is not None:
@@ -249,17 +259,26 @@ def cuda_graph(
     Nothing is trained here: ``inputs`` and ``target`` give shapes. The first 3 calls run as they are and the fourth is
     captured; later ones are replayed. Each trains on its minibatch, once.
 
-    Args:
-        step: the step. Its schedule must choose on every step from now on.
-        inputs: as for a call of the step; every tensor on one CUDA device.
-        target: as for a call of the step.
-        optimizer: stepped in the graph; its ``capturable`` must be True where it has that option. None: the caller's.
-        per_sample: as for a call of the step.
+    Parameters
+    ----------
+    step : SelectiveBackprop
+        The step. Its schedule must choose on every step from now on.
+    inputs : Tensor, tuple or mapping
+        As for a call of the step; every tensor on one CUDA device.
+    target : Tensor, mapping or None
+        As for a call of the step.
+    optimizer : torch.optim.Optimizer or None
+        Stepped in the graph; its ``capturable`` must be True where it has that option. None: the caller's.
+    **per_sample
+        As for a call of the step.
 
-    Raises:
-        TypeError: for a step or an optimizer of another type.
-        ValueError: for what a graph cannot hold, with the reason: tensors that are not on a GPU, lists of samples, a
-            rule that remembers, a cut, ``scoring="eval"``, a schedule that does not always choose, several processes.
+    Raises
+    ------
+    TypeError
+        For a step or an optimizer of another type.
+    ValueError
+        For what a graph cannot hold, with the reason: tensors that are not on a GPU, lists of samples, a rule that
+        remembers, a cut, ``scoring="eval"``, a schedule that does not always choose, several processes.
     """
     batch = (inputs, target, per_sample)
     _check(step, batch, optimizer)
@@ -292,6 +311,8 @@ def _check_step(step: SelectiveBackprop) -> None:
         raise ValueError(f"step must choose at every step from now on for a CUDA graph, got {schedule!r}")
     if step._cut is not None:
         raise ValueError("step must have no cut for a CUDA graph: a choice in the backward is not supported there")
+    if step._pooled is not None:
+        raise ValueError("step must have neither micro_batch nor scope='global' for a CUDA graph: the host takes part")
     if rule.state_dict():
         raise ValueError(
             f"step's selector must not remember earlier minibatches for a CUDA graph, which would show it the same "

@@ -51,8 +51,10 @@ def find_head(model: nn.Module, head: nn.Module | str | None) -> nn.Module:
         if not candidates or last[-1] != candidates[-1]:
             raise ValueError(f"head is ambiguous: pass head=, the last linear layer; {listed}")
         if (rival := _beside(names, candidates)) is not None:
-            raise ValueError(f"head is ambiguous, {rival!r} and {candidates[-1]!r} look like two heads side by side: "
-                             f"pass head=, the one whose output the loss reads; {listed}")  # fmt: skip
+            raise ValueError(
+                f"head is ambiguous, {rival!r} and {candidates[-1]!r} look like two heads side by side: "
+                f"pass head=, the one whose output the loss reads; {listed}"
+            )
         chosen = through_adapter(names, candidates[-1])
         if (raw := raw_parameter_after(names, chosen)) is not None:
             raise ValueError(

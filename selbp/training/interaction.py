@@ -12,7 +12,7 @@ import random
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,17 +94,25 @@ def _bound(model: nn.Module, device: torch.device, alone: Tensor, output: Any) -
     return tolerance(model, device, output) * (1.0 + alone.abs() + scale)
 
 
+class Forwards(NamedTuple):
+    """What two forwards, of n samples and of k of them, gave."""
+
+    place: Tensor  # (k,) the k samples' rows among the n
+    live: Tensor  # (k,) bool: whether they count
+    among: Tensor  # (n,) losses of the first forward
+    alone: Tensor  # (k,) losses of the second
+    output: Any  # the model's in the second
+
+
 @torch.no_grad()
-def _interact(
-    model: nn.Module, losses: Losses, everyone: Batch, few: Batch, place: Tensor, among: Tensor, alone: Tensor,
-    live: Tensor, output: Any,
-) -> bool:  # fmt: skip
-    """Whether ``few``'s losses ``alone`` (k,) are not theirs ``among`` (n,), at ``place`` (k,), and stay so.
+def _interact(model: nn.Module, losses: Losses, everyone: Batch, few: Batch, found: Forwards) -> bool:
+    """Whether the losses ``alone`` of ``few`` are not theirs ``among`` ``everyone``, and stay so.
 
     Both forwards must give the same again: a model that counts its calls, or draws by itself, is not to be judged.
     """
-    among, alone = among.detach().double(), alone.detach().double()
-    bound = _bound(model, everyone.device, alone, output)
+    place, live = found.place, found.live
+    among, alone = found.among.detach().double(), found.alone.detach().double()
+    bound = _bound(model, everyone.device, alone, found.output)
     if _excess(among[place], alone, live, bound) <= 1.0:
         return False
     again, alone_again = (losses(rows)[0].detach().double() for rows in (everyone, few))
@@ -124,29 +132,22 @@ class FirstComparison:
         self._before = Surroundings(self._model, batch.device) if wanted and not self._done else None
 
     def end(
-        self, batch: Batch, indices: Tensor, live: Tensor, valid: Tensor, among: Tensor, alone: Tensor, output: Any,
-        losses: Losses, same_forward: bool,
-    ) -> None:  # fmt: skip
-        """After the second forward. Raises :class:`SamplesInteractError`.
-
-        Args:
-            batch: all n samples.
-            indices: (k,) the chosen rows.
-            live: (k,) bool, whether they count.
-            valid: (n,) bool, which samples may count.
-            among: (n,) losses of the first forward.
-            alone: (k,) losses of the second.
-            output: of the model in the second.
-            losses: runs either again.
-            same_forward: both ran in the same mode and precision.
-        """
+        self,
+        batch: Batch,  # all n samples
+        forwards: Forwards,
+        valid: Tensor,  # (n,) bool: which samples may count
+        losses: Losses,  # runs either forward again
+        *,
+        same_forward: bool,  # both ran in the same mode and precision
+    ) -> None:
+        """After the second forward. Raises :class:`SamplesInteractError`."""
         before, self._before = self._before, None
-        if before is None or len(indices) >= batch.n:
+        if before is None or len(forwards.place) >= batch.n:
             return
         self._done = True
         if same_forward and before.unchanged() and not couples_by_batch_norm(self._model):
-            everyone, few = batch.rows(None, valid), batch.rows(indices, live)
-            found = _interact(self._model, losses, everyone, few, indices, among, alone, live, output)
+            everyone, few = batch.rows(None, valid), batch.rows(forwards.place, forwards.live)
+            found = _interact(self._model, losses, everyone, few, forwards)
         else:
             found = self._in_evaluation_mode(batch, valid, losses)
         if found:
@@ -175,9 +176,10 @@ class FirstComparison:
                 return False
             before = Surroundings(self._model, batch.device)
             try:
-                among, alone = losses(everyone)[0], losses(few)
+                among, (alone, output) = losses(everyone)[0], losses(few)
                 live = valid[: len(place)]
-                found = _interact(self._model, losses, everyone, few, place, among, alone[0], live, alone[1])
+                forwards = Forwards(place, live, among, alone, output)
+                found = _interact(self._model, losses, everyone, few, forwards)
             except Exception:  # many models return something else in evaluation mode: then there is no telling
                 return False
             return found and before.unchanged()

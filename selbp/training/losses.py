@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from selbp._checks import check_int, check_number, shown
 from selbp.training.soft_labels import is_soft, soft_hits, soft_losses, soft_mass
 
-LOSSES = ("cross_entropy", "mse", "bce", "causal_lm")
+LOSSES = ("cross_entropy", "mse", "bce", "causal_lm", "linear_causal_lm")
+CAUSAL = ("causal_lm", "linear_causal_lm")
 HINT = 'one loss per sample, (n,): use reduction="none" and sum or average over every other dimension'
 
 
@@ -171,9 +172,13 @@ class CrossEntropy:
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         weight = self.weight_on(logits.device)
         entries = F.cross_entropy(
-            logits.flatten(0, 1), labels.reshape(-1), None if weight is None else weight.to(logits.dtype),
-            ignore_index=self.ignore_index, reduction="none", label_smoothing=self.label_smoothing,
-        )  # fmt: skip
+            logits.flatten(0, 1),
+            labels.reshape(-1),
+            None if weight is None else weight.to(logits.dtype),
+            ignore_index=self.ignore_index,
+            reduction="none",
+            label_smoothing=self.label_smoothing,
+        )
         return entries.view(labels.shape).sum(1)
 
     def mass(self, target: Any, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -240,7 +245,7 @@ def criterion_of(
     class_dim: int | None = None,
 ) -> Criterion:
     """The criterion for a ``loss=`` of the contract. Raises TypeError or ValueError for what cannot give (n,)."""
-    if isinstance(loss, str) and loss in ("cross_entropy", "causal_lm"):
+    if isinstance(loss, str) and loss in ("cross_entropy", *CAUSAL):
         if class_weight is not None:
             _check_class_weight(class_weight)
         label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
@@ -249,13 +254,14 @@ def criterion_of(
             class_dim = check_int("class_dim", class_dim, meaning="1, -1 or None")
             if class_dim not in (1, -1):
                 raise ValueError(f"class_dim must be 1, -1 or None, got {class_dim}")
-        if loss == "causal_lm" and class_dim == 1:
-            raise ValueError('class_dim=1 is for "cross_entropy": "causal_lm" has logits (n, T, C)')
-        return CrossEntropy(class_weight, ignore_index, label_smoothing, shift=loss == "causal_lm", class_dim=class_dim)
+        if loss in CAUSAL and class_dim == 1:
+            raise ValueError(f'class_dim=1 is for "cross_entropy": {loss!r} has logits (n, T, C)')
+        return CrossEntropy(class_weight, ignore_index, label_smoothing, shift=loss in CAUSAL, class_dim=class_dim)
     defaults = ((class_weight, None), (ignore_index, -100), (label_smoothing, 0.0), (class_dim, None))
     if any(value is not default and not _equals(value, default) for value, default in defaults):
         raise ValueError(
-            'class_weight, ignore_index, label_smoothing and class_dim apply to "cross_entropy" and "causal_lm" only'
+            'class_weight, ignore_index, label_smoothing and class_dim apply to "cross_entropy", "causal_lm" and '
+            '"linear_causal_lm" only'
         )
     if isinstance(loss, str) and loss == "mse":
         return PerSample(partial(_mean_over_sample, F.mse_loss), "mse")

@@ -79,6 +79,11 @@ class PlacedCut:
         """How the layers below run backward: ``"rows"`` or ``"recompute"``."""
         return "rows" if self._recomputed is None else "recompute"
 
+    def prepare(self, batch: Batch) -> None:
+        """Run what is to be looked at once, before the first :meth:`feed`."""
+        if self._recomputed is not None:
+            self._recomputed.prepare(batch)
+
     def feed(self, batch: Batch, on_choice: Callable[[CutReport], None]) -> Any:
         """Run the forward and return the model's output. The backward calls ``on_choice`` when it has chosen."""
         if self._recomputed is not None:

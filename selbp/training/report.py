@@ -16,6 +16,12 @@ from selbp.training.schedule import rows_at_cost, step_cost
 from selbp.training.stopwatch import Stopwatch
 from selbp.types import BatchStatistics, Selection
 
+_FIGURES = (
+    *("n", "k", "step", "selected", "scored", "backward", "backward_reason", "loss", "accuracy"),
+    *("weight_sum", "weight_max", "effective_sample_size", "relative_residual", "gain", "gain_at_cost", "seconds"),
+)
+_OF_THE_TABLE = ("headroom", "price", "noise_share", "coverage")
+
 
 @dataclass
 class StepReport(SelectionFigures):
@@ -132,9 +138,5 @@ class StepReport(SelectionFigures):
 
     def as_dict(self) -> dict[str, Any]:
         """Every figure by name, ready for a log line."""
-        names = (
-            "n", "k", "step", "selected", "scored", "backward", "backward_reason", "loss", "accuracy", "weight_sum",
-            "weight_max", "effective_sample_size", "relative_residual", "gain", "gain_at_cost", "seconds",
-            *(() if self.table is None else ("headroom", "price", "noise_share", "coverage")),
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        table = () if self.table is None else _OF_THE_TABLE
+        return {name: getattr(self, name) for name in (*_FIGURES, *table)}

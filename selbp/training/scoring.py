@@ -22,6 +22,8 @@ from selbp.common.guards import evaluating, scoring_autocast, without_autocast, 
 from selbp.common.proxies import DIAGNOSTIC_BYTES, HeadProxies, sequence_norm_sq
 from selbp.training.head import Captured, capture, listed_candidates
 from selbp.training.head_kinds import is_pointwise, positions_last
+from selbp.training.linear_loss import LinearCausalLM
+from selbp.training.linear_proxies import HeadFactors, StreamedProxies
 from selbp.training.losses import Criterion, CrossEntropy, logits_of
 from selbp.training.sketched import Sketcher
 from selbp.types import BatchStatistics, real_dtype
@@ -53,6 +55,7 @@ class _Rows(NamedTuple):
     residual: Callable[[], Tensor] | None  # () -> (n, T, C)
     features: Tensor | None  # (n, T, d)
     hits: tuple[Tensor, Tensor] | None
+    streamed: HeadFactors | None = None  # of a head whose logits are not stored, in place of residual and features
 
 
 def scale_of(mass: Tensor, valid: Tensor) -> Tensor:
@@ -77,23 +80,29 @@ def score(
     keep_output: bool = False,
     auxiliary: Callable[[Any], Tensor | None] = lambda output: None,
     sketch: Sketcher | None = None,
+    unit: Tensor | None = None,
 ) -> Scored:
     """Run the forward on all rows; with ``gradients``, read gradient norms and proxies as well as losses.
 
     ``precision`` is the forward's, see :func:`scoring_autocast`. ``keep_graph`` records the forward for a backward
     through chosen rows of it; else nothing is recorded below the head. ``reduce`` averages the mean gradient over
     ranks. ``feed`` calls the model. ``keep_output`` hands on what it gave. ``auxiliary`` reads a further loss off it.
-    ``sketch`` stands for the exact gradients of samples with several positions.
+    ``sketch`` stands for the exact gradients of samples with several positions. ``unit`` () is the scale, in place of
+    this batch's own: 1 where it is a part of a minibatch.
     """
     mass, present = criterion.mass(batch.target, batch.n, batch.device)
+    linear = isinstance(criterion, LinearCausalLM)  # then the model returns the head's input
     leaf = gradients and not keep_graph
     with evaluating(model, batch.device) if mode == "eval" else nullcontext():
         with nullcontext() if keep_graph else without_autocast_cache(), scoring_autocast(batch.device, precision):
-            watch, whole = capture(head, leaf=leaf, optional=not gradients), inner_outputs(model, trains=keep_graph)
+            watch = capture(None if linear else head, leaf=leaf, optional=not gradients)
+            whole = inner_outputs(model, trains=keep_graph)
             with torch.set_grad_enabled(keep_graph), watch as captured, whole as inner:
                 output = feed(batch, model)
     returned = inner[-1] if inner else output  # in whose graph gradients may be read
-    seen = head is not None and (gradients or captured.calls == 1)  # a rule that reads losses does without
+    seen = (
+        head is not None and not linear and (gradients or captured.calls == 1)
+    )  # a rule that reads losses does without
     features, logits = captured.check(model) if seen else (None, None)
     features = None if features is None else positions_last(head, features)
     edited = captured.edited  # then the loss reads other logits than the head gave
@@ -108,14 +117,16 @@ def score(
     )
     beside = auxiliary(output) if keep_graph else None  # here, where a gradient is recorded
     losses = read = None
-    if keep_graph or not fused:
+    if keep_graph or not (fused or linear):
         with torch.set_grad_enabled(keep_graph or gradients):
             losses = read = criterion.losses(output, batch.target, batch.n)
-            if inner and gradients and not fused:
+            if inner and gradients and not (fused or linear):
                 read = criterion.losses(returned, batch.target, batch.n)
     with torch.no_grad(), without_autocast(batch.device):
         bias = getattr(head, "bias", None) is not None
-        if fused:
+        if isinstance(criterion, LinearCausalLM):
+            rows = _from_features(criterion, output, batch.target, gradients)
+        elif fused:
             assert isinstance(criterion, CrossEntropy)
             rows = _from_logits(criterion, logits_of(returned).detach(), features, batch.target, bias)
         else:
@@ -128,7 +139,7 @@ def score(
                     "the loss does not depend on the head's output: pass head=, the last linear layer; "
                     f"{listed_candidates(model)}"
                 )
-        scored = _scaled(rows, mass, bias, gradients, reduce, losses if keep_graph else None, beside, sketch)
+        scored = _scaled(rows, mass, bias, gradients, reduce, losses if keep_graph else None, beside, sketch, unit)
         return replace(scored, output=output) if keep_output else scored
 
 
@@ -163,17 +174,35 @@ def _from_logits(criterion: CrossEntropy, logits: Tensor, features: Tensor | Non
     def residual() -> Tensor:
         return ops.residual(flat, y, tokens.lse, **options).view(z.shape)
 
-    if length == 1:
-        loss, lse, residual_sq, feature_sq, correct, valid = tokens
-    else:
-        shape = (n, length)
-        loss, lse = tokens.loss.view(shape).sum(1), tokens.lse.view(shape).mean(1)
-        residual_sq = tokens.residual_sq.view(shape).sum(1)
-        feature_sq = (tokens.residual_sq * tokens.feature_sq).view(shape).sum(1) / residual_sq.clamp(min=1e-30)
-        valid = tokens.valid.view(shape).any(1) & (tokens.valid | ignored).view(shape).all(1)
-        correct = valid & (tokens.correct | ignored).view(shape).all(1)
     hits = tokens.correct.sum(), tokens.valid.sum()
-    return _Rows(loss, lse, residual_sq, feature_sq, correct, valid, residual, h, hits)
+    return _Rows(*_by_sample(tokens, ignored, n, length), residual, h, hits)
+
+
+def _by_sample(tokens: BatchStatistics, ignored: Tensor, n: int, length: int) -> BatchStatistics:
+    """The statistics of n samples, of those of their (n length,) tokens."""
+    if length == 1:
+        return tokens
+    shape = (n, length)
+    loss, lse = tokens.loss.view(shape).sum(1), tokens.lse.view(shape).mean(1)
+    residual_sq = tokens.residual_sq.view(shape).sum(1)
+    feature_sq = (tokens.residual_sq * tokens.feature_sq).view(shape).sum(1) / residual_sq.clamp(min=1e-30)
+    valid = tokens.valid.view(shape).any(1) & (tokens.valid | ignored).view(shape).all(1)
+    correct = valid & (tokens.correct | ignored).view(shape).all(1)
+    return BatchStatistics(loss, lse, residual_sq, feature_sq, correct, valid)
+
+
+def _from_features(criterion: LinearCausalLM, output: Any, target: Tensor, gradients: bool) -> _Rows:
+    """Cross-entropy of the head's input and weight, without the logits."""
+    found, y = criterion.by_token(output, target), criterion.tokens.labels(target)
+    stats, (n, length) = found.stats, y.shape
+    hits = stats.correct.sum(), stats.valid.sum()
+    rows = _by_sample(stats, y.reshape(-1) == criterion.tokens.ignore_index, n, length)
+    if not gradients:
+        return _Rows(*rows, None, None, hits)
+    weight = criterion.tokens.weight_on(y.device)
+    smoothing = criterion.tokens.label_smoothing
+    factors = HeadFactors(*criterion.operands(found.features), y, stats.lse, stats.valid, weight, smoothing)
+    return _Rows(*rows, None, None, hits, factors)
 
 
 def _from_losses(
@@ -220,6 +249,7 @@ def _scaled(
     losses: Tensor | None,
     auxiliary: Tensor | None,
     sketch: Sketcher | None,
+    unit: Tensor | None,
 ) -> Scored:
     """Gradients in the units of torch's mean, 0 for a sample that is not valid; losses stay as they are.
 
@@ -227,7 +257,7 @@ def _scaled(
     of other minibatches or with one known beforehand.
     """
     valid, residual, feature_sq = rows.valid, rows.residual, rows.feature_sq
-    scale = scale_of(mass, valid).to(rows.loss.dtype)
+    scale = (scale_of(mass, valid) if unit is None else unit).to(rows.loss.dtype)
     proxies = None
     if residual is not None and rows.features is not None:
         compute, live = residual, valid[:, None, None]
@@ -241,16 +271,28 @@ def _scaled(
 
         if sketch is not None and h.shape[1] > 1:
             made = sketch(left(), right(), bias)[:, None]
-            proxies = HeadProxies(
-                lambda: made, lambda: made.new_ones(len(made), 1, 1), positions=1, bias=False, reduce=reduce
-            )
+            proxies = _of_sketches(made, reduce)
         else:
             proxies = HeadProxies(left, right, positions=h.shape[1], bias=bias, reduce=reduce)
         if gradients and h.shape[1] > 1:  # a sum over positions: its norm needs the factors of every position
             exact = sequence_norm_sq(proxies.token_residual, proxies.token_features, bias=proxies.bias)
             feature_sq = exact / (rows.residual_sq * scale.square()).clamp(min=1e-30)
+    if rows.streamed is not None:
+        if sketch is not None and rows.streamed.labels.shape[1] > 1:
+            made = torch.where(valid[:, None], sketch.of_head(rows.streamed) * scale, 0.0)[:, None]
+            proxies = _of_sketches(made, reduce)
+            norm_sq = made.square().sum((1, 2))
+        else:
+            proxies = streamed = StreamedProxies(rows.streamed, scale, valid, reduce=reduce)
+            norm_sq = streamed.norm_sq()
+        feature_sq = norm_sq / (rows.residual_sq * scale.square()).clamp(min=1e-30)
     stats = BatchStatistics(rows.loss, rows.lse, rows.residual_sq * scale.square(), feature_sq, rows.correct, valid)
     return Scored(stats, scale, proxies, losses, rows.hits, auxiliary, mass)
+
+
+def _of_sketches(made: Tensor, reduce: Callable[[Tensor], Tensor] | None) -> HeadProxies:
+    """Proxies whose gradients are the sketches (n, 1, p q)."""
+    return HeadProxies(lambda: made, lambda: made.new_ones(len(made), 1, 1), positions=1, bias=False, reduce=reduce)
 
 
 def unscored(batch: Batch, criterion: Criterion, model: nn.Module) -> Scored:
@@ -258,7 +300,8 @@ def unscored(batch: Batch, criterion: Criterion, model: nn.Module) -> Scored:
     first = next((p.dtype for p in model.parameters() if p.is_floating_point() or p.is_complex()), torch.float32)
     mass, present = criterion.mass(batch.target, batch.n, batch.device)
     valid = present & batch.finite()
-    return Scored(BatchStatistics.unscored(valid, real_dtype(first)), scale_of(mass, valid), None, None, None)
+    stats = BatchStatistics.unscored(valid, real_dtype(first))
+    return Scored(stats, scale_of(mass, valid), None, None, None, mass=mass)
 
 
 def worth_keeping(proxies: HeadProxies | None, head: nn.Module | None, n: int) -> HeadProxies | None:

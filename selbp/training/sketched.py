@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from selbp import ops
+from selbp.training.linear_proxies import HeadFactors
 
+IGNORED = -100
 DIMENSIONS = (64, 64)  # p and q: the variance of <S_i, S_j> is at most .064 |g_i|^2 |g_j|^2
 
 
@@ -24,14 +26,34 @@ class Sketcher:
     @torch.no_grad()
     def __call__(self, residual: Tensor, features: Tensor, bias: bool) -> Tensor:
         """(n, p q) sketches of residual (n, T, C) and features (n, T, d)."""
-        classes, width = residual.shape[-1], features.shape[-1] + bias
-        key = (classes, width, residual.dtype, residual.device)
-        if key not in self._drawn:
-            drawn = ops.sketch_projections(classes, width, DIMENSIONS, dtype=residual.dtype, device=residual.device)
-            self._drawn[key] = drawn
-        left, right = self._drawn[key]
+        left, right = self._projections(residual.shape[-1], features.shape[-1] + bias, residual)
         low = residual @ left
         hidden = features @ right[: features.shape[-1]]
         if bias:
             hidden = hidden + right[-1]
         return torch.bmm(low.transpose(1, 2), hidden).flatten(1)
+
+    @torch.no_grad()
+    def of_head(self, factors: HeadFactors) -> Tensor:
+        """(n, p q) sketches of a head's gradients, whose residuals are not stored."""
+        features, weight, bias = factors[:3]
+        drawn = self._projections(len(weight), features.shape[-1] + (bias is not None), factors.lse)
+        y = torch.where(factors.live.view(factors.labels.shape), factors.labels, IGNORED)
+        made = ops.sketch(
+            features,
+            weight,
+            bias,
+            y,
+            drawn,
+            class_weight=factors.class_weight,
+            ignore_index=IGNORED,
+            label_smoothing=factors.label_smoothing,
+        )
+        return made.flatten(1)
+
+    def _projections(self, classes: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        key = (classes, width, like.dtype, like.device)
+        if key not in self._drawn:
+            drawn = ops.sketch_projections(classes, width, DIMENSIONS, dtype=like.dtype, device=like.device)
+            self._drawn[key] = drawn
+        return self._drawn[key]

@@ -54,9 +54,9 @@ class Stopwatch:
         if self._idle:
             return {}
         marks = list(self._marks)
-        result = {
-            phase: self._between(before, now) for (_, before), (phase, now) in zip(marks, marks[1:], strict=False)
-        }
+        result: dict[str, float] = {}
+        for (_, before), (phase, now) in zip(marks, marks[1:], strict=False):  # a phase of micro-batches comes again
+            result[phase] = result.get(phase, 0.0) + self._between(before, now)
         if len(self._backward) == 2:
             result["backward"] = self._between(*self._backward)
         return result

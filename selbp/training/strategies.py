@@ -21,12 +21,8 @@ from selbp.training.losses import Criterion
 from selbp.types import Selection
 
 Way = Literal["rows", "recompute"]
+WAYS = ("auto", "rows", "recompute")  # what ``backward=`` may be
 UNDECIDED = "not decided yet"
-
-
-def recomputed_losses(batch: Batch, selection: Selection, forward: Callable[[Batch], Tensor]) -> Tensor:
-    """(k,) losses of a second forward on the chosen rows; slots of weight 0 run on zeros for floating inputs."""
-    return forward(batch.rows(selection.indices, selection.weights != 0))
 
 
 def may_ask(device: torch.device) -> bool:
@@ -51,7 +47,7 @@ def row_losses(
     live = selection.weights != 0
     asked = may_ask(live.device)
     if asked and not live.any():
-        return recomputed_losses(batch, selection, forward)
+        return forward(batch.rows(selection.indices, live))
     spare = selection.indices.index_select(0, live.to(torch.int8).argmax(0, keepdim=True))
     indices = torch.where(live, selection.indices, spare)
     any_valid = None if asked else live.any()
@@ -71,7 +67,7 @@ class Strategy:
     """
 
     def __init__(self, backward: str, batchnorm: BatchNormPolicy = "exact", reason: str = "asked for") -> None:
-        check_choice("backward", backward, ("auto", "rows", "recompute"))
+        check_choice("backward", backward, WAYS)
         self.auto = backward == "auto"
         self.batchnorm = batchnorm
         self.dense: Counter[str] = Counter()  # operators that ran on n rows, over the strategy's life
@@ -159,20 +155,3 @@ class Strategy:
         if found.dense:
             reason += f"; not on rows: {', '.join(found.dense)}"
         return found.recommendation, reason
-
-    def chosen_losses(
-        self, batch: Batch, selection: Selection, forward: Callable[[Batch], Tensor], losses: Tensor | None
-    ) -> Tensor:
-        """(k,) losses whose backward reaches the parameters through the chosen rows only.
-
-        ``forward`` gives the per-sample losses of some rows of the batch. ``losses`` (n,) are those of the scoring
-        forward, with their graph where the strategy keeps it.
-        """
-        if not self.keeps_graph:
-            return recomputed_losses(batch, selection, forward)
-        if losses is None:
-            raise AssertionError("the scoring forward was asked to keep its graph")
-        return row_losses(losses, batch, selection, forward, self.batchnorm, self.dense)
-
-
-UNSCORED = Strategy("recompute")  # the one forward of a step that looks at nothing before it

@@ -13,10 +13,22 @@ from selbp_study.data.datasets import (
     cache_folder,
     load,
     make_dataset,
-)  # fmt: skip
+)
 from selbp_study.data.idx import DataError
 
 __all__ = [
-    "BIBLE", "CHANGES", "DIGITS", "FASHION_MNIST", "HELD_OUT", "NAMES", "DataError", "Dataset", "Split", "Text",
-    "cache_folder", "load", "make_dataset", "resolve",
-]  # fmt: skip
+    "BIBLE",
+    "CHANGES",
+    "DIGITS",
+    "FASHION_MNIST",
+    "HELD_OUT",
+    "NAMES",
+    "DataError",
+    "Dataset",
+    "Split",
+    "Text",
+    "cache_folder",
+    "load",
+    "make_dataset",
+    "resolve",
+]

@@ -41,9 +41,11 @@ def class_noise(data: Dataset, share: float, seed: int = 0) -> Dataset:
         wrong = own[torch.randperm(len(own), generator=generator)[: round(share * len(own))]]
         labels[wrong] = alike[label]
     return _changed(
-        data, f"class-noise={share:g}", labels=labels,
+        data,
+        f"class-noise={share:g}",
+        labels=labels,
         what=f"{share:.0%} of the labels of {len(confused)} classes turned into the class most alike (seed {seed})",
-    )  # fmt: skip
+    )
 
 
 def long_tail(data: Dataset, ratio: float, seed: int = 0) -> Dataset:
@@ -62,9 +64,11 @@ def long_tail(data: Dataset, ratio: float, seed: int = 0) -> Dataset:
         kept.append(own[torch.randperm(len(own), generator=generator)[: max(1, round(share * len(own)))]])
     chosen = torch.cat(kept).sort().values
     return replace(
-        data, name=f"{data.name}+long-tail={ratio:g}", train=data.train.take(chosen),
+        data,
+        name=f"{data.name}+long-tail={ratio:g}",
+        train=data.train.take(chosen),
         source=f"{data.source}, classes thinned out to 1 in {ratio:g} (seed {seed})",
-    )  # fmt: skip
+    )
 
 
 def duplicates(data: Dataset, share: float, seed: int = 0) -> Dataset:
@@ -76,14 +80,19 @@ def duplicates(data: Dataset, share: float, seed: int = 0) -> Dataset:
     source = torch.arange(len(order))
     source[order[:count]] = order[count:][torch.randint(len(order) - count, (count,), generator=generator)]
     return replace(
-        data, name=f"{data.name}+duplicates={share:g}", train=data.train.take(source),
+        data,
+        name=f"{data.name}+duplicates={share:g}",
+        train=data.train.take(source),
         source=f"{data.source}, {share:.0%} of the training samples are copies of others (seed {seed})",
-    )  # fmt: skip
+    )
 
 
 CHANGES: dict[str, Callable[..., Dataset]] = {
-    "noise": label_noise, "class-noise": class_noise, "long-tail": long_tail, "duplicates": duplicates,
-}  # fmt: skip
+    "noise": label_noise,
+    "class-noise": class_noise,
+    "long-tail": long_tail,
+    "duplicates": duplicates,
+}
 
 
 def apply(data: Dataset, change: str) -> Dataset:

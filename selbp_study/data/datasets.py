@@ -182,10 +182,16 @@ class Source:
 
 
 SOURCES = {
-    FASHION_MNIST: Source("Fashion-MNIST", "dataset-fashion-mnist", 31, "usr/share/datasets/fashion-mnist",
-                          "train-images-idx3-ubyte.gz", read_fashion_mnist),
+    FASHION_MNIST: Source(
+        "Fashion-MNIST",
+        "dataset-fashion-mnist",
+        31,
+        "usr/share/datasets/fashion-mnist",
+        "train-images-idx3-ubyte.gz",
+        read_fashion_mnist,
+    ),
     BIBLE: Source("the King James Bible", "bible-kjv-text", 2, "usr/lib", BIBLE_FILE, read_bible),
-}  # fmt: skip
+}
 NAMES = (*SOURCES, DIGITS)
 
 

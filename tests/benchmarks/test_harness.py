@@ -133,20 +133,23 @@ def test_a_slow_contender_gets_fewer_rounds(roofline, ticker):
 X = torch.arange(5.0)
 
 
-@pytest.mark.parametrize("reads,call", [
-    pytest.param(0, lambda: torch.where(X > 2, X, 0.0).sort().values.cumsum(0), id="where and sort"),
-    pytest.param(0, lambda: X[torch.tensor([1, 2])].to(X.device), id="index of a tensor"),
-    pytest.param(1, lambda: X[0].item(), id="item"),
-    pytest.param(1, lambda: bool(X[0] > 1), id="bool"),
-    pytest.param(1, lambda: X[X > 2], id="mask"),
-    pytest.param(1, lambda: X.clone().__setitem__(X > 2, X[:2]), id="masked write"),
-    pytest.param(1, lambda: torch.where(X > 2), id="where alone"),
-    pytest.param(1, lambda: X.tolist(), id="tolist"),
-    pytest.param(1, lambda: X.cpu().numpy(), id="numpy"),
-    pytest.param(1, lambda: np.asarray(X), id="asarray"),
-    pytest.param(1, lambda: torch.repeat_interleave(X, X.long()), id="repeat_interleave"),
-    pytest.param(3, lambda: [float(x) for x in X[:3]], id="a float each"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reads,call",
+    [
+        pytest.param(0, lambda: torch.where(X > 2, X, 0.0).sort().values.cumsum(0), id="where and sort"),
+        pytest.param(0, lambda: X[torch.tensor([1, 2])].to(X.device), id="index of a tensor"),
+        pytest.param(1, lambda: X[0].item(), id="item"),
+        pytest.param(1, lambda: bool(X[0] > 1), id="bool"),
+        pytest.param(1, lambda: X[X > 2], id="mask"),
+        pytest.param(1, lambda: X.clone().__setitem__(X > 2, X[:2]), id="masked write"),
+        pytest.param(1, lambda: torch.where(X > 2), id="where alone"),
+        pytest.param(1, lambda: X.tolist(), id="tolist"),
+        pytest.param(1, lambda: X.cpu().numpy(), id="numpy"),
+        pytest.param(1, lambda: np.asarray(X), id="asarray"),
+        pytest.param(1, lambda: torch.repeat_interleave(X, X.long()), id="repeat_interleave"),
+        pytest.param(3, lambda: [float(x) for x in X[:3]], id="a float each"),
+    ],
+)
 def test_host_reads(reads, call):
     assert host_reads(call)[0] == reads
 
@@ -197,11 +200,14 @@ def test_command_line(monkeypatch, capsys, tmp_path, ticker):
     assert command.main(["--peers"]) == 0 and "liger-kernel" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments,message", [
-    (["nosuch"], "no suite nosuch"),
-    (["--seconds", "0"], "--seconds must be positive"),
-    (["--publish", "--quick"], "--publish is for a whole run"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["nosuch"], "no suite nosuch"),
+        (["--seconds", "0"], "--seconds must be positive"),
+        (["--publish", "--quick"], "--publish is for a whole run"),
+    ],
+)
 def test_bad_input_is_one_line(arguments, message, capsys):
     assert command.main(arguments) == 2
     said = capsys.readouterr().err
@@ -226,10 +232,19 @@ def test_every_suite_lists_its_cases_and_names_them_once():
 
 def test_suites_run_under_pytest_benchmark():
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", "--benchmark-only",
-         "--benchmark-min-rounds=1", "--benchmark-max-time=0.001", "--benchmark-warmup=off", "-k", "gram and 128"],
-        cwd=ROOT, text=True, capture_output=True, timeout=600, env=env,
-    )  # fmt: skip
+    short = "--benchmark-only --benchmark-min-rounds=1 --benchmark-max-time=0.001 --benchmark-warmup=off".split()
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "benchmarks",
+        *short,
+        "-k",
+        "gram and 128",
+    ]
+    result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=600, env=env)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "passed" in result.stdout and "Median" in result.stdout

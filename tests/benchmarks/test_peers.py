@@ -1,18 +1,25 @@
 """The peers do what they say, or say why they are not there; residual and bias are those of the definition."""
 
+import importlib
 import sys
 
 import pytest
 import torch
 
-from benchmarks.bench_selection import CASES, quality
 from benchmarks.harness import Unavailable
 from benchmarks.peers import heads, selection
 
 CPU = torch.device("cpu")
 
 
-def test_bias_and_residual_of_known_weights():
+@pytest.fixture(scope="module")
+def bench():
+    """The suite, which asks each peer whether it is there, and so imports it."""
+    return importlib.import_module("benchmarks.bench_selection")
+
+
+def test_bias_and_residual_of_known_weights(bench):
+    quality = bench.quality
     torch.manual_seed(0)
     gradients = torch.randn(8, 3, dtype=torch.float64) + 1.0
     gram, mean = gradients @ gradients.T, gradients.mean(0)
@@ -39,16 +46,16 @@ def test_a_missing_peer_says_how_to_get_it(monkeypatch, name):
     assert isinstance(peer, Unavailable) and "pip install" in peer.reason
 
 
-def test_peers_match_as_they_say():
+def test_peers_match_as_they_say(bench):
     """Orthogonal matching pursuit of scikit-learn and SPAMS, signed, on one minibatch: nearly the same residual."""
-    case = next(case for case in CASES if case.name.startswith("gradient matching n=128"))
+    case = next(case for case in bench.CASES if case.name.startswith("gradient matching n=128"))
     inputs = case.draw(CPU)
     found = {}
     for name, call in case.bind(inputs).items():
         if name.startswith("CORDS"):  # slow
             continue
         result = call()
-        found[name] = quality(call, [result, result], inputs)["residual"]
+        found[name] = bench.quality(call, [result, result], inputs)["residual"]
     assert 0.0 < found["ours"] < 0.5
     assert all(found["ours"] - 1e-3 <= value < 1.5 * found["ours"] for value in found.values()), found
 

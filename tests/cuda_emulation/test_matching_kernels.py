@@ -1,7 +1,8 @@
 """The real matching kernels on emulated threads: the CPU's bits under every schedule; planted bugs are caught."""
 
 import pytest
-from emulation import build, patched, run
+from support.compiled import patched
+from support.emulation import build, run
 
 KERNELS = ["shared", "global", "grid"]
 
@@ -78,8 +79,10 @@ def test_same_bits_for_every_rule(emulator, kernel, rule, nonnegative):
 def test_same_bits_for_many_problems_and_schedules(emulator, kernel, seed):
     cases = [
         case(kernel, n, k, dtype=dtype, seed=100 * seed + n, masked=n % 2, batch=2)
-        for n in (7, 31, 33, 65, 96) for k in (n // 3, n) for dtype in ("f32", "f64")
-    ]  # fmt: skip
+        for n in (7, 31, 33, 65, 96)
+        for k in (n // 3, n)
+        for dtype in ("f32", "f64")
+    ]
     assert_equal(emulator, cases, range(4 * seed, 4 * seed + 4))
 
 
@@ -89,7 +92,7 @@ TEAM, ENGINE = "team/block_team.cuh", "matching/engine.hpp"
 
 
 def planted(tmp_path, file, before, after):
-    csrc = patched(tmp_path / "csrc", file, before, after)
+    csrc = patched(tmp_path / "csrc", (file, before, after))
     defines = ["-DSELBP_LEVEL=device", "-DSELBP_DEVICE_CODE", "-DONLY_F32"]
     return build("matching.cpp", host=True, csrc=csrc, defines=defines)
 
@@ -132,18 +135,21 @@ def test_planted_unmasked_repeat(tmp_path):
 def test_planted_divergent_barrier(tmp_path):
     """Only part of the block reaches the barrier before the sweep."""
     program = planted(
-        tmp_path, TEAM, "void sync() const { __syncthreads(); }",
+        tmp_path,
+        TEAM,
+        "void sync() const { __syncthreads(); }",
         "void sync() const {\n    if (threadIdx.x < 40) __syncthreads();\n  }",
-    )  # fmt: skip
+    )
     assert all("divergent barrier" in line or "divergent shuffle" in line for line in outcome(program, "shared"))
 
 
 def test_planted_write_past_the_shared_arrays(tmp_path):
     program = planted(
-        tmp_path, "matching/kernels.cuh",
+        tmp_path,
+        "matching/kernels.cuh",
         "ballot_bytes<T>(kWarp) + std::size_t(shape.rows) * sizeof(T);",
         "ballot_bytes<T>(kWarp) + std::size_t(shape.rows - 2) * sizeof(T);",
-    )  # fmt: skip
+    )
     assert all("past the end of its shared memory" in line for line in outcome(program, "grid", k=12))
 
 
@@ -166,9 +172,8 @@ SANITIZED = [(1, 1, "f32"), (33, 33, "f32"), (70, 20, "f64"), (70, 70, "f32")]
 
 @pytest.mark.slow
 def test_thread_sanitizer_names_the_missing_barrier(tmp_path):
-    csrc = patched(
-        tmp_path / "csrc", TEAM, "best;\n    __syncthreads();\n    int lanes = 1;", "best;\n    int lanes = 1;"
-    )
+    bug = (TEAM, "best;\n    __syncthreads();\n    int lanes = 1;", "best;\n    int lanes = 1;")
+    csrc = patched(tmp_path / "csrc", bug)
     defines = ["-DSELBP_LEVEL=device", "-DSELBP_DEVICE_CODE", "-DONLY_F32"]
     program = build("matching.cpp", host=True, csrc=csrc, sanitizer="thread", defines=defines)
     status, _, errors = run(program, text=case("shared", 70, 40)(2) + "\n")

@@ -5,7 +5,8 @@ import types
 
 import pytest
 import torch
-from emulation import COMMON, HERE, ROOT, link, machine_flags
+from support.compiled import ROOT, compile_all, link
+from support.emulation import COMMON, HERE, machine_flags
 
 from selbp import ops
 from selbp.ops import _nvrtc, _nvrtc_core
@@ -21,7 +22,7 @@ def driver():
         (HERE / "fake_driver.cpp", kernels, [shim, csrc]),
         (shim / "scheduler.cpp", [*COMMON, "-fPIC"], [shim]),
     ]
-    return ctypes.CDLL(str(link("fake_driver", units, ("-shared",))))
+    return ctypes.CDLL(str(link("fake_driver", compile_all(units), ("-shared",))))
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from emulation import build, run
+from support.emulation import build, run
 
 SEEDS = range(8)  # two of each order in which threads are picked
 

@@ -40,14 +40,19 @@ def _literal(text: bytes) -> bytes:
 
 def book(chapters: int = 40) -> list[list[str]]:
     """Chapters of verses that differ."""
-    return [[f"And in the year {c} of verse {v}, he said: {'selah ' * (v % 5)}so be it." for v in range(9)]
-            for c in range(chapters)]  # fmt: skip
+    return [
+        [f"And in the year {c} of verse {v}, he said: {'selah ' * (v % 5)}so be it." for v in range(9)]
+        for c in range(chapters)
+    ]
 
 
 def write_book(folder: Path, chapters: list[list[str]]) -> Path:
     folder.mkdir(exist_ok=True)
-    lines = [f"{'Ge' if c < 20 else '1Sam'}{c + 1}:{v + 1} {verse}" for c, verses in enumerate(chapters)
-             for v, verse in enumerate(verses)]  # fmt: skip
+    lines = [
+        f"{'Ge' if c < 20 else '1Sam'}{c + 1}:{v + 1} {verse}"
+        for c, verses in enumerate(chapters)
+        for v, verse in enumerate(verses)
+    ]
     write_file(folder / NAME, "\n".join(["A title.", *lines, ""]).encode())
     return folder
 

@@ -1,6 +1,6 @@
 """Random models: the gradients of chosen rows, of cuts and of steps are those of plain torch.
 
-A failing seed prints its program, made as short as still fails; ``python tests/fuzz/model_check.py SEED``
+A failing seed prints its program, made as short as still fails; ``python tests/support/random_models/check.py SEED``
 runs it again.
 """
 
@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_check import failure, report
-from model_context import OPERATORS
-from model_generator import build, describe, random_model
-from model_kept import KEPT
+from support.random_models.check import failure, report
+from support.random_models.context import OPERATORS
+from support.random_models.generator import build, describe, random_model
+from support.random_models.kept import KEPT
 from torch import Tensor
 
 from selbp.rows import RowGradient, registry
@@ -26,7 +26,7 @@ from selbp.rows.registry import RULES, bind
 
 FAST, CHUNKS = 300, 10
 SLOW, SLOW_CHUNK = 10_000, 500
-SCRIPT = Path(__file__).with_name("model_check.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "random_models" / "check.py"
 
 
 @pytest.fixture(autouse=True)

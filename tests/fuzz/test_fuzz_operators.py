@@ -6,7 +6,7 @@ One case alone: ``SELBP_FUZZ_SEED=17 pytest tests/fuzz/test_fuzz_operators.py -k
 import os
 
 import pytest
-from operator_cases import OPERATORS, Draw
+from support.operator_cases import OPERATORS, Draw
 
 FAST, SLOW = 120, 2000
 KEPT = {  # seeds that once failed

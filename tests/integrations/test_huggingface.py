@@ -17,7 +17,7 @@ import selbp
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 transformers: Any = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from hf_kit import (  # noqa: E402
+from support.hf_kit import (  # noqa: E402
     SAMPLES,
     STILL,
     TEXT,
@@ -52,9 +52,12 @@ class SelectiveTrainer(SelectiveTrainerMixin, transformers.Trainer):
 
 def train(model, folder, data, options=None, kind=None, extra=None, **args):
     trainer = (kind or SelectiveTrainer)(
-        model=model, args=arguments(folder, **args), train_dataset=data,
-        **({} if options is None else {"selective": options}), **(extra or {}),
-    )  # fmt: skip
+        model=model,
+        args=arguments(folder, **args),
+        train_dataset=data,
+        **({} if options is None else {"selective": options}),
+        **(extra or {}),
+    )
     trainer.train()
     return trainer
 
@@ -168,9 +171,11 @@ def test_a_resumed_run_goes_on_bit_for_bit(rule, own_generator, tmp_path):
     train(whole, tmp_path / "whole", classes(), options(), max_steps=5, **common)
     train(bert(), tmp_path / "part", classes(), options(), max_steps=2, save_strategy="steps", save_steps=2, **common)
     resumed = SelectiveTrainer(
-        model=bert(), args=arguments(tmp_path / "part", max_steps=5, **common), train_dataset=classes(),
+        model=bert(),
+        args=arguments(tmp_path / "part", max_steps=5, **common),
+        train_dataset=classes(),
         selective=options(),
-    )  # fmt: skip
+    )
     resumed.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-2"))
     assert torch.equal(weights(resumed.model), weights(whole))
     assert resumed.selective_step.optimizer_step == 4
@@ -204,9 +209,11 @@ def test_evaluation_is_the_trainers_own(tmp_path):
     found = []
     for kind, options in ((transformers.Trainer, None), (SelectiveTrainer, {**FULL, "keep": 0.25})):
         trainer = kind(
-            model=bert(), args=arguments(tmp_path), eval_dataset=data,
+            model=bert(),
+            args=arguments(tmp_path),
+            eval_dataset=data,
             **({} if options is None else {"selective": options}),
-        )  # fmt: skip
+        )
         found.append((trainer.evaluate()["eval_loss"], trainer.predict(data).predictions))
     assert found[0][0] == found[1][0] and (found[0][1] == found[1][1]).all()
 
@@ -265,9 +272,15 @@ def test_a_loss_function_of_ones_own(tmp_path):
 def t5():
     torch.manual_seed(0)
     config = transformers.T5Config(
-        vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0,
+        vocab_size=VOCABULARY,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        dropout_rate=0.0,
         decoder_start_token_id=0,
-    )  # fmt: skip
+    )
     return transformers.T5ForConditionalGeneration(config)
 
 
@@ -328,8 +341,9 @@ def test_a_trainer_with_another_loss_is_refused(tmp_path):
 
 
 def test_a_cut_and_an_inserted_one_under_the_trainer(tmp_path):
-    trainer = train(llama(), tmp_path, texts(), {"selector": selbp.GradientMatching(), "keep": 0.25,
-                                                 "cut": "model.layers.1"})  # fmt: skip
+    trainer = train(
+        llama(), tmp_path, texts(), {"selector": selbp.GradientMatching(), "keep": 0.25, "cut": "model.layers.1"}
+    )
     assert trainer.selective_step.report.cut.k == 2
     model = llama(tie_word_embeddings=True)
     cut = selbp.insert_cut(model, "lm_head", keep=0.25, at="input")

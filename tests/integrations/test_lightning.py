@@ -54,9 +54,14 @@ class Module(lightning.LightningModule):
 def fit(module, folder, callback=None, resume=None, **options):
     callback = callback or SelectiveCallback()
     trainer = lightning.Trainer(
-        accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=folder, callbacks=[callback], **({"max_epochs": 1, "logger": False} | options),
-    )  # fmt: skip
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[callback],
+        **({"max_epochs": 1, "logger": False} | options),
+    )
     trainer.fit(module, loader(), ckpt_path=resume)
     return trainer
 

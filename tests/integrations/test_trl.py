@@ -13,7 +13,7 @@ transformers: Any = pytest.importorskip("transformers", reason="transformers is 
 trl: Any = pytest.importorskip("trl", reason="trl is not installed")
 datasets: Any = pytest.importorskip("datasets", reason="datasets is not installed")
 
-from hf_kit import difference, llama, mixtral, texts, weights  # noqa: E402
+from support.hf_kit import difference, llama, mixtral, texts, weights  # noqa: E402
 
 from selbp.integrations.huggingface import SelectiveTrainerMixin, selective  # noqa: E402
 
@@ -51,16 +51,31 @@ class Tokenizer:
 
 def train(model, folder, options=None, kind=None, **extra):
     plain = {
-        "output_dir": str(folder), "use_cpu": True, "report_to": [], "per_device_train_batch_size": 8, "max_steps": 2,
-        "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
-        "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "seed": 3, "data_seed": 3, "bf16": False,
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": [],
+        "per_device_train_batch_size": 8,
+        "max_steps": 2,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "seed": 3,
+        "data_seed": 3,
+        "bf16": False,
         "gradient_checkpointing": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
-    }  # fmt: skip
+    }
     trainer = (kind or SelectiveSFT)(
-        model=model, args=trl.SFTConfig(**(plain | extra)), train_dataset=data(), processing_class=Tokenizer(),
+        model=model,
+        args=trl.SFTConfig(**(plain | extra)),
+        train_dataset=data(),
+        processing_class=Tokenizer(),
         **({} if options is None else {"selective": options}),
-    )  # fmt: skip
+    )
     trainer.train()
     return trainer
 
@@ -118,8 +133,9 @@ def test_low_rank_adapters(tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed")
 
     def build():
-        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM",
-                                 init_lora_weights=False)  # fmt: skip
+        config = peft.LoraConfig(
+            r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+        )
         return peft.get_peft_model(llama(), config)
 
     ours, plain = build(), build()
@@ -139,6 +155,14 @@ def test_losses_that_a_step_would_replace_are_refused(tmp_path):
 
 
 @pytest.mark.skipif(not FUSED, reason="this TRL leaves no mark of packing in the batch on a CPU")
-def test_a_packed_batch_is_named(tmp_path):
-    with pytest.raises(ValueError, match="the batch is packed"):
-        train(llama(), tmp_path, FULL, padding_free=True, max_length=None)
+def test_a_packed_batch_trains_as_a_padded_one(tmp_path):
+    """Its sequences are the samples; TRL's own figures are of the same tokens."""
+    found = []
+    for padding_free in (False, True):
+        rule = {"selector": selbp.TopLoss(), "keep": 0.5}
+        trainer = train(llama(), tmp_path, rule, padding_free=padding_free, max_length=None)
+        found.append((trainer.model, [logged(trainer, name) for name in ("loss", *METRICS)]))
+    (want, figures), (got, others) = found
+    assert difference(got, want, weights(llama())) < 1e-5
+    for figure, other in zip(figures, others, strict=True):
+        assert other == pytest.approx(figure, rel=1e-3)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.two_trainers import launched
 from torch import nn
 from torch.nn import functional as F
-from two_trainers import launched
 
 import selbp
 
@@ -37,7 +37,7 @@ def check_equal_on_both(value: torch.Tensor) -> None:
 
 def trainer_check(rank: int) -> None:
     import transformers
-    from hf_kit import arguments, difference, llama, texts
+    from support.hf_kit import arguments, difference, llama, texts
 
     from selbp.integrations.huggingface import SelectiveTrainerMixin
 
@@ -76,18 +76,29 @@ def trainer_check(rank: int) -> None:
     whole = train(SelectiveTrainer, own(), max_steps=4)
     folder = shared_folder()
     half = SelectiveTrainer(
-        model=llama(), train_dataset=texts(), selective=own(),
-        args=arguments(folder, per_device_train_batch_size=4, gradient_accumulation_steps=2, ddp_backend="gloo",
-                       save_strategy="steps", save_steps=2),
-    )  # fmt: skip
+        model=llama(),
+        train_dataset=texts(),
+        selective=own(),
+        args=arguments(
+            folder,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            ddp_backend="gloo",
+            save_strategy="steps",
+            save_steps=2,
+        ),
+    )
     half.train()
     dist.barrier()
     assert (folder / "checkpoint-2" / f"selbp_state_{rank}.pt").exists()
     resumed = SelectiveTrainer(
-        model=llama(), train_dataset=texts(), selective=own(),
-        args=arguments(folder, per_device_train_batch_size=4, gradient_accumulation_steps=2, ddp_backend="gloo",
-                       max_steps=4),
-    )  # fmt: skip
+        model=llama(),
+        train_dataset=texts(),
+        selective=own(),
+        args=arguments(
+            folder, per_device_train_batch_size=4, gradient_accumulation_steps=2, ddp_backend="gloo", max_steps=4
+        ),
+    )
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert torch.equal(weights(resumed.model), weights(whole.model))
 

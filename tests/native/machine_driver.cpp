@@ -10,7 +10,8 @@
 #include "choose_rows/cpu.hpp"
 #include "cube/cpu.hpp"
 #include "gram/cpu.hpp"
-#include "matching/matching.hpp"
+#include "matching/cpu.hpp"
+#include "mean_gradient/cpu.hpp"
 #include "statistics/cpu.hpp"
 
 namespace {
@@ -46,6 +47,7 @@ struct Kernels<float> {
   static constexpr auto gram = &selbp::baseline::gram_f32;
   static constexpr auto match = &selbp::baseline::match_f32;
   static constexpr auto row_dots = &selbp::baseline::row_dots_f32;
+  static constexpr auto mean_gradient = &selbp::baseline::mean_gradient_f32;
 };
 template <>
 struct Kernels<double> {
@@ -54,6 +56,7 @@ struct Kernels<double> {
   static constexpr auto gram = &selbp::baseline::gram_f64;
   static constexpr auto match = &selbp::baseline::match_f64;
   static constexpr auto row_dots = &selbp::baseline::row_dots_f64;
+  static constexpr auto mean_gradient = &selbp::baseline::mean_gradient_f64;
 };
 
 std::vector<int64_t> targets() {
@@ -70,12 +73,12 @@ void check_statistics(const std::string& type) {
   const Matrix z{logits.data(), Kernels<T>::kType, kClasses, kRows, kClasses};
   const Matrix h{features.data(), Kernels<T>::kType, kWidth, kRows, kWidth};
   for (const bool options_on : {false, true}) {
-    std::vector<T> loss(kRows), lse(kRows), squares(kRows), widths(kRows), others(kRows), r(kRows * kClasses);
+    std::vector<T> loss(kRows), lse(kRows), squares(kRows), widths(kRows), p_rest(kRows), r(kRows * kClasses);
     bool correct[kRows], valid[kRows];
-    const StatisticsOutput out{loss.data(), lse.data(), squares.data(), widths.data(), others.data(), correct, valid};
+    const StatisticsOutput out{loss.data(), lse.data(), squares.data(), widths.data(), p_rest.data(), correct, valid};
     const LossOptions options{target.data(), nullptr, -100, options_on ? 0.1 : 0.0, options_on ? 5.0 : 0.0};
     if (baseline::statistics(z, 0, kClasses, h, true, options, nullptr, out, kThreads) >= 0) std::abort();
-    const ResidualTile tile{0, kClasses, double(kClasses), lse.data(), others.data(), nullptr};
+    const ResidualTile tile{0, kClasses, double(kClasses), lse.data(), p_rest.data(), nullptr};
     if (baseline::residual(z, tile, options, r.data(), kThreads) >= 0) std::abort();
     const std::string name = type + (options_on ? "-options-" : "-");
     const double tolerance = Kernels<T>::kTolerance;
@@ -123,6 +126,32 @@ void check_matching(const std::string& type) {
   }
 }
 
+template <class T>
+void check_mean_gradient(const std::string& type) {
+  using namespace selbp;
+  const std::vector<T> r = numbers<T>(kRows * kClasses, 9), h = numbers<T>(kRows * kWidth, 10);
+  std::vector<T> inner(kRows), target_sq(1), weight(kClasses * kWidth), bias(kClasses);
+  if (!Kernels<T>::mean_gradient({r.data(), h.data(), kRows, kClasses, kWidth, true},
+                                 {inner.data(), target_sq.data(), weight.data(), bias.data()}))
+    std::abort();
+  print("mean_inner-" + type, Kernels<T>::kTolerance, inner);
+  print("mean_target_sq-" + type, Kernels<T>::kTolerance, target_sq);
+  print("mean_weight-" + type, Kernels<T>::kTolerance, weight);
+  print("mean_bias-" + type, Kernels<T>::kTolerance, bias);
+}
+
+void check_matching_residual() {
+  using namespace selbp;
+  const std::vector<double> r = numbers<double>(kRows * kClasses, 9), h = numbers<double>(kRows * kWidth, 10);
+  std::vector<int64_t> indices;
+  for (int64_t j = 0; j < kKept; ++j) indices.push_back(j == 4 ? -1 : 3 * j);
+  const std::vector<double> weights = numbers<double>(kKept, 11);
+  std::vector<double> squares(2), scratch(static_cast<std::size_t>(residual_scratch(kKept, kClasses, kWidth)));
+  baseline::matching_residual({r.data(), h.data(), kRows, kClasses, kWidth, true},
+                              {indices.data(), weights.data(), kKept}, squares.data(), scratch.data());
+  print("matching_residual", 1e-12, squares);
+}
+
 void check_choices() {
   using namespace selbp;
   const std::vector<double> score = numbers<double>(kRows, 5);
@@ -156,5 +185,8 @@ int main() {
   check_statistics<double>("f64");
   check_matching<float>("f32");
   check_matching<double>("f64");
+  check_mean_gradient<float>("f32");
+  check_mean_gradient<double>("f64");
+  check_matching_residual();
   check_choices();
 }

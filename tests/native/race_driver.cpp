@@ -12,8 +12,8 @@
 #include "cube/cpu.hpp"
 #include "gram/cpu.hpp"
 #include "matching/cpu.hpp"
+#include "mean_gradient/cpu.hpp"
 #include "statistics/cpu.hpp"
-#include "stream/cpu.hpp"
 
 namespace {
 
@@ -65,12 +65,12 @@ double match(Solve solve, const std::vector<T>& gram) {
 double once(const Inputs& in) {
   using namespace selbp;
   double total = 0;
-  std::vector<float> loss(kRows), lse(kRows), squares(kRows), widths(kRows), others(kRows), r(kRows * kClasses);
+  std::vector<float> loss(kRows), lse(kRows), squares(kRows), widths(kRows), p_rest(kRows), r(kRows * kClasses);
   bool correct[kRows], valid[kRows];
   const Matrix z{in.logits.data(), Type::f32, kClasses, kRows, kClasses};
   const Matrix h{in.features.data(), Type::f32, kWidth, kRows, kWidth};
   const Matrix w{in.weight.data(), Type::f32, kWidth, kClasses, kWidth};
-  const StatisticsOutput out{loss.data(), lse.data(), squares.data(), widths.data(), others.data(), correct, valid};
+  const StatisticsOutput out{loss.data(), lse.data(), squares.data(), widths.data(), p_rest.data(), correct, valid};
   for (const double smoothing : {0.0, 0.1}) {
     const LossOptions options{in.target.data(), nullptr, -100, smoothing, smoothing * 50};
     if (SELBP_PICK(statistics)(z, 0, kClasses, h, true, options, nullptr, out, 1) >= 0) std::abort();
@@ -107,9 +107,18 @@ double once(const Inputs& in) {
     for (const std::int64_t i : indices) total += double(i);
   }
   SELBP_PICK(percentile)({kRows, 50, in.wide.data(), in.history.data(), next.data(), share.data(), ranks.data()});
-  std::vector<float> copy(in.logits.size());
-  SELBP_PICK(stream_copy)(copy.data(), in.logits.data(), std::int64_t(copy.size()), 1, 1);
-  return total + share[5] + probability[2] + SELBP_PICK(stream_read)(copy.data(), std::int64_t(copy.size()), 1, 1);
+  std::vector<float> inner(kRows), head(kClasses * kWidth), head_bias(kClasses);
+  float target_sq = 0;
+  if (!SELBP_PICK(mean_gradient_f32)({r.data(), in.features.data(), kRows, kClasses, kWidth, true},
+                                     {inner.data(), &target_sq, head.data(), head_bias.data()}))
+    std::abort();
+  std::vector<double> weights(kKept, 1.0 / kKept);
+  std::vector<double> scratch_sq(std::size_t(residual_scratch(kKept, kClasses, kClasses)));
+  double norms[2];
+  SELBP_PICK(matching_residual)
+  ({in.wide.data(), in.wide.data(), kRows, kClasses, kClasses, true}, {indices.data(), weights.data(), kKept}, norms,
+   scratch_sq.data());
+  return total + share[5] + probability[2] + inner[4] + target_sq + norms[0] + norms[1];
 }
 
 }  // namespace

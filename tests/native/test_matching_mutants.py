@@ -1,19 +1,14 @@
 """Bugs planted in the CPU's matching engine: the comparison with the specification must see every one of them."""
 
 import ctypes
-import os
-import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
+from support.compiled import compile_all, link, patched
 
 from selbp import reference
 
-ROOT = Path(__file__).parents[2]
-COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 DRIVER = """
 #include "matching/cpu.cpp"
 extern "C" bool solve(const double* gram, const double* inner, const double* target_sq, int n, int k, double ridge,
@@ -39,33 +34,28 @@ MUTANTS = {
     "a resumed row's columns start over": (ENGINE, "at(begin + i, pivot)", "at(i, pivot)"),
     "of four rows two are formed": (LOOKAHEAD, "form_rows<kLookahead>(", "form_rows<2>("),
     "the residual lacks its factor 2": (SETUP, "twice = 2.0 * (", "twice = ("),
-}  # fmt: skip
+}
+
+
+# The driver calls the engine in float64 alone; the other half of the compilation is left out.
+CALL = "Answer<float>& answers, std::int64_t batch,\n               int threads) {\n  return "
+FLOAT64_ALONE = ("matching/cpu.cpp", CALL + "solve_all(options", CALL + "(options.n")
 
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
     """The solver of each mutant, compiled side by side."""
-    if COMPILER is None:
-        pytest.skip("no C++ compiler")
+    flags = "-std=c++17 -O0 -w -fPIC -ffp-contract=off -DSELBP_LEVEL=baseline".split()
 
-    def compiled(item):
-        name, mutation = item
+    def compiled(mutation):
         folder = tmp_path_factory.mktemp("engine")
-        csrc = folder / "csrc"
-        shutil.copytree(ROOT / "csrc", csrc)
-        if mutation:
-            file, before, after = mutation
-            text = (csrc / file).read_text()
-            assert text.count(before) == 1, f"{file} no longer has exactly one {before!r}: plant the bug anew"
-            (csrc / file).write_text(text.replace(before, after))
         (folder / "driver.cpp").write_text(DRIVER)
-        flags = "-std=c++17 -O0 -w -fPIC -shared -ffp-contract=off -DSELBP_LEVEL=baseline".split()
-        command = [COMPILER, *flags, f"-I{csrc}", "driver.cpp", "-lgomp", "-o", "engine.so"]
-        subprocess.run(command, cwd=folder, check=True, timeout=600)
-        return name, ctypes.CDLL(str(folder / "engine.so")).solve
+        csrc = patched(folder / "csrc", FLOAT64_ALONE, *([mutation] if mutation else []))
+        objects = compile_all([(folder / "driver.cpp", flags, [csrc])])
+        return ctypes.CDLL(str(link("engine", objects, ("-shared", "-lgomp")))).solve
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(compiled, MUTANTS.items()))
+        return dict(zip(MUTANTS, pool.map(compiled, MUTANTS.values()), strict=True))
 
 
 def problems():

@@ -27,9 +27,13 @@ def everything(features, weight, bias, target):
     rows = {
         **{f"statistics {name}": field for name, field in stored._asdict().items()},
         **{f"head {name}": field for name, field in head._asdict().items()},
-        "residual": residual, "gram": gram, "inner": mean.inner, "loss": loss.detach(), "features": d_features,
+        "residual": residual,
+        "gram": gram,
+        "inner": mean.inner,
+        "loss": loss.detach(),
+        "features": d_features,
         "sketch": tokens,
-    }  # fmt: skip
+    }
     whole = [*mean[1:], *found, ops.matching_residual(residual, features, chosen), *d_head, sequence]
     return rows, whole
 

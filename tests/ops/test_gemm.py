@@ -7,10 +7,11 @@ HAS_ONEDNN = _gemm._agree(torch.float32)
 PATHS = [
     pytest.param("mm", id="mm"),
     pytest.param(
-        "onednn", id="onednn",
+        "onednn",
+        id="onednn",
         marks=pytest.mark.skipif(not HAS_ONEDNN, reason="this torch has no mkldnn::_linear_pointwise for float32"),
     ),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(autouse=True)

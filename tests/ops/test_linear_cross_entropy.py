@@ -4,7 +4,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from loss_cases import DTYPES, assert_error, compute_dtype
+from support.loss_cases import DTYPES, assert_error, compute_dtype
 
 from selbp import ops
 from selbp.ops import _gemm
@@ -38,7 +38,8 @@ def small_tiles(monkeypatch):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_eager_torch_over_tiles(dtype, weighted, options, monkeypatch):
+@pytest.mark.parametrize("memory_limit", [None, 0], ids=["kept", "formed_again"])
+def test_matches_eager_torch_over_tiles(memory_limit, dtype, weighted, options, monkeypatch):
     small_tiles(monkeypatch)
     for n, d, n_classes, bias in ((1, 3, 1, True), (7, 5, 70, False), (40, 16, 150, True)):
         tensors, target = head(n, d, n_classes, dtype, bias)
@@ -46,7 +47,8 @@ def test_matches_eager_torch_over_tiles(dtype, weighted, options, monkeypatch):
             target[1] = -100
         class_weight = torch.rand(n_classes).to(dtype) if weighted else None
         upstream = torch.randn(n)
-        loss = ops.linear_cross_entropy(*tensors, target, class_weight=class_weight, **options)
+        limit = {"memory_limit": memory_limit}
+        loss = ops.linear_cross_entropy(*tensors, target, class_weight=class_weight, **limit, **options)
         assert loss.dtype == compute_dtype(dtype)
         ours = gradients(loss, tensors, upstream)
         theirs_loss = eager(*tensors, target, class_weight, **options)
@@ -61,29 +63,20 @@ def test_matches_eager_torch_over_tiles(dtype, weighted, options, monkeypatch):
             assert_error(name, a, e, x, eps)
 
 
-def test_gradcheck():
-    tensors, target = head(5, 4, 6, torch.float64)
-    target[2] = -100
-    weight = torch.rand(6, dtype=torch.float64)
-
-    def loss(features, head_weight, bias):
-        return ops.linear_cross_entropy(
-            features, head_weight, bias, target, class_weight=weight, label_smoothing=0.1, softcap=3.0
-        )
-
-    torch.autograd.gradcheck(loss, tensors)
-    torch.autograd.gradcheck(loss, [tensors[0].detach(), tensors[1], tensors[2].detach()])
-
-
-def test_only_rows_with_a_gradient_are_computed(monkeypatch):
+@pytest.mark.parametrize(
+    "memory_limit,products",
+    [(None, [40, 3]), (0, [3, 40, 3])],  # logits and features' gradient of 3 rows; the weight's gradient has C rows
+    ids=["kept", "formed_again"],
+)
+def test_only_rows_with_a_gradient_are_computed(monkeypatch, memory_limit, products):
     tensors, target = head(64, 16, 40, torch.float64)
     chosen = torch.tensor([3, 17, 40, 3])
-    loss = ops.linear_cross_entropy(*tensors, target)
+    loss = ops.linear_cross_entropy(*tensors, target, memory_limit=memory_limit)
     rows = []
     product = _gemm.linear
     monkeypatch.setattr(_gemm, "linear", lambda x, w, b=None: (rows.append(max(x.shape[0], 0)), product(x, w, b))[1])
     ours = gradients(loss[chosen].sum(), tensors, torch.ones(()))
-    assert rows == [3, 40, 3]  # logits and features' gradient of 3 rows; the weight's gradient has C rows
+    assert rows == products
     expected = gradients(eager(*tensors, target)[chosen].sum(), tensors, torch.ones(()))
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b)
@@ -105,18 +98,30 @@ def test_the_gpu_fallback_computes_the_same():
     (features, weight, bias), target = head(12, 5, 9, torch.float64)
     with torch.no_grad():
         features[4, 0] = torch.nan
-        forward = module._cpu(*module._pack(features, weight, bias, target, None, None, -100, 0.1, 0.0))
-        for a, b in zip(
-            module._cuda.forward(*module._pack(features, weight, bias, target, None, None, -100, 0.1, 0.0)),
-            forward,
-            strict=True,
-        ):
+        packed = module._pack(features, weight, bias, target, None, None, -100, 0.1, 0.0, False)
+        forward = module._cpu(*packed)
+        for a, b in zip(module._cuda.forward(*packed)[:7], forward[:7], strict=True):
             torch.testing.assert_close(a[forward[5]], b[forward[5]])
         for rows in (None, torch.tensor([1, 4, 1, 8])):
             arguments = (
-                torch.randn(12, dtype=torch.float64), features, weight, bias, target, forward[1], forward[6],
-                forward[5], None, rows, -100, 0.1, 0.0, True, True, True,
-            )  # fmt: skip
+                torch.randn(12, dtype=torch.float64),
+                features,
+                weight,
+                bias,
+                target,
+                forward[1],
+                forward[6],
+                forward[5],
+                forward[7],
+                None,
+                rows,
+                -100,
+                0.1,
+                0.0,
+                True,
+                True,
+                True,
+            )
             packed = module._pack_backward(*arguments)
             for a, b in zip(module._cuda.backward(*packed), module._backward_cpu(*packed), strict=True):
                 torch.testing.assert_close(a, b)
@@ -162,14 +167,88 @@ def test_confident_rows_keep_their_gradient():
     assert float(((grad[:, 0] - expected) / expected).abs().max()) < 1e-5
 
 
-def test_gradients_not_asked_for_are_not_computed(monkeypatch):
+@pytest.mark.parametrize("memory_limit,products", [(None, 1), (0, 2)], ids=["kept", "formed_again"])
+def test_gradients_not_asked_for_are_not_computed(monkeypatch, memory_limit, products):
     (features, weight, bias), target = head(30, 8, 40, torch.float32)
-    loss = ops.linear_cross_entropy(features.detach(), weight, bias.detach(), target)
+    loss = ops.linear_cross_entropy(features.detach(), weight, bias.detach(), target, memory_limit=memory_limit)
     calls = []
     product = _gemm.linear
     monkeypatch.setattr(_gemm, "linear", lambda *a: (calls.append(1), product(*a))[1])
     loss.sum().backward()
-    assert len(calls) == 2 and weight.grad is not None and bias.grad is None
+    assert len(calls) == products and weight.grad is not None and bias.grad is None
+
+
+def saved_sizes(*arguments, **options):
+    """The loss, and how many elements each tensor has that the forward saved."""
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
+        loss = ops.linear_cross_entropy(*arguments, **options)
+    return loss, sizes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_are_kept_where_the_limit_has_room_for_them(dtype):
+    tensors, target = head(30, 7, 41, dtype)
+    size = 30 * 41 * tensors[0].element_size()
+    for limit, kept in ((None, True), (size, True), (size - 1, False), (0, False)):
+        assert (30 * 41 in saved_sizes(*tensors, target, memory_limit=limit)[1]) == kept
+    with torch.no_grad():
+        assert saved_sizes(*tensors, target)[1] == []
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("rows", [None, torch.tensor([3, 0, 3, 17])], ids=["all", "some"])
+def test_kept_logits_give_what_formed_ones_give(options, rows, monkeypatch):
+    small_tiles(monkeypatch)
+    tensors, target = head(20, 9, 150, torch.float64)
+    upstream = torch.randn(20).double()
+    upstream[4] = 0.0
+    losses = [
+        ops.linear_cross_entropy(*tensors, target, rows=rows, memory_limit=limit, **options) for limit in (None, 0)
+    ]
+    assert torch.equal(*losses)
+    for _ in range(2):  # the first backward leaves the logits as they are
+        kept, formed = (torch.autograd.grad(x, tensors, upstream, retain_graph=True) for x in losses)
+        for a, b in zip(kept, formed, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_kept_logits_that_are_not_finite_spoil_no_other_row(value):
+    tensors, target = head(12, 5, 9, torch.float32)
+    with torch.no_grad():
+        tensors[0][4, 2] = value
+    loss, sizes = saved_sizes(*tensors, target)
+    assert 12 * 9 in sizes
+    kept = torch.autograd.grad(loss, tensors, torch.ones(12))
+    formed = torch.autograd.grad(ops.linear_cross_entropy(*tensors, target, memory_limit=0), tensors, torch.ones(12))
+    for a, b in zip(kept, formed, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b)
+
+
+def test_kept_logits_under_autocast_are_of_its_type():
+    tensors, target = head(12, 5, 9, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kept, formed = (ops.linear_cross_entropy(*tensors, target, memory_limit=limit) for limit in (None, 0))
+    for a, b in zip(*(torch.autograd.grad(x, tensors, torch.ones(12)) for x in (kept, formed)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "limit,error,words",
+    [
+        (-1, ValueError, "memory_limit must be at least 0 bytes or None, got -1"),
+        (1.5, TypeError, "memory_limit must be an int, got float"),
+        (True, TypeError, "memory_limit must be an int, got bool"),
+        ("1G", TypeError, "memory_limit must be an int, got str"),
+    ],
+    ids=["negative", "float", "bool", "text"],
+)
+def test_a_limit_that_is_none(limit, error, words):
+    tensors, target = head(3, 4, 5, torch.float32)
+    with pytest.raises(error, match=words):
+        ops.linear_cross_entropy(*tensors, target, memory_limit=limit)
 
 
 def test_no_rows():
@@ -181,15 +260,29 @@ def test_no_rows():
 
 
 @pytest.mark.parametrize("rows", [None, torch.tensor([1, 4])])
-def test_opcheck(rows):
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "formed_again"])
+def test_opcheck(rows, keep):
     tensors, target = head(9, 4, 5, torch.float32)
-    arguments = (*tensors, target, torch.rand(5), rows, -100, 0.1, 5.0)
+    arguments = (*tensors, target, torch.rand(5), rows, -100, 0.1, 5.0, keep)
     torch.library.opcheck(torch.ops.selbp.linear_cross_entropy.default, arguments)
-    _, lse, _, _, _, valid, others = torch.ops.selbp.linear_cross_entropy(*arguments)
+    _, lse, _, _, _, valid, others, logits = torch.ops.selbp.linear_cross_entropy(*arguments)
     backward = (
-        torch.randn(9), *(t.detach() for t in tensors), target, lse.detach(), others.detach(), valid,
-        torch.rand(5), rows, -100, 0.1, 5.0, True, False, True,
-    )  # fmt: skip
+        torch.randn(9),
+        *(t.detach() for t in tensors),
+        target,
+        lse.detach(),
+        others.detach(),
+        valid,
+        logits,
+        torch.rand(5),
+        rows,
+        -100,
+        0.1,
+        5.0,
+        True,
+        False,
+        True,
+    )
     torch.library.opcheck(torch.ops.selbp.linear_cross_entropy_backward.default, backward)
 
 
@@ -206,21 +299,3 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(our_norm, norm)
     for a, b in zip(gradients(ours, tensors, ours), gradients(expected, tensors, expected), strict=True):
         torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize(
-    "error,match,change",
-    [
-        (TypeError, "rows must be int64", {"rows": torch.zeros(2)}),
-        (ValueError, r"rows must be \(k,\), got \(1, 2\)", {"rows": torch.zeros(1, 2).long()}),
-        (ValueError, "weight must be", {"weight": torch.zeros(3, 5)}),
-        (ValueError, "target must lie in", {"target": torch.tensor([0, 1, 2, 3])}),
-    ],
-)
-def test_errors(error, match, change):
-    arguments = {
-        "features": torch.zeros(4, 2), "weight": torch.zeros(3, 2), "bias": None, "target": torch.zeros(4).long(),
-        **change,
-    }  # fmt: skip
-    with pytest.raises(error, match=match):
-        ops.linear_cross_entropy(**arguments)

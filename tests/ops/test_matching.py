@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from matching_cases import F32, F64, FLOOR, RULES, check, problem, ridged, rows
+from support.matching_cases import F32, F64, FLOOR, RULES, check, problem, ridged, rows
 
 from selbp import ops, reference
 from selbp.ops import MatchStatus
@@ -157,53 +157,6 @@ def test_dtypes(dtype):
     assert found.weights.dtype == found.residual.dtype == output
     check(found, gram, inner, target_sq, 6)
     assert torch.equal(ops.match(gram, inner, target_sq.double(), 6).indices, found.indices)
-
-
-def test_operator_contract():
-    gram, inner, target_sq = problem(rows(8, 5, dtype=F32))
-    arguments = (gram, inner, target_sq, 3, "ols", 1e-3, True, torch.ones(8, dtype=torch.bool), 0.0)
-    torch.library.opcheck(torch.ops.selbp.match.default, arguments)
-    grad = ops.match(gram.requires_grad_(), inner.requires_grad_(), target_sq, 3)
-    assert not grad.weights.requires_grad and not grad.residual.requires_grad
-
-
-def test_compiles_whole():
-    arguments = problem(rows(8, 5, dtype=F32))
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def weights_at(gram, inner, target_sq):
-        found = ops.match(gram, inner, target_sq, 3, valid=inner > 0)
-        return found.indices, found.weights * 2.0
-
-    indices, doubled = weights_at(*arguments)
-    found = ops.match(*arguments, 3, valid=arguments[1] > 0)
-    assert torch.equal(indices, found.indices) and torch.equal(doubled, found.weights * 2.0)
-
-
-@pytest.mark.parametrize(
-    "changes, error, message",
-    [
-        ({"gram": torch.zeros(3, 4)}, ValueError, "gram must be"),
-        ({"gram": torch.zeros(3)}, ValueError, "gram must be"),
-        ({"gram": torch.zeros(3, 3, dtype=torch.int64)}, TypeError, "gram must be"),
-        ({"inner": torch.zeros(4)}, ValueError, "inner must be"),
-        ({"inner": torch.zeros(3, dtype=F64)}, TypeError, "inner must have the dtype"),
-        ({"target_sq": torch.zeros(1)}, ValueError, "target_sq must be"),
-        ({"k": -1}, ValueError, "k must be"),
-        ({"k": 1.0}, TypeError, "k must be"),
-        ({"k": True}, TypeError, "k must be"),
-        ({"rule": "omp"}, ValueError, "rule must be"),
-        ({"ridge": -1e-3}, ValueError, "ridge must be"),
-        ({"ridge": float("nan")}, ValueError, "ridge must be"),
-        ({"tolerance": -1.0}, ValueError, "tolerance must be"),
-        ({"valid": torch.ones(3)}, TypeError, "valid must be"),
-        ({"valid": torch.ones(4, dtype=torch.bool)}, ValueError, "valid must be"),
-    ],
-)
-def test_bad_arguments(changes, error, message):
-    call = {"gram": torch.eye(3), "inner": torch.ones(3), "target_sq": torch.tensor(1.0), "k": 2, **changes}
-    with pytest.raises(error, match=message):
-        ops.match(**call)
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from matching_cases import F32, F64, FLOOR, RULES, check, problem, rows
+from support.matching_cases import F32, F64, FLOOR, RULES, check, problem, rows
 
 from selbp import ops
 from selbp.ops import MatchStatus

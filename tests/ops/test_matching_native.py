@@ -39,9 +39,12 @@ def problem(n, d, *, seed, spread=1.0, external=0.0, dtype=torch.float64):
 def check_invariants(found, n, k, nonnegative=True):
     """What holds of every answer to whatever input."""
     for indices, weights, count, status in zip(
-        found.indices.reshape(found.count.numel(), k), found.weights.reshape(found.count.numel(), k),
-        found.count.reshape(-1), found.status.reshape(-1), strict=True,
-    ):  # fmt: skip
+        found.indices.reshape(found.count.numel(), k),
+        found.weights.reshape(found.count.numel(), k),
+        found.count.reshape(-1),
+        found.status.reshape(-1),
+        strict=True,
+    ):
         count = int(count)
         assert 0 <= count <= min(n, k)
         assert MatchStatus(int(status)) in MatchStatus
@@ -208,8 +211,13 @@ def test_no_false_kkt_stop_among_near_parallel_rows(dtype):
 def raw(gram, inner, target_sq, k, near_bytes, threads=1, nonnegative=True):
     """The native call itself, with its lookahead threshold."""
     n, dtype = inner.shape[-1], inner.dtype
-    out = [torch.empty(k, dtype=torch.int64), torch.empty(k, dtype=dtype), torch.empty((), dtype=torch.int32),
-           torch.empty((), dtype=dtype), torch.empty((), dtype=torch.uint8)]  # fmt: skip
+    out = [
+        torch.empty(k, dtype=torch.int64),
+        torch.empty(k, dtype=dtype),
+        torch.empty((), dtype=torch.int32),
+        torch.empty((), dtype=dtype),
+        torch.empty((), dtype=torch.uint8),
+    ]
     buffers = [gram.data_ptr(), inner.data_ptr(), target_sq.data_ptr(), 0, *(x.data_ptr() for x in out)]
     _native.match(buffers, dtype == torch.float64, 1, n, k, 0, nonnegative, 1e-3, 0.0, threads, near_bytes)
     return out
@@ -244,18 +252,19 @@ def test_bits_do_not_depend_on_threads_or_the_place_in_a_batch(dtype):
 def test_levels_with_fused_multiply_add_agree_to_the_bit():
     if _native.level() != "x86-64-v4":
         pytest.skip("needs a machine with two levels that fuse: x86-64-v3 and v4")
-    code = (
-        "import torch; from selbp import ops, _native; torch.manual_seed(0); a = torch.randn(300, 200);"
-        "f = ops.match(a @ a.T * 0 + (a.double() @ a.double().T).float(), (a.double() @ a.double().mean(0)).float(),"
-        "a.double().mean(0).square().sum().float(), 150);"
-        "print(f.indices.tolist(), f.weights.view(torch.int32).tolist(), float(f.residual))"
-    )
-    said = [
-        subprocess.run([sys.executable, "-c", code], env={**os.environ, "SELBP_CPU_LEVEL": level}, check=True,
-                       capture_output=True, text=True, timeout=600).stdout
-        for level in ("v3", "v4")
-    ]  # fmt: skip
-    assert said[0] == said[1] and len(said[0]) > 1000
+    code = """
+import torch
+from selbp import ops
+a = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)).double()
+f = ops.match((a @ a.T).float(), (a @ a.mean(0)).float(), a.mean(0).square().sum().float(), 150)
+said = f"{f.indices.tolist()} {f.weights.view(torch.int32).tolist()} {float(f.residual)}"
+"""
+    here = {}
+    exec(code, here)
+    v3 = {**os.environ, "SELBP_CPU_LEVEL": "v3"}
+    command = [sys.executable, "-c", code + "print(said, end='')"]
+    there = subprocess.run(command, env=v3, check=True, capture_output=True, text=True, timeout=600).stdout
+    assert here["said"] == there and len(there) > 1000
 
 
 # ------------------------------------------------------------------------------------------------------- hostile input
@@ -324,10 +333,17 @@ ROWS = st.sampled_from(["random", "zero", "equal", "duplicates", "parallel", "me
 
 @settings(max_examples=150, deadline=None)
 @given(
-    kind=ROWS, n=st.integers(0, 40), d=st.integers(1, 12), extra=st.integers(-40, 3), seed=st.integers(0, 10**6),
-    rule=st.sampled_from(ops.matching.RULES), nonnegative=st.booleans(), ridge=st.sampled_from([0.0, 1e-3, 1.0]),
-    dtype=st.sampled_from(DTYPES), masked=st.booleans(),
-)  # fmt: skip
+    kind=ROWS,
+    n=st.integers(0, 40),
+    d=st.integers(1, 12),
+    extra=st.integers(-40, 3),
+    seed=st.integers(0, 10**6),
+    rule=st.sampled_from(ops.matching.RULES),
+    nonnegative=st.booleans(),
+    ridge=st.sampled_from([0.0, 1e-3, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    masked=st.booleans(),
+)
 def test_degenerate_problems(kind, n, d, extra, seed, rule, nonnegative, ridge, dtype, masked):
     k = max(0, n + extra)
     generator = torch.Generator().manual_seed(seed)
@@ -362,8 +378,14 @@ def test_degenerate_problems(kind, n, d, extra, seed, rule, nonnegative, ridge, 
 
 
 @settings(max_examples=200, deadline=None)
-@given(data=st.binary(min_size=64, max_size=4096), k=st.integers(0, 20), dtype=st.sampled_from(DTYPES),
-       rule=st.sampled_from(ops.matching.RULES), nonnegative=st.booleans(), batch=st.integers(1, 3))  # fmt: skip
+@given(
+    data=st.binary(min_size=64, max_size=4096),
+    k=st.integers(0, 20),
+    dtype=st.sampled_from(DTYPES),
+    rule=st.sampled_from(ops.matching.RULES),
+    nonnegative=st.booleans(),
+    batch=st.integers(1, 3),
+)
 def test_random_bytes(data, k, dtype, rule, nonnegative, batch):
     """Bytes read as numbers: no Gram matrix, mostly. Never a crash, a NaN weight or a repeated row."""
     values = torch.frombuffer(bytearray(data[: len(data) // 8 * 8]), dtype=dtype)

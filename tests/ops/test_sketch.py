@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loss_cases import DTYPES, assert_error, compute_dtype, double
+from support.loss_cases import DTYPES, assert_error, compute_dtype, double
 
 from selbp import ops, reference
 from selbp.ops import _logit_pass
@@ -52,9 +52,15 @@ def test_matches_the_reference(dtype, options, monkeypatch):
     ours = ops.sketch(features, weight, bias, target, (left, right), class_weight=class_weight, **options)
     assert ours.dtype == compute
     exact = reference.sketch(
-        double(features), double(weight), double(bias), target, double(left), double(right),
-        class_weight=double(class_weight), **options,
-    )  # fmt: skip
+        double(features),
+        double(weight),
+        double(bias),
+        target,
+        double(left),
+        double(right),
+        class_weight=double(class_weight),
+        **options,
+    )
     # Eager torch's logits are rounded to the features' dtype, as ours are; everything after is wide.
     assert_error("sketch", ours, exact, exact, 4 * torch.finfo(dtype).eps)
 
@@ -115,41 +121,3 @@ def test_the_seed_decides():
     again = ops.sketch_projections(50, 7, (4, 3), seed=1)
     assert torch.equal(a[0], again[0]) and torch.equal(a[1], again[1]) and not torch.equal(a[0], b[0])
     assert set(a[0].unique().tolist()) == {-0.5, 0.5}
-
-
-def test_opcheck_compile_and_no_tokens():
-    features, weight, bias, target = sequences(2, 3, 4, 5, torch.float32)
-    left, right = ops.sketch_projections(5, 5, (3, 2))
-    arguments = (features, weight.requires_grad_(), bias, target, left, right, None, -100, 0.0, 0.0)
-    torch.library.opcheck(torch.ops.selbp.sketch.default, arguments)
-    ours = torch.compile(ops.sketch, fullgraph=True)(features, weight, bias, target, (left, right))
-    torch.testing.assert_close(ours, ops.sketch(features, weight, bias, target, (left, right)))
-    assert not ours.requires_grad
-    assert ops.sketch(features[:0], weight, bias, target[:0], (left, right)).shape == (0, 3, 2)
-
-
-@pytest.mark.parametrize(
-    "match,change",
-    [
-        (r"features must be \(n, T, d\)", {"features": torch.zeros(6, 4)}),
-        (r"target must be \(n, T\)", {"target": torch.zeros(2, 4).long()}),
-        (r"projections\[0\] must be of 5 rows", {"projections": ops.sketch_projections(6, 5)}),
-        (r"projections\[1\] must be of 5 rows", {"projections": ops.sketch_projections(5, 4)}),
-        ("target must lie in", {"target": torch.full((2, 3), 7)}),
-    ],
-)
-def test_errors(match, change):
-    features, weight, bias, target = sequences(2, 3, 4, 5, torch.float32)
-    arguments = {
-        "features": features, "weight": weight, "bias": bias, "target": target,
-        "projections": ops.sketch_projections(5, 5), **change,
-    }  # fmt: skip
-    with pytest.raises(ValueError, match=match):
-        ops.sketch(**arguments)
-
-
-def test_projection_errors():
-    with pytest.raises(ValueError, match="kind must be"):
-        ops.sketch_projections(5, 5, kind="uniform")
-    with pytest.raises(ValueError, match="dimensions must be"):
-        ops.sketch_projections(5, 5, (0, 3))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loss_cases import assert_statistics, confident, problem
+from support.loss_cases import assert_statistics, confident, problem
 
 from selbp import ops, reference
 from selbp.ops import _logit_pass
@@ -48,9 +48,10 @@ def wrong_row_mask(logits, target, features=None, **options):
     ours = ops.cross_entropy_statistics(logits, target.clamp(min=0), features, **options)
     zero = torch.zeros(())
     return ours._replace(
-        loss=torch.where(present, ours.loss, zero), residual_sq=torch.where(present, ours.residual_sq, zero),
+        loss=torch.where(present, ours.loss, zero),
+        residual_sq=torch.where(present, ours.residual_sq, zero),
         valid=present,
-    )  # fmt: skip
+    )
 
 
 def test_planted_bugs_are_caught():

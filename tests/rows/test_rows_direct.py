@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from rows_cases import F64, N
+from support.rows_cases import F64, N
 from test_rows_ops import CASES, compare
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -34,9 +34,15 @@ def test_a_cut_under_lightning(tmp_path: Any) -> None:
     module = Module()
     before = [p.detach().clone() for p in module.parameters()]
     trainer = lightning.Trainer(
-        max_epochs=1, accelerator="cpu", accumulate_grad_batches=2, gradient_clip_val=1.0, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path,
-    )  # fmt: skip
+        max_epochs=1,
+        accelerator="cpu",
+        accumulate_grad_batches=2,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
     trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=8))
     assert (module.cut.report.n, module.cut.report.k) == (8, 2) and not module.cut.report.dense
     assert all(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from rows_cases import ACTIVATIONS, F64, POINTWISE, REDUCTIONS
-from rows_cases_layers import IMAGES, SEQUENCES
+from support.rows_cases import ACTIVATIONS, F64, POINTWISE, REDUCTIONS
+from support.rows_cases_layers import IMAGES, SEQUENCES
 from torch import Tensor, nn
 from torch.nn import functional as F
 

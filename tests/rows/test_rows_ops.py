@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
-from rows_cases import ACTIVATIONS, F64, POINTWISE, PRODUCTS, REDUCTIONS, SHAPES, Function, N
-from rows_cases_complex import COMPLEX
-from rows_cases_layers import COUPLED, IMAGES, LOSSES, SEQUENCES
+from support.rows_cases import ACTIVATIONS, F64, POINTWISE, PRODUCTS, REDUCTIONS, SHAPES, Function, N
+from support.rows_cases_complex import COMPLEX
+from support.rows_cases_layers import COUPLED, IMAGES, LOSSES, SEQUENCES
 from torch import Tensor, nn
 
 import selbp

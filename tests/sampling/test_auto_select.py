@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sampling_kit import data, known_table
+from support.sampling_kit import data, known_table
 
 from selbp.sampling import AutoSelect, Candidate, ScoredBatchSampler, ScoreTable, fit_proxy, info_batch
 from selbp.sampling import auto as module
@@ -100,13 +100,30 @@ def test_a_proxy_reads_images_texts_and_tokens(inputs):
         ({"features": torch.zeros(5, 2)}, "features must be .N, d. with N = 60"),
         ({"features": "pixels"}, 'features must be "auto"'),
         ({"passes": 0}, "passes must be at least 1"),
+        ({"steps": 0}, "steps must be at least 1"),
     ],
-    ids=["length", "classes", "labels", "matrix", "name", "passes"],
+    ids=["length", "classes", "labels", "matrix", "name", "passes", "steps"],
 )
 def test_wrong_proxies_are_refused(change, says):
     arguments = {"dataset": data(60), "table": ScoreTable(60, 4), **change}
     with pytest.raises(ValueError, match=says):
         fit_proxy(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("steps", "passes"), [(None, 9), (2000, 9), (1000, 4), (400, 1)], ids=["unknown", "long", "short", "shortest"]
+)
+def test_a_proxy_of_few_samples_makes_at_most_a_twentieth_of_the_steps(steps, passes):
+    samples = data(1500)
+    made = fit_proxy(samples, ScoreTable(1500, 4), steps=steps)
+    assert made.passes == passes
+    assert steps is None or (made.passes - 1) * 1500 / 128 <= steps / 20
+
+
+def test_a_proxy_without_time_leaves_the_table_as_it_was():
+    table = ScoreTable(1500, 4)
+    made = fit_proxy(data(1500), table, seconds=0.0)
+    assert made.passes == 0 and bool(table.probability.isnan().all()) and float(table.epsilon) == pytest.approx(0.1)
 
 
 def test_info_batch_leaves_easy_samples_out_and_counts_the_others_for_them():

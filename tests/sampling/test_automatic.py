@@ -42,6 +42,16 @@ def test_its_batches_and_gradients_are_those_of_the_parts():
     assert len(seen[0]) == 9 and all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
+def test_the_price_of_the_proxy_is_a_share_of_the_training():
+    data, model = data_and_model()
+    never = selbp.auto_select(model, data, classes=3, k=16, pool=64, steps=100, step_seconds=0.0)
+    assert bool(never.sampler.table.probability.isnan().all())
+    always = selbp.auto_select(model, data, classes=3, k=16, pool=64, steps=100, step_seconds=1e6)
+    assert not bool(always.sampler.table.probability.isnan().any())
+    with pytest.raises(ValueError, match="step_seconds goes with steps"):
+        selbp.auto_select(model, data, classes=3, step_seconds=1.0)
+
+
 def test_targets_that_are_no_classes():
     data = TensorDataset(torch.randn(100, 4), torch.randn(100, 1))
     auto = selbp.auto_select(nn.Linear(4, 1), data, k=8, pool=16, loss="mse")
@@ -84,10 +94,13 @@ def test_known_prices_decide_without_a_clock(monkeypatch, price, chosen):
 
 @pytest.mark.parametrize(
     ("change", "error"),
-    [({"other": 1.0}, "prices must name the candidates"), ({"drawn": 0.0}, "prices must be above 0"),
-     ({"drawn": -1.0}, "the price of drawn must be")],
+    [
+        ({"other": 1.0}, "prices must name the candidates"),
+        ({"drawn": 0.0}, "prices must be above 0"),
+        ({"drawn": -1.0}, "the price of drawn must be"),
+    ],
     ids=["name", "zero", "negative"],
-)  # fmt: skip
+)
 def test_wrong_prices_are_named(change, error):
     with pytest.raises(ValueError, match=error):
         known_prices(**change)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from sampling_kit import known_table
+from support.sampling_kit import known_table
 
 from selbp.sampling import draw as module
 from selbp.sampling.draw import Odds, draw, odds_of, specified, uniform

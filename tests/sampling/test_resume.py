@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from sampling_kit import data, known_table, model
+from support.sampling_kit import data, known_table, model
 from torch.utils.data import DataLoader
 
 import selbp

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from sampling_kit import known_table
+from support.sampling_kit import known_table
 
 from selbp.sampling import Draw, ScoreTable
 from selbp.sampling.noise import estimate_epsilon, estimate_transition
@@ -275,7 +275,7 @@ def test_wrong_tables_are_refused(arguments, error, says):
         (lambda t: ScoreTable(4, 2).estimate(), "holds no score yet"),
     ],
     ids=["no logits", "classes", "rows", "range", "no sampler", "ids", "suspects", "empty"],
-)  # fmt: skip
+)
 def test_wrong_calls_are_refused(call, says):
     with pytest.raises((ValueError, RuntimeError), match=says):
         call(known_table(20))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sampling_kit import data, known_table, model
+from support.sampling_kit import data, known_table, model
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 

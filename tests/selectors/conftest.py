@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from selection_cases import EVERY_RULE, Batch
+from support.selection_cases import EVERY_RULE, Batch
 
 
 @pytest.fixture(params=EVERY_RULE, ids=repr)

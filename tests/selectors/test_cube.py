@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from selection_cases import Batch
+from support.selection_cases import Batch
 from torch import Tensor
 
 import selbp
@@ -150,8 +150,3 @@ def test_draws_come_from_the_generator_alone() -> None:
 def test_what_does_not_fit_is_refused(make, error, text) -> None:
     with pytest.raises(error, match=text):
         make()
-
-
-def test_the_operator_is_registered_as_one() -> None:
-    x, probability = problem(10, 3, 4, seed=0)
-    torch.library.opcheck(torch.ops.selbp.cube_sample.default, (x, probability, *draws_of(10, 0)))

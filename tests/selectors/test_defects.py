@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from selection_cases import Batch
+from support.selection_cases import Batch
 
 import selbp
 from selbp.selectors import BatchStatistics, GradientProxies

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from selection_cases import Batch
+from support.selection_cases import Batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

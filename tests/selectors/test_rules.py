@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from selection_cases import Batch
+from support.selection_cases import Batch
 
 import selbp
 from selbp import ops

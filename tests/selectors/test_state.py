@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from selection_cases import Batch
+from support.selection_cases import Batch
 
 import selbp
 
@@ -75,9 +75,21 @@ def test_a_state_is_a_copy(rule):
         torch.testing.assert_close(value, frozen[name], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("bad", [None, [], {"nothing": 1}, {"losses": 1, "tau": 2}, {"losses": [1.0]}, {"tau": 1.0},
-    {"losses": torch.zeros(3, dtype=torch.float64)}, {"losses": torch.zeros(1024)}, {"tau": torch.zeros(1)},
-    {"tau": torch.zeros((), dtype=torch.float32)}])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad",
+    [
+        None,
+        [],
+        {"nothing": 1},
+        {"losses": 1, "tau": 2},
+        {"losses": [1.0]},
+        {"tau": 1.0},
+        {"losses": torch.zeros(3, dtype=torch.float64)},
+        {"losses": torch.zeros(1024)},
+        {"tau": torch.zeros(1)},
+        {"tau": torch.zeros((), dtype=torch.float32)},
+    ],
+)
 def test_a_state_that_does_not_fit_changes_nothing(rule, bad):
     steps(rule, 2)
     before = rule.state_dict()

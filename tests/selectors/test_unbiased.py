@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from selection_cases import Batch
+from support.selection_cases import Batch
 
 import selbp
 from selbp.selectors import Selection

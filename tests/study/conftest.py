@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.images import small_dataset
 
 from selbp_study.config import RunConfig
-from selbp_study.data import Dataset, Text, make_dataset
-
-
-def images_and_labels(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ten classes, each a bright pixel pattern of its own in noise."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, 10, (n,), generator=generator)
-    images = torch.randint(0, 120, (n, 8, 8), generator=generator)
-    images[torch.arange(n), labels % 8, 1 + labels // 2] += 135
-    return images.to(torch.uint8), labels
+from selbp_study.data import Dataset, Text
 
 
 @pytest.fixture(scope="session")
 def dataset() -> Dataset:
-    return make_dataset("small", images_and_labels(300, 0), images_and_labels(100, 1), 10, "made on the fly")
+    return small_dataset()
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +27,14 @@ def text() -> Dataset:
 @pytest.fixture
 def config(dataset: Dataset) -> RunConfig:
     return RunConfig(
-        dataset=dataset.name, fingerprint=dataset.fingerprint, selector="matching", steps=30, lr=0.1, batch_size=32,
-        keep=0.25, model="mlp", evaluate_every=10, threads=1,
-    )  # fmt: skip
+        dataset=dataset.name,
+        fingerprint=dataset.fingerprint,
+        selector="matching",
+        steps=30,
+        lr=0.1,
+        batch_size=32,
+        keep=0.25,
+        model="mlp",
+        evaluate_every=10,
+        threads=1,
+    )

@@ -29,8 +29,11 @@ def comparison(config: RunConfig) -> Comparison:
 def test_arms_and_budgets(comparison: Comparison) -> None:
     runs = list(comparison.runs())
     assert [(arm.selector, run.seed) for arm, run in runs[:4]] == [
-        ("full", 0), ("random", 0), ("matching", 0), ("full", 1),
-    ]  # fmt: skip
+        ("full", 0),
+        ("random", 0),
+        ("matching", 0),
+        ("full", 1),
+    ]
     assert [run.keep for _, run in runs[:3]] == [1.0, 0.25, 0.25] and runs[2][1].lr == 0.03
     assert {run.steps for _, run in runs} == {8}
     samples = dataclasses.replace(comparison, budget="samples")
@@ -98,9 +101,11 @@ def test_arms_train_in_turn_and_end_as_each_does_alone(
     tmp_path: Path, dataset: Dataset, comparison: Comparison, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     comparison = dataclasses.replace(
-        comparison, base=dataclasses.replace(comparison.base, steps=25, evaluate_every=7),
-        arms=[*ARMS, Arm("loss-percentile")], seeds=(0,),
-    )  # fmt: skip
+        comparison,
+        base=dataclasses.replace(comparison.base, steps=25, evaluate_every=7),
+        arms=[*ARMS, Arm("loss-percentile")],
+        seeds=(0,),
+    )
     order: list[str] = []
     drawn: dict[str, list[list[float]]] = {}
     train_step = Run.train_step
@@ -120,8 +125,10 @@ def test_arms_train_in_turn_and_end_as_each_does_alone(
         run = Run(outcome.config, dataset, tmp_path / "alone" / outcome.arm.selector)
         run.open()
         run.execute()
-        mine, theirs = (torch.load(folder / "model.pt", weights_only=True) for folder in (
-            run.folder, run_folder(tmp_path / "together", outcome.arm, outcome.config)))  # fmt: skip
+        mine, theirs = (
+            torch.load(folder / "model.pt", weights_only=True)
+            for folder in (run.folder, run_folder(tmp_path / "together", outcome.arm, outcome.config))
+        )
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert drawn == in_turn
 
@@ -145,8 +152,12 @@ def test_a_comparison_that_is_stopped_in_the_middle_of_turns_resumes_every_arm(
     with pytest.raises(KeyboardInterrupt):
         run_all(comparison, dataset, tmp_path / "parts", progress=stopping)
     starts: list[int] = []
-    parts = run_all(comparison, dataset, tmp_path / "parts",
-                    progress=lambda *run: starts.append(run[-1]) or (lambda _samples, _loss: None))  # fmt: skip
+    parts = run_all(
+        comparison,
+        dataset,
+        tmp_path / "parts",
+        progress=lambda *run: starts.append(run[-1]) or (lambda _samples, _loss: None),
+    )
     assert starts == [20, 13, 10]
     assert [one.result["accuracy"] for one in parts] == [one.result["accuracy"] for one in whole]
 

@@ -59,8 +59,10 @@ def test_json_round_trip_and_keys() -> None:
 
 def test_selector_specifications() -> None:
     assert parse("matching:ridge=0.01,nonnegative=false,rule=raw")[1] == {
-        "ridge": 0.01, "nonnegative": False, "rule": "raw",
-    }  # fmt: skip
+        "ridge": 0.01,
+        "nonnegative": False,
+        "rule": "raw",
+    }
     assert keep_for("full", 0.25) == 1.0 and keep_for("random", 0.25) == 0.25
     with pytest.raises(ValueError, match="there are full, random"):
         build_selector("best")

@@ -45,8 +45,14 @@ def test_a_schedule_of_two_kinds_of_steps_costs_their_weighted_medians() -> None
 
 def test_real_costs_rank_the_arms(config: RunConfig, dataset: Dataset) -> None:
     base = dataclasses.replace(config, model="cnn", batch_size=128)
-    costs = measure({"few": dataclasses.replace(base, selector="random", keep=4),
-                     "all": dataclasses.replace(base, selector="full", keep=1.0)}, dataset, rounds=4)  # fmt: skip
+    costs = measure(
+        {
+            "few": dataclasses.replace(base, selector="random", keep=4),
+            "all": dataclasses.replace(base, selector="full", keep=1.0),
+        },
+        dataset,
+        rounds=4,
+    )
     assert 0 < costs["few"].median < costs["all"].median
     assert costs["few"].low <= costs["few"].median <= costs["few"].high
 
@@ -56,8 +62,16 @@ def test_a_name_holds_what_a_cost_depends_on(config: RunConfig) -> None:
         config, seed=5, lr=0.3, steps=7, fingerprint="x", dataset="small+noise=0.2-held-out", evaluate_every=3
     )
     assert cost_name(same) == cost_name(config) == "small mlp n=32 keep=0.25 matching"
-    for change in ({"keep": 0.5}, {"cut": "1"}, {"batch_size": 64}, {"options": "a=1"}, {"model": "cnn"},
-                   {"selector": "random"}, {"head_gradient": "full"}, {"backward": "rows"}):  # fmt: skip
+    for change in (
+        {"keep": 0.5},
+        {"cut": "1"},
+        {"batch_size": 64},
+        {"options": "a=1"},
+        {"model": "cnn"},
+        {"selector": "random"},
+        {"head_gradient": "full"},
+        {"backward": "rows"},
+    ):
         assert cost_name(dataclasses.replace(config, **change)) != cost_name(config)
 
 

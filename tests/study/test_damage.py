@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.images import write_set
 
 from selbp_study import commands
 from selbp_study.cli import main
 from selbp_study.config import RunConfig
 from selbp_study.costs import Costs
 from selbp_study.data import Dataset
-from selbp_study.data.idx import write_idx
 from selbp_study.folder import read_config, read_result
 from selbp_study.journal import HEADER, MAGIC, SUMMED, Journal, checksum, sum_of_words
 from selbp_study.storage import StorageError, write_text
@@ -90,15 +90,25 @@ def pickled(path: Path) -> None:
 
 
 ANY_FILE: dict[str, Damage] = {
-    "halved": halved, "empty": replaced(b""), "noise": noise, "a folder": folder_instead, "a pipe": pipe_instead,
-    "a link to nothing": link_to_nothing, "a link to an endless file": link_to_endless, "a pickle": pickled,
-    "no UTF-8": replaced(b'{"step": "\xff\xfe"}\n'), "nested too deeply": replaced(b"[" * 100_000 + b"\n"),
-}  # fmt: skip
+    "halved": halved,
+    "empty": replaced(b""),
+    "noise": noise,
+    "a folder": folder_instead,
+    "a pipe": pipe_instead,
+    "a link to nothing": link_to_nothing,
+    "a link to an endless file": link_to_endless,
+    "a pickle": pickled,
+    "no UTF-8": replaced(b'{"step": "\xff\xfe"}\n'),
+    "nested too deeply": replaced(b"[" * 100_000 + b"\n"),
+}
 ANY_JSON: dict[str, Damage] = ANY_FILE | {
-    "a list": replaced(b"[]"), "a number": replaced(b"7"), "null": replaced(b"null"), "no fields": replaced(b"{}"),
+    "a list": replaced(b"[]"),
+    "a number": replaced(b"7"),
+    "null": replaced(b"null"),
+    "no fields": replaced(b"{}"),
     "twice": lambda path: path.write_bytes(2 * path.read_bytes()) and None,
     "a number of ten thousand digits": replaced(b'{"steps": ' + b"9" * 10_000 + b"}"),
-}  # fmt: skip
+}
 
 
 # ------------------------------------------------------------------------------------------------------- the folders
@@ -106,11 +116,7 @@ ANY_JSON: dict[str, Damage] = ANY_FILE | {
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset) -> Path:
-    folder = tmp_path_factory.mktemp("set")
-    for prefix, split in (("train", dataset.train), ("t10k", dataset.test)):
-        write_idx(folder / f"{prefix}-images-idx3-ubyte", split.inputs)
-        write_idx(folder / f"{prefix}-labels-idx1-ubyte", split.labels.to(torch.uint8))
-    return folder
+    return write_set(tmp_path_factory.mktemp("set"), dataset)
 
 
 def train(images: Path, folder: Path) -> int:
@@ -174,18 +180,27 @@ def check_the_same(copy: Path, whole: Path) -> None:
 OTHER = {"int": "5", "float": None, "str": 5, "float | int": "some"}
 CONFIG = {
     **ANY_JSON,
-    **{f"without {field.name}": edited(lambda value, name=field.name: value.pop(name)) for field in fields(RunConfig)
-       if field.name != "precision"},
-    **{f"{field.name} of another type": edited(lambda value, field=field: value.update(
-        {field.name: OTHER.get(str(field.type), 5)})) for field in fields(RunConfig)},
-    **{f"{name} of NaN": edited(lambda value, name=name: value.update({name: float("nan")}))
-       for name in ("lr", "momentum", "weight_decay", "warmup", "keep", "seed", "steps")},
+    **{
+        f"without {field.name}": edited(lambda value, name=field.name: value.pop(name))
+        for field in fields(RunConfig)
+        if field.name != "precision"
+    },
+    **{
+        f"{field.name} of another type": edited(
+            lambda value, field=field: value.update({field.name: OTHER.get(str(field.type), 5)})
+        )
+        for field in fields(RunConfig)
+    },
+    **{
+        f"{name} of NaN": edited(lambda value, name=name: value.update({name: float("nan")}))
+        for name in ("lr", "momentum", "weight_decay", "warmup", "keep", "seed", "steps")
+    },
     "a field more": edited(lambda value: value.update(colour="red")),
     "another run": edited(lambda value: value.update(lr=0.3)),
     "huge steps": edited(lambda value: value.update(steps=10**400)),
     "a list for a field": edited(lambda value: value.update(model=["mlp"])),
     "true for a number": edited(lambda value: value.update(lr=True)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CONFIG)
@@ -213,13 +228,16 @@ def lines(change: Callable[[list[bytes]], list[bytes]]) -> Damage:
 
 
 LOG = {
-    **ANY_FILE, "lines twice": lines(lambda rows: [row for row in rows for _ in range(2)]),
-    "lines in another order": lines(lambda rows: rows[::-1]), "a line less": lines(lambda rows: rows[:-1]),
-    "a list": lines(lambda rows: [b"[1]\n", *rows]), "no step": lines(lambda rows: [b'{"kind": "train"}\n', *rows]),
+    **ANY_FILE,
+    "lines twice": lines(lambda rows: [row for row in rows for _ in range(2)]),
+    "lines in another order": lines(lambda rows: rows[::-1]),
+    "a line less": lines(lambda rows: rows[:-1]),
+    "a list": lines(lambda rows: [b"[1]\n", *rows]),
+    "no step": lines(lambda rows: [b'{"kind": "train"}\n', *rows]),
     "a step of text": lines(lambda rows: [b'{"step": "1"}\n', *rows]),
     "an accuracy of NaN": lines(lambda rows: [rows[0].replace(b'"accuracy": ', b'"accuracy": NaN, "x": '), *rows[1:]]),
     "an evaluation without seconds": lines(lambda rows: [rows[0].replace(b'"seconds"', b'"hours"'), *rows[1:]]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", LOG)
@@ -241,15 +259,21 @@ def exchanged(path: Path) -> None:
 
 
 SLOT = {
-    "halved": halved, "empty": replaced(b""), "noise": noise, "a pickle": pickled, "words exchanged": exchanged,
+    "halved": halved,
+    "empty": replaced(b""),
+    "noise": noise,
+    "a pickle": pickled,
+    "words exchanged": exchanged,
     "header cleared": lambda path: path.write_bytes(bytes(HEADER.size) + path.read_bytes()[HEADER.size :]) and None,
     "another version": lambda path: path.write_bytes(b"SELBPJ99" + path.read_bytes()[8:]) and None,
-    "another sequence number": lambda path: path.write_bytes(path.read_bytes()[:8] + b"\x77" + path.read_bytes()[9:])
-    and None,
-    "a huge length": lambda path: path.write_bytes(path.read_bytes()[:16] + b"\xff" * 8 + path.read_bytes()[24:])
-    and None,
+    "another sequence number": lambda path: (
+        path.write_bytes(path.read_bytes()[:8] + b"\x77" + path.read_bytes()[9:]) and None
+    ),
+    "a huge length": lambda path: (
+        path.write_bytes(path.read_bytes()[:16] + b"\xff" * 8 + path.read_bytes()[24:]) and None
+    ),
     "text": replaced(b"not a state, but forty bytes and some more of text\n"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", SLOT)
@@ -286,9 +310,13 @@ def hard_link(path: Path) -> None:
 
 
 NOT_ITS_OWN = {
-    "a link to another file": link_elsewhere, "a hard link": hard_link, "a link to nothing": link_to_nothing,
-    "a link to an endless file": link_to_endless, "a folder": folder_instead, "a pipe": pipe_instead,
-}  # fmt: skip
+    "a link to another file": link_elsewhere,
+    "a hard link": hard_link,
+    "a link to nothing": link_to_nothing,
+    "a link to an endless file": link_to_endless,
+    "a folder": folder_instead,
+    "a pipe": pipe_instead,
+}
 
 
 @pytest.mark.parametrize("name", Journal.SLOTS)
@@ -380,9 +408,10 @@ def test_states_of_the_earlier_format_are_read_and_exchanged_words_are_what_thei
 
 
 MISSING = {
-    "all slots": Journal.SLOTS, "the configuration": ("config.json",),
+    "all slots": Journal.SLOTS,
+    "the configuration": ("config.json",),
     "slots and configuration": (*Journal.SLOTS, "config.json"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", MISSING)
@@ -421,10 +450,14 @@ def test_a_file_without_permission(
 
 RESULT = {
     **ANY_JSON,
-    **{f"without {name}": edited(lambda value, name=name: value.pop(name))
-       for name in ("accuracy", "steps", "backward_samples", "seconds", "curve", "config")},
-    **{f"{name} of another type": edited(lambda value, name=name: value.update({name: "some"}))
-       for name in ("accuracy", "steps", "backward_samples", "seconds", "curve", "config", "gain")},
+    **{
+        f"without {name}": edited(lambda value, name=name: value.pop(name))
+        for name in ("accuracy", "steps", "backward_samples", "seconds", "curve", "config")
+    },
+    **{
+        f"{name} of another type": edited(lambda value, name=name: value.update({name: "some"}))
+        for name in ("accuracy", "steps", "backward_samples", "seconds", "curve", "config", "gain")
+    },
     "an accuracy of NaN": edited(lambda value: value.update(accuracy=float("nan"))),
     "an accuracy of 10^400": edited(lambda value: value.update(accuracy=10**400)),
     "seconds without a phase": edited(lambda value: value["seconds"].pop("select")),
@@ -433,7 +466,7 @@ RESULT = {
     "a curve of numbers": edited(lambda value: value.update(curve=[1, 2])),
     "a point without seconds": edited(lambda value: value["curve"][0].pop("seconds")),
     "another run's": edited(lambda value: value["config"].update(seed=7)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", RESULT)
@@ -467,13 +500,16 @@ def test_a_spoiled_run_of_a_comparison_is_a_line_of_it(
 
 COSTS = {
     **ANY_JSON,
-    "no machine": edited(lambda value: value.pop("machine")), "costs of a list": edited(lambda v: v.update(costs=[])),
-    **{f"a cost of {text}": edited(lambda value, cost=cost: next(iter(value["costs"].values())).update(median=cost))
-       for text, cost in (("NaN", float("nan")), ("0", 0), ("text", "slow"), ("-1", -1.0), ("infinity", float("inf")))},
+    "no machine": edited(lambda value: value.pop("machine")),
+    "costs of a list": edited(lambda v: v.update(costs=[])),
+    **{
+        f"a cost of {text}": edited(lambda value, cost=cost: next(iter(value["costs"].values())).update(median=cost))
+        for text, cost in (("NaN", float("nan")), ("0", 0), ("text", "slow"), ("-1", -1.0), ("infinity", float("inf")))
+    },
     "a cost without phases": edited(lambda value: next(iter(value["costs"].values())).pop("phases")),
     "a phase of text": edited(lambda value: next(iter(value["costs"].values()))["phases"].update(score="none")),
     "a field more": edited(lambda value: next(iter(value["costs"].values())).update(mean=1.0)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", COSTS)

@@ -30,8 +30,11 @@ def gradients(proxies: GradientProxies) -> torch.Tensor:
 
 def test_without_decay_it_is_matching() -> None:
     stats, proxies = minibatch(0)
-    for got, want in zip(AveragedTarget(decay=0.0).select(stats, K, proxies=proxies),
-                         selbp.GradientMatching().select(stats, K, proxies=proxies), strict=True):  # fmt: skip
+    for got, want in zip(
+        AveragedTarget(decay=0.0).select(stats, K, proxies=proxies),
+        selbp.GradientMatching().select(stats, K, proxies=proxies),
+        strict=True,
+    ):
         torch.testing.assert_close(got, want)
 
 

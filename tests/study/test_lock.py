@@ -20,10 +20,11 @@ from selbp_study.storage import Lock, LockedError, StorageError
 
 FAST = ["--dataset", "digits", "--model", "mlp", "--steps", "5", "--threads", "1", "--quiet"]
 COMMANDS = {
-    "train": ["train", *FAST], "resume": ["train", *FAST, "--resume"],
+    "train": ["train", *FAST],
+    "resume": ["train", *FAST, "--resume"],
     "compare": ["compare", *FAST, "--arms", "random", "--seeds", "0"],
     "study": ["study", "--protocol", "quick", "--workers", "0", "--quiet"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -76,8 +77,9 @@ def test_a_link_in_the_locks_place_is_refused(tmp_path: Path) -> None:
 
 def test_a_worker_waits_for_the_one_that_is_still_at_its_run(tmp_path: Path) -> None:
     digits = load("digits")
-    config = RunConfig(dataset=digits.name, fingerprint=digits.fingerprint, selector="random", steps=5, lr=0.1,
-                       model="mlp", threads=1)  # fmt: skip
+    config = RunConfig(
+        dataset=digits.name, fingerprint=digits.fingerprint, selector="random", steps=5, lr=0.1, model="mlp", threads=1
+    )
     home = folder_of(tmp_path, config)
     home.mkdir(parents=True)
     found = []

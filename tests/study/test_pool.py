@@ -8,33 +8,54 @@ import signal
 from pathlib import Path
 
 import pytest
+from support import processes
+from support.images import small_dataset, write_set
 
 from selbp_study import pool as module
 from selbp_study.config import RunConfig
-from selbp_study.data import Dataset, load
+from selbp_study.data import Dataset, resolve
 from selbp_study.journal import Journal
 from selbp_study.pool import Pool, cached, carry_out, pool
 
 
 @pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return load("digits")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files that a worker reads: sklearn's digits would have each import sklearn."""
+    return write_set(tmp_path_factory.mktemp("set"), small_dataset())
+
+
+@pytest.fixture(scope="module")
+def data(images: Path) -> Dataset:
+    return resolve("fashion-mnist", images)
 
 
 @pytest.fixture
-def run(digits: Dataset) -> RunConfig:
+def run(data: Dataset) -> RunConfig:
     return RunConfig(
-        dataset=digits.name, fingerprint=digits.fingerprint, selector="random", steps=20, lr=0.1, model="mlp",
-        evaluate_every=20, threads=1,
-    )  # fmt: skip
+        dataset=data.name,
+        fingerprint=data.fingerprint,
+        selector="random",
+        steps=20,
+        lr=0.1,
+        model="mlp",
+        evaluate_every=20,
+        threads=1,
+    )
 
 
-def test_runs_in_processes_end_as_runs_in_this_one(tmp_path: Path, run: RunConfig) -> None:
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that start at once; one test starts them as a study does."""
+    context = processes.context()
+    monkeypatch.setattr(module.multiprocessing, "get_context", lambda _: context)
+
+
+def test_runs_in_processes_end_as_runs_in_this_one(tmp_path: Path, run: RunConfig, images: Path) -> None:
     configs = [dataclasses.replace(run, seed=seed) for seed in range(3)]
     configs.append(dataclasses.replace(run, lr=1e30))
     results = []
     for workers in (0, 2):
-        with pool(workers, tmp_path / str(workers)) as made:
+        with pool(workers, tmp_path / str(workers), images) as made:
             for config in configs:
                 made.submit(config)
             found = {}
@@ -67,16 +88,16 @@ def _dies_once(pipe, folder: Path, data_folder) -> None:
 
 
 def test_a_killed_worker_is_replaced_and_its_run_goes_on(
-    tmp_path: Path, run: RunConfig, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: RunConfig, images: Path, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> None:
     run = dataclasses.replace(run, steps=400, evaluate_every=400, journal_every=50)
     monkeypatch.setattr(module, "_work", _dies_once)
-    with pool(1, tmp_path) as made:
+    with pool(1, tmp_path, images) as made:
         made.submit(run)
         finished = made.next()
     assert (tmp_path / "killed").read_text() == "100"
     assert finished.error is None and finished.result["steps"] == 400
-    with pool(0, tmp_path / "whole") as made:
+    with pool(0, tmp_path / "whole", images) as made:
         made.submit(run)
         assert made.next().result["accuracy"] == finished.result["accuracy"]
 
@@ -86,23 +107,23 @@ def _die(_pipe, _folder, _data) -> None:
 
 
 def test_a_run_that_kills_every_worker_is_a_failure(
-    tmp_path: Path, run: RunConfig, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: RunConfig, images: Path, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> None:
     monkeypatch.setattr(module, "_work", _die)
-    with pool(1, tmp_path) as made:
+    with pool(1, tmp_path, images) as made:
         made.submit(run)
         finished = made.next()
     assert finished.result is None and "died 3 times, last with status 7" in (finished.error or "")
     assert len(made) == 0
 
 
-def test_other_data_than_planned_is_refused(tmp_path: Path, run: RunConfig, digits: Dataset) -> None:
-    finished = carry_out(dataclasses.replace(run, fingerprint="0" * 16), digits, tmp_path)
+def test_other_data_than_planned_is_refused(tmp_path: Path, run: RunConfig, data: Dataset) -> None:
+    finished = carry_out(dataclasses.replace(run, fingerprint="0" * 16), data, tmp_path)
     assert "not the data" in (finished.error or "")
     assert (tmp_path / "runs" / finished.config.key() / "error.txt").exists()
 
 
-def test_data_that_cannot_be_had_is_a_failure(tmp_path: Path, run: RunConfig) -> None:
+def test_data_that_cannot_be_had_is_a_failure(tmp_path: Path, run: RunConfig, forked: None) -> None:
     made = Pool(1, tmp_path, tmp_path / "nowhere")
     made.submit(dataclasses.replace(run, dataset="fashion-mnist"))
     try:

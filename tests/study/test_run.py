@@ -8,17 +8,20 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from support import processes
+from support.images import write_set
 
+from selbp_study import journal
 from selbp_study.cli import main
 from selbp_study.config import RunConfig
 from selbp_study.data import Dataset, Split
-from selbp_study.data.idx import write_idx
 from selbp_study.run import PHASES, Diverged, Order, Run, evaluate, read_config, read_result
 from selbp_study.storage import JsonLines
 
@@ -86,8 +89,14 @@ def test_a_run_stopped_at_any_step_ends_bit_for_bit_the_same(
 def test_a_run_on_text_learns_and_resumes_bit_for_bit(
     tmp_path: Path, text: Dataset, config: RunConfig, rule: str
 ) -> None:
-    config = dataclasses.replace(config, dataset=text.name, fingerprint=text.fingerprint, model="transformer",
-                                 selector=rule, keep=1.0 if rule == "full" else 0.25)  # fmt: skip
+    config = dataclasses.replace(
+        config,
+        dataset=text.name,
+        fingerprint=text.fingerprint,
+        model="transformer",
+        selector=rule,
+        keep=1.0 if rule == "full" else 0.25,
+    )
     whole = finish(config, text, tmp_path / "whole")
     run = Run(config, text, tmp_path / "parts")
     run.open()
@@ -202,58 +211,42 @@ def test_a_diverging_run_says_so(tmp_path: Path, dataset: Dataset, config: RunCo
         finish(dataclasses.replace(config, selector="random", lr=1e25), dataset, tmp_path)
 
 
-def write_set(folder: Path, data: Dataset) -> Path:
-    folder.mkdir()
-    for prefix, split in (("train", data.train), ("t10k", data.test)):
-        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", split.inputs)
-        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", split.labels.to(torch.uint8))
-    return folder
+def _killed(left: int, command: list[str]) -> None:
+    """The command, killed before its write number ``left``; a line of the log is half written then."""
+    journal.time = types.SimpleNamespace(
+        monotonic=lambda: 0.0
+    )  # no durable copies by the clock: all writes are counted
+    writes = itertools.count(1)
+    write, append = os.pwrite, JsonLines.append
 
+    def last() -> bool:
+        return next(writes) == left
 
-KILLED = """
-import os, signal, sys, types
-from selbp_study.cli import main
-from selbp_study import journal
-from selbp_study.storage import JsonLines
-
-journal.time = types.SimpleNamespace(monotonic=lambda: 0.0)  # no durable copies by the clock: all writes are counted
-left = int(sys.argv.pop(1))
-
-
-def dying(call):
-    def counted(*arguments):
-        global left
-        left -= 1
-        if left == 0:
+    def counted_write(*arguments: Any) -> int:
+        if last():
             os.kill(os.getpid(), signal.SIGKILL)
-        return call(*arguments)
-    return counted
+        return write(*arguments)
 
+    def counted_append(log: JsonLines, row: dict[str, Any]) -> None:
+        if last():
+            with log.path.open("ab") as file:
+                file.write(b'{"kind": "tra')
+            os.kill(os.getpid(), signal.SIGKILL)
+        append(log, row)
 
-def half_a_line(log, row):
-    with log.path.open("ab") as file:
-        file.write(b'{"kind": "tra')
-
-
-os.pwrite = dying(os.pwrite)  # four a step
-whole = JsonLines.append
-JsonLines.append = lambda log, row: (half_a_line(log, row) if left == 1 else None, dying(whole)(log, row))
-sys.exit(main())
-"""
+    os.pwrite, JsonLines.append = counted_write, counted_append  # four writes a step
+    sys.exit(main(command))
 
 
 def test_sigkill_at_any_write_costs_the_step_in_flight_only(tmp_path: Path, dataset: Dataset) -> None:
     folder = write_set(tmp_path / "set", dataset)
-    command = [
-        "train", "--data", str(folder), "--selector", "loss-percentile", "--steps", "150", "--batch-size", "32",
-        "--threads", "1", "--quiet", "--evaluate-every", "50", "--model", "cnn", "--out",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = "--selector loss-percentile --steps 150 --batch-size 32 --threads 1 --evaluate-every 50 --model cnn"
+    command = ["train", "--data", str(folder), *options.split(), "--quiet", "--out"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     chance, steps = random.Random(7), []
     for writes in (chance.randrange(10, 150) for _ in range(3)):
-        line = [sys.executable, "-c", KILLED, str(writes), *command, str(tmp_path / "parts"), "--resume"]
-        assert subprocess.run(line, env=environment, timeout=600).returncode == -signal.SIGKILL
+        ended = processes.run(_killed, writes, [*command, str(tmp_path / "parts"), "--resume"])
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
         steps.append(_step(tmp_path / "parts"))
     assert 0 < steps[0] < steps[1] < steps[2] < 150
     assert main([*command, str(tmp_path / "parts"), "--resume"]) == 0
@@ -263,12 +256,12 @@ def test_sigkill_at_any_write_costs_the_step_in_flight_only(tmp_path: Path, data
 
 def test_sigkill_within_a_line_of_the_log(tmp_path: Path, dataset: Dataset) -> None:
     folder = write_set(tmp_path / "set", dataset)
-    command = ["train", "--data", str(folder), "--selector", "random", "--steps", "60", "--batch-size", "32",
-               "--threads", "1", "--quiet", "--evaluate-every", "60", "--model", "mlp", "--out"]  # fmt: skip
+    options = "--selector random --steps 60 --batch-size 32 --threads 1 --evaluate-every 60 --model mlp"
+    command = ["train", "--data", str(folder), *options.split(), "--quiet", "--out"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     writes = 50 * 4 + 1  # the state before the first step, 49 saved steps, and the row of the first 50
-    line = [sys.executable, "-c", KILLED, str(writes), *command, str(tmp_path / "parts"), "--resume"]
-    assert subprocess.run(line, timeout=600).returncode == -signal.SIGKILL
+    ended = processes.run(_killed, writes, [*command, str(tmp_path / "parts"), "--resume"])
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert _step(tmp_path / "parts") == 49
     assert (tmp_path / "parts" / "log.jsonl").read_bytes().endswith(b'{"kind": "tra')
     assert main([*command, str(tmp_path / "parts"), "--resume"]) == 0

@@ -114,9 +114,17 @@ def test_suspects_find_planted_errors(tmp_path):
     """Of labels that were turned into another class, most are found, and most that is found was turned."""
     clean, noisy = load("digits"), resolve("digits+noise=0.2")
     config = RunConfig(
-        dataset=noisy.name, fingerprint=noisy.fingerprint, selector="full", steps=300, lr=0.1, model="mlp", threads=1,
-        options="sampling=scored", keep=48, journal_every=1000,
-    )  # fmt: skip
+        dataset=noisy.name,
+        fingerprint=noisy.fingerprint,
+        selector="full",
+        steps=300,
+        lr=0.1,
+        model="mlp",
+        threads=1,
+        options="sampling=scored",
+        keep=48,
+        journal_every=1000,
+    )
     run = finish(config, noisy, tmp_path)
     planted = clean.train.labels != noisy.train.labels
     found = torch.zeros_like(planted)

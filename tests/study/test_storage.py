@@ -17,10 +17,12 @@ from selbp_study.storage import JsonLines, StorageError, write_text
 def same(a, b) -> bool:
     if isinstance(a, torch.Tensor):
         return (
-            isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape
+            isinstance(b, torch.Tensor)
+            and a.dtype == b.dtype
+            and a.shape == b.shape
             and (a.stride() == b.stride() or a.numel() < 2)
             and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-        )  # fmt: skip
+        )
     if isinstance(a, dict):
         return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
@@ -32,8 +34,10 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
 tensors = st.builds(
     lambda shape, dtype, seed: (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 9).to(dtype),
-    st.lists(st.integers(0, 4), max_size=4), dtypes, st.integers(0, 99),
-)  # fmt: skip
+    st.lists(st.integers(0, 4), max_size=4),
+    dtypes,
+    st.integers(0, 99),
+)
 states = st.recursive(
     scalars | tensors,
     lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers(), inner),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from selbp_study.command import dumps
 from selbp_study.costs import Cost
 from selbp_study.data import HELD_OUT, Dataset, Split
 from selbp_study.document import costs_table, document, page, read_result_file, reading_of, result_files, section
-from selbp_study.findings import Findings, Row
+from selbp_study.findings import Findings, Row, direct_table
 from selbp_study.pool import Pool, Sets
 from selbp_study.protocols import OWN_KEEP, PROTOCOLS, Cell, Protocol
 from selbp_study.study import plan_cell, run_study
@@ -23,9 +24,13 @@ from selbp_study.tuning import SEEDS
 
 ROOT = Path(__file__).resolve().parents[2]
 PROTOCOL = Protocol(
-    "small", "a test", (Cell("digits", "mlp", 12, (0.25,), batch_size=32),), ("full", "random", "matching"), (0, 1),
+    "small",
+    "a test",
+    (Cell("digits", "mlp", 12, (0.25,), batch_size=32),),
+    ("full", "random", "matching"),
+    (0, 1),
     own_keeps=(4, 8),
-)  # fmt: skip
+)
 
 
 def fixed_costs(wanted, _data, advance=lambda: None):
@@ -185,6 +190,44 @@ def test_differences_are_to_random_and_under_time_to_random_at_its_best(runs: Po
     assert rows["random", "time"].verdict == "behind"
 
 
+def test_a_claim_has_each_arm_minus_the_full_batch_and_its_time_to_randoms_accuracy(runs: Pool) -> None:
+    """Costs of 10 ms a step: random needs 20 steps. The arm pays 50 ms once and is there after 5 and 10 steps."""
+    result = run_study(dataclasses.replace(PROTOCOL, arms=("full", "random", "matching"), curves=2), runs)
+    for entry in result["entries"]:
+        entry["curves"] = (
+            {} if entry["arm"] != "matching" else {"0": [[0, 0.0], [10, 160.0]], "1": [[0, 0.0], [20, 160.0]]}
+        )
+        entry["accuracy"] = {"full": {"0": 70.0, "1": 71.0}, "matching": {"0": 82.0, "1": 84.0}}.get(
+            entry["arm"], {"0": 80.0, "1": 80.0}
+        )
+        entry["steps"] = 20
+        once = 50.0 if entry["arm"] == "matching" else 0.0
+        entry["cost"] = f"{once} once"
+        result["costs"][entry["cost"]] = {"median": 10.0, "low": 10.0, "high": 10.0, "phases": {"once": once}}
+    findings = Findings(result)
+    shown = direct_table(findings, findings.places[0])
+    # 12 and 13 points; 100 and 150 ms of 200: the logarithms' mean, and half an interval of t(1) = 12.706.
+    assert shown is not None and "+12.50 [+6.15, +18.85]" in shown
+    middle = (math.log(0.5) + math.log(0.75)) / 2
+    half = 12.7062 * (math.log(0.75) - math.log(0.5)) / 2
+    wanted = f"{math.exp(middle):.2f} [{math.exp(middle - half):.2f}, {math.exp(middle + half):.2f}]"
+    assert wanted in shown
+    for entry in result["entries"]:
+        entry["curves"] = {"0": [[0, 0.0], [10, 70.0]]}
+    assert "not reached by 1 of 1 seeds" in str(direct_table(findings, findings.places[0]))
+    for entry in result["entries"]:
+        del entry["curves"]
+    assert "| – |" in str(direct_table(findings, findings.places[0]))
+
+
+def test_curves_are_kept_by_seed(runs: Pool) -> None:
+    result = run_study(PROTOCOL, runs)
+    for entry in result["entries"]:
+        assert set(entry["curves"]) == set(entry["accuracy"])
+        for seed, curve in entry["curves"].items():
+            assert curve[-1] == [entry["steps"], entry["accuracy"][seed]] and curve[0][0] == 0
+
+
 def test_a_training_that_collapsed_is_counted() -> None:
     assert (
         Row({"accuracy": {"0": 86.0, "1": 10.0, "2": 87.0}, "errors": {}}, None)
@@ -218,9 +261,14 @@ def test_a_claim_is_corrected_for_its_family(runs: Pool) -> None:
 
 @pytest.mark.parametrize(
     ("change", "match"),
-    [({"arms": ("full",)}, "random"), ({"seeds": (0, 1000)}, "1000"), ({"seeds": ()}, "seed"),
-     ({"budgets": ("money",)}, "budget"), ({"arms": ("random", "random")}, "arm")],
-)  # fmt: skip
+    [
+        ({"arms": ("full",)}, "random"),
+        ({"seeds": (0, 1000)}, "1000"),
+        ({"seeds": ()}, "seed"),
+        ({"budgets": ("money",)}, "budget"),
+        ({"arms": ("random", "random")}, "arm"),
+    ],
+)
 def test_bad_protocols_are_refused(change: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         dataclasses.replace(PROTOCOL, **change)

@@ -25,9 +25,13 @@ def outcome(selector: str, seed: int, accuracy: float | None, error: str | None 
     ]
     seconds = {phase: 0.5 + seed for phase in PHASES} | {"total": 3.0}
     result = {
-        "config": config.as_dict(), "accuracy": accuracy, "steps": 10, "backward_samples": 320, "seconds": seconds,
+        "config": config.as_dict(),
+        "accuracy": accuracy,
+        "steps": 10,
+        "backward_samples": 320,
+        "seconds": seconds,
         "curve": curve,
-    }  # fmt: skip
+    }
     return Outcome(Arm(selector), config, result)
 
 

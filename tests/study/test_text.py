@@ -20,11 +20,19 @@ from selbp_study.table import HEADINGS, lines_of, markdown
 from selbp_study.text import cells, code, inline, plain
 
 NASTY = {
-    "bars": "a | b || c", "code": "`rm` and ``", "script": "<script>alert(1)</script>", "lines": "a\n\n## b\r| c |",
-    "bold": "**not bold** *x*", "entity": "&lt;b&gt; &amp;", "backslash": "a\\|b\\", "link": "[x](javascript:alert(1))",
-    "image": "<img src=x onerror=alert(1)>", "formula": "$\\frac{$ 5$", "control": "a\x00b\x1b[31mc",
+    "bars": "a | b || c",
+    "code": "`rm` and ``",
+    "script": "<script>alert(1)</script>",
+    "lines": "a\n\n## b\r| c |",
+    "bold": "**not bold** *x*",
+    "entity": "&lt;b&gt; &amp;",
+    "backslash": "a\\|b\\",
+    "link": "[x](javascript:alert(1))",
+    "image": "<img src=x onerror=alert(1)>",
+    "formula": "$\\frac{$ 5$",
+    "control": "a\x00b\x1b[31mc",
     "quotes": "\"'><b",
-}  # fmt: skip
+}
 
 
 class Text(HTMLParser):
@@ -65,8 +73,15 @@ def test_marks_of_our_own_still_work() -> None:
 
 def results(config: RunConfig, title: str) -> list[Outcome]:
     curve = [{"step": step, "accuracy": 10.0 + step, "backward_samples": step, "seconds": step} for step in (0, 5, 10)]
-    result = {"config": config.as_dict(), "accuracy": 20.0, "steps": 10, "backward_samples": 10, "curve": curve,
-              "seconds": dict.fromkeys(PHASES, 1.0), "clock": "process"}  # fmt: skip
+    result = {
+        "config": config.as_dict(),
+        "accuracy": 20.0,
+        "steps": 10,
+        "backward_samples": 10,
+        "curve": curve,
+        "seconds": dict.fromkeys(PHASES, 1.0),
+        "clock": "process",
+    }
     arms = [Arm("random"), Arm("top-loss", title=title), Arm("matching", title=title)]
     return [Outcome(arms[0], config, result), Outcome(arms[1], config, result), Outcome(arms[2], config, error=title)]
 

@@ -4,17 +4,23 @@ import copy
 
 import pytest
 import torch
+from support.training_kit import assert_same, gradients
 from torch import nn
-from training_kit import assert_same, gradients
 
 import selbp
 
 
 def network():
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Flatten(), nn.Linear(8 * 36, 5),
-    ).double()  # fmt: skip
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 36, 5),
+    ).double()
 
 
 def minibatch():

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from support.training_kit import assert_same, gradients
 from torch import nn
-from training_kit import assert_same, gradients
 
 import selbp
 

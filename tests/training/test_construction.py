@@ -5,9 +5,9 @@ import functools
 import numpy as np
 import pytest
 import torch
+from support.training_kit import TokenModel, mlp, samples
 from torch import nn
 from torch.nn import functional as F
-from training_kit import TokenModel, mlp, samples
 
 import selbp
 from selbp.common.keep import kept_rows

@@ -5,10 +5,10 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from support.processes import in_two_processes
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from two_processes import in_two_processes
 
 import selbp
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from support.training_kit import TokenModel, assert_same, gradients, mlp, samples
 from torch import nn
 from torch.nn import functional as F
-from training_kit import TokenModel, assert_same, gradients, mlp, samples
 
 import selbp
 
@@ -71,9 +71,7 @@ def test_regression_and_multilabel(selector):
     check(mlp(), x, target, lambda m: F.mse_loss(m(x), target), selector, loss="mse")
     labels = target.round()
     check(mlp(), x, labels, lambda m: F.binary_cross_entropy_with_logits(m(x), labels), selector, loss="bce")
-    check(
-        mlp(), x, labels.long(), lambda m: F.binary_cross_entropy_with_logits(m(x), labels), selector, loss="bce"
-    )  # fmt: skip
+    check(mlp(), x, labels.long(), lambda m: F.binary_cross_entropy_with_logits(m(x), labels), selector, loss="bce")
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
@@ -133,9 +131,14 @@ def test_steps_between_choices_may_draw_at_random_and_score_nothing(cut):
     forwards = []
     model.register_forward_hook(lambda _, args, __: forwards.append(len(args[0])))
     step = selbp.SelectiveBackprop(
-        model, selector=selbp.GradientMatching(), keep=0.25, backward="recompute", cut=cut,
-        schedule=selbp.Schedule(1, 6, 2, between="random"), generator=torch.Generator().manual_seed(3),
-    )  # fmt: skip
+        model,
+        selector=selbp.GradientMatching(),
+        keep=0.25,
+        backward="recompute",
+        cut=cut,
+        schedule=selbp.Schedule(1, 6, 2, between="random"),
+        generator=torch.Generator().manual_seed(3),
+    )
     twin = selbp.SelectiveBackprop(
         model, selector=selbp.Random(), keep=0.25, generator=torch.Generator().manual_seed(3)
     )

@@ -22,8 +22,7 @@ def make(selector=None, seed=0, **options):
 
 def batches(count, n=12):
     generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(n, 6, generator=generator), torch.randint(3, (n,), generator=generator))
-            for _ in range(count)]  # fmt: skip
+    return [(torch.randn(n, 6, generator=generator), torch.randint(3, (n,), generator=generator)) for _ in range(count)]
 
 
 def tensors_of(report):
@@ -201,6 +200,7 @@ REFUSALS = {
     "late start": (lambda: make(schedule=selbp.Schedule(start=5)), {}, "must choose at every step"),
     "scoring": (lambda: make(scoring="eval"), {}, 'scoring="same"'),
     "cut": (lambda: make(selbp.GradientMatching(), cut="2", backward="rows"), {}, "must have no cut"),
+    "micro-batches": (lambda: make(selbp.TopLoss(), micro_batch=2), {}, "must have neither micro_batch"),
 }
 
 

@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
+from support.training_kit import TokenModel, assert_same, gradients, samples
 from torch import nn
 from torch.nn import functional as F
-from training_kit import TokenModel, assert_same, gradients, samples
 
 import selbp
 

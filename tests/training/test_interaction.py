@@ -6,9 +6,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from support.training_kit import TokenModel, gradients, mlp, samples
 from torch import nn
 from torch.nn import functional as F
-from training_kit import TokenModel, gradients, mlp, samples
 
 import selbp
 from selbp.training.interaction import Surroundings
@@ -178,9 +178,18 @@ def batch_statistics_always():
 
 
 INDEPENDENT = {
-    **{way: lambda way=way: Stateful(way) for way in (
-        "counts", "first call", "buffer", "torch", "own generator", "numpy", "python",
-    )},
+    **{
+        way: lambda way=way: Stateful(way)
+        for way in (
+            "counts",
+            "first call",
+            "buffer",
+            "torch",
+            "own generator",
+            "numpy",
+            "python",
+        )
+    },
     "mlp": mlp,
     "dropout": with_dropout,
     "batch norm": with_batch_norm,
@@ -190,7 +199,7 @@ INDEPENDENT = {
     "spectral norm": Spectral,
     "deep": deep,
     "great logits": loud,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16", "autocast"])
@@ -278,7 +287,11 @@ def test_rounding_is_not_taken_for_an_interaction(dtype, scoring):
     model, (x, y) = RoundsBySize(dtype), samples(N)
     model.head.to(dtype)
     step = selbp.SelectiveBackprop(
-        model, selector=selbp.TopLoss(), keep=0.25, backward="recompute", scoring=scoring,
+        model,
+        selector=selbp.TopLoss(),
+        keep=0.25,
+        backward="recompute",
+        scoring=scoring,
         loss=lambda output, target: nn.functional.cross_entropy(output, target % 2, reduction="none"),
-    )  # fmt: skip
+    )
     step(x.to(dtype), y).backward()

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from support.training_kit import TokenModel, assert_same, gradients, mlp, samples
 from torch.nn import functional as F
-from training_kit import TokenModel, assert_same, gradients, mlp, samples
 
 import selbp
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from support.training_kit import TokenModel, mlp, samples
 from torch.nn import functional as F
-from training_kit import TokenModel, mlp, samples
 
 import selbp
 

@@ -2,17 +2,24 @@
 
 import pytest
 import torch
+from support.training_kit import TokenModel, assert_same, gradients, mlp, samples
 from torch import nn
 from torch.nn import functional as F
-from training_kit import TokenModel, assert_same, gradients, mlp, samples
 
 import selbp
 from selbp_study.row_models import SMALL
 
 ALL = [
-    selbp.Full(), selbp.Random(), selbp.TopLoss(), selbp.TopGradNorm(), selbp.GradNormImportance(),
-    selbp.GradientMatching(), selbp.DivBS(), selbp.LossPercentile(), selbp.LossRank(),
-]  # fmt: skip
+    selbp.Full(),
+    selbp.Random(),
+    selbp.TopLoss(),
+    selbp.TopGradNorm(),
+    selbp.GradNormImportance(),
+    selbp.GradientMatching(),
+    selbp.DivBS(),
+    selbp.LossPercentile(),
+    selbp.LossRank(),
+]
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

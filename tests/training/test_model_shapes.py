@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from support.training_kit import TokenModel, assert_same, gradients, mlp, samples
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training_kit import TokenModel, assert_same, gradients, mlp, samples
 
 import selbp
 from selbp.common.batch import take_rows

@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
+from support.training_kit import TokenModel, mlp, samples
 from torch import nn
-from training_kit import TokenModel, mlp, samples
 
 import selbp
 from selbp.common.proxies import HeadProxies
@@ -76,9 +76,14 @@ def test_a_copied_step_goes_on_as_the_step_does(copied, rule, backward):
     elif backward == "full head":
         options = {"head_gradient": "full", "backward": "rows"}
     step = selbp.SelectiveBackprop(
-        mlp(), selector=copy.deepcopy(rule), keep=0.25, generator=torch.Generator().manual_seed(3),
-        schedule=selbp.Schedule(end=9), class_weight=torch.rand(5) + 0.5, **options,
-    )  # fmt: skip
+        mlp(),
+        selector=copy.deepcopy(rule),
+        keep=0.25,
+        generator=torch.Generator().manual_seed(3),
+        schedule=selbp.Schedule(end=9),
+        class_weight=torch.rand(5) + 0.5,
+        **options,
+    )
     first = copied(step)  # before anything has run
     for _ in range(2):
         batch = samples()

@@ -5,10 +5,10 @@ import weakref
 
 import pytest
 import torch
+from support.training_kit import TokenModel, gradients, mlp, samples
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_kit import TokenModel, gradients, mlp, samples
 
 import selbp
 from selbp.common.keep import random_error
@@ -16,9 +16,17 @@ from selbp.common.proxies import HeadProxies
 from selbp.training.schedule import rows_at_cost, step_cost
 
 RULES = [
-    selbp.Full(), selbp.Random(), selbp.TopLoss(), selbp.TopGradNorm(), selbp.GradNormImportance(),
-    selbp.LossPercentile(), selbp.LossRank(), selbp.GradientMatching(), selbp.DivBS(), selbp.TopLoss(weights="refit"),
-]  # fmt: skip
+    selbp.Full(),
+    selbp.Random(),
+    selbp.TopLoss(),
+    selbp.TopGradNorm(),
+    selbp.GradNormImportance(),
+    selbp.LossPercentile(),
+    selbp.LossRank(),
+    selbp.GradientMatching(),
+    selbp.DivBS(),
+    selbp.TopLoss(weights="refit"),
+]
 
 
 class HostReads(TorchDispatchMode):

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.processes import in_two_processes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from two_processes import in_two_processes
 
 import selbp
 
@@ -172,9 +172,11 @@ def check_flat_parameters(rank: int) -> None:
             torch.manual_seed(0)
             networks.append(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double())
         networks[0] = FullyShardedDataParallel(
-            networks[0], auto_wrap_policy=ModuleWrapPolicy({nn.Linear}), use_orig_params=original,
+            networks[0],
+            auto_wrap_policy=ModuleWrapPolicy({nn.Linear}),
+            use_orig_params=original,
             device_id=torch.device("cpu"),
-        )  # fmt: skip
+        )
         for number in range(2):
             torch.manual_seed(10 * number + rank)
             x, y = torch.randn(16, 4, dtype=torch.float64), torch.randint(3, (16,))

@@ -75,5 +75,6 @@ def test_the_statistics_come_back(change):
                 buffer.add_(1)
     restore()
     assert all(torch.equal(a, b) for a, b in zip(before, net.buffers(), strict=True))
-    assert all(kept.data_ptr() != b.data_ptr() for group in statistics._kept.values() for kept in group
-               for b in net.buffers())  # fmt: skip
+    assert all(
+        kept.data_ptr() != b.data_ptr() for group in statistics._kept.values() for kept in group for b in net.buffers()
+    )

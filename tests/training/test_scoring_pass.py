@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from support.training_kit import assert_same_state, samples
 from torch import nn
-from training_kit import assert_same_state, samples
 
 import selbp
 

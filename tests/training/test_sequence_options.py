@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from support.training_kit import TokenModel, assert_same, gradients, samples
 from torch import nn
 from torch.nn import functional as F
-from training_kit import TokenModel, assert_same, gradients, samples
 
 import selbp
 from selbp import ops
@@ -99,9 +99,13 @@ def test_the_greatest_loss_of_a_token(backward, weighted):
     model, (ids, labels) = TokenModel(), batch()
     weight = torch.rand(11) + 0.5 if weighted else None
     step = selbp.SelectiveBackprop(
-        model, selector=selbp.TopLoss(normalize="tokens"), keep=4, loss="causal_lm", backward=backward,
+        model,
+        selector=selbp.TopLoss(normalize="tokens"),
+        keep=4,
+        loss="causal_lm",
+        backward=backward,
         class_weight=weight,
-    )  # fmt: skip
+    )
     step(ids, labels).backward()
     logits = model(ids)[:, :-1].transpose(1, 2)
     means = torch.stack([F.cross_entropy(z[None], y[None], weight) for z, y in zip(logits, labels[:, 1:], strict=True)])

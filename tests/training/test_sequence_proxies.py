@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from support.training_kit import TokenModel, mlp
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
-from training_kit import TokenModel, mlp
 
 import selbp
-from selbp.common.proxies import sequence_gram, sequence_norm_sq
+from selbp.common.proxies import HeadProxies, sequence_gram, sequence_norm_sq
 from selbp.selectors import GradientProxies
 
 
@@ -19,7 +19,7 @@ class Look(selbp.Full):
     def select(self, stats, k, *, proxies=None, extras=None, generator=None):
         object.__setattr__(self, "seen", (stats, proxies.gram(), proxies.mean_gradient(), proxies))
         object.__setattr__(self, "rows", (proxies.residual.shape, proxies.features.shape))
-        return super().select(stats, k)
+        return super().select(stats, k, proxies=proxies)
 
 
 def look(model, x, y, **options):
@@ -111,3 +111,40 @@ def test_single_positions_agree_with_the_plain_proxies():
     r, h = torch.randn(6, 4), torch.randn(6, 3)
     plain = GradientProxies(r, h)
     torch.testing.assert_close(sequence_gram(r[:, None], h[:, None]), plain.gram())
+
+
+class Doubled(HeadProxies):
+    """A kind whose mean gradient is not that of its factors."""
+
+    def mean_gradient(self):
+        mean = super().mean_gradient()
+        return mean._replace(inner=2.0 * mean.inner)
+
+
+@pytest.mark.parametrize(
+    "kind,positions,reduce,given",
+    [
+        (HeadProxies, 1, None, True),
+        (HeadProxies, 2, None, False),
+        (HeadProxies, 1, lambda x: x, False),
+        (Doubled, 1, None, False),
+    ],
+    ids=["plain", "sequence", "ranks", "subclass"],
+)
+def test_factors_are_handed_over_where_everything_follows_from_them(kind, positions, reduce, given):
+    torch.manual_seed(0)
+    residual, features = torch.randn(20, positions, 3), torch.randn(20, positions, 5)
+
+    def build():
+        return kind(lambda: residual, lambda: features, positions=positions, reduce=reduce)
+
+    known = build()
+    known.gram(), known.mean_gradient()
+    assert known.factors() is None and (build().factors() is not None) == given
+    stats = selbp.ops.cross_entropy_statistics(torch.randn(20, 3), torch.randint(3, (20,)))
+    proxies = build()
+    found, wanted = (selbp.GradientMatching().select(stats, 6, proxies=p) for p in (proxies, known))
+    assert torch.equal(found.indices, wanted.indices) and torch.equal(found.weights, wanted.weights)
+    assert proxies.complete
+    assert torch.equal(proxies.gram(), known.gram())
+    assert torch.equal(proxies.mean_gradient().inner, known.mean_gradient().inner)

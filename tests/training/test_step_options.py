@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from support.training_kit import TokenModel, assert_same, gradients, mlp, samples
 from torch import nn
 from torch.nn import functional as F
-from training_kit import TokenModel, assert_same, gradients, mlp, samples
 
 import selbp
 
@@ -184,8 +184,11 @@ def answer_losses(output, target):
 @pytest.mark.parametrize("backward", STRATEGIES)
 def test_several_targets_of_a_dict_batch(backward):
     model, n = Answers(), 12
-    batch = {"ids": torch.randint(0, 11, (n, 6)), "start_positions": torch.randint(0, 6, (n,)),
-             "end_positions": torch.randint(0, 6, (n,))}  # fmt: skip
+    batch = {
+        "ids": torch.randint(0, 11, (n, 6)),
+        "start_positions": torch.randint(0, 6, (n,)),
+        "end_positions": torch.randint(0, 6, (n,)),
+    }
     keys = ("start_positions", "end_positions")
     step = selbp.SelectiveBackprop(
         model, selector=selbp.GradientMatching(), keep=0.5, loss=answer_losses, backward=backward, target_keys=keys
@@ -417,9 +420,12 @@ def test_an_auxiliary_loss_that_is_no_scalar_is_refused():
 def test_a_callable_loss_sees_the_auxiliary_one_itself():
     model, (x, y) = Router(), samples()
     step = selbp.SelectiveBackprop(
-        model, selector=selbp.Full(), keep=1.0, backward="recompute",
+        model,
+        selector=selbp.Full(),
+        keep=1.0,
+        backward="recompute",
         loss=lambda output, target: F.cross_entropy(output["logits"], target, reduction="none"),
-    )  # fmt: skip
+    )
     assert_same(gradients(model, step(x, y)), gradients(model, F.cross_entropy(model(x)["logits"], y)), 1e-10)
 
 
@@ -556,12 +562,53 @@ def test_one_process_is_a_world_of_one():
     assert chosen[0][1] == pytest.approx(chosen[1][1], rel=1e-6)
 
 
-@pytest.mark.parametrize("n", [1, 3], ids=["one-row", "with-lengths"])
-def test_a_packed_row_is_named(n):
+@pytest.mark.parametrize("bounds", ["cu_seq_lens_q", "position_ids"])
+def test_a_packed_row_is_a_sample_a_sequence(bounds):
+    """As the same sequences, padded."""
+    ids, lengths = torch.randint(0, 11, (1, 12)), [5, 1, 4, 2]
+    padded = torch.zeros(4, 5, dtype=torch.int64), torch.full((4, 5), -100)
+    for i, row in enumerate(ids[0].split(lengths)):
+        padded[0][i, : len(row)] = padded[1][i, : len(row)] = row
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    packed = {"input_ids": ids, "labels": ids}
+    if bounds == "position_ids":
+        packed["position_ids"] = torch.cat([torch.arange(k) for k in lengths])[None]
+    else:
+        packed |= {bounds: torch.tensor([0, 5, 6, 10, 12], dtype=torch.int32), "max_length_q": 5}
+
+    class Masked(TokenModel):
+        def forward(self, input_ids, attention_mask, position_ids=None):
+            seen.append(attention_mask.sum(1).tolist())
+            return super().forward(input_ids)
+
+    for backward in ("rows", "recompute"):
+        found = []
+        for batch in (packed, {"input_ids": padded[0], "labels": padded[1], "attention_mask": mask.long()}):
+            torch.manual_seed(0)
+            model, seen = Masked(), []
+            step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=4, loss="causal_lm", backward=backward)
+            found.append((gradients(model, step(dict(batch))), step.report.loss, step.report.n))
+            assert seen[0] == lengths
+        assert found[0][1:] == found[1][1:]
+        assert found[0][2] == 4
+        assert_same(found[0][0], found[1][0], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("entries", "named"),
+    [
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 5])}, r"the bounds are \[0, 3, 5\], not increasing from 0 to 6"),
+        ({"cu_seq_lens_q": torch.tensor([0, 4, 3, 6])}, "not increasing"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 6]), "cu_seq_lens_k": torch.tensor([0, 2, 6])}, "different bounds"),
+        ({"max_length_q": 3}, "nor position_ids tell where one ends"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 6]), "lengths": torch.tensor([3, 3])}, r"'lengths' is a tensor \(2,\)"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 6]), "attention_mask": torch.ones(1, 1, 6, 6)}, "'attention_mask'"),
+        ({"position_ids": torch.tensor([[2, 3, 4, 0, 1, 0]])}, "not increasing from 0"),
+    ],
+    ids=["short", "falling", "keys", "no-bounds", "other", "mask", "position"],
+)
+def test_a_packed_row_that_cannot_be_taken_apart_is_named(entries, named):
     ids = torch.randint(0, 11, (1, 6))
-    packed = {"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
-    if n > 1:
-        packed["cu_seq_lens_q"] = torch.tensor([0, 3, 6])
     step = selbp.SelectiveBackprop(TokenModel(), selector=selbp.TopLoss(), keep=0.5, loss="causal_lm")
-    with pytest.raises(ValueError, match="the batch is packed .*Pad instead"):
-        step(packed)
+    with pytest.raises(ValueError, match=rf"the batch is packed .*Pad instead.*{named}"):
+        step({"input_ids": ids, "labels": ids, **entries})

@@ -5,14 +5,19 @@ import io
 
 import pytest
 import torch
-from training_kit import assert_same_state, mlp, samples
+from support.training_kit import assert_same_state, mlp, samples
 
 import selbp
 
 RULES = [
-    selbp.Random, selbp.TopLoss, selbp.LossPercentile, selbp.LossRank, selbp.GradNormImportance,
-    selbp.GradientMatching, selbp.DivBS,
-]  # fmt: skip
+    selbp.Random,
+    selbp.TopLoss,
+    selbp.LossPercentile,
+    selbp.LossRank,
+    selbp.GradNormImportance,
+    selbp.GradientMatching,
+    selbp.DivBS,
+]
 
 
 def run(step, optimizer, batches):
@@ -31,9 +36,12 @@ def build(rule, seed=1, state=None, between="full"):
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     step = selbp.SelectiveBackprop(
-        model, selector=rule(), keep=0.25, generator=torch.Generator().manual_seed(seed),
+        model,
+        selector=rule(),
+        keep=0.25,
+        generator=torch.Generator().manual_seed(seed),
         schedule=selbp.Schedule(start=1, every=2, between=between),
-    )  # fmt: skip
+    )
     if state is not None:
         for part, saved in zip((model, optimizer, step), state, strict=True):
             part.load_state_dict(saved)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from support.training_kit import TokenModel, assert_same, gradients, mlp, samples
 from torch import nn
 from torch.nn import functional as F
-from training_kit import TokenModel, assert_same, gradients, mlp, samples
 
 import selbp
 

@@ -2,10 +2,11 @@
 
 Runs as a script in a process without TRITON_INTERPRET (the two cannot share one):
 
-    python tests/triton_kernels/aot.py sm_90 [part of a variant's name ...]
+    python tests/triton_kernels/aot.py sm_90 "sm_80=part of a variant's name|another" mutant
 
-prints one JSON object a kernel variant: registers, spills, shared memory, matrix instructions, instructions per logit,
-and ``failures``, the limits that it breaks. No GPU is needed: Triton compiles for a named target.
+prints one JSON object a kernel variant: its gate (what stands before the "="), registers, spills, shared memory, matrix
+instructions, instructions per logit, and ``failures``, the limits that it breaks. No GPU is needed: Triton compiles for
+a named target.
 """
 
 from __future__ import annotations
@@ -157,29 +158,32 @@ def mutant() -> dict:
     return inspect(statistics_variants("sm_90", target, tile)[0], target)
 
 
-def main(architecture: str, *wanted: str) -> None:
-    if architecture == "mutant":
-        print(json.dumps(mutant()))
-        return
-    jobs = [
-        (variant, device)
-        for device in TARGETS[architecture]
-        for variant in variants(architecture, device)
-        if not wanted or any(part in variant.name for part in wanted)
-    ]
+def main(*gates: str) -> None:
+    jobs = []
+    for gate in gates:
+        architecture, _, parts = gate.partition("=")
+        if architecture == "mutant":
+            print(json.dumps({"gate": "mutant", **mutant()}))
+        jobs += [
+            (architecture, variant, device)
+            for device in TARGETS.get(architecture, [])
+            for variant in variants(architecture, device)
+            if any(part in variant.name for part in parts.split("|"))
+        ]
     # Forked processes: half of a compilation is Python. They find the jobs in `inspect_job`, which need not be pickled.
     with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), _share, (jobs,)) as pool:
         for found in pool.imap(inspect_job, range(len(jobs)), chunksize=2):
             print(json.dumps(found), flush=True)
 
 
-def _share(jobs: list[tuple[Variant, GPUTarget]]) -> None:
+def _share(jobs: list[tuple[str, Variant, GPUTarget]]) -> None:
     inspect_job.jobs = jobs
 
 
 def inspect_job(index: int) -> dict:
     """:func:`inspect` of a job that the parent process has listed."""
-    return inspect(*inspect_job.jobs[index])
+    architecture, *job = inspect_job.jobs[index]
+    return {"gate": architecture, **inspect(*job)}
 
 
 if __name__ == "__main__":

@@ -108,17 +108,26 @@ def _statistics(name, options, shape, exact, element, itemsize, target, width=0)
         "weight": _matrix_operand(shape, shape.columns, shape.depth, element),
         **_pointer("bias", not exact, element),
         **_pointer("class_weight", options["HAS_WEIGHT"], "fp32"),
-        **_pointer("projection", width > 0, element), **_pointer("sums", width > 0, "fp32"),
-        "target": "*i64", "partials": "*fp32", "softcap": "fp32",
+        **_pointer("projection", width > 0, element),
+        **_pointer("sums", width > 0, "fp32"),
+        "target": "*i64",
+        "partials": "*fp32",
+        "softcap": "fp32",
         **_integers("n", "n_classes", "d", "p", "stride_h", "stride_w", "stride_p", "tiles_per_split"),
-    }  # fmt: skip
+    }
     limited = name == "plain" and exact and itemsize == 2
     kind = "sketch" if width else "statistics"
     label = f"{kind} {element} {name} {'exact' if exact else 'ragged'}{'' if shape.descriptor else ' pointers'}"
     return Variant(
-        label, statistics.statistics_kernel, types, constants, shape.warps, shape.stages, True,
+        label,
+        statistics.statistics_kernel,
+        types,
+        constants,
+        shape.warps,
+        shape.stages,
+        True,
         shape.rows * shape.columns if limited else 0,
-    )  # fmt: skip
+    )
 
 
 def row_variants(arch: str) -> list[Variant]:
@@ -127,15 +136,25 @@ def row_variants(arch: str) -> list[Variant]:
     for itemsize, element in NAMES.items():
         constants = {"ROWS": target_logit.ROWS, "DEPTH": target_logit.DEPTH, "HAS_FEATURES": True}
         types = {
-            "features": f"*{element}", "target": "*i64", "target_logit": "*fp32", "feature_sq": "*fp32", "plus": "fp32",
+            "features": f"*{element}",
+            "target": "*i64",
+            "target_logit": "*fp32",
+            "feature_sq": "*fp32",
+            "plus": "fp32",
             **_integers("n", "d", "n_classes", "stride_h", "stride_w", "stride_z"),
-        }  # fmt: skip
+        }
         linear = {"weight": f"*{element}", "bias": f"*{element}"}
         found.append(Variant(f"target_logit {element} linear", target_logit.target_logit_kernel, {**types, **linear},
                              {**constants, "HAS_LOGITS": False, "HAS_BIAS": True}, 4))  # fmt: skip
-        found.append(Variant(f"target_logit {element} stored", target_logit.target_logit_kernel,
-                             {**types, "logits": f"*{element}"},
-                             {**constants, "HAS_LOGITS": True, "HAS_BIAS": False}, 4))  # fmt: skip
+        found.append(
+            Variant(
+                f"target_logit {element} stored",
+                target_logit.target_logit_kernel,
+                {**types, "logits": f"*{element}"},
+                {**constants, "HAS_LOGITS": True, "HAS_BIAS": False},
+                4,
+            )
+        )
         rows = configs.TABLE[arch]["residual"][itemsize]
         for name, options in VARIANTS.items():
             stored = configs.TABLE[arch]["logits_smoothing" if options["SMOOTH"] else "logits"][itemsize]
@@ -158,8 +177,9 @@ def row_variants(arch: str) -> list[Variant]:
             found.append(Variant(f"residual_target {element} {name}", residual.residual_target_kernel, types,
                                  {"ROWS": residual.ROWS, "COLUMNS": residual.COLUMNS, **options}, 4))  # fmt: skip
             if itemsize == 4:
-                found.append(Variant(f"finalize {name}", combine.finalize_kernel, types,
-                                     {"ROWS": combine.ROWS, **options}, 4))  # fmt: skip
+                found.append(
+                    Variant(f"finalize {name}", combine.finalize_kernel, types, {"ROWS": combine.ROWS, **options}, 4)
+                )
     return found
 
 
@@ -173,18 +193,28 @@ def chunk_variants(arch: str, target: GPUTarget) -> list[Variant]:
             plain = shape.with_pointers()
             for tile, exact in ((shape, True), (plain, False)):
                 constants = {
-                    "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "GROUP": tile.group,
-                    "DESCRIPTOR": tile.descriptor, "EVEN_DEPTH": exact, "HAS_BIAS": not exact,
-                    "PRECISION": _precision(itemsize, target), **options,
-                }  # fmt: skip
+                    "ROWS": tile.rows,
+                    "COLUMNS": tile.columns,
+                    "DEPTH": tile.depth,
+                    "GROUP": tile.group,
+                    "DESCRIPTOR": tile.descriptor,
+                    "EVEN_DEPTH": exact,
+                    "HAS_BIAS": not exact,
+                    "PRECISION": _precision(itemsize, target),
+                    **options,
+                }
                 types = {
                     "features": _matrix_operand(tile, tile.rows, tile.depth, element),
-                    "weight": _matrix_operand(tile, tile.columns, tile.depth, element), "target": "*i64",
-                    **_pointer("bias", not exact, element), **_pointer("class_weight", options["HAS_WEIGHT"], "fp32"),
-                    **dict.fromkeys(("lse", "others", "scale", "mass", "rest"), "*fp32"), "out": f"*{element}",
-                    "share": "fp32", "softcap": "fp32",
+                    "weight": _matrix_operand(tile, tile.columns, tile.depth, element),
+                    "target": "*i64",
+                    **_pointer("bias", not exact, element),
+                    **_pointer("class_weight", options["HAS_WEIGHT"], "fp32"),
+                    **dict.fromkeys(("lse", "others", "scale", "mass", "rest"), "*fp32"),
+                    "out": f"*{element}",
+                    "share": "fp32",
+                    "softcap": "fp32",
                     **_integers("k", "n_columns", "first_class", "d", "stride_h", "stride_w", "stride_out"),
-                }  # fmt: skip
+                }
                 label = f"chunk {element} {name} {'exact' if exact else 'ragged pointers'}"
                 kernel = linear_cross_entropy.residual_chunk_kernel
                 found.append(Variant(label, kernel, types, constants, tile.warps, tile.stages, True))
@@ -201,23 +231,33 @@ def gram_variants(arch: str, target: GPUTarget) -> list[Variant]:
                 depth_r, depth_h = (shape.depth * max(size_r, size_h) // size for size in (size_r, size_h))
                 for exact in (True,) if shape.descriptor else (False,):
                     constants = {
-                        "ROWS": shape.rows, "DEPTH_R": depth_r, "DEPTH_H": depth_h, "DESCRIPTOR": shape.descriptor,
-                        "EVEN_R": exact, "EVEN_H": exact,
-                        "PRECISION_R": _precision(size_r, target), "PRECISION_H": _precision(size_h, target),
-                    }  # fmt: skip
+                        "ROWS": shape.rows,
+                        "DEPTH_R": depth_r,
+                        "DEPTH_H": depth_h,
+                        "DESCRIPTOR": shape.descriptor,
+                        "EVEN_R": exact,
+                        "EVEN_H": exact,
+                        "PRECISION_R": _precision(size_r, target),
+                        "PRECISION_H": _precision(size_h, target),
+                    }
                     types = {
                         "residual": _matrix_operand(shape, shape.rows, depth_r, NAMES[size_r]),
                         "features": _matrix_operand(shape, shape.rows, depth_h, NAMES[size_h]),
-                        "gram": "*fp32", "broken": "*u8", "plus": "fp32",
+                        "gram": "*fp32",
+                        "broken": "*u8",
+                        "plus": "fp32",
                         **_integers("n", "n_classes", "d", "stride_r", "stride_h", "stride_k"),
-                    }  # fmt: skip
+                    }
                     label = f"{table} {NAMES[size_r]} {NAMES[size_h]} {'exact' if exact else 'ragged'}"
                     found.append(Variant(label + ("" if shape.descriptor else " pointers"), gram.gram_kernel, types,
                                          constants, shape.warps, shape.stages, True))  # fmt: skip
     types = {
-        "residual": "*fp32", "features": "*fp32", "gram": "*fp32", "broken": "*u8",
+        "residual": "*fp32",
+        "features": "*fp32",
+        "gram": "*fp32",
+        "broken": "*u8",
         **_integers("n", "n_classes", "d", "stride_r", "stride_h", "stride_k"),
-    }  # fmt: skip
+    }
     confirm = {"ROWS": gram.CONFIRM_ROWS, "DEPTH": gram.CONFIRM_DEPTH}
     return [
         *found,

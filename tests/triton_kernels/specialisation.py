@@ -1,13 +1,14 @@
 """How often each kernel would be compiled over batches of changing size: prints {kernel: number of keys} as JSON.
 
+A second line says the same where the sizes ``n`` are specialised, as they must not be.
+
 Runs in a process without TRITON_INTERPRET. Triton's own binder makes the key of each launch, for a named target, and
-nothing is compiled: no GPU is needed. With arguments, those parameters of every kernel are specialised again.
+nothing is compiled: no GPU is needed.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections import defaultdict
 
 import torch
@@ -25,6 +26,7 @@ from selbp.triton_kernels.statistics import logits_statistics, statistics
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 keys: dict[str, set[str]] = defaultdict(set)
 binders: dict[str, object] = {}
+specialised: set[str] = set()  # parameters
 
 
 def record(self, *args, grid, warmup, **kwargs):
@@ -32,7 +34,7 @@ def record(self, *args, grid, warmup, **kwargs):
     name = self.fn.__name__
     if name not in binders:
         for parameter in self.params:
-            if parameter.name in sys.argv[1:]:
+            if parameter.name in specialised:
                 parameter.do_not_specialize = False
         binders[name] = jit.create_function_from_signature(self.signature, self.params, BACKEND)
     _, specialization, options = binders[name](*args, **kwargs, debug=False)
@@ -60,9 +62,13 @@ def main() -> None:
     n_classes, d = 4000, 64
     weight, bias = torch.zeros(n_classes, d, dtype=torch.bfloat16), torch.zeros(n_classes, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
-    for n in [1, 16, 128, 1024, *torch.randint(1, 3000, (46,), generator=generator).tolist()]:
-        every_kernel(n, n_classes, d, bias, weight)
-    print(json.dumps({name: len(found) for name, found in keys.items()}))
+    sizes = [1, 16, 128, 1024, *torch.randint(1, 3000, (46,), generator=generator).tolist()]
+    for parameters in (set(), {"n"}):
+        specialised.update(parameters)
+        keys.clear(), binders.clear()
+        for n in sizes:
+            every_kernel(n, n_classes, d, bias, weight)
+        print(json.dumps({name: len(found) for name, found in keys.items()}))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -75,6 +76,8 @@ def test_the_shares_of_a_part_become_one_file_and_go_on_from_it(tmp_path, capsys
 
 
 @pytest.mark.parametrize("arguments", [["--only", "nothing"], ["--device", "tpu"]], ids=str)
-def test_other_parts_and_devices_are_refused(arguments):
-    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
-    assert done.returncode == 2 and "invalid choice" in done.stderr
+def test_other_parts_and_devices_are_refused(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert caught.value.code == 2 and "invalid choice" in capsys.readouterr().err

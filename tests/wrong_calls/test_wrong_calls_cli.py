@@ -152,9 +152,15 @@ def test_a_wrong_field_of_a_configuration(case: str, config: RunConfig) -> None:
 
 def test_numbers_of_numpy_are_numbers(config: RunConfig, digits: Dataset, tmp_path: Path) -> None:
     ours = dataclasses.replace(
-        config, steps=np.int64(5), lr=np.float64(0.1), keep=np.float64(0.25), seed=np.int32(0), threads=np.int16(0),
-        batch_size=np.uint8(128), momentum=np.float64(0.9),
-    )  # fmt: skip
+        config,
+        steps=np.int64(5),
+        lr=np.float64(0.1),
+        keep=np.float64(0.25),
+        seed=np.int32(0),
+        threads=np.int16(0),
+        batch_size=np.uint8(128),
+        momentum=np.float64(0.9),
+    )
     assert ours == config and ours.key() == config.key() and type(ours.steps) is int and type(ours.lr) is float
     assert dataclasses.replace(config, lr=np.float32(0.5)).lr == 0.5
     assert dataclasses.replace(config, keep=np.int64(3)).kept() == 3

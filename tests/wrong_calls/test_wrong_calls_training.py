@@ -35,8 +35,15 @@ TENSOR, ARRAY = torch.tensor(0.5), np.array([0.5, 0.5])
 KEEP = "keep must be a float in (0, 1]|int of at least 1"
 NUMBERS = {"none": None, "string": "1", "bool": True, "np.bool_": np.bool_(True), "tensor": TENSOR, "array": ARRAY,
            "list": [1], "complex": 1j}  # fmt: skip
-CHOICES = {"none": None, "number": 1, "bool": True, "another": "best", "list": ["same"], "tensor": TENSOR,
-           "array": ARRAY}  # fmt: skip
+CHOICES = {
+    "none": None,
+    "number": 1,
+    "bool": True,
+    "another": "best",
+    "list": ["same"],
+    "tensor": TENSOR,
+    "array": ARRAY,
+}
 OBJECTS = {"number": 3, "string": "x", "list": [1], "tensor": TENSOR, "bool": False}
 
 

@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     # tests/triton_kernels/test_interpreter.py starts the process that collects this folder.
     collect_ignore_glob = ["*.py"]
 else:
-    import triton_guard
+    from support import triton_guard
 
     triton_guard.install()
     warnings.filterwarnings("ignore", message="All-NaN slice encountered")

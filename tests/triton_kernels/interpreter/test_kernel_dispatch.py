@@ -2,9 +2,9 @@
 
 import importlib
 
-import kernel_cases as cases
 import pytest
 import torch
+from support import kernel_cases as cases
 
 from selbp import ops, reference
 from selbp.ops import _backends
@@ -75,10 +75,21 @@ def everything(case):
     residual = residual_operator._cuda(*residual_operator._pack(case.logits, case.target, stored[1], *arguments))
     class_weight, *rest = arguments
     forward = head_operator._cuda.forward(*head_operator._pack(*head, class_weight, None, *rest))
-    d_features, *d_head = head_operator._cuda.backward(*head_operator._pack_backward(
-        torch.linspace(0.5, 1.0, rows), *head, forward[1], forward[6], forward[5], class_weight, None, *rest,
-        True, True, True,
-    ))  # fmt: skip
+    d_features, *d_head = head_operator._cuda.backward(
+        *head_operator._pack_backward(
+            torch.linspace(0.5, 1.0, rows),
+            *head,
+            forward[1],
+            forward[6],
+            forward[5],
+            class_weight,
+            None,
+            *rest,
+            True,
+            True,
+            True,
+        )
+    )
     left, right = ops.sketch_projections(len(case.weight), case.features.shape[1] + 1, (8, 8))
     sketches = sketch_operator._cuda(
         *sketch_operator._pack(

@@ -1,8 +1,8 @@
 """The Gram kernel against the specification, in the interpreter."""
 
-import kernel_cases as cases
 import pytest
 import torch
+from support import kernel_cases as cases
 
 from selbp import reference
 from selbp.triton_kernels.configs import TABLE, Tile

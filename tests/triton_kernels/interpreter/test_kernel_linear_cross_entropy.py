@@ -2,9 +2,9 @@
 
 import importlib
 
-import kernel_cases as cases
 import pytest
 import torch
+from support import kernel_cases as cases
 
 from selbp import reference
 from selbp.triton_kernels.configs import Tile
@@ -31,9 +31,18 @@ def check(case, tile, chunk=None):
     _, _, eager = inputs(case.to(torch.float32), scale)
     options = {name: case.options.get(name, 0.0) for name in ("label_smoothing", "softcap")}
     got = backward(
-        scale, case.features, case.weight, case.bias, case.target, stats.lse, others,
-        case.options.get("class_weight"), **options, tile=tile, chunk=chunk,
-    )  # fmt: skip
+        scale,
+        case.features,
+        case.weight,
+        case.bias,
+        case.target,
+        stats.lse,
+        others,
+        case.options.get("class_weight"),
+        **options,
+        tile=tile,
+        chunk=chunk,
+    )
     for name, a, b, c in zip(("features", "weight", "bias"), got, spec, eager, strict=True):
         if a is None:
             assert case.bias is None

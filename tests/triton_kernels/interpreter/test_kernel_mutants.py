@@ -5,13 +5,13 @@ import pathlib
 import shutil
 import sys
 
-import kernel_cases as cases
 import pytest
 import test_kernel_gram
 import test_kernel_residual
 import test_kernel_sketch
 import test_kernel_statistics as check
 import torch
+from support import kernel_cases as cases
 
 import selbp.triton_kernels
 
@@ -94,7 +94,7 @@ MUTANTS = {
     "target not excluded from stored logits": ("statistics", "(columns[None, :] == y[:, None]) | ", "", stored),
     "tile offset ignored": ("matmul_tile", "b.load([j * COLUMNS, k])", "b.load([0, k])", described),
     "sums not rescaled": ("statistics", "state[3] * (scale * scale) + tl.sum", "state[3] * scale + tl.sum", linear),
-    "fits not rescaled": ("combine", "rho * scale, s2 *", "rho, s2 *", lambda: linear("smoothing")),
+    "fits not rescaled": ("combine", "rho * scale,", "rho,", lambda: linear("smoothing")),
     "projection not rescaled": ("statistics", "projected * scale[:, None]", "projected", projection),
     "projection without the target": ("sketch", "own = rest - mass * q", "own = rest", projection),
     "projection: splits at one reference": ("sketch", "torch.exp2(reference - reference.amax(0))", "1.0", projection),

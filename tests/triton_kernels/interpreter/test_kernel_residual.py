@@ -1,8 +1,8 @@
 """The residual kernels against the specification, in the interpreter."""
 
-import kernel_cases as cases
 import pytest
 import torch
+from support import kernel_cases as cases
 
 from selbp import reference
 from selbp.triton_kernels.configs import Tile
@@ -27,8 +27,7 @@ def check(case, logits, splits=None, lse=None):
         cases.assert_close("target entry", got[rows, y], spec[rows, y], eager[rows, y])
 
 
-@pytest.mark.parametrize("option", cases.OPTIONS)
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "option"), cases.every_option())
 def test_every_option(dtype, option):
     case = cases.make(19, 24, 203, dtype, option, bias=True)
     for splits in (1, 3):

@@ -2,9 +2,9 @@
 
 import importlib
 
-import kernel_cases as cases
 import pytest
 import torch
+from support import kernel_cases as cases
 
 from selbp import ops, reference
 from selbp.triton_kernels.configs import TABLE, Tile
@@ -62,9 +62,13 @@ def test_the_operator_on_cuda_implementations(bias):
     got = operator._cuda(*operator._pack(features, case.weight, case.bias, target, *projections, *options))
     wide = case.to(torch.float64)
     spec = reference.sketch(
-        wide.features.view(4, 6, 16), wide.weight, wide.bias, target, *(p.double() for p in projections),
+        wide.features.view(4, 6, 16),
+        wide.weight,
+        wide.bias,
+        target,
+        *(p.double() for p in projections),
         **wide.options,
-    )  # fmt: skip
+    )
     assert got.shape == spec.shape
     assert float((got - spec).abs().max() / spec.abs().max()) < 1e-5
 

@@ -2,9 +2,9 @@
 
 import mmap
 
-import kernel_cases as cases
 import pytest
 import torch
+from support import kernel_cases as cases
 
 from selbp import reference
 from selbp.triton_kernels.configs import TABLE, Tile
@@ -39,16 +39,7 @@ def check_logits(case, splits=None):
     cases.assert_statistics(got, run(torch.float64), run(torch.float32))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "option"),
-    [
-        (dtype, option)
-        for dtype in cases.DTYPES
-        for option in cases.OPTIONS
-        if dtype != torch.float16 or option == "plain"
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("dtype", "option"), cases.every_option())
 def test_every_option(dtype, option):
     case = cases.make(37, 24, 203, dtype, option, bias=True)
     check_linear(case, POINTER)

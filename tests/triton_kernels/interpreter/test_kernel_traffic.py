@@ -1,9 +1,9 @@
 """The bytes that the kernels request equal the formulas of the roofline, byte for byte; so do the flops of products."""
 
-import kernel_cases as cases
 import pytest
 import torch
-import triton_guard
+from support import kernel_cases as cases
+from support import triton_guard
 
 from benchmarks import roofline_gpu as roofline
 from selbp.triton_kernels.combine import finalize

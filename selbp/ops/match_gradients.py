@@ -1,0 +1,129 @@
+"""From the factors of the per-sample gradients to rows and weights: Gram matrix, mean gradient and match in one call.
+
+Three operators and what fills the spare slots, in turn; of a small minibatch on the CPU one native call, for there the
+calls themselves take longer than the sums.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from selbp import _native
+from selbp._checks import (
+    accumulate_dtype,
+    check_choice,
+    check_dtype,
+    check_range,
+    check_same_device,
+    check_shape,
+)
+from selbp.ops._factors import autocast_factors, check_factors
+from selbp.ops._register import define
+from selbp.ops.gram import gradient_gram
+from selbp.ops.matching import RULES, match
+from selbp.ops.mean_gradient import is_small, mean_gradient
+from selbp.reference.sampling import fill_spare
+from selbp.types import MeanGradient
+
+_ROWS = 256  # above, the Gram matrix is worth the threads that it has by itself
+
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class MatchedGradients(NamedTuple):
+    """The rows and weights that match the mean gradient, and what they were found from."""
+
+    indices: Tensor  # (k,) int64; spare slots repeat the first chosen row, or the first valid one, or row 0
+    weights: Tensor  # (k,); 0 in spare slots
+    gram: Tensor  # (n, n)
+    mean: MeanGradient
+
+
+def match_gradients(
+    residual: Tensor,  # (n, C)
+    features: Tensor,  # (n, d)
+    valid: Tensor,  # (n,) bool
+    k: int,
+    *,
+    bias: bool,
+    rule: str,
+    ridge: float,
+    nonnegative: bool,
+) -> MatchedGradients:
+    """:func:`gradient_gram`, :func:`mean_gradient` and :func:`match` of the same factors, each as it is by itself."""
+    found = _match_gradients(residual, features, valid, bias, k, rule, ridge, nonnegative)
+    indices, weights, gram, inner, target_sq, head_weight, head_bias = found
+    return MatchedGradients(
+        indices, weights, gram, MeanGradient(inner, target_sq, head_weight, head_bias if bias else None)
+    )
+
+
+def _check(
+    residual: Tensor, features: Tensor, valid: Tensor, bias: bool, k: int, rule: str, ridge: float, nonnegative: bool
+) -> None:
+    check_factors(residual, features)
+    check_dtype("valid", valid, torch.bool)
+    check_shape("valid", valid, f"(n,) with n = {len(residual)} rows as residual", (len(residual),))
+    check_same_device("valid", valid, "residual", residual)
+    if k < 0:
+        raise ValueError(f"k must be at least 0, got {k}")
+    check_choice("rule", rule, RULES)
+    check_range("ridge", ridge, 0.0)
+
+
+def _fake(
+    residual: Tensor, features: Tensor, valid: Tensor, bias: bool, k: int, rule: str, ridge: float, nonnegative: bool
+) -> _Outputs:
+    (n, n_classes), width = residual.shape, features.shape[1]
+    dtype = accumulate_dtype(residual.dtype)
+    shapes = ((k,), (n, n), (n,), (), (n_classes, width), (n_classes if bias else 0,))
+    weights, gram, inner, target_sq, head_weight, head_bias = (residual.new_empty(s, dtype=dtype) for s in shapes)
+    return residual.new_empty(k, dtype=torch.int64), weights, gram, inner, target_sq, head_weight, head_bias
+
+
+def _composed(
+    residual: Tensor, features: Tensor, valid: Tensor, bias: bool, k: int, rule: str, ridge: float, nonnegative: bool
+) -> _Outputs:
+    gram, mean = gradient_gram(residual, features, bias=bias), mean_gradient(residual, features, bias=bias)
+    found = match(gram, mean.inner, mean.target_sq, k, rule=rule, ridge=ridge, nonnegative=nonnegative, valid=valid)
+    indices, _ = fill_spare(found.indices, found.indices >= 0, valid)
+    head_bias = mean.inner.new_empty(0) if mean.head_bias is None else mean.head_bias
+    return indices, found.weights, gram, mean.inner, mean.target_sq, mean.head_weight, head_bias
+
+
+def _cpu(
+    residual: Tensor, features: Tensor, valid: Tensor, bias: bool, k: int, rule: str, ridge: float, nonnegative: bool
+) -> _Outputs:
+    (n, n_classes), width = residual.shape, features.shape[1]
+    of_pairs = residual.dtype == torch.bfloat16  # whose Gram matrix has a kernel of its own
+    if n > _ROWS or not n or not k or of_pairs or not is_small(n, n_classes, width):
+        return _composed(residual, features, valid, bias, k, rule, ridge, nonnegative)
+    dtype = accumulate_dtype(residual.dtype)
+    r, h, rows = residual.to(dtype).contiguous(), features.to(dtype).contiguous(), valid.contiguous()
+    indices, weights = torch.empty(k, dtype=torch.int64), torch.empty(k, dtype=dtype)
+    gram, inner, target_sq = torch.empty(n, n, dtype=dtype), torch.empty(n, dtype=dtype), torch.empty((), dtype=dtype)
+    head_weight = torch.empty(n_classes, width, dtype=dtype)
+    head_bias = torch.empty(n_classes if bias else 0, dtype=dtype)
+    mean = (inner.data_ptr(), target_sq.data_ptr(), head_weight.data_ptr(), head_bias.data_ptr())
+    finite = _native.match_gradients(
+        r.data_ptr(), h.data_ptr(), dtype == torch.float64, (n, n_classes, width), bias, k, RULES.index(rule),
+        nonnegative, ridge, gram.data_ptr(), mean, rows.data_ptr(), indices.data_ptr(), weights.data_ptr(),
+    )  # fmt: skip
+    if not finite:  # the long way finds the rows that are not
+        return _composed(residual, features, valid, bias, k, rule, ridge, nonnegative)
+    return indices, weights, gram, inner, target_sq, head_weight, head_bias
+
+
+_match_gradients = define(
+    "match_gradients(Tensor residual, Tensor features, Tensor valid, bool bias, SymInt k, str rule, float ridge, "
+    "bool nonnegative) -> (Tensor indices, Tensor weights, Tensor gram, Tensor inner, Tensor target_sq, "
+    "Tensor head_weight, Tensor head_bias)",
+    check=_check,
+    fake=_fake,
+    cpu=_cpu,
+    cuda=_composed,
+    autocast=autocast_factors,
+)

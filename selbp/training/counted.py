@@ -1,0 +1,112 @@
+"""A step's place in the training: optimizer steps counted, the last report, and what a resumed run needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from selbp.common.batch import Batch
+from selbp.common.distributed import check_not_bypassed
+from selbp.common.guards import capturing
+from selbp.common.state import CHOICE_ENTRIES, ChoiceState, check_counts
+from selbp.sampling.table import ScoreTable
+from selbp.training.interaction import SamplesInteractError
+from selbp.training.kinds import StepKinds
+from selbp.training.options import StepOptions
+from selbp.training.per_call import PerCall
+from selbp.training.pooled import Backward
+from selbp.training.report import StepReport
+from selbp.training.scores import with_irreducible
+
+
+class CountedStep(StepKinds):
+    """Runs a minibatch and counts it, keeps the last report, and has a state to save."""
+
+    def __init__(self, model: nn.Module, options: StepOptions) -> None:
+        self._places = options.places()
+        super().__init__(model, options)
+        self._choice = ChoiceState(self.selector, self.generator)
+        self._auto_advance = options.auto_advance
+        self._synchronised = False  # whether the gradients are known to reach the other ranks
+        self._report: StepReport | None = None
+
+    def _counted(
+        self, inputs: Any, target: Any, call: PerCall, per_sample: dict[str, Tensor], backward: Backward | None
+    ) -> Tensor:
+        """Run one minibatch and count it; whatever is raised, the step is left as it was."""
+        table, ids = self._table, None
+        if table is not None:
+            ids = per_sample.pop("ids", None)
+        batch = Batch.of(inputs, target, per_sample, self._places)
+        if self._pooled is None:
+            call.check(batch.n, batch.device)
+        # A second pass, whose rows are given, is of a batch that has been counted.
+        issued = None if table is None or call.given is not None else table.next(batch.n, ids)
+        if table is not None and issued is not None:
+            batch = with_irreducible(batch, table, issued)
+        self._synchronised = self._synchronised or check_not_bypassed(self.model)
+        # In a capture nothing runs that could be put back, and a generator's state must not be read.
+        restore = () if capturing(batch.device) else (self._choice.snapshot(), self._running.snapshot())
+        try:
+            try:
+                loss, report = self._run(batch, call, issued, backward)
+            except SamplesInteractError:
+                if not self._strategy.auto or self._scoring != "same":
+                    raise
+                for undo in restore:
+                    undo()
+                self._strategy.settle("rows", "samples interact: a second forward of some would train another loss")
+                loss, report = self._run(batch, call, issued, backward)
+        except BaseException:
+            for undo in restore:
+                undo()
+            raise
+        self._report = report
+        if table is not None and issued is not None:
+            table.issued.done(issued)
+            report.table = table
+        if self._auto_advance and call.given is None:
+            self._step += 1
+        return loss
+
+    @property
+    def report(self) -> StepReport:
+        """The last step's figures. Raises RuntimeError before the first one."""
+        if self._report is None:
+            raise RuntimeError("there is no report before the first step")
+        return self._report
+
+    @property
+    def table(self) -> ScoreTable | None:
+        """The table of scores that the step writes to."""
+        return self._table
+
+    @property
+    def optimizer_step(self) -> int:
+        """How many optimizer steps have been counted."""
+        return self._step
+
+    def advance(self) -> None:
+        """Count one optimizer step: call it after ``optimizer.step()`` when gradients are accumulated.
+
+        From the first call on, calls of the step no longer count by themselves; those before it were one step.
+        """
+        self._step = 1 if self._auto_advance else self._step + 1
+        self._auto_advance = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to continue bit for bit, beside model and optimizer.
+
+        Without a ``generator`` of its own, draws come from torch's global one, whose state is the caller's to save.
+        """
+        counts = {"optimizer_step": self._step, "auto_advance": self._auto_advance, "backward": self._strategy.decision}
+        return {**counts, **self._choice.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a :meth:`state_dict`. Raises ValueError, and changes nothing, where it does not fit."""
+        count, auto, backward = check_counts(state)
+        self._choice.load_state_dict({name: state[name] for name in CHOICE_ENTRIES})
+        self._step, self._auto_advance = count, auto
+        self._strategy.restore(backward)

@@ -1,0 +1,118 @@
+"""What scoring found of samples that are not scored by one forward: in micro-batches, or on several ranks.
+
+A part is scored in units of its own, its losses unscaled. Which factor makes them torch's mean is known of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selbp.common.exchange import Ranks
+from selbp.common.proxies import HeadProxies
+from selbp.training.losses import logits_of
+from selbp.training.scoring import Scored, scale_of, worth_keeping
+from selbp.types import BatchStatistics
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of some samples, or of all of them. Nothing in it keeps a graph or an activation alive."""
+
+    stats: BatchStatistics  # in units of the unscaled loss
+    mass: Tensor  # (n,) what each sample counts in torch's mean
+    factors: tuple[Tensor, Tensor] | None = None  # (n, T, C) and (n, T, d): the head's, 0 where not valid
+    bias: bool = True  # whether the head has one
+    hits: tuple[Tensor, Tensor] | None = None  # () correct entries and () all entries
+    logits: Tensor | None = None  # (n, ...), where they were to be kept
+
+    @classmethod
+    def of(cls, scored: Scored, head: nn.Module | None, n: int, *, gradients: bool, keep_output: bool) -> Found:
+        """Of a part of ``n`` samples in all that was scored with ``unit`` 1.
+
+        The factors stay where the rule reads gradients, or where they are small enough for the report.
+        """
+        assert scored.mass is not None
+        proxies = scored.proxies
+        if proxies is not None and not gradients:
+            proxies = worth_keeping(proxies, head, n)
+        factors, bias = None, True
+        if proxies is not None:
+            factors, bias = (proxies.token_residual, proxies.token_features), proxies.bias
+        logits = logits_of(scored.output).detach() if keep_output and scored.output is not None else None
+        return cls(scored.stats, scored.mass, factors, bias, scored.hits, logits)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Found]) -> Found:
+        """All parts of a minibatch, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        stats = BatchStatistics(*map(torch.cat, zip(*(part.stats for part in parts), strict=True)))
+        every = [part.factors for part in parts if part.factors is not None]
+        factors = (torch.cat([r for r, _ in every]), torch.cat([h for _, h in every])) if every else None
+        logits = [part.logits for part in parts if part.logits is not None]
+        return cls(
+            stats,
+            torch.cat([part.mass for part in parts]),
+            factors,
+            parts[0].bias,
+            added([part.hits for part in parts]),
+            torch.cat(logits) if logits else None,
+        )
+
+    def over(
+        self, ranks: Ranks, counts: Sequence[int], extras: Mapping[str, Tensor], *, gradients: bool
+    ) -> tuple[Found, dict[str, Tensor]]:
+        """What all ranks found, one after the other, and what their callers know of each sample."""
+        if ranks.size == 1:
+            return self, dict(extras)
+        wide = torch.float32 if self.mass.device.type == "mps" else torch.float64
+        hits = torch.stack(self.hits).to(wide) if self.hits is not None else self.mass.new_zeros(2, dtype=wide)
+        names = sorted(extras)  # a caller may pass them in another order on each rank
+        known = [*self.stats, self.mass, *(extras[name] for name in names)]
+        table = torch.stack([x.to(wide) for x in known], 1)
+        sums = torch.cat([hits, hits.new_zeros(table.shape[1] - 2)])[None]
+        together = ranks.rows(torch.cat([table, sums]), [n + 1 for n in counts])
+        parts = together.split([n + 1 for n in counts])
+        columns = torch.cat([part[:-1] for part in parts]).unbind(1)
+        back = [column.to(x.dtype).contiguous() for column, x in zip(columns, known, strict=True)]
+        correct, total = torch.stack([part[-1, :2] for part in parts]).sum(0).to(torch.int64).unbind()
+        factors = None
+        if gradients and self.factors is not None:  # for the report alone they are not worth the traffic
+            factors = ranks.rows(self.factors[0], counts), ranks.rows(self.factors[1], counts)
+        fields = len(self.stats)
+        whole = replace(
+            self,
+            stats=BatchStatistics(*back[:fields]),
+            mass=back[fields],
+            factors=factors,
+            hits=None if self.hits is None else (correct, total),
+            logits=None,
+        )
+        return whole, dict(zip(names, back[fields + 1 :], strict=True))
+
+    def scaled(self, reduce: Any = None) -> Scored:
+        """In the units of torch's mean over these samples."""
+        valid, dtype = self.stats.valid, self.stats.loss.dtype
+        scale = scale_of(self.mass, valid).to(dtype)
+        proxies = None
+        if self.factors is not None:
+            residual, features = self.factors
+            proxies = HeadProxies(
+                lambda: residual * scale, lambda: features, positions=features.shape[1], bias=self.bias, reduce=reduce
+            )
+        stats = self.stats._replace(residual_sq=self.stats.residual_sq * scale.square())
+        output = None if self.logits is None else {"logits": self.logits}
+        return Scored(stats, scale, proxies, None, self.hits, mass=self.mass, output=output)
+
+
+def added(hits: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
+    """The sums of all parts' correct and all entries; None where a part has none."""
+    pairs = [pair for pair in hits if pair is not None]
+    if len(pairs) < len(hits) or not pairs:
+        return None
+    return torch.stack([a for a, _ in pairs]).sum(), torch.stack([b for _, b in pairs]).sum()

@@ -1,0 +1,292 @@
+"""The kinds of step, one method each.
+
+A full step trains on every row. An unscored one chooses before the forward, which runs the chosen rows only. A scored
+one chooses by what a forward of all rows said, and gets the chosen rows' losses from a second forward of them, or from
+the first one's graph. A step with a cut chooses in the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selbp.common.batch import Batch
+from selbp.common.distributed import averaging
+from selbp.common.guards import RunningStatistics, without_autocast
+from selbp.common.in_place import Untouched
+from selbp.common.keep import kept_rows
+from selbp.cut.report import CutReport
+from selbp.sampling.issued import Draw
+from selbp.selectors import Full, Random, Selector
+from selbp.selectors.top import TARGETS
+from selbp.training.auxiliary import Auxiliary, add
+from selbp.training.head import check_full_gradient, find_clear_head, find_head
+from selbp.training.head_gradient import FullHeadGradient
+from selbp.training.interaction import FirstComparison, Forwards
+from selbp.training.linear_loss import LinearCausalLM
+from selbp.training.losses import Criterion, CrossEntropy, of_some
+from selbp.training.minibatch import Minibatch
+from selbp.training.options import StepOptions
+from selbp.training.per_call import PerCall
+from selbp.training.placed_cut import CutStepReport, PlacedCut
+from selbp.training.pooled import Backward, Pooled
+from selbp.training.report import StepReport
+from selbp.training.schedule import Schedule
+from selbp.training.scores import weighted, write_back
+from selbp.training.scoring import Scored, score, unscored, worth_keeping
+from selbp.training.sketched import Sketcher
+from selbp.training.stopwatch import Stopwatch
+from selbp.training.strategies import row_losses
+from selbp.types import Selection
+
+Context = Callable[[], AbstractContextManager[None]]
+FULL, RANDOM = Full(), Random()  # the rules of steps on which the selector is not asked
+
+
+class StepKinds:
+    """What a step is made of, and a method for each kind of step. It counts nothing and puts nothing back."""
+
+    def __init__(self, model: nn.Module, options: StepOptions) -> None:
+        self.model, self.selector, self.keep = model, options.selector, options.keep
+        self.generator, self.schedule = options.draws_from(model), options.schedule or Schedule()
+        self._step = 0
+        self._criterion: Criterion = options.criterion()
+        self._headless: Context = nullcontext
+        self._auxiliary = Auxiliary(model, options.aux_weight, taken=isinstance(options.loss, str)).of
+        self._strategy = options.strategy()
+        self._scoring, self._precision = options.scoring, options.scoring_precision
+        self._full_head, self._gradients = options.full_head, options.reads_gradients
+        self._sketch = Sketcher() if options.proxy == "sketch" else None
+        self._cut = None if options.cut is None else _placed(model, options.cut, options)
+        wanted = self._gradients or options.head is not None or options.linear
+        self.head = find_head(model, options.head) if wanted else find_clear_head(model)
+        width = getattr(self.head, "weight", None)
+        if isinstance(self._criterion, CrossEntropy) and isinstance(width, Tensor):
+            self._criterion.check_classes(len(width), "the head")
+        if options.linear:
+            self._without_logits()
+        if self._full_head:
+            assert self.head is not None
+            check_full_gradient(model, self.head)
+        self._reduce = averaging(model) if options.target == "global" else None
+        self._table = options.table
+        self._running, self._comparison = RunningStatistics(model), FirstComparison(model)
+        self._untouched = Untouched()
+        self._pooled = Pooled.of(self, options)
+
+    def _without_logits(self) -> None:
+        """Have the criterion read the head's input. Raises ValueError for a head with more to it than a weight."""
+        assert isinstance(self._criterion, CrossEntropy)
+        assert self.head is not None
+        if self._cut is not None and self._cut.module is self.head:
+            raise ValueError('loss="linear_causal_lm" does not run the head: cut= must be a module before it')
+        self._criterion = linear = LinearCausalLM(self._criterion, self.model, self.head)
+        self._headless = linear.headless
+
+    def _run(
+        self, batch: Batch, call: PerCall, draw: Draw | None, backward: Backward | None
+    ) -> tuple[Tensor, StepReport]:
+        """Run the kind of step that the schedule, the rule and the call ask for."""
+        with self._headless():
+            if self._pooled is not None:
+                return self._pooled.run(batch, call, draw, backward)
+            return self._run_kind(batch, call, draw)
+
+    def _run_kind(self, batch: Batch, call: PerCall, draw: Draw | None) -> tuple[Tensor, StepReport]:
+        watch, k, selects = Stopwatch(batch.device), kept_rows(self.keep, batch.n), self.schedule.selects(self._step)
+        if selects and self._cut is not None and call.given is None:
+            return self._cut_step(Minibatch(batch, call, draw, FULL, k, True, watch), self._cut)
+        rule: Any = call.given
+        if rule is None:
+            rule = self.selector if selects else RANDOM if self.schedule.draws(self._step) else FULL
+        m = Minibatch(batch, call, draw, rule, k, selects, watch)
+        if selects and (rule.needs != "nothing" or self._full_head):
+            return self._scored_step(m)
+        return self._full_step(m) if rule is FULL and not selects else self._unscored_step(m)
+
+    # ------------------------------------------------------------------------------------------ the kinds of step
+
+    def _full_step(self, m: Minibatch) -> tuple[Tensor, StepReport]:
+        """Train on every row, in one forward."""
+        m.k = m.batch.n
+        self._choose(m, unscored(m.batch, self._criterion, self.model))
+        return self._train_unscored(m, m.batch.rows(None, m.stats.valid))
+
+    def _unscored_step(self, m: Minibatch) -> tuple[Tensor, StepReport]:
+        """Choose before the forward, which runs the chosen rows only."""
+        self._choose(m, unscored(m.batch, self._criterion, self.model))
+        return self._train_unscored(m, m.chosen_rows())
+
+    def _train_unscored(self, m: Minibatch, rows: Batch) -> tuple[Tensor, StepReport]:
+        """The one forward of ``rows``, and what the step returns."""
+        loss = self._loss(m, self._first_forward(m, rows, rows.feed(self.model)))
+        return loss, m.report(StepReport, self._step, "recompute", self._strategy.reason)
+
+    def _scored_step(self, m: Minibatch) -> tuple[Tensor, StepReport]:
+        """Choose by a forward of all rows. The first such step decides what ``backward="auto"`` is."""
+        way = self._strategy
+        if way.undecided:
+            way.decide(self.model, m.batch, m.k, self._criterion, self._scoring, self._auxiliary)
+        head = FullHeadGradient(self.head) if self._full_head and self.head is not None else None
+        trained = nullcontext if head is None else head.replacing
+        losses = self._by_rows(m, trained) if way.keeps_graph else self._by_recompute(m, trained)
+        loss = self._loss(m, losses, head)
+        return loss, m.report(StepReport, self._step, way.name, way.reason, scored=True)
+
+    def _by_rows(self, m: Minibatch, trained: Context) -> Tensor:
+        """(k,) losses of the scoring forward; their backward runs the chosen rows of it only."""
+        way = self._strategy
+        with trained():
+            self._choose(m, self._score(m.batch, keep_graph=True))
+            assert m.losses is not None, "the scoring forward was asked to keep its graph"
+
+            def forward(rows: Batch) -> Tensor:
+                return self._forward(m, rows)
+
+            return row_losses(m.losses, m.batch, m.selection, forward, way.batchnorm, way.dense)
+
+    def _by_recompute(self, m: Minibatch, trained: Context) -> Tensor:
+        """(k,) losses of a second forward, of the chosen rows. The first such step compares it with the scoring one."""
+        self._comparison.begin(m.batch, m.k < m.batch.n)
+        self._choose(m, self._score(m.batch, keep_graph=False))
+        same_mode = self._scoring == "same"
+
+        def again(rows: Batch) -> tuple[Tensor, Any]:
+            output = rows.feed(self.model)
+            return self._losses(output, rows, m.batch.n), output
+
+        with trained(), self._running.paused() if same_mode else nullcontext():
+            losses = self._forward(m, m.chosen_rows())
+            self._comparison.end(
+                m.batch,
+                Forwards(m.selection.indices, m.live, m.unscaled, losses, m.output),
+                m.stats.valid,
+                again,
+                same_forward=same_mode and self._precision == "same",
+            )
+        return losses
+
+    def _cut_step(self, m: Minibatch, cut: PlacedCut) -> tuple[Tensor, StepReport]:
+        """Run an ordinary forward on all rows to the mean loss. The backward makes the choice."""
+        report: CutStepReport | None = None
+
+        def on_choice(chosen: CutReport) -> None:
+            if report is not None:  # None: a backward inside the forward
+                report.cut = chosen
+
+        scored = unscored(m.batch, self._criterion, self.model)
+        m.take(scored)
+        m.choose(FULL.select(scored.stats, m.batch.n))
+        rows = m.batch.rows(None, m.live)
+        cut.prepare(rows)
+        if isinstance(self._criterion, LinearCausalLM):
+            self._criterion.forget()  # the forward of a look ahead
+        losses = self._first_forward(m, rows, cut.feed(rows, on_choice))
+        if m.auxiliary is not None and cut.strategy == "recompute":
+            raise ValueError(
+                "cut= with backward='recompute' gives the model's aux_loss no gradient below the cut: use "
+                "backward='rows', or leave it out by aux_weight=0"
+            )
+        loss = self._loss(m, losses)
+        report = m.report(CutStepReport, self._step, cut.strategy, f"the cut at {cut.name}")
+        return loss, report
+
+    # ---------------------------------------------------------------------------------------- what they are made of
+
+    def _score(self, batch: Batch, keep_graph: bool, unit: Tensor | None = None) -> Scored:
+        """What a forward of all rows says of each; with ``unit``, of a part of them in that unit."""
+        model = self.model
+        if isinstance(model, nn.parallel.DistributedDataParallel) and not keep_graph:
+            model = model.module  # its reducer must not see a forward that no backward follows
+        return score(
+            batch,
+            model,
+            self.head,
+            self._criterion,
+            gradients=self._gradients,
+            mode=self._scoring,
+            precision=self._precision,
+            keep_graph=keep_graph,
+            reduce=self._reduce,
+            feed=Batch.feed if keep_graph else self._untouched.feed,
+            keep_output=self._table is not None,
+            auxiliary=self._auxiliary,
+            sketch=self._sketch,
+            unit=unit,
+        )
+
+    def _choose(self, m: Minibatch, scored: Scored) -> None:
+        """Have the rule choose by ``scored``, of which the minibatch keeps what the rest of the step needs."""
+        m.watch.lap("score")
+        with torch.no_grad(), without_autocast(m.batch.device):
+            selection = self._select(m.rule, m.batch, scored, m.k)
+            if m.draw is not None and m.draw.weights is not None:
+                selection = weighted(selection, m.draw.weights, m.rule)
+            if self._full_head and scored.proxies is not None:
+                m.mean = scored.proxies.mean_gradient()
+        m.proxies, m.k = worth_keeping(scored.proxies, self.head, m.batch.n), len(selection.indices)
+        m.take(scored)
+        m.choose(selection)
+        m.watch.lap("select")
+
+    def _select(self, rule: Selector, batch: Batch, scored: Scored, k: int) -> Selection:
+        """The rule's choice. Raises ValueError for one of other shapes."""
+        extras = batch.extras if scored.mass is None else {**batch.extras, TARGETS: scored.mass}
+        selection = rule.select(scored.stats, k, proxies=scored.proxies, extras=extras, generator=self.generator)
+        indices, weights = selection
+        if indices.dim() != 1 or indices.shape != weights.shape or indices.dtype != torch.int64:
+            raise ValueError(
+                f"{rule!r} must return indices (k,) int64 and weights (k,), "
+                f"got {indices.dtype} {tuple(indices.shape)} and {tuple(weights.shape)}"
+            )
+        return selection
+
+    def _first_forward(self, m: Minibatch, rows: Batch, output: Any) -> Tensor:
+        """(k,) losses of the one forward of a step that scores nothing; the report's accuracy is of it."""
+        m.auxiliary = self._auxiliary(output)
+        with torch.no_grad(), of_some(rows.n, m.batch.n):
+            m.hits = self._criterion.hits(output, rows.target, m.live)
+        losses = self._losses(output, rows, m.batch.n)
+        m.seen = output, losses, m.selection.indices, m.live
+        return losses
+
+    def _forward(self, m: Minibatch, rows: Batch) -> Tensor:
+        """(k,) losses of a forward that trains, after one that scored."""
+        m.output = rows.feed(self.model)
+        m.auxiliary = self._auxiliary(m.output)
+        return self._losses(m.output, rows, m.batch.n)
+
+    def _losses(self, output: Any, rows: Batch, n: int) -> Tensor:
+        """(k,) losses of ``rows``; an error says that they are some of n."""
+        with of_some(rows.n, n):
+            return self._criterion.losses(output, rows.target, rows.n)
+
+    def _loss(self, m: Minibatch, losses: Tensor, head: FullHeadGradient | None = None) -> Tensor:
+        """() what to call ``backward()`` on, of the rows that train; the table is told what was seen."""
+        m.scaled = losses * m.scale
+        loss = torch.where(m.live, m.scaled * m.selection.weights.to(m.scaled.dtype), 0).sum()
+        if head is not None and m.mean is not None:
+            loss = head.deliver(loss, m.mean)
+        loss = add(loss, m.auxiliary, m.share)
+        m.watch.lap("forward")
+        m.watch.follow(loss)
+        if self._table is not None and m.draw is not None and m.draw.recorded:
+            write_back(self._table, m.draw, m.batch.target, *m.seen)
+        return loss
+
+
+def _placed(model: nn.Module, place: nn.Module | str, options: StepOptions) -> PlacedCut:
+    return PlacedCut(
+        model,
+        place,
+        options.keep,
+        options.selector,
+        options.generator,
+        recompute=options.recomputes,
+        precision=options.scoring_precision,
+        batchnorm=options.batchnorm,
+    )

@@ -1,0 +1,32 @@
+"""Confident learning's rule as the benchmark has it, and the guide's figures of it."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from benchmarks.tools.suspects import confident_learning
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_confident_learning_lists_what_is_confidently_of_another_class():
+    """Thresholds are the mean own probabilities: (.9 + .2 + .55) / 3 = .55 of class 0, (.8 + .4) / 2 = .6 of 1."""
+    first = torch.tensor([0.9, 0.2, 0.55, 0.2, 0.6], dtype=torch.float64)
+    given = torch.tensor([0, 0, 0, 1, 1])
+    listed, suspect = confident_learning(torch.stack([first, 1 - first], 1), given)
+    assert listed.tolist() == [False, True, False, False, True]
+    assert suspect.tolist() == [-0.9, -0.2, -0.55, -0.8, -0.4]
+
+
+def test_the_guide_has_the_figures_of_the_result_file():
+    ways = json.loads((ROOT / "benchmarks" / "results" / "suspects.json").read_text())["ways"]
+    text = " ".join((ROOT / "docs" / "guides" / "sampling.md").read_text().split())
+    mine, theirs = ways["table, as auto_select fills it"], ways["confident learning, plain loss"]
+    order = "precision of as many as are wrong"
+    for wanted in (
+        f"were wrong to {mine['precision']:.0%} and held {mine['recall']:.0%}",
+        f"of which {theirs['precision']:.0%} were wrong, with {theirs['recall']:.0%} of all",
+        f"as were planted, {mine[order]:.0%} and {theirs[order]:.0%} were wrong",
+    ):
+        assert wanted.replace("%", " %") in text, wanted

@@ -1,0 +1,1 @@
+"""What the tests share: cases, models, oracles, compiled programs. Imported as ``support.<module>``."""
