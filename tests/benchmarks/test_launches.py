@@ -9,9 +9,14 @@ launches_gpu = pytest.importorskip("benchmarks.launches_gpu")
 
 # rule -> most launches of scoring and of the choice, at n = 128, k = 32, C = 10, of a two-layer network.
 BUDGETS = {
-    "Random": (22, 3), "TopLoss": (25, 2), "LossRank": (25, 3), "GradNormImportance": (25, 3),
-    "GradientMatching": (25, 45), "DivBS": (25, 41), "CubeSampling": (25, 14),
-}  # fmt: skip
+    "Random": (21, 4),
+    "TopLoss": (23, 3),
+    "LossRank": (23, 4),
+    "GradNormImportance": (24, 4),
+    "GradientMatching": (23, 46),
+    "DivBS": (23, 42),
+    "CubeSampling": (23, 15),
+}
 CHOICE = {"Random": 1, "TopLoss": 1, "LossRank": 1, "GradNormImportance": 1, "DivBS": 1, "CubeSampling": 1}
 
 
