@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from choices import EmulatedCore, differing, emulated, numbers
-from emulation import COMMON, HERE, ROOT, link, machine_flags, patched
+from support.compiled import compile_all, link, patched
+from support.emulation import COMMON, HERE, ROOT, machine_flags
 
 from selbp.ops import choose_rows
 from selbp.reference import sampling
@@ -25,7 +26,7 @@ def library(csrc=ROOT / "csrc"):
         (HERE / "selection.cpp", kernels, [shim, csrc]),
         (shim / "scheduler.cpp", [*COMMON, "-fPIC"], [shim]),
     ]
-    return link("selection", units, ("-shared",))
+    return link("selection", compile_all(units), ("-shared",))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ SEEN_FAST = ("no barrier in the sort", "the offset forgotten", "a column left in
 )
 def test_a_planted_bug_is_seen(tmp_path, name):
     operator, file, before, after = PLANTED[name]
-    found = library(patched(tmp_path / "csrc", f"selection/{file}", before, after))
+    found = library(patched(tmp_path / "csrc", (f"selection/{file}", before, after)))
     script = Path(__file__).with_name("choices.py")
     done = subprocess.run(
         [sys.executable, str(script), str(found), operator, "34"],
