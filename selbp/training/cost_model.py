@@ -33,7 +33,8 @@ def _forward(features: Tensor, weight: Tensor, *_: Any, **__: Any) -> float:
 
 def _backward(gradient: Tensor, features: Tensor, weight: Tensor, *others: Any, **__: Any) -> float:
     needs_features, needs_weight, _ = others[-3:]
-    return _forward(features, weight) * (1 + needs_features + needs_weight)  # the logits again, and a product for each
+    again = not others[5].numel()  # the logits, where they were not kept
+    return _forward(features, weight) * (again + needs_features + needs_weight)
 
 
 # FLOPs of this package's differentiable operators, in the form of torch's `flop_registry`.

@@ -158,6 +158,7 @@ class LinearCausalLM:
                     head.bias,
                     self.tokens.labels(target).reshape(-1),
                     **self.options(given.device),
+                    memory_limit=0,
                     return_statistics=True,
                 )
         self._found = ByToken(given, features, loss, stats)

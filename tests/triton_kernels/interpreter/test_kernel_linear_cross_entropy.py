@@ -103,14 +103,24 @@ def test_the_operator_on_cuda_implementations(rows):
     case = cases.make(21, 16, 90, option="everything", bias=True)
     chosen = None if rows is None else torch.tensor(rows)
     options = (case.options["class_weight"], chosen, -100, 0.2, 7.0)
-    *stats, others = operator._cuda.forward(
-        *operator._pack(case.features, case.weight, case.bias, case.target, *options)
+    *stats, others, logits = operator._cuda.forward(
+        *operator._pack(case.features, case.weight, case.bias, case.target, *options, False)
     )
     grad = torch.rand(21)
     needs = (True, True, True)
     got = operator._cuda.backward(
         *operator._pack_backward(
-            grad, case.features, case.weight, case.bias, case.target, stats[1], others, stats[5], *options, *needs
+            grad,
+            case.features,
+            case.weight,
+            case.bias,
+            case.target,
+            stats[1],
+            others,
+            stats[5],
+            logits,
+            *options,
+            *needs,
         )
     )
     wide = case.to(torch.float64)
