@@ -16,7 +16,13 @@ from torch.utils._pytree import tree_leaves
 from selbp import ops
 
 ORDINARY, LARGE = (7, 5, 3), (33, 17, 65)
-INNER = ("linear_cross_entropy_backward", "match_gradients")  # no function of selbp.ops, with tests of their own
+INNER = (  # no function of selbp.ops, with tests of their own
+    "linear_cross_entropy_backward",
+    "match_gradients",
+    "choose_by_norm",
+    "choose_balanced",
+    "choose_diverse",
+)
 
 
 def named(specs: Any) -> Any:
@@ -113,6 +119,11 @@ def test_opcheck(spec: OperatorSpec, size: tuple[int, int, int]) -> None:
     if not spec.differentiable:  # what it returns carries no gradient, whatever its inputs want
         asked = {name: x.clone().requires_grad_() if name in floating(a) else x for name, x in a.items()}
         torch.library.opcheck(spec.overload, tuple(asked.values()))
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_opcheck_of_what_is_no_function(name: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.selbp, name).default, tuple(RIGHT[name].values()))
 
 
 def call_all(everything: list[Arguments]) -> list[Any]:

@@ -158,7 +158,7 @@ def balanced(n: int, classes: int, d: int, dtype: torch.dtype) -> Arguments:
 
 def scored(n: int, classes: int, d: int, dtype: torch.dtype) -> Arguments:
     score, draws = torch.rand(n, dtype=dtype).exp(), torch.rand(n + 1, dtype=dtype)
-    options = {"k": (n + 1) // 2, "rule": "odds", "weights": "unbiased"}
+    options = {"k": (n + 1) // 2, "rule": "odds", "weights": "unbiased", "single": False}
     return {"score": score, "valid": torch.arange(n) % 5 != 1, "draws": draws, **options}
 
 

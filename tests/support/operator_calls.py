@@ -70,7 +70,7 @@ RIGHT = {
     },
     "choose_rows": {
         "score": f(N, dtype=torch.float64), "valid": f(N) > 0, "draws": f(N + 1, dtype=torch.float64), "k": 2,
-        "rule": "odds", "weights": "mean",
+        "rule": "odds", "weights": "mean", "single": False,
     },
     "choose_by_norm": {
         "residual_sq": f(N).square(), "feature_sq": f(N).square(), "valid": f(N) > 0,
