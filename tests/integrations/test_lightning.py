@@ -141,4 +141,5 @@ def test_the_global_target_of_a_module_built_before_the_processes(tmp_path):
         Module(selector=selbp.GradientMatching(), keep=0.5, target=target) for target in ("local", "global")
     )
     fit(local, tmp_path), fit(everywhere, tmp_path)
-    assert torch.equal(weights(local), weights(everywhere))
+    # One process: the same choice, whose sums for all ranks are added in another order.
+    torch.testing.assert_close(weights(local), weights(everywhere), rtol=1e-12, atol=1e-14)
