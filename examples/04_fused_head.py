@@ -1,4 +1,4 @@
-"""A head and its loss in one: the logits of a large vocabulary are never stored, nor are they for scoring.
+"""A head and its loss in one: the logits of a large vocabulary need not be stored, for scoring neither.
 
 Run as ``python examples/04_fused_head.py``.
 """
