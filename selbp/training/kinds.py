@@ -100,13 +100,19 @@ class StepKinds:
         watch, k, selects = Stopwatch(batch.device), kept_rows(self.keep, batch.n), self.schedule.selects(self._step)
         if selects and self._cut is not None and call.given is None:
             return self._cut_step(Minibatch(batch, call, draw, FULL, k, True, watch), self._cut)
-        rule: Any = call.given
-        if rule is None:
-            rule = self.selector if selects else RANDOM if self.schedule.draws(self._step) else FULL
+        rule = self._rule(call)
         m = Minibatch(batch, call, draw, rule, k, selects, watch)
         if selects and (rule.needs != "nothing" or self._full_head):
             return self._scored_step(m)
         return self._full_step(m) if rule is FULL and not selects else self._unscored_step(m)
+
+    def _rule(self, call: PerCall) -> Any:
+        """Who chooses in this step: what the call gives, else what the schedule asks for."""
+        if call.given is not None:
+            return call.given
+        if self.schedule.selects(self._step):
+            return self.selector
+        return RANDOM if self.schedule.draws(self._step) else FULL
 
     # ------------------------------------------------------------------------------------------ the kinds of step
 

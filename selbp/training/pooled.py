@@ -20,7 +20,6 @@ from selbp.common.exchange import Plan, Ranks
 from selbp.common.guards import without_autocast
 from selbp.common.keep import kept_rows
 from selbp.sampling.issued import Draw
-from selbp.selectors import Full, Random
 from selbp.training.auxiliary import add
 from selbp.training.found import Found, added
 from selbp.training.head_gradient import FullHeadGradient
@@ -133,9 +132,8 @@ class Pooled:
         step, n = self.step, sum(counts)
         call.check(n, batch.device)
         selects, draws = step.schedule.selects(step._step), step.schedule.draws(step._step)
-        rule: Any = call.given or (step.selector if selects else Random() if draws else Full())
         k = kept(step.keep, counts) if selects or draws or call.given is not None else n
-        return Minibatch(replace(batch, n=n), call, draw, rule, k, selects, Stopwatch(batch.device))
+        return Minibatch(replace(batch, n=n), call, draw, step._rule(call), k, selects, Stopwatch(batch.device))
 
     # ----------------------------------------------------------------------------------------------- scoring
 

@@ -94,10 +94,6 @@ class Strategy:
         """What ``"auto"`` decided; None where it has not, or where nothing was left to decide."""
         return self._way if self.auto else None
 
-    def decided_on(self, way: Way) -> bool:
-        """Whether ``way`` is taken, and not only until another is decided."""
-        return self._way == way
-
     def settle(self, way: Way, reason: str) -> None:
         """Take ``way``, whatever was decided."""
         self._way, self.reason = way, reason
