@@ -13,7 +13,7 @@ transformers: Any = pytest.importorskip("transformers", reason="transformers is 
 trl: Any = pytest.importorskip("trl", reason="trl is not installed")
 datasets: Any = pytest.importorskip("datasets", reason="datasets is not installed")
 
-from support.hf_kit import difference, llama, mixtral, texts, weights  # noqa: E402
+from support.hf_kit import difference, llama, mixtral, plain_arguments, texts, weights  # noqa: E402
 
 from selbp.integrations.huggingface import SelectiveTrainerMixin, selective  # noqa: E402
 
@@ -51,20 +51,7 @@ class Tokenizer:
 
 def train(model, folder, options=None, kind=None, **extra):
     plain = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "report_to": [],
-        "per_device_train_batch_size": 8,
-        "max_steps": 2,
-        "learning_rate": 0.1,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "seed": 3,
-        "data_seed": 3,
+        **plain_arguments(folder),
         "bf16": False,
         "gradient_checkpointing": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},

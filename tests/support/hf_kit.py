@@ -67,8 +67,9 @@ def texts() -> Rows:
     return Rows({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
 
 
-def arguments(folder: Any, **options: Any) -> Any:
-    plain = {
+def plain_arguments(folder: Any) -> dict[str, Any]:
+    """Two steps of plain SGD at one rate, the same samples each time: what every trainer here is given."""
+    return {
         "output_dir": str(folder),
         "use_cpu": True,
         "report_to": [],
@@ -84,7 +85,10 @@ def arguments(folder: Any, **options: Any) -> Any:
         "seed": 3,
         "data_seed": 3,
     }
-    return transformers.TrainingArguments(**{**plain, **options})
+
+
+def arguments(folder: Any, **options: Any) -> Any:
+    return transformers.TrainingArguments(**{**plain_arguments(folder), **options})
 
 
 def weights(model: Any) -> Tensor:
