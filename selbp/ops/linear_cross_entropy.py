@@ -102,11 +102,11 @@ def linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, BatchStatistics]:
     """Cross-entropy of ``features @ weight.T + bias`` per row, differentiable, without a probability stored.
 
-    The gradients of features, weight and bias cost two products of the rows that have one, and a third where
-    their logits are not kept: on the CPU those whose
-    incoming gradient is not 0, found in the backward; on a GPU, where looking would wait for the device, all rows or
-    those that ``rows`` names. The weight's gradient is accumulated in float32 and written once. Forward mode
-    (``torch.func.jvp``) and derivatives of the gradients run in torch's own operators, which store the logits.
+    The gradients of features, weight and bias cost two products of the rows that have one, and a third where their
+    logits are not kept. On the CPU these are the rows whose incoming gradient is not 0, found in the backward. On a
+    GPU, where looking would wait for the device, they are all rows or those that ``rows`` names. The weight's gradient
+    is accumulated in float32 and written once. Forward mode (``torch.func.jvp``) and derivatives of the gradients run
+    in torch's own operators, which store the logits.
 
     Parameters
     ----------

@@ -68,8 +68,8 @@ class SelectiveBackprop(CountedStep):
         As in ``torch.nn.functional.cross_entropy``.
     target : {"local", "global"}
         ``"local"`` matches the rank's own mean gradient, ``"global"`` that of all ranks, which need not have met before
-        the first step; one process is all ranks. Selection is local to the rank either way, of k rows of each rank's
-        minibatch.
+        the first step; one process is all ranks. Either way each rank chooses k rows of its own minibatch; ``scope``
+        changes that.
     auto_advance : bool
         Every call counts as one optimizer step, until :meth:`advance` is called for the first time. Under gradient
         accumulation with a schedule pass False and call :meth:`advance` after each optimizer step.
