@@ -9,7 +9,8 @@
 # TESTS           what runs                                    (the fast suite; the rules' tests: tests/rows)
 # JOBS            processes                                    (2)
 # TABLE           the page whose rows are renewed              (none; docs/versions.md)
-# PYTHON, PIP_ARGS  as in the Makefile
+# PYTHON          the interpreter; a row says which             (python3; python3.14t for one without the GIL)
+# PIP_ARGS        as in the Makefile
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${PYTHON:=python3}" "${PIP_ARGS:=}" "${TESTS:=tests}" "${JOBS:=2}" "${TABLE:=}"
@@ -54,8 +55,10 @@ prepare() {
 
 rows=()
 failed=0
+release=$("$PYTHON" -c 'import platform, sysconfig
+print(platform.python_version() + "t" * bool(sysconfig.get_config_var("Py_GIL_DISABLED")))')
 for version in "$@"; do
-  venv=".venv-torch-$version"
+  venv=".venv-torch-$version-python$release"
   what="the fast suite"
   [ "$TESTS" = tests ] || what="\`$TESTS\`"
   if ! prepare "$venv" "$version"; then
@@ -72,7 +75,6 @@ for version in "$@"; do
     "$python" -m pip --disable-pip-version-check install -q --no-index --no-deps --no-build-isolation -e . &&
     "$python" -m pytest -n "$JOBS" --dist loadfile -q -p no:cacheprovider --junitxml "$report" \
       -m "not slow and not gpu" $TESTS) >"$log" 2>&1 || failed=1
-  release=$("$python" -c 'import platform; print(platform.python_version())')
   rows+=("$("$PYTHON" scripts/versions_table.py row "$version" "$release" "$what" "$report")") || failed=1
   printf '%s\n' "${rows[-1]}"
   rm -rf "$tree"

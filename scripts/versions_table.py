@@ -3,7 +3,8 @@
     python scripts/versions_table.py row VERSION PYTHON TESTS REPORT   prints a row, from pytest's --junitxml REPORT
     python scripts/versions_table.py write FILE SECTION                puts the rows of stdin into a section of FILE
 
-A section keeps its rows of the versions that did not run this time; a row is known by its first cell.
+A section keeps its rows of the versions that did not run this time; a row is known by its first cell, and by the Python
+that ran it where a section names one.
 """
 
 from __future__ import annotations
@@ -55,10 +56,12 @@ def row(version: str, python: str, tests: str, report: Path) -> tuple[str, bool]
     return f"| {version} | {python} | {tests} | {counts} | {'; '.join(said)} | {today} |", bool(passed) and not failed
 
 
-def key(line: str) -> tuple[str, tuple[int, ...]]:
-    """What orders rows: the name without figures, then the version's parts."""
-    cell = line.split("|")[1].strip()
-    return re.sub(r"[\d.]+.*", "", cell), tuple(map(int, re.findall(r"\d+", cell)))
+def key(line: str, by_python: bool) -> tuple[str, tuple[int, ...], tuple[int, ...], str]:
+    """What orders rows: the name without figures, the version's parts; then Python's minor release and its "t"."""
+    cell, python = (part.strip() for part in line.split("|")[1:3])
+    minor = re.match(r"(\d+)\.(\d+)[.\d]*(t?)", python) if by_python else None
+    ran = (int(minor[1]), int(minor[2])) if minor else ()
+    return re.sub(r"[\d.]+.*", "", cell), tuple(map(int, re.findall(r"\d+", cell))), ran, minor[3] if minor else ""
 
 
 def write(text: str, section: str, rows: list[str]) -> str:
@@ -68,8 +71,9 @@ def write(text: str, section: str, rows: list[str]) -> str:
     body, ended, after = rest.partition(closing)
     if not found or not ended:
         raise SystemExit(f"versions_table: no section {opening} ... {closing}")
-    lines = {key(line): line for line in [*body.splitlines()[2:], *rows] if line.startswith("|")}
     head = HEADERS[section]
+    by_python = head[1] == "Python"
+    lines = {key(line, by_python): line for line in [*body.splitlines()[2:], *rows] if line.startswith("|")}
     table = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *(lines[name] for name in sorted(lines))]
     return before + opening + "\n" + "\n".join(table) + "\n" + closing + after
 

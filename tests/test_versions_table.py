@@ -52,6 +52,15 @@ def test_a_section_keeps_what_did_not_run_again(tmp_path: Path) -> None:
     assert head[0] == "before" and end == "<!-- end of compilers -->" and after == "after"
 
 
+def test_each_python_has_a_row_of_its_own(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- torch -->\n<!-- end of torch -->\n")
+    rows = ["| 2.13.0 | 3.14.7t | a |", "| 2.13.0 | 3.9.1 | a |", "| 2.6.0 | 3.11.7 | a |", "| 2.13.0 | 3.14.7 | a |"]
+    assert script("write", page, "torch", stdin="\n".join(rows)).returncode == 0
+    assert script("write", page, "torch", stdin="| 2.13.0 | 3.14.8 | b |\n").returncode == 0
+    assert page.read_text().splitlines()[3:-1] == [rows[2], rows[1], "| 2.13.0 | 3.14.8 | b |", rows[0]]
+
+
 @pytest.mark.parametrize("section", ["torch", "Triton", "compilers"])
 def test_the_page_has_its_sections(section: str, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
