@@ -35,8 +35,9 @@ V4 = [*V3, "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl", 
 LEVELS: dict[str, list[str]] = {"baseline": [], "v3": V3, "v4": V4}
 if platform.machine() not in ("x86_64", "AMD64"):
     LEVELS = {"baseline": []}
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden",
-         "-Wall", "-Wextra", "-Werror=return-type", *os.environ.get("SELBP_CXXFLAGS", "").split()]  # fmt: skip
+FLAGS = "-std=c++17 -O3 -ffp-contract=off -fno-math-errno -fvisibility=hidden".split()
+FLAGS += ["-Wall", "-Wextra", "-Werror=return-type", *os.environ.get("SELBP_CXXFLAGS", "").split()]
+NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -Werror=all-warnings --threads=0 -Icsrc".split()
 
 
 def relative(pattern: str) -> list[str]:
@@ -78,8 +79,7 @@ def nvcc_flags() -> list[str]:
     *others, last = cuda_architectures()
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in others]
     targets.append(f"-gencode=arch=compute_{last},code=[sm_{last},compute_{last}]")
-    return ["-std=c++17", "-O3", "-fmad=false", "-Werror=all-warnings", "--threads=0", "-Icsrc", *targets,
-            "-Xcompiler=-fPIC,-Wall,-Wextra,-fvisibility=hidden", "-Xptxas=-v"]  # fmt: skip
+    return [*NVCC_FLAGS, *targets, "-Xcompiler=-fPIC,-Wall,-Wextra,-fvisibility=hidden", "-Xptxas=-v"]
 
 
 class NativeBuild(build_ext):
@@ -105,10 +105,8 @@ class NativeBuild(build_ext):
             built = os.path.getmtime(objects[0]) if os.path.exists(objects[0]) else 0
             if built > max(newest, os.path.getmtime(source)):
                 return objects
-            return self.compiler.compile(
-                [source], output_dir=folder, include_dirs=include,
-                macros=[("SELBP_LEVEL", name)], extra_postargs=FLAGS + flags,
-            )  # fmt: skip
+            options = {"macros": [("SELBP_LEVEL", name)], "extra_postargs": FLAGS + flags}
+            return self.compiler.compile([source], output_dir=folder, include_dirs=include, **options)
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             objects = [path for paths in pool.map(compile_one, jobs) for path in paths]
@@ -125,8 +123,8 @@ class NativeBuild(build_ext):
         if target.exists() and target.stat().st_mtime > max(os.path.getmtime(path) for path in inputs):
             return str(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        said = subprocess.run([find_nvcc() or "nvcc", *nvcc_flags(), "-c", source, "-o", str(target)],
-                              capture_output=True, text=True)  # fmt: skip
+        command = [find_nvcc() or "nvcc", *nvcc_flags(), "-c", source, "-o", str(target)]
+        said = subprocess.run(command, capture_output=True, text=True)
         if said.returncode:
             raise SystemExit(f"nvcc could not compile {source}:\n{said.stdout}{said.stderr}")
         target.with_suffix(".ptxas.txt").write_text(said.stdout + said.stderr)

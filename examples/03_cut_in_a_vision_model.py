@@ -12,15 +12,17 @@ from torch.nn import functional as F
 import selbp
 
 
+def block(width: int, out: int, pool: nn.Module) -> list[nn.Module]:
+    return [nn.Conv2d(width, out, 3, padding=1), nn.GroupNorm(4, out), nn.ReLU(), pool]
+
+
 class Net(nn.Module):
     """Two convolutions, a cut, and two linear layers. GroupNorm: a sample's gradient depends on that sample alone."""
 
     def __init__(self, keep: float) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(8, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-        )  # fmt: skip
+        first, second = block(1, 8, nn.MaxPool2d(2)), block(8, 16, nn.AdaptiveAvgPool2d(2))
+        self.trunk = nn.Sequential(*first, *second, nn.Flatten())
         self.cut = selbp.BackwardCut(keep)  # gradient matching, unless told otherwise
         self.top = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
 

@@ -45,10 +45,17 @@ def model() -> LlamaForCausalLM:
 
 def trainer(folder: str, steps: int) -> SelectiveTrainer:
     arguments = TrainingArguments(
-        output_dir=folder, max_steps=steps, per_device_train_batch_size=16, gradient_accumulation_steps=2,
-        learning_rate=1e-2, logging_steps=5, save_steps=10, report_to=[], disable_tqdm=True,
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        logging_steps=5,
+        save_steps=10,
+        report_to=[],
+        disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     data = Texts(512)
     options = dict(

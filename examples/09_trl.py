@@ -42,10 +42,18 @@ def data() -> Dataset:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
-            output_dir=folder, max_steps=20, per_device_train_batch_size=16, learning_rate=1e-2, logging_steps=5,
-            report_to=[], disable_tqdm=True, save_strategy="no", use_cpu=not torch.cuda.is_available(), bf16=False,
+            output_dir=folder,
+            max_steps=20,
+            per_device_train_batch_size=16,
+            learning_rate=1e-2,
+            logging_steps=5,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+            use_cpu=not torch.cuda.is_available(),
+            bf16=False,
             dataset_kwargs={"skip_prepare_dataset": True},
-        )  # fmt: skip
+        )
         trainer = SFTTrainer(model(), arguments, train_dataset=data(), processing_class=tokenizer())
         selective(trainer, selector=selbp.GradientMatching(), keep=0.25).train()
         last = [line for line in trainer.state.log_history if "loss" in line][-1]

@@ -37,10 +37,18 @@ def loader() -> torch.utils.data.DataLoader:
 
 def trainer(folder: str, epochs: int) -> lightning.Trainer:
     return lightning.Trainer(
-        max_epochs=epochs, accelerator="auto", devices=1, callbacks=[SelectiveCallback()], log_every_n_steps=4,
-        default_root_dir=folder, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, accumulate_grad_batches=2,
-    )  # fmt: skip
+        max_epochs=epochs,
+        accelerator="auto",
+        devices=1,
+        callbacks=[SelectiveCallback()],
+        log_every_n_steps=4,
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accumulate_grad_batches=2,
+    )
 
 
 def main() -> None:

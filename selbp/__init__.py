@@ -28,7 +28,8 @@ from selbp.selectors import (
 )
 from selbp.training import Schedule, SelectiveBackprop, StepReport
 from selbp.training.automatic import auto_select
-from selbp.training.diagnose import Diagnosis, diagnose
+from selbp.training.diagnose import diagnose
+from selbp.training.diagnosis import Diagnosis
 from selbp.training.graphed import GraphedStep, cuda_graph
 from selbp.training.recommended import recommended
 

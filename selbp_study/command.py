@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from selbp_study.arms import Arm, build_selector
-from selbp_study.document import document, page, read_result_file, result_files, section
+from selbp_study.document import document, read_result_file, result_files, section, study_page
 from selbp_study.pool import pool
 from selbp_study.protocols import PROTOCOLS, Protocol
 from selbp_study.storage import Lock, write_text
@@ -80,7 +80,7 @@ def study(arguments: argparse.Namespace) -> int:
     home.mkdir(parents=True, exist_ok=True)
     path = home / f"study-{protocol.name}.json"
     write_text(path, dumps(result))
-    write_text(folder / f"study-{protocol.name}.html", page(result))
+    write_text(folder / f"study-{protocol.name}.html", study_page(result))
     print(section(result), flush=True)
     print(f"\n{time.monotonic() - started:.0f} s; result {path}, page {folder / f'study-{protocol.name}.html'}")
     return 1 if result["failed"] or any(entry["errors"] for entry in result["entries"]) else 0

@@ -185,15 +185,15 @@ def _write_scores(run: Run, data: Dataset) -> None:
 
 def _timed(comparison: Comparison, data: Dataset, folder: Path) -> Comparison:
     """The comparison at equal time: each arm's step is measured first, alone, in turn with the others'."""
-    configs = {arm.name: arm.config(comparison.base, 0) for arm in comparison.arms}
     base = comparison.base
+    configs = [arm.config(base, 0) for arm in comparison.arms]
     clock = CLOCKS[clock_for(base.device)]
     costs = Costs(folder / f"costs-{base.device}-{base.threads}.json")
     say("measuring a step of each arm ...")
-    costs.add(list(configs.values()), lambda wanted: measure(wanted, data, clock=clock, threads=base.threads))
-    for arm in comparison.arms:
-        say(f"  {arm.label}: {costs[configs[arm.name]].median:.2f} ms a step")
-    return comparison.timed({name: costs[config].median for name, config in configs.items()})
+    costs.add(configs, lambda wanted: measure(wanted, data, clock=clock, threads=base.threads))
+    for arm, config in zip(comparison.arms, configs, strict=True):
+        say(f"  {arm.label}: {costs[config].median:.2f} ms a step")
+    return comparison.timed(costs)
 
 
 def compare(arguments: argparse.Namespace) -> int:

@@ -1,22 +1,22 @@
-"""A comparison: arms by seeds, one cached run each; a failed run never takes another with it."""
+"""A comparison: arms by seeds, one cached run each; a failed run never takes another with it.
+
+Its runs are one job of :mod:`selbp_study.engine`, and each arm's search for a rate is another.
+"""
 
 from __future__ import annotations
 
-import traceback
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from selbp_study.arms import Arm
 from selbp_study.config import RunConfig
+from selbp_study.costs import Costs, steps_of
 from selbp_study.data import Dataset
-from selbp_study.folder import finished as finished_result
-from selbp_study.run import Diverged, Run
-from selbp_study.storage import StorageError, write_text
-
-BUDGETS = ("steps", "samples", "time")
+from selbp_study.engine import Finished, Job, drive, searched
+from selbp_study.protocols import BUDGETS
+from selbp_study.tuning import grid, tuning_config
+from selbp_study.turns import Progress, Turns, no_progress
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Comparison:
     arms: Sequence[Arm]
     seeds: Sequence[int] = (0,)
     budget: str = "steps"
-    costs: Mapping[str, float] = field(default_factory=dict)  # milliseconds of a step, by the arm's name
+    costs: Costs | None = None  # of a step of each arm, for a budget of time
     milliseconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -51,19 +51,15 @@ class Comparison:
     def config(self, arm: Arm, seed: int) -> RunConfig:
         """The configuration of one run."""
         config = arm.config(self.base, seed)
-        if self.budget != "steps":
-            if self.budget == "samples":
-                steps = max(1, round(self.base.steps * self.base.kept() / config.kept()))
-            else:
-                steps = max(1, int(self.milliseconds / self.costs[arm.name] + 1e-9))
-            every = max(1, round(self.base.evaluate_every * steps / self.base.steps))
-            config = replace(config, steps=steps, evaluate_every=every)
-        return config
+        steps = steps_of(self.budget, self.base, config, self.costs, self.milliseconds)
+        every = max(1, round(self.base.evaluate_every * steps / self.base.steps))
+        return replace(config, steps=steps, evaluate_every=every)
 
-    def timed(self, costs: Mapping[str, float]) -> Comparison:
+    def timed(self, costs: Costs) -> Comparison:
         """The comparison with a budget of time: what the dearest arm but the full batch takes for its steps."""
-        selecting = [costs[arm.name] for arm in self.arms if arm.config(self.base, 0).kept() < self.base.batch_size]
-        longest = max(selecting or costs.values())
+        configs = [arm.config(self.base, 0) for arm in self.arms]
+        selecting = [config for config in configs if config.kept() < self.base.batch_size]
+        longest = max(costs[config].median for config in selecting or configs)
         return replace(self, budget="time", costs=costs, milliseconds=self.base.steps * longest)
 
     def runs(self) -> Iterator[tuple[Arm, RunConfig]]:
@@ -73,79 +69,17 @@ class Comparison:
                 yield arm, self.config(arm, seed)
 
 
-@dataclass
-class Outcome:
-    """What became of one run: a result or the reason why there is none."""
+@dataclass(frozen=True, kw_only=True)
+class Outcome(Finished):
+    """What became of one run of an arm."""
 
     arm: Arm
-    config: RunConfig
-    result: dict[str, Any] | None = None
-    error: str | None = None
-    cached: bool = field(default=False, compare=False)
-
-
-Progress = Callable[[int, int, Arm, RunConfig, int], Callable[[int, float], None]]
-
-
-def no_progress(_index: int, _total: int, _arm: Arm, _config: RunConfig, _done: int) -> Callable[[int, float], None]:
-    """Show nothing."""
-    return lambda _samples, _loss: None
 
 
 def run_folder(folder: Path, arm: Arm, config: RunConfig) -> Path:
     """Where a run of a comparison lives; its name ends with the key, so that it is found again by its configuration."""
     name = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in arm.name)
     return folder / "runs" / f"{name}-seed{config.seed}-{config.key()}"
-
-
-def failure(arm: Arm, config: RunConfig, home: Path, error: Exception) -> Outcome:
-    """The outcome of a run that raised ``error``; where it came from is kept beside it, if the folder takes it."""
-    trace = "".join(traceback.format_exception(error))
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        write_text(home / "error.txt", trace)
-    except OSError:
-        pass  # a folder that is none: the reason says so
-    known = isinstance(error, (ValueError, Diverged, StorageError))
-    return Outcome(arm, config, error=str(error) if known else f"{type(error).__name__}: {error}")
-
-
-def side_by_side(
-    runs: Sequence[tuple[Arm, RunConfig]],
-    data: Dataset,
-    folder: Path,
-    advance: Callable[[Arm, RunConfig, int], Callable[[int, float], None]],
-) -> Iterator[Outcome]:
-    """Carry ``runs`` to their ends, a few steps of each in turn; the outcome of each as it ends.
-
-    In turn, so that whatever else the machine does slows all of them alike. A run's result does not depend on who
-    takes the other turns. One that raises is out; KeyboardInterrupt ends them all, and all can be resumed.
-    """
-    going: deque[tuple[Arm, RunConfig, Path, Generator[None, None, dict[str, Any]]]] = deque()
-    try:
-        for arm, config in runs:
-            home = run_folder(folder, arm, config)
-            try:
-                result = finished_result(home, config)
-                if result is None:
-                    run = Run(config, data, home)
-                    going.append((arm, config, home, run.turns(advance(arm, config, run.open()))))
-                    continue
-                yield Outcome(arm, config, result, cached=True)
-            except Exception as error:  # a failed arm is a line of the table, not the end of the others
-                yield failure(arm, config, home, error)
-        while going:
-            arm, config, home, turns = going.popleft()
-            try:
-                next(turns)
-                going.append((arm, config, home, turns))
-            except StopIteration as end:
-                yield Outcome(arm, config, end.value)
-            except Exception as error:
-                yield failure(arm, config, home, error)
-    finally:
-        for _, _, _, turns in going:
-            turns.close()
 
 
 def run_all(
@@ -158,23 +92,32 @@ def run_all(
 ) -> list[Outcome]:
     """Every run of ``comparison``; those that are finished in ``folder`` are read, the rest carried on.
 
-    The arms of a seed train in turn (:func:`side_by_side`). ``finished`` is called after each run with what there is,
-    in the order of :meth:`Comparison.runs`, and with the newest of it. KeyboardInterrupt passes through: the next call
-    goes on from the steps that were in flight.
+    The arms of a seed train in turn (:class:`selbp_study.turns.Turns`). ``finished`` is called after each run with what
+    there is, in the order of :meth:`Comparison.runs`, and with the newest of it. KeyboardInterrupt passes through: the
+    next call goes on from the steps that were in flight.
     """
     runs = list(comparison.runs())
-    places = {(arm.name, config.seed): place for place, (arm, config) in enumerate(runs)}
-    found: dict[int, Outcome] = {}
+    arms = {config.key(): arm for arm, config in reversed(runs)}  # the first arm, where several want the same run
+    keys = [(arm, config.key()) for arm, config in runs]
+    found: dict[str, Finished] = {}
 
-    def advance(arm: Arm, config: RunConfig, done: int) -> Callable[[int, float], None]:
-        return progress(places[arm.name, config.seed], len(runs), arm, config, done)
+    def of_arm(arm: Arm, run: Finished) -> Outcome:
+        return Outcome(run.config, run.result, run.error, run.cached, arm=arm)
 
-    for seed in comparison.seeds:
-        group = [(arm, config) for arm, config in runs if config.seed == seed]
-        for outcome in side_by_side(group, data, folder, advance):
-            found[places[outcome.arm.name, outcome.config.seed]] = outcome
-            finished([found[place] for place in sorted(found)], outcome)
-    return [found[place] for place in sorted(found)]
+    def outcomes() -> list[Outcome]:
+        return [of_arm(arm, found[key]) for arm, key in keys if key in found]
+
+    def heard(run: Finished) -> None:
+        key = run.config.key()
+        found[key] = run
+        finished(outcomes(), of_arm(arms[key], run))
+
+    def job() -> Job[None]:
+        yield [config for _, config in runs]
+
+    turns = Turns(data, lambda config: run_folder(folder, arms[config.key()], config), progress)
+    drive({"comparison": job()}, turns, heard=heard)
+    return outcomes()
 
 
 def tune(
@@ -185,18 +128,22 @@ def tune(
     The rates are judged on a tenth of the *training* data that is held out; the test part is never read. The seeds
     (1000, 1001) are none that a comparison reports by default. A rate at which a run fails is out.
     """
-    held_out = data.held_out(0.1)
-    base = replace(comparison.base, dataset=held_out.name, fingerprint=held_out.fingerprint)
+    held_out = data.held_out()
     arms, scores = [], {}
     for arm in comparison.arms:
-        score: dict[float, float] = {}
-        for rate in rates:
-            trial = replace(comparison, base=base, arms=[replace(arm, lr=rate)], seeds=(1000, 1001))
-            outcomes = run_all(trial, held_out, folder / "tuning", progress=progress)
-            if all(outcome.result is not None for outcome in outcomes):
-                score[rate] = sum(outcome.result["accuracy"] for outcome in outcomes if outcome.result) / len(outcomes)
-        if not score:
+        config = comparison.config(arm, 0)
+
+        def home(trial: RunConfig, arm: Arm = arm) -> Path:
+            return run_folder(folder / "tuning", arm, trial)
+
+        def trial(keep: float | int, lr: float, seed: int, config: RunConfig = config) -> RunConfig:
+            # Evaluated as often as the comparison's own runs, though only the end counts: this is how it is cached.
+            return replace(tuning_config(config, held_out, keep, lr, seed), evaluate_every=config.evaluate_every)
+
+        job = searched(grid(config.keep, rates), trial)
+        choice = drive({arm.name: job}, Turns(held_out, home, progress, RunConfig.key))[arm.name]
+        if isinstance(choice, str):
             raise ValueError(f"{arm.label} fails at every one of the rates {list(rates)}")
-        arms.append(replace(arm, lr=max(score, key=lambda rate: score[rate])))
-        scores[arm.name] = score
+        arms.append(replace(arm, lr=choice.lr))
+        scores[arm.name] = {rate: mean for _, rate, mean, _ in choice.tried}
     return replace(comparison, arms=arms), scores

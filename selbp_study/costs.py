@@ -174,6 +174,13 @@ class Costs:
         return {"machine": self.machine, "costs": {name: asdict(cost) for name, cost in self.costs.items()}}
 
 
+def steps_of(budget: str, base: RunConfig, config: RunConfig, costs: Costs | None, milliseconds: float) -> int:
+    """How many steps a budget gives ``config`` where ``base`` gets its own number; "time" reads costs, milliseconds."""
+    if budget == "time" and costs is not None:
+        return steps_within(milliseconds, costs[config])
+    return max(1, round(base.steps * base.kept() / config.kept())) if budget == "samples" else base.steps
+
+
 def steps_within(milliseconds: float, cost: Cost) -> int:
     """Whole steps of ``cost`` that fit in a budget of time, beside what is paid once; at least one."""
     return max(1, int((milliseconds - cost.phases.get(ONCE, 0.0)) / cost.median + 1e-9))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from selbp_study.findings import Findings, answer, cell_table, direct_table, summary_table, table, title_of
+from selbp_study.findings import Findings, answer, cell_table, direct_table, summary_table, title_of
 from selbp_study.folder import short
+from selbp_study.page import embedded, page, to_html
+from selbp_study.plots import Bars, Curve, bars_plot, curves_plot
 from selbp_study.protocols import PROTOCOLS
 from selbp_study.storage import StorageError, read_object
 from selbp_study.study import FORMAT
-from selbp_study.text import cells, code, inline, one_line, plain
+from selbp_study.text import code, markdown_table, one_line, plain
+from selbp_study.timing import PARTS
 
 HEADING = """# The study: does choosing samples beat choosing them at random?
 
@@ -46,6 +48,9 @@ mean over seeds with its 95 % interval. It needs the curves of several seeds; a 
 curve's inner points run at a rate that has not decayed yet: a training made for less time would be quicker.
 """
 
+AXES = {"steps": ("steps",), "samples": ("steps",), "time": ("samples", "seconds")}  # of a budget's plots
+UNITS = {"steps": "optimizer steps", "samples": "samples that ran backward (thousands)", "seconds": "seconds"}
+
 
 def read_result_file(path: Path) -> dict[str, Any]:
     """A study's result, whole enough to be shown. StorageError names the file that is none."""
@@ -70,17 +75,16 @@ def result_files(folder: Path) -> list[Path]:
 
 def costs_table(result: dict[str, Any]) -> str:
     """Every measured step, its quartiles and where its time goes."""
-    phases = ("score", "select", "forward", "backward", "optimizer")
     rows = [
         [
             code(name),
             f"{cost['median']:.2f}",
             f"{cost['low']:.2f} – {cost['high']:.2f}",
-            *(f"{cost['phases'].get(phase, 0.0):.2f}" for phase in phases),
+            *(f"{cost['phases'].get(phase, 0.0):.2f}" for phase in PARTS),
         ]
         for name, cost in sorted(result["costs"].items())
     ]
-    return "\n\n".join([table(["step", "ms", "quartiles", *phases], rows), *reading_of(result)])
+    return "\n\n".join([markdown_table(["step", "ms", "quartiles", *PARTS], rows), *reading_of(result)])
 
 
 def reading_of(result: dict[str, Any]) -> list[str]:
@@ -130,49 +134,31 @@ def document(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join([HEADING, "\n\n".join(section(result) for result in results), ""])
 
 
-# ----------------------------------------------------------------------------------------------------- the page
-
-
-def page(result: dict[str, Any]) -> str:
+def study_page(result: dict[str, Any]) -> str:
     """One page that needs nothing but itself: the answer, the tables, and each cell's curves."""
-    from selbp_study.curves import curves_plot, split_plot
-    from selbp_study.report import STYLE, embedded
-
     findings = Findings(result)
-    body = [to_html(section(result))]
+    parts = [to_html(section(result))]
     for place in findings.places:
         for budget in findings.budgets:
             entries = [row.entry for row in findings.rows[place, budget] if row.entry["curve"]]
-            if not entries:
-                continue
-            for axis in ("samples", "seconds") if budget == "time" else ("steps",):
-                png = curves_plot(findings, entries, axis, f"{title_of(place)}: equal {budget}")
-                body.append(embedded(png, f"{title_of(place)}, equal {budget}: accuracy against {axis}"))
-        entries = [row.entry for row in findings.rows[place, findings.budgets[0]]]
-        body.append(embedded(split_plot(findings, entries), f"{title_of(place)}: where a step's time goes"))
-    title = html.escape(f"selbp study: {result['protocol']['title']}")
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{STYLE}</style></head><body>\n{''.join(body)}\n</body></html>\n"
-    )
+            for axis in AXES[budget] if entries else ():
+                curves = [curve_of(findings, entry, axis) for entry in entries]
+                title = f"{title_of(place)}: equal {budget}"
+                caption = f"{title_of(place)}, equal {budget}: accuracy against {axis}"
+                parts.append(embedded(curves_plot(curves, UNITS[axis], title), caption))
+        rows = findings.rows[place, findings.budgets[0]]
+        costs = [(row.entry["label"], findings.cost(row.entry)) for row in rows]
+        bars = [Bars(label, cost["phases"], cost["median"]) for label, cost in costs]
+        parts.append(embedded(bars_plot(bars), f"{title_of(place)}: where a step's time goes"))
+    return page(f"selbp study: {result['protocol']['title']}", parts)
 
 
-def to_html(markdown: str) -> str:
-    """The few forms of Markdown that :func:`section` writes, as HTML."""
-    parts = []
-    for block in markdown.split("\n\n"):
-        lines = block.split("\n")
-        if block.startswith("#"):
-            level = len(block) - len(block.lstrip("#"))
-            parts.append(f"<h{level}>{inline(block.lstrip('# '))}</h{level}>")
-        elif block.startswith("|"):
-            rows_ = [cells(line) for line in lines if not line.startswith("|---")]
-            head = "".join(f"<th>{inline(cell)}</th>" for cell in rows_[0])
-            rows = "".join(f"<tr>{''.join(f'<td>{inline(cell)}</td>' for cell in row)}</tr>" for row in rows_[1:])
-            table_ = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-            parts.append(f'<div class="wide">{table_}</div>')
-        elif block.startswith("* "):
-            parts.append(f"<ul>{''.join(f'<li>{inline(line[2:])}</li>' for line in lines)}</ul>")
-        else:
-            parts.append(f"<p>{inline(block)}</p>")
-    return "\n".join(parts)
+def curve_of(findings: Findings, entry: dict[str, Any], axis: str) -> Curve:
+    """An entry's mean curve against steps, samples or seconds."""
+    scale = {
+        "steps": 1.0,
+        "samples": entry["samples"] / entry["steps"] / 1e3,
+        "seconds": findings.cost(entry)["median"] / 1e3,
+    }[axis]
+    points = entry["curve"]
+    return Curve(entry["label"], [step * scale for step, _ in points], [accuracy for _, accuracy in points])

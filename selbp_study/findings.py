@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from selbp_study.protocols import OWN_KEEP
 from selbp_study.statistics import Difference, Verdict, holm, paired, t_quantile
-from selbp_study.text import plain
+from selbp_study.text import markdown_table, plain
 
+BASELINES = ("random", OWN_KEEP)
+EQUAL = {"steps": "equal steps", "samples": "equal samples", "time": "equal time"}
 FIRST = {"full": 0, "random": 1, OWN_KEEP: 2}  # in tables; the others as the protocol has them
 Entry = dict[str, Any]
 Place = tuple[str, str, int, float | int]  # data set, model, minibatch, keep
@@ -72,22 +74,18 @@ class Findings:
         self.result, self.entries = result, result["entries"]
         self.places = list(dict.fromkeys(place_of_entry(entry) for entry in self.entries if entry["cell_keep"]))
         self.budgets = [b for b in result["protocol"]["budgets"] if any(e["budget"] == b for e in self.entries)]
+        # Equal samples differ from equal steps where the keep does; then an arm gets a line below its own.
+        self.shown = [budget for budget in self.budgets if budget != "samples" or "steps" not in self.budgets]
         self.rows = {(place, budget): self._rows(place, budget) for place in self.places for budget in self.budgets}
         if result["protocol"]["claim"]:
             for budget in self.budgets:
+                rows = (row for place in self.places for row in self.rows[place, budget])
                 family = [
-                    row
-                    for place in self.places
-                    for row in self.rows[place, budget]
-                    if row.difference is not None
-                    and row.difference.p is not None
-                    and row.entry["arm"] not in ("random", OWN_KEEP)
+                    (row, row.difference.p)
+                    for row in rows
+                    if row.difference and row.difference.p is not None and row.entry["arm"] not in BASELINES
                 ]
-                for row, p in zip(
-                    family,
-                    holm([row.difference.p for row in family if row.difference and row.difference.p is not None]),
-                    strict=True,
-                ):
+                for (row, _), p in zip(family, holm([p for _, p in family]), strict=True):
                     row.p = p
 
     def baseline(self, place: Place, budget: str) -> Entry | None:
@@ -137,7 +135,7 @@ class Findings:
         found: dict[str, list[Verdict]] = {}
         for place in self.places:
             for row in self.rows[place, budget]:
-                if row.entry["arm"] not in ("random", OWN_KEEP):
+                if row.entry["arm"] not in BASELINES:
                     found.setdefault(row.entry["label"], []).append(row.verdict)
         return found
 
@@ -165,26 +163,17 @@ def change_in_words(change: str) -> str:
     return words[name]
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column left-aligned, the others right."""
-    lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
 def cell_table(findings: Findings, place: Place) -> str:
     """One cell: each arm's step, and its accuracy at equal steps, at equal samples and at equal time."""
     gains = any(row.entry.get("gain") for budget in findings.budgets for row in findings.rows[place, budget])
     head = ["arm", "keep", "ms a step", *(["gain"] if gains else [])]
-    heads = {"steps": "equal steps", "samples": "equal samples", "time": "equal time"}
     by_arm: dict[tuple[str, str], dict[str, Row]] = {}
     for budget in findings.budgets:
         for row in findings.rows[place, budget]:
             by_arm.setdefault((row.entry["arm"], row.entry["label"]), {})[budget] = row
-    # Equal samples differ from equal steps where the keep does; then the line gets a line below it.
-    shown = [budget for budget in findings.budgets if budget != "samples" or "steps" not in findings.budgets]
-    for budget in shown:
+    for budget in findings.shown:
         steps = ["steps"] if budget != "steps" else []
-        head += [*steps, "rate", f"{heads[budget]}: accuracy, %", "minus random"]
+        head += [*steps, "rate", f"{EQUAL[budget]}: accuracy, %", "minus random"]
     lines = []
     for (_, label), rows in sorted(by_arm.items(), key=lambda item: FIRST.get(item[0][0], len(FIRST))):
         first = next(iter(rows.values())).entry
@@ -192,15 +181,15 @@ def cell_table(findings: Findings, place: Place) -> str:
         keep = "all" if keep == 1.0 and isinstance(keep, float) else f"{keep}"
         line = [plain(label), keep, f"{findings.cost(first)['median']:.2f}", *([gain_of(first)] if gains else [])]
         known, extra = len(line), list[str]()
-        for budget in shown:
+        for budget in findings.shown:
             line += _cells(rows.get(budget), budget != "steps")
         samples, steps_row = rows.get("samples"), rows.get("steps")
         if samples is not None and steps_row is not None and samples.entry["key"] != steps_row.entry["key"]:
             extra = [f"{plain(label)}, {samples.entry['steps']} steps (equal samples)", *line[1:known]]
-            for budget in shown:
+            for budget in findings.shown:
                 extra += _cells(samples if budget == "steps" else None, budget != "steps")
         lines += [line, extra] if extra else [line]
-    return table(head, lines)
+    return markdown_table(head, lines)
 
 
 def gain_of(entry: Entry) -> str:
@@ -268,15 +257,13 @@ def direct_table(findings: Findings, place: Place) -> str | None:
         text = "–" if difference is None else difference.text()
         lines.append([plain(row.entry["label"]), text, time_ratio(findings, row.entry, base)])
     head = ["arm, equal time", "minus the full batch", "time to random's final accuracy, of random's"]
-    return table(head, lines) if lines else None
+    return markdown_table(head, lines) if lines else None
 
 
 def summary_table(findings: Findings) -> str:
     """In how many cells each arm is ahead of random, behind it, or neither, by budget."""
-    words = {"steps": "equal steps", "samples": "equal samples", "time": "equal time"}
-    budgets = [budget for budget in findings.budgets if budget != "samples" or "steps" not in findings.budgets]
-    verdicts = {budget: findings.verdicts(budget) for budget in budgets}
-    labels = list(dict.fromkeys(label for budget in budgets for label in verdicts[budget]))
+    verdicts = {budget: findings.verdicts(budget) for budget in findings.shown}
+    labels = list(dict.fromkeys(label for found in verdicts.values() for label in found))
 
     def count(label: str, budget: str) -> str:
         found = verdicts[budget].get(label, [])
@@ -284,15 +271,15 @@ def summary_table(findings: Findings) -> str:
             f"{found.count(word)} {word}" for word in ("ahead", "no difference", "behind", "-") if found.count(word)
         ).replace("- ", "")
 
-    return table(
-        ["arm", *(words[budget] for budget in budgets)],
-        ([plain(label), *(count(label, budget) for budget in budgets)] for label in labels),
+    return markdown_table(
+        ["arm", *(EQUAL[budget] for budget in verdicts)],
+        ([plain(label), *(count(label, budget) for budget in verdicts)] for label in labels),
     )
 
 
 def answer(findings: Findings) -> str:
     """The abstract's question, answered from the verdicts alone."""
-    words = {"steps": "equal steps", "samples": "equal backward samples", "time": "equal time"}
+    words = EQUAL | {"samples": "equal backward samples"}
     sentences = []
     for budget in findings.budgets:
         verdicts = {label: found for label, found in findings.verdicts(budget).items() if not label.startswith("full")}

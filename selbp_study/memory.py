@@ -12,61 +12,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from selbp.training.measured import live_peak
 
-from selbp.rows.gradient import Wrapper
+__all__ = ["live_peak", "peak_extra_bytes", "printed_by", "resident_peak", "rise", "status_bytes"]
 
 # A process started so maps blocks of this size singly and returns them when they are freed: its resident set then
 # follows what is in use.
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-
-
-class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operators made while it was on; ``peak`` is the most that were alive at once.
-
-    It follows a row gradient's operators into their rules, where the k-row copies are made.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run the operator, and look at what is alive then."""
-        for value in pytree.tree_leaves((args, kwargs)):
-            self._note(value, made=False)
-        wrapper = next((kind for kind in types if issubclass(kind, Wrapper)), None)
-        if wrapper is None:
-            out = func(*args, **(kwargs or {}))
-        else:
-            with self:
-                out = wrapper.__torch_dispatch__(func, types, args, kwargs)
-        for value in pytree.tree_leaves(out):
-            self._note(value, made=True)
-        self._alive = {key: held for key, held in self._alive.items() if not held[0].expired()}
-        self.peak = max(self.peak, sum(nbytes for _, nbytes in self._alive.values()))
-        return out
-
-    def _note(self, value: Any, made: bool) -> None:
-        if isinstance(value, Tensor) and not isinstance(value, Wrapper):
-            storage = value.untyped_storage()
-            if storage._cdata not in self._alive:  # a storage that an operator was given is not one that it made
-                self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes() if made else 0
-
-
-def live_peak(call: Callable[[], object]) -> int:
-    """Bytes of tensors alive at once during ``call``, beyond those that were before."""
-    with LiveBytes() as seen:
-        call()
-    return seen.peak
 
 
 def resident_peak(call: Callable[[], object], times: int = 3) -> int:

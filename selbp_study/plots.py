@@ -1,15 +1,13 @@
-"""The comparison's plots: curves with their names at their ends, colours that the colour-blind tell apart."""
+"""The plots: curves with their names at their ends, and bars of a step's parts. The colour-blind tell them apart."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
-from selbp_study.table import PHASES, Line
 from selbp_study.text import label
+from selbp_study.timing import PARTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,22 +15,26 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, and a dash of each line's own, so that neither alone has to carry the difference.
 COLOURS = ("#000000", "#999999", "#D55E00", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#8F5E15", "#7A3FA0")
 DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (3, 1.5)), (0, (5, 1.5, 1, 1.5)), "-", (0, (8, 2, 2, 2)))
-PHASE_COLOURS = {
-    "score": "#F0E442",
-    "select": "#D55E00",
-    "forward": "#56B4E9",
-    "backward": "#0072B2",
-    "optimizer": "#BBBBBB",
-}
-Curve = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
+PART_COLOURS = dict(zip(PARTS, ("#F0E442", "#D55E00", "#56B4E9", "#0072B2", "#BBBBBB"), strict=True))
+SPAN = 20  # points of accuracy that a plot shows at most: an untrained network's would flatten all the rest
 
 
-def mean_curve(line: Line, axis: str) -> Curve:
-    """x, mean, lowest and highest accuracy over seeds at each evaluation; x is the mean over seeds too."""
-    shortest = min(len(result["curve"]) for result in line.results)
-    x = np.array([[point[axis] for point in result["curve"][:shortest]] for result in line.results], float)
-    y = np.array([[point["accuracy"] for point in result["curve"][:shortest]] for result in line.results], float)
-    return x.mean(0), y.mean(0), y.min(0), y.max(0)
+class Curve(NamedTuple):
+    """Mean test accuracies in per cent at the places ``x``, and the range of the seeds, where that is known."""
+
+    name: str
+    x: Sequence[float]
+    mean: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+
+class Bars(NamedTuple):
+    """Milliseconds of a step's parts, and of the whole step: a median of its own, not their sum."""
+
+    name: str
+    parts: dict[str, float]
+    whole: float
 
 
 def spread_labels(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -52,17 +54,66 @@ def spread_labels(wanted: Sequence[float], gap: float, low: float, high: float) 
     return result
 
 
-def _style(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
+def curves_plot(curves: Sequence[Curve], unit: str, title: str) -> bytes:
+    """PNG: test accuracy against ``unit``; only the ends are finished trainings."""
+    figure, axes = new_figure(5.2)
+    if not curves:
+        axes.text(0.5, 0.5, "no run finished", ha="center", transform=axes.transAxes)
+        return png_of(figure)
+    colours = [COLOURS[index % len(COLOURS)] for index in range(len(curves))]
+    for index, (curve, colour) in enumerate(zip(curves, colours, strict=True)):
+        dash = DASHES[index % len(DASHES)]
+        axes.plot(curve.x, curve.mean, color=colour, linestyle=dash, linewidth=1.8, marker="o", markersize=3)
+        if curve.low:
+            axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.12, linewidth=0)
+    trained = [value for curve in curves for value in curve.mean[1:] or curve.mean]
+    top = max([*trained, *(value for curve in curves for value in curve.high)])
+    bottom = max(min(trained), top - SPAN)
+    axes.set_ylim(bottom - 0.04 * (top - bottom) - 0.01, top + 0.06 * (top - bottom) + 0.01)
+    axes.set_xlim(left=0)
+    floor, ceiling = axes.get_ylim()
+    right = max(curve.x[-1] for curve in curves)
+    places = spread_labels([curve.mean[-1] for curve in curves], 0.05 * (ceiling - floor), floor, ceiling)
+    for curve, colour, place in zip(curves, colours, places, strict=True):
+        axes.annotate(
+            f"{label(curve.name)} {curve.mean[-1]:.1f}",
+            (curve.x[-1], curve.mean[-1]),
+            (right * 1.03, place),
+            color=colour,
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 2},
+        )
+    axes.set_xlabel(unit)
+    axes.set_ylabel("test accuracy (%)")
+    axes.set_title(label(title), loc="left", fontsize=11)
+    _style(axes)
+    return png_of(figure)
 
 
-def png_of(figure: Any) -> bytes:
-    """``figure`` as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+def bars_plot(steps: Sequence[Bars]) -> bytes:
+    """PNG: milliseconds of a step by its parts, and those of the whole step beside them."""
+    figure, axes = new_figure(0.9 + 0.42 * max(2, len(steps)))
+    left, places = [0.0] * len(steps), range(len(steps))
+    longest = max((step.whole for step in steps), default=0.0)
+    for part, colour in PART_COLOURS.items():
+        width = [step.parts.get(part, 0.0) for step in steps]
+        bars = axes.barh(places, width, left=left, color=colour, height=0.66, label=part)
+        shown = [f"{value:.1f}" if value > 0.06 * longest else "" for value in width]
+        dark = part in ("backward", "select")
+        axes.bar_label(bars, shown, label_type="center", fontsize=9, color="white" if dark else "black")
+        left = [begin + more for begin, more in zip(left, width, strict=True)]
+    for place, step in enumerate(steps):
+        axes.text(left[place], place, f"  {step.whole:.2f}", va="center", fontsize=9)
+    axes.set_yticks(places, [label(step.name) for step in steps])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15 * max(left, default=0.0) or 1.0)
+    axes.set_xlabel("milliseconds of processor time a step (medians)")
+    axes.legend(ncols=len(PARTS), loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=10)
+    _style(axes)
+    axes.grid(visible=False)
+    return png_of(figure)
 
 
 def new_figure(height: float) -> tuple[Any, Axes]:
@@ -75,79 +126,14 @@ def new_figure(height: float) -> tuple[Any, Axes]:
     return figure, figure.add_subplot()
 
 
-def accuracy_plot(lines: Sequence[Line], axis: str, title: str) -> bytes:
-    """PNG: test accuracy against ``axis``, ``"backward_samples"`` or ``"seconds"``; the band spans the seeds."""
-    figure, axes = new_figure(4.8)
-    ends: list[tuple[float, float, str, str]] = []
-    finals, firsts = [], []
-    for index, line in enumerate(lines):
-        if not line.results:
-            continue
-        colour = COLOURS[index % len(COLOURS)]
-        x, mean, low, high = mean_curve(line, axis)
-        x = x / 1000 if axis == "backward_samples" else x
-        style = DASHES[index % len(DASHES)]
-        axes.plot(x, mean, color=colour, linestyle=style, linewidth=2, marker="o", markersize=3)
-        axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-        ends.append((float(x[-1]), float(mean[-1]), f"{label(line.label)} {mean[-1]:.1f}", colour))
-        finals += [float(low.max()), float(high.max())]
-        firsts.append(float(mean[1]) if len(mean) > 1 else float(mean[0]))
-    if not ends:
-        axes.text(0.5, 0.5, "no run finished", ha="center", transform=axes.transAxes)
-        return png_of(figure)
-    top = max(finals)
-    bottom = max(min(firsts), top - 20)  # the untrained network's accuracy would flatten all the rest
-    axes.set_ylim(bottom - 0.04 * (top - bottom), top + 0.06 * (top - bottom) + 0.01)
-    axes.set_xlim(left=0)
-    floor, ceiling = axes.get_ylim()
-    right = max(end[0] for end in ends)
-    places = spread_labels([end[1] for end in ends], 0.052 * (ceiling - floor), floor, ceiling)
-    for (x_end, y_end, text, colour), place in zip(ends, places, strict=True):
-        axes.annotate(
-            text,
-            (x_end, y_end),
-            (right * 1.03, place),
-            color=colour,
-            fontsize=10,
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 2},
-        )
-    units = {
-        "backward_samples": "samples that ran backward (thousands)",
-        "seconds": "seconds of training (processor time)",
-    }
-    axes.set_xlabel(units[axis])
-    axes.set_ylabel("test accuracy (%)")
-    axes.set_title(title, loc="left", fontsize=11)
-    _style(axes)
-    return png_of(figure)
+def png_of(figure: Any) -> bytes:
+    """``figure`` as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
 
 
-def time_plot(lines: Sequence[Line]) -> bytes:
-    """PNG: milliseconds of a step, by phase."""
-    lines = [line for line in lines if line.results]
-    figure, axes = new_figure(0.9 + 0.42 * max(2, len(lines)))
-    left, places = np.zeros(len(lines)), np.arange(len(lines))
-    labels = [label(line.label) for line in lines]
-    for phase in PHASES:
-        width = np.array([1e3 * line.seconds(phase) / line.results[0]["steps"] for line in lines])
-        bars = axes.barh(places, width, left=left, color=PHASE_COLOURS[phase], height=0.66, label=phase)
-        shown = [f"{value:.1f}" if value > 0.06 * _longest(lines) else "" for value in width]
-        dark = phase in ("backward", "select")
-        axes.bar_label(bars, shown, label_type="center", fontsize=9, color="white" if dark else "black")
-        left += width
-    for place, total in enumerate(left):
-        axes.text(total, place, f"  {total:.1f}", va="center", fontsize=10)
-    axes.set_yticks(places, labels)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.1 * float(left.max(initial=1e-9)))
-    axes.set_xlabel("milliseconds a step (medians; processor time)")
-    axes.legend(ncols=len(PHASES), loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=10)
-    _style(axes)
-    axes.grid(visible=False)
-    return png_of(figure)
-
-
-def _longest(lines: Sequence[Line]) -> float:
-    return max(1e3 * line.seconds("total") / line.results[0]["steps"] for line in lines)
+def _style(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)

@@ -5,45 +5,25 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import traceback
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from selbp_study.config import RunConfig
 from selbp_study.data import FASHION_MNIST, DataError, Dataset, resolve
+from selbp_study.engine import Finished, failure, read_back
 from selbp_study.folder import finished as finished_result
-from selbp_study.run import Diverged, Run
-from selbp_study.storage import StorageError, write_text
+from selbp_study.run import Run
 
 ATTEMPTS = 3  # of a run whose worker dies; it goes on from its last saved state
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A run's result, or why there is none."""
-
-    config: RunConfig
-    result: dict[str, Any] | None
-    error: str | None = None
 
 
 def folder_of(folder: Path, config: RunConfig) -> Path:
     """Where a run lives while it runs and after."""
     return folder / "runs" / config.key()
-
-
-def cached(config: RunConfig, folder: Path) -> Finished | None:
-    """The finished run, if ``folder`` has it; its error, if what it has cannot be believed."""
-    try:
-        result = finished_result(folder_of(folder, config), config)
-    except StorageError as error:
-        return Finished(config, None, str(error))
-    return None if result is None else Finished(config, result)
 
 
 def carry_out(config: RunConfig, data: Dataset, folder: Path) -> Finished:
@@ -60,13 +40,7 @@ def carry_out(config: RunConfig, data: Dataset, folder: Path) -> Finished:
                 run.open()
                 result = run.execute()
     except Exception as error:  # a failed run is a line of the table, not the end of the others
-        try:
-            home.mkdir(parents=True, exist_ok=True)
-            write_text(home / "error.txt", traceback.format_exc())
-        except OSError:
-            pass  # a folder that is none: the reason says so
-        known = isinstance(error, (ValueError, Diverged, StorageError))
-        return Finished(config, None, str(error) if known else f"{type(error).__name__}: {error}")
+        return failure(config, home, error)
     for name in ("model.pt", "log.jsonl", "error.txt"):  # hundreds of runs: the result is what is kept
         (home / name).unlink(missing_ok=True)
     return Finished(config, result)
@@ -110,7 +84,7 @@ def _work(pipe: Connection, folder: Path, data_folder: Path | None) -> None:
 
 
 class Pool:
-    """``workers`` processes; 0 runs everything in this one. Submit configurations, iterate over what is finished."""
+    """A :class:`selbp_study.engine.Runner` of ``workers`` processes; 0 runs everything in this one."""
 
     def __init__(self, workers: int, folder: Path, data_folder: Path | None = None) -> None:
         self.folder, self.data_folder, self.workers = folder, data_folder, workers
@@ -119,6 +93,10 @@ class Pool:
         self.idle: list[Connection] = []
         self.processes: dict[Connection, Any] = {}
         self.sets = Sets(data_folder)
+
+    def cached(self, config: RunConfig) -> Finished | None:
+        """The run, if it was finished before."""
+        return read_back(folder_of(self.folder, config), config)
 
     def submit(self, config: RunConfig) -> None:
         """Have it run when a worker is free, in the order of submission."""

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from selbp.info import machine
 from selbp_study.compare import Comparison, Outcome
 from selbp_study.data import Dataset
-from selbp_study.plots import accuracy_plot, time_plot
+from selbp_study.page import embedded, page, to_html
+from selbp_study.plots import Bars, bars_plot, curves_plot
 from selbp_study.storage import write_bytes, write_text
-from selbp_study.table import HEADINGS, Line, lines_of, markdown, rows_of
-from selbp_study.text import label, plain
-from selbp_study.timing import clock_for
+from selbp_study.table import Line, lines_of, markdown
+from selbp_study.text import plain
+from selbp_study.timing import PARTS, clock_for
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1080px; margin: 2rem auto;
-  padding: 0 1rem }
-h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin-top: 2rem }
-p, li, dd { max-width: 48rem } .lead { color: #444; margin-top: 0 }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
-th, td { padding: .35rem .55rem; text-align: right; border-bottom: 1px solid #ddd }
-th { border-bottom: 2px solid #888; vertical-align: bottom } td { white-space: nowrap }
-th:first-child, td:first-child { text-align: left } td.failed { color: #a40000; text-align: left; white-space: normal }
-img { width: 100%; height: auto; max-width: 900px } figure { margin: 1.2rem 0 } figcaption { color: #444 }
-dt { font-weight: 600; margin-top: .5rem } dd { margin-left: 1.2rem } code { background: #f3f3f3; padding: 0 .25em }
-.note { border-left: 4px solid #E69F00; padding: .2rem 1rem; background: #fdf6e8 }
-"""
+CAPTIONS = {  # of the plots, by the names of their files
+    "samples": "Test accuracy against the samples that ran backward. Lines are means over seeds, bands span them.",
+    "seconds": "The same runs against the seconds spent training: forward, selection, backward and optimizer.",
+    "time": "Where a step's time goes. Scoring costs a forward of the whole minibatch; random pays none.",
+}
 
 COLUMNS = {
     "minus random": "mean over seeds of the difference to the random arm of the same seed (the same initial weights "
@@ -112,52 +104,49 @@ def caveats(comparison: Comparison, lines: Sequence[Line]) -> list[str]:
     return notes
 
 
-def embedded(png: bytes, caption: str) -> str:
-    """A figure of a page, which holds the picture itself."""
-    image, text = base64.b64encode(png).decode(), html.escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{image}"><figcaption>{text}</figcaption></figure>'
+def comparison_page(
+    comparison: Comparison, data: Dataset, lines: Sequence[Line], plots: dict[str, bytes], command: str
+) -> str:
+    """The whole of report.html."""
 
+    def definitions(title: str, values: dict[str, str]) -> str:
+        terms = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in values.items())
+        return f"<h2>{title}</h2><dl>{''.join(terms)}</dl>"
 
-def page(comparison: Comparison, data: Dataset, lines: Sequence[Line], plots: dict[str, bytes], command: str) -> str:
-    """The page: one file, no scripts, nothing loaded from elsewhere."""
+    def items(tag: str, texts: Iterable[str]) -> str:
+        return "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
 
-    def figure(name: str, caption: str) -> str:
-        return embedded(plots[name], caption)
-
-    def definitions(values: dict[str, str]) -> str:
-        return "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in values.items())
-
-    def row(cells: Sequence[str]) -> str:
-        tags = (
-            f'<td class="failed">{html.escape(c)}</td>' if c.startswith("failed") else f"<td>{html.escape(c)}</td>"
-            for c in cells
-        )
-        return f"<tr>{''.join(tags)}</tr>"
-
-    heads = "".join(f"<th>{html.escape(name)}</th>" for name in HEADINGS)
-    errors = "".join(
-        f"<li>{html.escape(line.label)}, {html.escape(text)}</li>" for line in lines for text in line.errors
+    base = comparison.base
+    errors = items("li", (f"{line.label}, {text}" for line in lines for text in line.errors))
+    return page(
+        f"selbp: {data.name}, {len(lines)} arms",
+        (
+            "<h1>Training on a chosen part of each minibatch</h1>",
+            f'<p class="lead">{html.escape(data.name)}, {html.escape(base.model)}: each step chooses {base.kept()} of '
+            f"{base.batch_size} samples and runs backward through those alone.</p>",
+            f'<div class="note">{items("p", caveats(comparison, lines))}</div>',
+            f"<h2>Results</h2>\n{to_html(markdown(lines))}",
+            f"<p>Accuracy: mean ± standard deviation over seeds.</p>{errors and f'<ul>{errors}</ul>'}",
+            *(embedded(plots[name], caption) for name, caption in CAPTIONS.items()),
+            definitions("What the columns mean", COLUMNS),
+            definitions("Settings", settings_of(comparison, data)),
+            definitions("Machine", machine()),
+            f"<h2>Again</h2><p><code>{html.escape(command)}</code><br>"
+            f"written {time.strftime('%Y-%m-%d %H:%M:%S %Z')}</p>",
+        ),
     )
-    notes = "".join(f"<p>{html.escape(text)}</p>" for text in caveats(comparison, lines))
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>selbp: {html.escape(data.name)}, {len(lines)} arms</title><style>{STYLE}</style></head><body>
-<h1>Training on a chosen part of each minibatch</h1>
-<p class="lead">{html.escape(data.name)}, {html.escape(comparison.base.model)}: each step chooses
-{comparison.base.kept()} of {comparison.base.batch_size} samples and runs backward through those alone.</p>
-<div class="note">{notes}</div>
-<h2>Results</h2>
-<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(map(row, rows_of(lines)))}</tbody></table></div>
-<p>Accuracy: mean ± standard deviation over seeds.</p>{f"<ul>{errors}</ul>" if errors else ""}
-{figure("samples", "Test accuracy against the samples that ran backward. Lines are means over seeds, bands span them.")}
-{figure("seconds", "The same runs against the seconds spent training: forward, selection, backward and optimizer.")}
-{figure("time", "Where a step's time goes. Scoring costs a forward of the whole minibatch; random pays none.")}
-<h2>What the columns mean</h2><dl>{definitions(COLUMNS)}</dl>
-<h2>Settings</h2><dl>{definitions(settings_of(comparison, data))}</dl>
-<h2>Machine</h2><dl>{definitions(machine())}</dl>
-<h2>Again</h2><p><code>{html.escape(command)}</code><br>written {time.strftime("%Y-%m-%d %H:%M:%S %Z")}</p>
-</body></html>
-"""
+
+
+def plots_of(name: str, lines: Sequence[Line]) -> dict[str, bytes]:
+    """The three plots as PNG, by the names of their files; ``name`` says what was trained."""
+    done = [line for line in lines if line.results]
+    axes = {"backward_samples": "samples that ran backward (thousands)", "seconds": "processor seconds of training"}
+    samples, seconds = (
+        curves_plot([line.curve(axis) for line in done], unit, f"{name}: accuracy against {unit}")
+        for axis, unit in axes.items()
+    )
+    bars = [Bars(line.label, {part: line.milliseconds(part) for part in PARTS}, line.milliseconds()) for line in done]
+    return {"samples": samples, "seconds": seconds, "time": bars_plot(bars)}
 
 
 def write_report(
@@ -175,13 +164,8 @@ def write_report(
     write_text(folder / "results.jsonl", "\n".join(rows) + "\n")
     notes = "\n\n".join(map(plain, caveats(comparison, lines)))
     write_text(folder / "table.md", f"{table}\n{notes}\n")
-    name = f"{data.name}, {comparison.base.model}"
-    plots = {
-        "samples": accuracy_plot(lines, "backward_samples", f"{label(name)}: accuracy against samples run backward"),
-        "seconds": accuracy_plot(lines, "seconds", f"{label(name)}: accuracy against time"),
-        "time": time_plot(lines),
-    }
+    plots = plots_of(f"{data.name}, {comparison.base.model}", lines)
     for plot, png in plots.items():
         write_bytes(folder / f"{plot}.png", png)
-    write_text(folder / "report.html", page(comparison, data, lines, plots, command))
+    write_text(folder / "report.html", comparison_page(comparison, data, lines, plots, command))
     return folder / "report.html", table

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
 
-from selbp_study.arms import Arm
 from selbp_study.compare import Comparison, Outcome
 from selbp_study.config import RunConfig
+from selbp_study.data import HELD_OUT
 
 
 def say(text: str) -> None:
@@ -61,15 +60,22 @@ class Show:
     """What is seen of a comparison while it runs: a bar for the runs that train in turn, a line for each that ends."""
 
     def __init__(self, comparison: Comparison, quiet: bool) -> None:
-        self.arms, self.runs, self.quiet = len(comparison.arms), len(comparison.arms) * len(comparison.seeds), quiet
+        self.arms, self.seeds, self.quiet = len(comparison.arms), list(comparison.seeds), quiet
+        self.runs = self.arms * len(self.seeds)
         self.bar: Bar | None = None
+        self.going: set[str] = set()  # keys of the runs that train in turn
         self.outcomes: list[Outcome] = []
 
-    def progress(self, index: int, total: int, arm: Arm, config: RunConfig, done: int) -> Callable[[int, float], None]:
+    def progress(self, config: RunConfig, done: int) -> Bar:
         """One more run begins."""
+        if config.dataset.endswith(HELD_OUT):
+            title = "rates"
+        else:
+            first = self.arms * self.seeds.index(config.seed)
+            title = f"{first + 1}-{first + self.arms}/{self.runs}, seed {config.seed}"
+            self.going.add(config.key())
         if self.bar is None:
-            first = index - index % self.arms
-            self.bar = Bar(f"{first + 1}-{min(total, first + self.arms)}/{total}, seed {config.seed}", self.quiet)
+            self.bar = Bar(title, self.quiet)
         return self.bar.add(config, done)
 
     def finished(self, outcomes: list[Outcome], last: Outcome) -> None:
@@ -87,7 +93,8 @@ class Show:
             say(text)
         else:
             self.bar.say(text)
-        if len(outcomes) % self.arms == 0:
+        self.going.discard(last.config.key())
+        if not self.going:
             self.close()
 
     def close(self) -> None:

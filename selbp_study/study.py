@@ -1,30 +1,30 @@
 """A study: every arm of every cell tuned, trained at each budget with each seed, and what came out as one small dict.
 
-Each arm of each cell is a job, a generator that yields the runs it wants and is sent their results: jobs go forward
-side by side, and runs that several of them want, or that an earlier session finished, are done once.
+Each arm of each cell is a job of :mod:`selbp_study.engine`.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from selbp_study.arms import Arm
 from selbp_study.config import RunConfig
-from selbp_study.costs import Costs, cost_name, measure, steps_within
+from selbp_study.costs import Costs, cost_name, measure, steps_of
 from selbp_study.data import Dataset
-from selbp_study.pool import Finished, Pool, Sets, cached
+from selbp_study.engine import Finished, Job, Say, drive, searched
+from selbp_study.pool import Pool, Sets
 from selbp_study.protocols import OWN_KEEP, Cell, Protocol
 from selbp_study.tuning import Choice, climb, tuning_config
 
 FORMAT = 1
 POINTS = 4  # of a curve, its end included
 ALIKE = 1.5  # budgets whose numbers of steps differ by no more than this share a rate
-Job = Generator[list[RunConfig], list[Finished], list[dict[str, Any]]]
-Say = Callable[[str], None]
+OWN_KEEP_ARM = Arm("random", title="random, own keep")
+Lines = list[dict[str, Any]]
 
 
 @dataclass
@@ -44,21 +44,12 @@ class Plan:
 
     def own_keeps(self) -> list[RunConfig]:
         """Random, and each arm whose keep is tuned, at every keep that may be chosen."""
-        arms = (own_keep_arm(), *map(Arm.parse, self.protocol.tuned_keeps))
+        arms = (OWN_KEEP_ARM, *map(Arm.parse, self.protocol.tuned_keeps))
         return [replace(self.config(arm, keep), keep=keep) for arm in arms for keep in self.protocol.own_keeps]
 
     def steps(self, budget: str, config: RunConfig, keep: float | int) -> int:
         """How many steps a budget gives ``config`` where the others choose ``keep``."""
-        if budget == "time":
-            return steps_within(self.milliseconds, self.costs[config])
-        if budget == "samples":
-            return max(1, round(self.cell.steps * replace(self.base, keep=keep).kept() / config.kept()))
-        return self.cell.steps
-
-
-def own_keep_arm() -> Arm:
-    """Random whose keep is tuned."""
-    return Arm("random", title="random, own keep")
+        return steps_of(budget, replace(self.base, keep=keep), config, self.costs, self.milliseconds)
 
 
 def plan_cell(cell: Cell, protocol: Protocol, sets: Sets, costs: Costs, advance: Callable[[], None]) -> Plan:
@@ -90,28 +81,15 @@ def plan_cell(cell: Cell, protocol: Protocol, sets: Sets, costs: Costs, advance:
 # -------------------------------------------------------------------------------------------------------- jobs
 
 
-def tuned(
-    plan: Plan, config: RunConfig, keeps: Sequence[float | int], start: float
-) -> Generator[list[RunConfig], list[Finished], tuple[Choice, dict[float | int, int]]]:
-    """The best rate of ``config`` (and keep of ``keeps``: then the budget is time), on held-out data."""
-    own = len(keeps) > 1
-    steps = {keep: plan.steps("time", replace(config, keep=keep), 0) if own else config.steps for keep in keeps}
-    search = climb(keeps, start)
-    trials = next(search)
-    while True:
-        wanted = [
-            tuning_config(replace(config, steps=steps[keep]), plan.held_out, keep, lr, seed)
-            for keep, lr, seed in trials
-        ]
-        found = yield wanted
-        accuracies = [float("-inf") if one.result is None else one.result["accuracy"] for one in found]
-        try:
-            trials = search.send(accuracies)
-        except StopIteration as stop:
-            return stop.value, steps
+def tuned(plan: Plan, configs: Sequence[RunConfig], start: float) -> Job[Choice]:
+    """The best of ``configs``, which differ by their keeps, and its best rate, on held-out data."""
+    by_keep = {config.keep: config for config in configs}
+    return searched(
+        climb(list(by_keep), start), lambda keep, lr, seed: tuning_config(by_keep[keep], plan.held_out, keep, lr, seed)
+    )
 
 
-def arm_job(plan: Plan, arm: Arm, keep: float | int, budgets: Sequence[str]) -> Job:
+def arm_job(plan: Plan, arm: Arm, keep: float | int, budgets: Sequence[str]) -> Job[Lines]:
     """Tune an arm and train it under each budget; budgets with about as many steps share the rate."""
     base = plan.config(arm, keep)
     choices: list[tuple[int, Choice]] = []
@@ -123,7 +101,7 @@ def arm_job(plan: Plan, arm: Arm, keep: float | int, budgets: Sequence[str]) -> 
             choice = near[0]
         else:
             start = choices[0][1].lr if choices else arm.rate()
-            choice, _ = yield from tuned(plan, replace(base, steps=steps), [base.keep], start)
+            choice = yield from tuned(plan, [replace(base, steps=steps)], start)
             choices.append((steps, choice))
         asked.append((budget, choice, seeded(plan, replace(base, steps=steps, lr=choice.lr))))
     found = yield [config for _, _, configs in asked for config in configs]
@@ -134,12 +112,13 @@ def arm_job(plan: Plan, arm: Arm, keep: float | int, budgets: Sequence[str]) -> 
     ]
 
 
-def own_keep_job(plan: Plan, arm: Arm, name: str) -> Job:
+def own_keep_job(plan: Plan, arm: Arm, name: str) -> Job[Lines]:
     """``arm`` at the keep and rate that are best under the budget of time; called ``name`` in the result."""
     keeps = [min(keep, plan.cell.batch_size) for keep in plan.protocol.own_keeps]
-    choice, steps = yield from tuned(plan, plan.config(arm, keeps[0]), list(dict.fromkeys(keeps)), arm.rate())
-    chosen = replace(plan.config(arm, keeps[0]), keep=choice.keep, lr=choice.lr, steps=steps[choice.keep])
-    found = yield seeded(plan, chosen)
+    configs: dict[float | int, RunConfig] = {keep: replace(plan.config(arm, keeps[0]), keep=keep) for keep in keeps}
+    configs = {keep: replace(config, steps=plan.steps("time", config, keep)) for keep, config in configs.items()}
+    choice = yield from tuned(plan, list(configs.values()), arm.rate())
+    found = yield seeded(plan, replace(configs[choice.keep], lr=choice.lr))
     keep = 0 if name == OWN_KEEP else plan.cell.keeps[0]  # 0: for every keep of the cell
     return [entry(plan, arm, keep, "time", choice, found) | {"arm": name}]
 
@@ -202,69 +181,6 @@ def _median(results: dict[int, dict[str, Any]], name: str) -> float | None:
     return float(f"{statistics.median(known):.3g}") if known else None
 
 
-# ------------------------------------------------------------------------------------------------------ driver
-
-
-def drive(
-    jobs: dict[str, Job],
-    pool: Pool,
-    *,
-    progress: Callable[[int, int], None] = lambda done, known: None,
-    say: Say = lambda text: None,
-) -> dict[str, list[dict[str, Any]] | str]:
-    """Carry all jobs to their end; a job that fails yields its error as text. ``progress`` counts runs."""
-    results: dict[str, Finished] = {}
-    waiting: dict[str, tuple[Job, list[RunConfig]]] = {}
-    asked: set[str] = set()
-    ended: dict[str, list[dict[str, Any]] | str] = {}
-
-    def step(name: str, job: Job, answer: list[Finished] | None) -> None:
-        """Forward until the job wants runs that are not there."""
-        while True:
-            try:
-                wanted = next(job) if answer is None else job.send(answer)
-            except StopIteration as stop:
-                ended[name] = stop.value
-                return
-            except ValueError as error:
-                say(f"{name}: {error}")
-                ended[name] = str(error)
-                return
-            for config in wanted:
-                key = config.key()
-                if key not in results and key not in asked:
-                    found = cached(config, pool.folder)
-                    if found is None:
-                        pool.submit(config)
-                        asked.add(key)
-                    else:
-                        results[key] = found
-                        if found.error is not None:
-                            say(f"{name}: {found.error}")
-            if any(config.key() not in results for config in wanted):
-                waiting[name] = (job, wanted)
-                return
-            answer = [results[config.key()] for config in wanted]
-
-    for name, job in jobs.items():
-        step(name, job, None)
-    while waiting:
-        progress(len(results), len(results) + len(pool))
-        finished = pool.next()
-        results[finished.config.key()] = finished
-        if finished.error is not None:
-            say(
-                f"{finished.config.selector}, rate {finished.config.lr:g}, seed {finished.config.seed}: failed: "
-                f"{finished.error}"
-            )
-        for name, (job, wanted) in list(waiting.items()):
-            if all(config.key() in results for config in wanted):
-                del waiting[name]
-                step(name, job, [results[config.key()] for config in wanted])
-    progress(len(results), len(results))
-    return ended
-
-
 def run_study(
     protocol: Protocol,
     pool: Pool,
@@ -277,18 +193,23 @@ def run_study(
     pool.folder.mkdir(parents=True, exist_ok=True)
     costs = Costs(pool.folder / "costs.json")
     plans = [plan_cell(cell, protocol, pool.sets, costs, measuring) for cell in protocol.cells]
-    jobs: dict[str, Job] = {}
+    jobs: dict[str, Job[Lines]] = {}
     for plan in plans:
         where = f"{plan.cell.dataset}, {plan.cell.model}, n={plan.cell.batch_size}"
         if "time" in protocol.budgets:
-            jobs[f"{where}: {OWN_KEEP}"] = own_keep_job(plan, own_keep_arm(), OWN_KEEP)
+            jobs[f"{where}: {OWN_KEEP}"] = own_keep_job(plan, OWN_KEEP_ARM, OWN_KEEP)
             for name in protocol.tuned_keeps:
                 arm = Arm.parse(name)
                 jobs[f"{where}: {name}, own keep"] = own_keep_job(plan, arm, arm.name)
         for keep in plan.cell.keeps:
             for name in (name for name in protocol.arms if name not in protocol.tuned_keeps):
                 jobs[f"{where}, keep {keep}: {name}"] = arm_job(plan, Arm.parse(name), keep, protocol.budgets)
-    ended = drive(jobs, pool, progress=progress, say=say)
+
+    def heard(run: Finished) -> None:
+        if run.error is not None:
+            say(f"{run.config.selector}, rate {run.config.lr:g}, seed {run.config.seed}: failed: {run.error}")
+
+    ended = drive(jobs, pool, progress=progress, heard=heard, say=say)
     asked = [
         plan.config(arm, keep) for plan in plans for keep in plan.cell.keeps for arm in map(Arm.parse, protocol.arms)
     ]

@@ -16,8 +16,8 @@ import torch
 
 from selbp.sampling import ScoreTable
 from selbp_study.data import Dataset
+from selbp_study.page import embedded, page
 from selbp_study.plots import new_figure, png_of
-from selbp_study.report import STYLE, embedded
 from selbp_study.storage import write_text
 
 LIKELY = 0.5  # P(mislabelled) from which a sample is listed
@@ -48,18 +48,13 @@ def _page(table: ScoreTable, data: Dataset, rows: list[dict[str, Any]], lines: l
     known = [row for row in rows if row.get("headroom") is not None]
     plot = embedded(_curves(known), "headroom and noise share over the training") if known else ""
     samples = "".join(_sample(data, *line) for line in lines[:SHOWN])
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>selbp: scores of {html.escape(data.name)}</title><style>{STYLE}
-.samples {{ display: flex; flex-wrap: wrap; gap: .5rem; }} .samples figure {{ width: 7rem; margin: 0; }}
-.samples img {{ width: 100%; image-rendering: pixelated; }}</style></head><body>
-<h1>What the scores of {html.escape(data.name)} say</h1>
+    body = f"""<h1>What the scores of {html.escape(data.name)} say</h1>
 <p class="lead">{len(lines)} of {len(table)} samples are thought mislabelled (probability at least {LIKELY:g}). The
 noise share is {table.noise_share:.1%}, headroom {table.headroom:.2f}: choosing can pay where it exceeds its price.</p>
 {plot}<h2>The {min(SHOWN, len(lines))} most suspect samples</h2>
 <p>All of them are in suspects.csv: number, given label, probable label, probability.</p>
-<div class="samples">{samples}</div></body></html>
-"""
+<div class="samples">{samples}</div>"""
+    return page(f"selbp: scores of {data.name}", [body])
 
 
 def _sample(data: Dataset, number: int, given: int, probable: int, chance: float) -> str:

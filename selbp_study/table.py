@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from selbp_study.compare import Outcome
-from selbp_study.text import plain
+from selbp_study.plots import Curve
+from selbp_study.statistics import paired
+from selbp_study.text import markdown_table, plain
 
-PHASES = ("score", "select", "forward", "backward", "optimizer")
 BASELINE = "random"
-# Student's t, two-sided 95 %, for 1 to 30 degrees of freedom.
-T95 = tuple(
-    float(value)
-    for value in (
-        "12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131 "
-        "2.120 2.110 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045 2.042 "
-    ).split()
-)
-
-
-def t95(degrees: int) -> float:
-    """The factor of a two-sided 95 % interval; beyond 30 degrees of freedom that of 30, which is a little wide."""
-    if degrees < 1:
-        raise ValueError(f"degrees must be at least 1, got {degrees}")
-    return T95[min(degrees, len(T95)) - 1]
 
 
 @dataclass
@@ -62,6 +47,19 @@ class Line:
         """Mean over seeds of the test accuracy after so many seconds, between two evaluations in proportion."""
         return statistics.fmean(_between(result["curve"], seconds) for result in self.results)
 
+    def milliseconds(self, phase: str = "total") -> float:
+        """Median over seeds of a phase's milliseconds in one step, or of the whole step's."""
+        return 1e3 * self.seconds(phase) / float(self.results[0]["steps"])
+
+    def curve(self, axis: str) -> Curve:
+        """Means over seeds at each evaluation; ``axis`` is ``"backward_samples"``, in thousands, or ``"seconds"``."""
+        shortest = min(len(result["curve"]) for result in self.results)
+        points = list(zip(*(result["curve"][:shortest] for result in self.results), strict=True))
+        at = [statistics.fmean(point[axis] for point in seeds) for seeds in points]
+        accuracies = [[point["accuracy"] for point in seeds] for seeds in points]
+        x = [value / 1e3 for value in at] if axis == "backward_samples" else at
+        return Curve(self.label, x, *([of(values) for values in accuracies] for of in (statistics.fmean, min, max)))
+
     def by_seed(self) -> dict[int, float]:
         """Accuracy by seed."""
         return {result["config"]["seed"]: result["accuracy"] for result in self.results}
@@ -87,18 +85,6 @@ def lines_of(outcomes: Sequence[Outcome]) -> list[Line]:
         else:
             line.errors.append(f"seed {config.seed}: {outcome.error}")
     return list(lines.values())
-
-
-def paired_difference(line: Line, baseline: Line) -> tuple[float, float | None] | None:
-    """Mean of ``line - baseline`` over the seeds that both have, and half its 95 % t interval (None for one seed)."""
-    mine, theirs = line.by_seed(), baseline.by_seed()
-    differences = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
-    if not differences:
-        return None
-    if len(differences) == 1:
-        return differences[0], None
-    half = t95(len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
-    return statistics.fmean(differences), half
 
 
 HEADINGS = (
@@ -132,11 +118,8 @@ def rows_of(lines: Sequence[Line]) -> list[list[str]]:
         accuracy = f"{line.mean():.2f}" + ("" if spread is None else f" ± {spread:.2f}")
         if line.errors:
             accuracy += f" ({len(line.errors)} of {len(line.errors) + len(line.results)} seeds failed)"
-        difference = None if baseline is None or baseline is line else paired_difference(line, baseline)
-        against = "-"
-        if difference is not None:
-            middle, half = difference
-            against = f"{middle:+.2f}" + ("" if half is None else f" [{middle - half:+.2f}, {middle + half:+.2f}]")
+        difference = None if baseline is None or baseline is line else paired(line.by_seed(), baseline.by_seed())
+        against = "-" if difference is None else difference.text()
         samples = statistics.median(result["backward_samples"] for result in line.results)
         forward = line.seconds("score") + line.seconds("forward")
         times = [f"{seconds:.2f}" for seconds in (forward, *map(line.seconds, ("select", "backward", "total")))]
@@ -147,17 +130,4 @@ def rows_of(lines: Sequence[Line]) -> list[list[str]]:
 
 def markdown(lines: Sequence[Line]) -> str:
     """The table in Markdown, columns aligned; marks in names and errors are escaped."""
-    rows = [list(HEADINGS), *([plain(cell) for cell in row] for row in rows_of(lines))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-
-    def text(row: Sequence[str]) -> str:
-        cells = (
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        return f"| {' | '.join(cells)} |"
-
-    rule = "|".join(
-        "-" * (width + 2) if column == 0 else "-" * (width + 1) + ":" for column, width in enumerate(widths)
-    )
-    return "\n".join([text(rows[0]), f"|{rule}|", *map(text, rows[1:])]) + "\n"
+    return markdown_table(HEADINGS, [[plain(cell) for cell in row] for row in rows_of(lines)], aligned=True) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Iterable, Sequence
 
 MARKS = re.compile(r"([\\`*|<>&\[\]])")  # what Markdown, or a page that embeds it, would take as more than a letter
 ESCAPED = re.compile(r"\\([\\`*|<>&\[\]])")
@@ -28,6 +29,19 @@ def code(text: object) -> str:
 def label(text: object) -> str:
     """``text`` for a plot: matplotlib would set what is between two dollars as a formula."""
     return one_line(text).replace("$", r"\$")
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, aligned: bool = False) -> str:
+    """A table in Markdown; the first column left-aligned, the others right. ``aligned`` pads the cells."""
+    lines = [head, *rows]
+    widths = [max(len(row[column]) for row in lines) if aligned else 0 for column in range(len(head))]
+
+    def text(row: Sequence[str]) -> str:
+        sides = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        return f"| {' | '.join([row[0].ljust(widths[0]), *sides])} |"
+
+    rule = ["-" * max(3, widths[0] + 2), *("-" * max(3, width + 1) + ":" for width in widths[1:])]
+    return "\n".join([text(head), f"|{'|'.join(rule)}|", *map(text, lines[1:])])
 
 
 def cells(line: str) -> list[str]:

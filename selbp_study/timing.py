@@ -21,7 +21,8 @@ from selbp_study.config import RunConfig
 from selbp_study.models import HEAD, place_of
 from selbp_study.sampled import Sampling
 
-PHASES = ("score", "select", "forward", "backward", "optimizer", "total")
+PARTS = ("score", "select", "forward", "backward", "optimizer")  # of a step
+PHASES = (*PARTS, "total")
 CLOCKS = {"process": time.process_time, "wall": time.perf_counter}
 
 

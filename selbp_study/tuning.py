@@ -1,4 +1,4 @@
-"""The search for an arm's learning rate, on training data that is held out. It has no way to ask for test data.
+"""The searches for an arm's learning rate, on training data that is held out. They have no way to ask for test data.
 
 A search is a generator: it yields rates (with what belongs to them) and a seed, is sent held-out accuracies, and
 returns its choice. What the accuracies are measured on is decided in one place, :func:`tuning_config`.
@@ -7,7 +7,7 @@ returns its choice. What the accuracies are measured on is decided in one place,
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from selbp_study.config import RunConfig
@@ -79,9 +79,23 @@ def climb(
     means = {pair: sum(values) / len(values) for pair, values in scores.items()}
     keep, index = max(finalists, key=lambda pair: means[pair])
     if means[keep, index] == -math.inf:
-        raise ValueError(f"every rate fails: {', '.join(f'{rates[i]:g}' for _, i in scores)}")
+        raise _none_works(rates[i] for _, i in scores)
     tried = tuple(
         (k, rates[i], round(means[k, i], 3), len(scores[k, i]))
         for k, i in sorted(scores, key=lambda pair: (str(pair[0]), pair[1]))
     )
     return Choice(keep, rates[index], tried)
+
+
+def grid(keep: float | int, rates: Sequence[float], seeds: Sequence[int] = SEEDS) -> Search:
+    """Every rate with every seed; the best by the mean over the seeds. A rate that fails with one of them is out."""
+    found = yield [(keep, rate, seed) for rate in rates for seed in seeds]
+    means = {rate: sum(found[i * len(seeds) : (i + 1) * len(seeds)]) / len(seeds) for i, rate in enumerate(rates)}
+    tried = tuple((keep, rate, mean, len(seeds)) for rate, mean in means.items() if mean > -math.inf)
+    if not tried:
+        raise _none_works(rates)
+    return Choice(keep, max(tried, key=lambda trial: trial[2])[1], tried)
+
+
+def _none_works(rates: Iterable[float]) -> ValueError:
+    return ValueError(f"every rate fails: {', '.join(f'{rate:g}' for rate in rates)}")

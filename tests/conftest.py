@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from selbp.training import pace
+
 try:
     import hypothesis
 except ImportError:  # the files that need it say so
@@ -32,7 +34,11 @@ ADDRESS = re.compile(r"0x[0-9a-f]|<function|object at\b", re.IGNORECASE)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hand files out by name: by their number of tests, as xdist would, the long single tests come last and alone."""
+    """Hand files out by name: by their number of tests, as xdist would, the long single tests come last and alone.
+
+    No step of a test looks at a clock to warn by it.
+    """
+    pace.STEPS = 0
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 

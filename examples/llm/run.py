@@ -79,10 +79,18 @@ def language_model(setup: Setup) -> nn.Module:
     """A Llama of these sizes, with random weights."""
     heads = max(2, setup.width // 32)
     config = transformers.LlamaConfig(
-        vocab_size=setup.vocabulary, hidden_size=setup.width, intermediate_size=3 * setup.width,
-        num_hidden_layers=setup.layers, num_attention_heads=heads, num_key_value_heads=heads,
-        max_position_embeddings=setup.length, pad_token_id=0, bos_token_id=None, eos_token_id=1, use_cache=False,
-    )  # fmt: skip
+        vocab_size=setup.vocabulary,
+        hidden_size=setup.width,
+        intermediate_size=3 * setup.width,
+        num_hidden_layers=setup.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=setup.length,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        use_cache=False,
+    )
     return transformers.LlamaForCausalLM(config)
 
 
@@ -187,11 +195,18 @@ def run(setup: Setup, seed: int) -> dict[str, Any]:
             way = {"backward": arm.step.report.backward, "why": arm.step.report.backward_reason}
             arms.append({"arm": arm.name, "seed": at, "steps": arm.steps, "curve": arm.curve, "chosen": chosen, **way})
     return {
-        "setup": vars(setup), "seed": seed, "parameters": parameters, "paragraphs": len(texts),
-        "docstrings": len(train_texts), "evaluated": len(held_out.ids), "pre_training_seconds": seconds, "arms": arms,
-        "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
-        "selbp": selbp.__version__, "threads": torch.get_num_threads(),
-    }  # fmt: skip
+        "setup": vars(setup),
+        "seed": seed,
+        "parameters": parameters,
+        "paragraphs": len(texts),
+        "docstrings": len(train_texts),
+        "evaluated": len(held_out.ids),
+        "pre_training_seconds": seconds,
+        "arms": arms,
+        **{package.__name__: package.__version__ for package in (torch, transformers, selbp)},
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

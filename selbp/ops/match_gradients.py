@@ -108,10 +108,9 @@ def _cpu(
     head_weight = torch.empty(n_classes, width, dtype=dtype)
     head_bias = torch.empty(n_classes if bias else 0, dtype=dtype)
     mean = (inner.data_ptr(), target_sq.data_ptr(), head_weight.data_ptr(), head_bias.data_ptr())
-    finite = _native.match_gradients(
-        r.data_ptr(), h.data_ptr(), dtype == torch.float64, (n, n_classes, width), bias, k, RULES.index(rule),
-        nonnegative, ridge, gram.data_ptr(), mean, rows.data_ptr(), indices.data_ptr(), weights.data_ptr(),
-    )  # fmt: skip
+    problem = (dtype == torch.float64, (n, n_classes, width), bias, k, RULES.index(rule), nonnegative, ridge)
+    places = (gram.data_ptr(), mean, rows.data_ptr(), indices.data_ptr(), weights.data_ptr())
+    finite = _native.match_gradients(r.data_ptr(), h.data_ptr(), *problem, *places)
     if not finite:  # the long way finds the rows that are not
         return _composed(residual, features, valid, bias, k, rule, ridge, nonnegative)
     return indices, weights, gram, inner, target_sq, head_weight, head_bias

@@ -103,10 +103,10 @@ def _cpu(residual: Tensor, features: Tensor, indices: Tensor, weights: Tensor, b
     h = features.double().contiguous()
     if is_small(n, residual.shape[1], h.shape[1]) and len(indices) <= n:
         r, w, rows = residual.double().contiguous(), weights.double().contiguous(), indices.contiguous()
+        sizes = (n, r.shape[1], h.shape[1])
         squares = _native.matching_residual(
-            r.data_ptr(), h.data_ptr(), (n, r.shape[1], h.shape[1]), bias,
-            rows.data_ptr(), w.data_ptr(), len(w),
-        )  # fmt: skip
+            r.data_ptr(), h.data_ptr(), sizes, bias, rows.data_ptr(), w.data_ptr(), len(w)
+        )
         if all(map(math.isfinite, squares)) and squares[1]:
             return torch.tensor(math.sqrt(squares[0] / squares[1]), dtype=torch.float64)
     taken = indices >= 0

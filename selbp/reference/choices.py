@@ -38,18 +38,30 @@ def norm_odds(
 
 
 def choose_by_norm(
-    residual_sq: Tensor, feature_sq: Tensor | None, valid: Tensor, draws: Tensor, tau: Tensor, k: int, weights: str,
-    momentum: float, threshold: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    residual_sq: Tensor,
+    feature_sq: Tensor | None,
+    valid: Tensor,
+    draws: Tensor,
+    tau: Tensor,
+    k: int,
+    weights: str,
+    momentum: float,
+    threshold: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """What ``selbp.ops.choose_by_norm`` chooses: indices (k,), weights (k,) float64 and the running mean of tau."""
     odds, mean = norm_odds(residual_sq, feature_sq, valid, tau, momentum, threshold)
     return *choose_rows(odds, valid, draws, k, "odds", weights), mean
 
 
 def choose_balanced(
-    gram: Tensor, valid: Tensor, mixture: Tensor, draws: Tensor, k: int, by_norm: bool,
+    gram: Tensor,
+    valid: Tensor,
+    mixture: Tensor,
+    draws: Tensor,
+    k: int,
+    by_norm: bool,
     cube: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = cube_sample,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """What ``selbp.ops.choose_balanced`` draws: indices (k,) and weights (k,) float64. ``cube`` walks."""
     gram, n = gram.double(), len(gram)
     eligible = valid & gram.diagonal().isfinite()

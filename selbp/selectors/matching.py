@@ -72,10 +72,9 @@ class GradientMatching(BaseSelector):
         plain = self.weights == "refit" and not self.unit_sum and stats.valid.device.type == "cpu"
         factors = proxies.factors() if plain and isinstance(proxies, GradientProxies) else None
         if factors is not None and proxies is not None and len(factors[0]) == len(factors[1]) == rows.n:
-            found = match_gradients(
-                *factors, stats.valid, k, bias=proxies.bias, rule=self.rule, ridge=self.ridge,
-                nonnegative=self.nonnegative,
-            )  # fmt: skip
+            rule, ridge, nonnegative = self.rule, self.ridge, self.nonnegative
+            valid, bias = stats.valid, proxies.bias
+            found = match_gradients(*factors, valid, k, bias=bias, rule=rule, ridge=ridge, nonnegative=nonnegative)
             proxies.keep(found.gram, found.mean)
             return Selection(found.indices, found.weights.to(stats.loss.dtype))
         return self._in_turn(rows, rows.gradients, k)

@@ -73,7 +73,7 @@ class Rates:
 
 
 def modelled(forward: Work, rows: Work, dense: Work, saved_bytes: int, share: float, rates: Rates) -> dict[str, float]:
-    """Seconds of a step by strategy, k / n = ``share``.
+    """Seconds of a step by strategy, k / n = ``share``, and of the forward of all rows.
 
     Args:
         forward: of all rows.
@@ -87,6 +87,7 @@ def modelled(forward: Work, rows: Work, dense: Work, saved_bytes: int, share: fl
     calls = CALL * (rows.calls + dense.calls)
     copies = share * saved_bytes / (COPIED if rates.kept else FAULTED)
     return {
+        "forward": ahead,
         "full": ahead + backward + calls,
         "recompute": ahead + share * (forward.seconds + backward) + CALL * forward.calls + calls,
         "rows": ahead + share * rows.seconds + dense.seconds + ROW_CALL * rows.calls + CALL * dense.calls + copies,

@@ -15,6 +15,7 @@ from selbp.sampling.table import ScoreTable
 from selbp.training.interaction import SamplesInteractError
 from selbp.training.kinds import StepKinds
 from selbp.training.options import StepOptions
+from selbp.training.pace import Pace
 from selbp.training.per_call import PerCall
 from selbp.training.pooled import Backward
 from selbp.training.report import StepReport
@@ -31,6 +32,7 @@ class CountedStep(StepKinds):
         self._auto_advance = options.auto_advance
         self._synchronised = False  # whether the gradients are known to reach the other ranks
         self._report: StepReport | None = None
+        self._pace = Pace(self.selector, self.keep)
 
     def _counted(
         self, inputs: Any, target: Any, call: PerCall, per_sample: dict[str, Tensor], backward: Backward | None
@@ -64,6 +66,8 @@ class CountedStep(StepKinds):
                 undo()
             raise
         self._report = report
+        if not self._pace.done:
+            self._pace.add(report, self._strategy.full_over_forward)
         if table is not None and issued is not None:
             table.issued.done(issued)
             report.table = table

@@ -39,7 +39,7 @@ from selbp.training.schedule import Schedule
 from selbp.training.scores import weighted, write_back
 from selbp.training.scoring import Scored, score, unscored, worth_keeping
 from selbp.training.sketched import Sketcher
-from selbp.training.stopwatch import Stopwatch
+from selbp.training.stopwatch import AHEAD, Stopwatch
 from selbp.training.strategies import row_losses
 from selbp.types import Selection
 
@@ -147,7 +147,7 @@ class StepKinds:
         """(k,) losses of the scoring forward; their backward runs the chosen rows of it only."""
         way = self._strategy
         with trained():
-            self._choose(m, self._score(m.batch, keep_graph=True))
+            self._choose(m, self._score(m.batch, m.watch, keep_graph=True))
             assert m.losses is not None, "the scoring forward was asked to keep its graph"
 
             def forward(rows: Batch) -> Tensor:
@@ -158,7 +158,7 @@ class StepKinds:
     def _by_recompute(self, m: Minibatch, trained: Context) -> Tensor:
         """(k,) losses of a second forward, of the chosen rows. The first such step compares it with the scoring one."""
         self._comparison.begin(m.batch, m.k < m.batch.n)
-        self._choose(m, self._score(m.batch, keep_graph=False))
+        self._choose(m, self._score(m.batch, m.watch, keep_graph=False))
         same_mode = self._scoring == "same"
 
         def again(rows: Batch) -> tuple[Tensor, Any]:
@@ -203,7 +203,7 @@ class StepKinds:
 
     # ---------------------------------------------------------------------------------------- what they are made of
 
-    def _score(self, batch: Batch, keep_graph: bool, unit: Tensor | None = None) -> Scored:
+    def _score(self, batch: Batch, watch: Stopwatch, *, keep_graph: bool, unit: Tensor | None = None) -> Scored:
         """What a forward of all rows says of each; with ``unit``, of a part of them in that unit."""
         model = self.model
         if isinstance(model, nn.parallel.DistributedDataParallel) and not keep_graph:
@@ -223,6 +223,7 @@ class StepKinds:
             auxiliary=self._auxiliary,
             sketch=self._sketch,
             unit=unit,
+            ran=lambda: watch.lap(AHEAD),
         )
 
     def _choose(self, m: Minibatch, scored: Scored) -> None:

@@ -107,7 +107,7 @@ class Pooled:
         scoring = m.selected and (m.rule.needs != "nothing" or step._full_head)
         step._comparison.begin(batch, scoring and m.k < m.batch.n)
         self._share_seed(batch.device)
-        found = self._score(batch) if scoring else self._unscored(batch)
+        found = self._score(batch, m.watch) if scoring else self._unscored(batch)
         if self._ranks is not None:
             found, extras = found.over(self._ranks, counts, batch.extras, gradients=step._gradients)
             m.batch = replace(m.batch, extras=extras)
@@ -137,13 +137,14 @@ class Pooled:
 
     # ----------------------------------------------------------------------------------------------- scoring
 
-    def _score(self, batch: Batch) -> Found:
+    def _score(self, batch: Batch, watch: Stopwatch) -> Found:
         step, unit = self.step, torch.ones((), dtype=torch.float32 if batch.device.type == "mps" else torch.float64)
         parts = []
         for rows in self.split(torch.arange(batch.n, device=batch.device)):
             part = batch if len(rows) == batch.n else batch.take(rows)
-            scored: Scored = step._score(part, False, unit)
+            scored: Scored = step._score(part, watch, keep_graph=False, unit=unit)
             parts.append(Found.of(scored, step.head, batch.n, gradients=step._gradients, keep_output=self.keeps_logits))
+            watch.lap("score")
         return Found.joined(parts)
 
     @property

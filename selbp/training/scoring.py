@@ -81,6 +81,7 @@ def score(
     auxiliary: Callable[[Any], Tensor | None] = lambda output: None,
     sketch: Sketcher | None = None,
     unit: Tensor | None = None,
+    ran: Callable[[], None] = lambda: None,
 ) -> Scored:
     """Run the forward on all rows; with ``gradients``, read gradient norms and proxies as well as losses.
 
@@ -88,7 +89,8 @@ def score(
     through chosen rows of it; else nothing is recorded below the head. ``reduce`` averages the mean gradient over
     ranks. ``feed`` calls the model. ``keep_output`` hands on what it gave. ``auxiliary`` reads a further loss off it.
     ``sketch`` stands for the exact gradients of samples with several positions. ``unit`` () is the scale, in place of
-    this batch's own: 1 where it is a part of a minibatch.
+    this batch's own: 1 where it is a part of a minibatch. ``ran`` is called where a step that
+    scores nothing would go on to its backward.
     """
     mass, present = criterion.mass(batch.target, batch.n, batch.device)
     linear = isinstance(criterion, LinearCausalLM)  # then the model returns the head's input
@@ -122,6 +124,7 @@ def score(
             losses = read = criterion.losses(output, batch.target, batch.n)
             if inner and gradients and not (fused or linear):
                 read = criterion.losses(returned, batch.target, batch.n)
+    ran()
     with torch.no_grad(), without_autocast(batch.device):
         bias = getattr(head, "bias", None) is not None
         if isinstance(criterion, LinearCausalLM):

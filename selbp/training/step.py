@@ -25,6 +25,8 @@ from selbp.types import Selection
 class SelectiveBackprop(CountedStep):
     """Forward on all n samples, choose k of them with weights, and return a loss whose backward runs those k rows.
 
+    A rule whose steps take longer than full ones warns once, after some steps.
+
     The returned scalar is sum_j w_j l_j over the chosen rows, with l_i scaled so that (1/n) sum l_i is torch's
     ``reduction="mean"``: it is for ``backward()`` only (log ``step.report.loss``), and the sum of the weights scales
     the effective learning rate (``step.report.weight_sum``).
@@ -127,7 +129,7 @@ class SelectiveBackprop(CountedStep):
     See Also
     --------
     selbp.recommended : a rule and its options, by what they cost.
-    selbp.diagnose : what a backward through rows costs on a model.
+    selbp.diagnose : what a backward through rows, and a rule, cost on a model.
     selbp.insert_cut : choose in the backward, inside the model.
 
     Examples

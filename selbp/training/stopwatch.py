@@ -10,6 +10,8 @@ from torch import Tensor
 
 from selbp.common.guards import capturing
 
+AHEAD = "forward of all"  # the part of "score" that a full step has as well: its forward, and losses with a graph
+
 
 class Stopwatch:
     """Seconds of a step's phases: by the host's clock on a CPU, by events on a GPU, read only when asked for.
@@ -51,7 +53,14 @@ class Stopwatch:
         """Seconds per phase; ``"backward"`` once it has run; empty for a step that was captured in a CUDA graph."""
         if self._recorded is not None:
             return dict(self._recorded)
-        if self._idle:
+        found = self.parts()
+        if AHEAD in found:
+            return {"score": found.pop(AHEAD) + found.pop("score", 0.0), **found}
+        return found
+
+    def parts(self) -> dict[str, float]:
+        """The same with the forward of ``"score"`` as a part of its own, ``AHEAD``."""
+        if self._idle or self._recorded is not None:
             return {}
         marks = list(self._marks)
         result: dict[str, float] = {}
@@ -60,6 +69,15 @@ class Stopwatch:
         if len(self._backward) == 2:
             result["backward"] = self._between(*self._backward)
         return result
+
+    @property
+    def over(self) -> bool:
+        """Whether the backward has run, so that reading waits for nothing."""
+        if self._idle or self._recorded is not None:
+            return False
+        marks = self._backward if len(self._backward) == 2 else [now for _, now in self._marks]
+        ended = marks is self._backward or self._marks[-1][0] == "backward"
+        return ended and (not self._events or all(event.query() for event in marks))
 
     def __getstate__(self) -> dict[str, Any]:
         """The seconds: a GPU's events exist in their process only."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from selbp._checks import check_choice
 from selbp.common.batch import Batch
 from selbp.rows import BatchNormPolicy, select
-from selbp.training.diagnose import analyse_batch
+from selbp.training.analysis import analyse_batch
 from selbp.training.losses import Criterion
 from selbp.types import Selection
 
@@ -73,6 +73,7 @@ class Strategy:
         self.dense: Counter[str] = Counter()  # operators that ran on n rows, over the strategy's life
         self._way: Way | None = None if self.auto else "rows" if backward == "rows" else "recompute"
         self.reason = UNDECIDED if self.auto else reason
+        self.full_over_forward: float | None = None  # seconds, as the look ahead has modelled them
 
     @property
     def name(self) -> Way:
@@ -146,6 +147,7 @@ class Strategy:
             return "recompute", f"no rows: {str(error).removeprefix('selbp: ')}"
         except Exception as error:  # of the probe's few samples, or out of memory; a fault of the model comes up again
             return "recompute", f"the look ahead failed: {type(error).__name__}: {error}"
+        self.full_over_forward = found.seconds["full"] / max(found.seconds["forward"], 1e-12)
         share = {name: seconds / max(found.seconds["full"], 1e-12) for name, seconds in found.seconds.items()}
         reason = f"modelled time {share['rows']:.2f} on rows, {share['recompute']:.2f} by recomputing, of a full step's"
         if found.dense:

@@ -13,6 +13,7 @@ MODULES = [
     "selbp.rows.gradient",
     "selbp.cut.module",
     "selbp.training.diagnose",
+    "selbp.training.diagnosis",
 ]
 
 

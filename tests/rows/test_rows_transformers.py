@@ -21,6 +21,12 @@ INDEX = torch.tensor([4, 1])
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 TEXT = {**SMALL, "vocab_size": VOCABULARY, "max_position_embeddings": 32}
 VISION = {**SMALL, "image_size": 32, "patch_size": 8, "num_labels": 5}
+T5 = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+CONVNEXT = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "num_labels": 5}
+DEBERTA = {**TEXT, "num_labels": 5, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+MIXTRAL = {**TEXT, "num_key_value_heads": 1, "num_local_experts": 3}
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 1], "num_heads": [2, 2], "window_size": 4}
+SWIN |= {"num_labels": 5}
 
 
 def tokens() -> dict[str, Tensor]:
@@ -46,18 +52,13 @@ MODELS = {
     "GPT-2": make("GPT2LMHeadModel", "GPT2Config", tokens, vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2),
     "Llama": make("LlamaForCausalLM", "LlamaConfig", tokens, **TEXT, num_key_value_heads=1),
     "BERT": make("BertForSequenceClassification", "BertConfig", tokens, **TEXT, num_labels=5),
-    "T5": make("T5ForConditionalGeneration", "T5Config", sequence_to_sequence,
-               vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2),
+    "T5": make("T5ForConditionalGeneration", "T5Config", sequence_to_sequence, **T5),
     "ViT": make("ViTForImageClassification", "ViTConfig", images, **VISION),
-    "ConvNeXt": make("ConvNextForImageClassification", "ConvNextConfig", images,
-                     hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=5),
-    "DeBERTa": make("DebertaV2ForSequenceClassification", "DebertaV2Config", tokens, **TEXT, num_labels=5,
-                    relative_attention=True, pos_att_type=["p2c", "c2p"]),
-    "Mixtral": make("MixtralForCausalLM", "MixtralConfig", tokens, **TEXT, num_key_value_heads=1,
-                    num_local_experts=3),
-    "Swin": make("SwinForImageClassification", "SwinConfig", images, image_size=32, patch_size=4, embed_dim=8,
-                 depths=[2, 1], num_heads=[2, 2], window_size=4, num_labels=5),
-}  # fmt: skip
+    "ConvNeXt": make("ConvNextForImageClassification", "ConvNextConfig", images, **CONVNEXT),
+    "DeBERTa": make("DebertaV2ForSequenceClassification", "DebertaV2Config", tokens, **DEBERTA),
+    "Mixtral": make("MixtralForCausalLM", "MixtralConfig", tokens, **MIXTRAL),
+    "Swin": make("SwinForImageClassification", "SwinConfig", images, **SWIN),
+}
 DENSIFY = {"Mixtral", "Swin"}
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from selbp_study import compare as module
 from selbp_study.arms import Arm
 from selbp_study.compare import Comparison, run_all, run_folder, tune
 from selbp_study.config import RunConfig
+from selbp_study.costs import Cost
 from selbp_study.data import Dataset, Split
 from selbp_study.report import write_report
 from selbp_study.run import Run
@@ -24,6 +24,13 @@ ARMS = [Arm("full"), Arm("random"), Arm("matching", lr=0.03)]
 @pytest.fixture
 def comparison(config: RunConfig) -> Comparison:
     return Comparison(dataclasses.replace(config, selector="random", steps=8, evaluate_every=4), ARMS, (0, 1))
+
+
+class Prices(dict[str, float]):
+    """Milliseconds of a step by the rule; nothing is paid once."""
+
+    def __getitem__(self, config: RunConfig) -> Cost:
+        return Cost(*[super().__getitem__(config.selector)] * 3, {})
 
 
 def test_arms_and_budgets(comparison: Comparison) -> None:
@@ -38,7 +45,7 @@ def test_arms_and_budgets(comparison: Comparison) -> None:
     assert {run.steps for _, run in runs} == {8}
     samples = dataclasses.replace(comparison, budget="samples")
     assert [run.steps for _, run in samples.runs()][:3] == [2, 8, 8]  # 64 samples backward each
-    timed = comparison.timed({"full": 6.0, "random": 1.5, "matching": 3.0})  # 8 steps of matching: 24 ms
+    timed = comparison.timed(Prices(full=6.0, random=1.5, matching=3.0))  # 8 steps of matching: 24 ms
     assert [run.steps for _, run in timed.runs()][:3] == [4, 16, 8] and timed.budget == "time"
     assert Arm("matching:ridge=0.1").label == "gradient matching (ridge=0.1)"
     for change in ({"arms": []}, {"seeds": ()}, {"budget": "money"}, {"arms": [ARMS[0]] * 2}, {"seeds": (1, 1)}):
@@ -72,12 +79,12 @@ def test_a_failed_arm_takes_no_other_with_it(
 def test_an_interrupted_comparison_goes_on_where_it_stopped(
     tmp_path: Path, dataset: Dataset, comparison: Comparison
 ) -> None:
-    def interrupting(index: int, _total: int, _arm: Arm, _config: RunConfig, _done: int):
+    def interrupting(config: RunConfig, _done: int):
         left = [5]
 
         def advance(_samples: int, _loss: float) -> None:
             left[0] -= 1
-            if index == 1 and left[0] == 0:
+            if config.selector == "random" and left[0] == 0:
                 raise KeyboardInterrupt
 
         return advance
@@ -85,14 +92,14 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
     whole = run_all(comparison, dataset, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run_all(comparison, dataset, tmp_path / "parts", progress=interrupting)
-    starts: list[tuple[int, int]] = []
+    starts: list[tuple[str, int]] = []
 
-    def note(index: int, _total: int, _arm: Arm, _config: RunConfig, done: int):
-        starts.append((index, done))
+    def note(config: RunConfig, done: int):
+        starts.append((config.selector, done))
         return lambda _samples, _loss: None
 
     parts = run_all(comparison, dataset, tmp_path / "parts", progress=note)
-    assert starts[0] == (1, 5) and [done for _, done in starts[1:]] == [0] * 4  # the first was finished
+    assert starts[0] == ("random", 5) and [done for _, done in starts[1:]] == [0] * 4  # the first was finished
     for a, b in zip(whole, parts, strict=True):
         assert a.result and b.result and a.result["accuracy"] == b.result["accuracy"]
 
@@ -138,12 +145,12 @@ def test_a_comparison_that_is_stopped_in_the_middle_of_turns_resumes_every_arm(
 ) -> None:
     comparison = dataclasses.replace(comparison, base=dataclasses.replace(comparison.base, steps=25), seeds=(0,))
 
-    def stopping(index: int, _total: int, _arm: Arm, _config: RunConfig, _done: int):
+    def stopping(config: RunConfig, _done: int):
         left = [13]
 
         def advance(_samples: int, _loss: float) -> None:
             left[0] -= 1
-            if index == 1 and left[0] == 0:
+            if config.selector == "random" and left[0] == 0:
                 raise KeyboardInterrupt
 
         return advance
@@ -156,7 +163,7 @@ def test_a_comparison_that_is_stopped_in_the_middle_of_turns_resumes_every_arm(
         comparison,
         dataset,
         tmp_path / "parts",
-        progress=lambda *run: starts.append(run[-1]) or (lambda _samples, _loss: None),
+        progress=lambda _config, done: starts.append(done) or (lambda _samples, _loss: None),
     )
     assert starts == [20, 13, 10]
     assert [one.result["accuracy"] for one in parts] == [one.result["accuracy"] for one in whole]
@@ -233,9 +240,3 @@ def test_the_page_stands_alone(tmp_path: Path, dataset: Dataset, comparison: Com
     assert names == {"runs", "report.html", "table.md", "results.jsonl", "samples.png", "seconds.png", "time.png"}
     assert table in (tmp_path / "table.md").read_text()
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 6
-
-
-def test_the_phases_are_those_of_a_run() -> None:
-    from selbp_study import run, table
-
-    assert (*table.PHASES, "total") == run.PHASES and module.BUDGETS == ("steps", "samples", "time")

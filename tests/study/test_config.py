@@ -17,15 +17,24 @@ from selbp_study.models import CUTS, MODELS, SmallCNN, build_model, model_for, p
 BASE = RunConfig(dataset="digits", fingerprint="0", selector="random", steps=100, lr=0.1)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("steps", 0), ("steps", 1.5), ("steps", True), ("batch_size", 0), ("lr", 0.0), ("lr", float("nan")),
-        ("lr", -1.0), ("momentum", 1.0), ("warmup", 1.0), ("seed", -1), ("seed", 1 << 32), ("model", "vit"),
-        ("backward", "magic"), ("scoring", "train"), ("head_gradient", "none"), ("keep", 0.0), ("keep", 1.5),
-        ("keep", -1), ("keep", True), ("keep", float("nan")), ("threads", -1), ("evaluate_every", 0),
-    ],
-)  # fmt: skip
+WRONG: dict[str, tuple[object, ...]] = {
+    "steps": (0, 1.5, True),
+    "batch_size": (0,),
+    "lr": (0.0, float("nan"), -1.0),
+    "momentum": (1.0,),
+    "warmup": (1.0,),
+    "seed": (-1, 1 << 32),
+    "model": ("vit",),
+    "backward": ("magic",),
+    "scoring": ("train",),
+    "head_gradient": ("none",),
+    "keep": (0.0, 1.5, -1, True, float("nan")),
+    "threads": (-1,),
+    "evaluate_every": (0,),
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in WRONG for value in WRONG[field]])
 def test_bad_values_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         dataclasses.replace(BASE, **{field: value})

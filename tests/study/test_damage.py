@@ -357,10 +357,11 @@ def forged_text(text: bytes) -> Damage:
     return damage
 
 
+STATE = "step model optimizer wrapper generator rng backward_samples seconds window".split()
 FORGED = {
-    "a list": forged(lambda state: [state]), "nothing": forged(lambda state: {}),
-    **{f"without {name}": forged(lambda state, name=name: state.__delitem__(name)) for name in (
-        "step", "model", "optimizer", "wrapper", "generator", "rng", "backward_samples", "seconds", "window")},
+    "a list": forged(lambda state: [state]),
+    "nothing": forged(lambda state: {}),
+    **{f"without {name}": forged(lambda state, name=name: state.__delitem__(name)) for name in STATE},
     "weights of another shape": forged(lambda state: state["model"].update({"head.bias": torch.zeros(3)})),
     "weights missing": forged(lambda state: state["model"].__delitem__("head.bias")),
     "a step of text": forged(lambda state: state.update(step="13")),
@@ -371,13 +372,15 @@ FORGED = {
     "samples of text": forged(lambda state: state.update(backward_samples="many")),
     "seconds of NaN": forged(lambda state: state.update(seconds={"total": float("nan")})),
     "a generator of noise": forged(lambda state: state.update(generator=torch.zeros(5))),
-    "no JSON": forged_text(b"{"), "an unknown dtype": forged_text(b'{"T": ["complex1", [1], 0, false]}'),
+    "no JSON": forged_text(b"{"),
+    "an unknown dtype": forged_text(b'{"T": ["complex1", [1], 0, false]}'),
     "a tensor of 10^18": forged_text(b'{"T": ["float32", [1000000000, 1000000000], 0, false]}'),
     "a tensor of a negative size": forged_text(b'{"T": ["float32", [-4], 0, false]}'),
     "a tensor past the end": forged_text(b'{"T": ["float32", [4], 9999, false]}'),
-    "an unknown kind": forged_text(b'{"X": 1}'), "two kinds": forged_text(b'{"L": [], "U": []}'),
+    "an unknown kind": forged_text(b'{"X": 1}'),
+    "two kinds": forged_text(b'{"L": [], "U": []}'),
     "nested too deeply": forged_text(b'{"L": [' * 50_000 + b"]}" * 50_000),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FORGED)
@@ -530,19 +533,17 @@ def test_spoiled_costs(
 # ----------------------------------------------------------------------------------------------------------- a study
 
 PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "results" / "study-confirm.json"
+RESULT_FIELDS = "format protocol machine costs seconds entries failed".split()
+ENTRY_FIELDS = "arm label dataset cell_keep budget accuracy cost key lr tuning errors".split()
 STUDY = {
     **ANY_JSON,
-    **{f"without {name}": edited(lambda value, name=name: value.pop(name))
-       for name in ("format", "protocol", "machine", "costs", "seconds", "entries", "failed")},
-    **{f"{name} of another type": edited(lambda value, name=name: value.update({name: 5}))
-       for name in ("format", "protocol", "machine", "costs", "seconds", "entries", "failed")},
-    **{f"an entry without {name}": edited(lambda value, name=name: value["entries"][1].pop(name))
-       for name in (
-           "arm", "label", "dataset", "cell_keep", "budget", "accuracy", "cost", "key", "lr", "tuning", "errors")},
+    **{f"without {name}": edited(lambda value, name=name: value.pop(name)) for name in RESULT_FIELDS},
+    **{f"{name} of another type": edited(lambda value, name=name: value.update({name: 5})) for name in RESULT_FIELDS},
+    **{f"an entry without {name}": edited(lambda v, name=name: v["entries"][1].pop(name)) for name in ENTRY_FIELDS},
     "an accuracy of text": edited(lambda value: value["entries"][1]["accuracy"].update({"100": "good"})),
     "a seed of text": edited(lambda value: value["entries"][1]["accuracy"].update({"first": 1.0})),
     "a format of the future": edited(lambda value: value.update(format=99)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", STUDY)

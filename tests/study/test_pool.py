@@ -15,7 +15,7 @@ from selbp_study import pool as module
 from selbp_study.config import RunConfig
 from selbp_study.data import Dataset, resolve
 from selbp_study.journal import Journal
-from selbp_study.pool import Pool, cached, carry_out, pool
+from selbp_study.pool import Pool, carry_out, pool
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +68,9 @@ def test_runs_in_processes_end_as_runs_in_this_one(tmp_path: Path, run: RunConfi
     assert results[1][3].result is None and "no longer finite" in (results[1][3].error or "")
     home = tmp_path / "2" / "runs" / configs[0].key()
     assert {path.name for path in home.iterdir()} == {"config.json", "result.json"}
-    assert cached(configs[0], tmp_path / "2").result == results[1][0].result
-    assert cached(configs[3], tmp_path / "2") is None and cached(dataclasses.replace(run, seed=9), tmp_path) is None
+    there = Pool(0, tmp_path / "2", images)
+    assert there.cached(configs[0]).result == results[1][0].result
+    assert there.cached(configs[3]) is None and there.cached(dataclasses.replace(run, seed=9)) is None
 
 
 def _dies_once(pipe, folder: Path, data_folder) -> None:

@@ -15,7 +15,7 @@ from selbp_study import study as module
 from selbp_study.command import dumps
 from selbp_study.costs import Cost
 from selbp_study.data import HELD_OUT, Dataset, Split
-from selbp_study.document import costs_table, document, page, read_result_file, reading_of, result_files, section
+from selbp_study.document import costs_table, document, read_result_file, reading_of, result_files, section, study_page
 from selbp_study.findings import Findings, Row, direct_table
 from selbp_study.pool import Pool, Sets
 from selbp_study.protocols import OWN_KEEP, PROTOCOLS, Cell, Protocol
@@ -84,7 +84,7 @@ def test_budgets_tuning_cache_and_document(runs: Pool, tmp_path: Path, monkeypat
     text = document([again])
     for part in ("digits, MLP, 8 of 32 samples", "random, own keep", "gradient matching", "3 steps (equal samples)"):
         assert part in text
-    assert section(result) in text and "data:image/png;base64," in page(again)
+    assert section(result) in text and "data:image/png;base64," in study_page(again)
 
 
 class Forbidden(Split):

@@ -11,19 +11,21 @@ from scipy import stats
 from selbp_study.arms import Arm
 from selbp_study.compare import Outcome
 from selbp_study.config import RunConfig
-from selbp_study.plots import accuracy_plot, mean_curve, spread_labels, time_plot
-from selbp_study.table import HEADINGS, PHASES, lines_of, markdown, paired_difference, rows_of, t95
+from selbp_study.plots import bars_plot, curves_plot, spread_labels
+from selbp_study.report import plots_of
+from selbp_study.table import HEADINGS, lines_of, markdown, rows_of
+from selbp_study.timing import PARTS
 
 
 def outcome(selector: str, seed: int, accuracy: float | None, error: str | None = None) -> Outcome:
     config = RunConfig(dataset="d", fingerprint="f", selector=selector, steps=10, lr=0.1, seed=seed)
     if accuracy is None:
-        return Outcome(Arm(selector), config, error=error)
+        return Outcome(config, None, error, arm=Arm(selector))
     curve = [
         {"step": step, "accuracy": accuracy * step / 10, "backward_samples": 32 * step, "seconds": 0.1 * step}
         for step in (0, 5, 10)
     ]
-    seconds = {phase: 0.5 + seed for phase in PHASES} | {"total": 3.0}
+    seconds = {phase: 0.5 + seed for phase in PARTS} | {"total": 3.0}
     result = {
         "config": config.as_dict(),
         "accuracy": accuracy,
@@ -32,7 +34,7 @@ def outcome(selector: str, seed: int, accuracy: float | None, error: str | None 
         "seconds": seconds,
         "curve": curve,
     }
-    return Outcome(Arm(selector), config, result)
+    return Outcome(config, result, arm=Arm(selector))
 
 
 RANDOM, TOP = [80.0, 81.5, 79.0, 80.5], [81.0, 83.0, 79.5, 81.0]
@@ -40,27 +42,20 @@ OUTCOMES = [outcome("random", seed, RANDOM[seed]) for seed in range(4)]
 OUTCOMES += [outcome("top-loss", seed, TOP[seed]) for seed in range(4)]
 
 
-@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 9, 30])
-def test_t_quantiles(degrees: int) -> None:
-    assert t95(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), abs=6e-4)
-
-
 def test_means_deviations_and_paired_intervals() -> None:
     baseline, line = lines_of(OUTCOMES)
     assert line.mean() == pytest.approx(np.mean(TOP)) and line.deviation() == pytest.approx(np.std(TOP, ddof=1))
-    middle, half = paired_difference(line, baseline)
     interval = stats.ttest_rel(TOP, RANDOM).confidence_interval(0.95)
-    assert (middle - half, middle + half) == pytest.approx((interval.low, interval.high), abs=2e-3)
+    shown = f"{np.mean(TOP) - np.mean(RANDOM):+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+    assert rows_of([baseline, line])[1][4] == shown
 
 
 def test_pairs_are_by_seed_not_by_position() -> None:
     mixed = [*reversed(OUTCOMES[:4]), *OUTCOMES[4:]]
-    baseline, line = lines_of(mixed)
-    assert paired_difference(line, baseline) == pytest.approx(paired_difference(*reversed(lines_of(OUTCOMES))))
+    assert rows_of(lines_of(mixed))[1][4] == rows_of(lines_of(OUTCOMES))[1][4]
     only_seed_3 = lines_of([OUTCOMES[3], *OUTCOMES[4:]])
-    assert paired_difference(only_seed_3[1], only_seed_3[0]) == (TOP[3] - RANDOM[3], None)
-    none = lines_of([OUTCOMES[0], OUTCOMES[5]])
-    assert paired_difference(none[1], none[0]) is None
+    assert rows_of(only_seed_3)[1][4] == f"{TOP[3] - RANDOM[3]:+.2f}"
+    assert rows_of(lines_of([OUTCOMES[0], OUTCOMES[5]]))[1][4] == "-"
 
 
 def test_failures_are_lines_and_say_how_many_seeds_they_cost() -> None:
@@ -88,13 +83,13 @@ def test_without_random_there_is_no_difference() -> None:
 
 def test_curves_and_plots() -> None:
     lines = lines_of([*OUTCOMES, outcome("matching", 0, None, "no result")])
-    x, mean, low, high = mean_curve(lines[1], "seconds")
-    assert x.tolist() == [0.0, 0.5, 1.0] and mean[-1] == pytest.approx(np.mean(TOP))
-    assert low[-1] == min(TOP) and high[-1] == max(TOP)
-    for png in (*(accuracy_plot(lines, axis, "t") for axis in ("backward_samples", "seconds")), time_plot(lines)):
-        assert png.startswith(b"\x89PNG") and len(png) > 5000
-    nothing = lines_of([outcome("matching", 0, None, "no result")])
-    assert accuracy_plot(nothing, "seconds", "t").startswith(b"\x89PNG") and time_plot(nothing).startswith(b"\x89PNG")
+    curve = lines[1].curve("seconds")
+    assert curve.x == [0.0, 0.5, 1.0] and curve.mean[-1] == pytest.approx(np.mean(TOP))
+    assert curve.low[-1] == min(TOP) and curve.high[-1] == max(TOP)
+    plots = plots_of("t", lines)
+    assert set(plots) == {"samples", "seconds", "time"}
+    assert all(png.startswith(b"\x89PNG") and len(png) > 5000 for png in plots.values())
+    assert all(png.startswith(b"\x89PNG") for png in (curves_plot([], "s", "t"), bars_plot([])))
 
 
 def test_labels_keep_their_distance_and_order() -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from selbp_study import curves, report
+from selbp_study import document as study_document
+from selbp_study import report
 from selbp_study.arms import Arm
 from selbp_study.compare import Comparison, Outcome
 from selbp_study.config import RunConfig
-from selbp_study.document import document, page, read_result_file, section
+from selbp_study.document import document, read_result_file, section, study_page
 from selbp_study.report import write_report
 from selbp_study.run import PHASES
 from selbp_study.table import HEADINGS, lines_of, markdown
@@ -83,13 +84,14 @@ def results(config: RunConfig, title: str) -> list[Outcome]:
         "clock": "process",
     }
     arms = [Arm("random"), Arm("top-loss", title=title), Arm("matching", title=title)]
-    return [Outcome(arms[0], config, result), Outcome(arms[1], config, result), Outcome(arms[2], config, error=title)]
+    ends = (Outcome(config, result, arm=arms[0]), Outcome(config, result, arm=arms[1]))
+    return [*ends, Outcome(config, None, title, arm=arms[2])]
 
 
 def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes a second; one name is drawn."""
-    for module, names in ((report, ("accuracy_plot", "time_plot")), (curves, ("curves_plot", "split_plot"))):
-        for plot in names:
+    for module in (report, study_document):
+        for plot in ("curves_plot", "bars_plot"):
             monkeypatch.setattr(module, plot, lambda *_: b"")
 
 
@@ -120,7 +122,7 @@ def test_a_study_of_such_names(name: str, tmp_path: Path, monkeypatch: pytest.Mo
         without_plots(monkeypatch)
     published = Path(__file__).parents[2] / "benchmarks" / "results" / "study-confirm.json"
     result = json.loads(published.read_text())
-    clean = Text(page(result))
+    clean = Text(study_page(result))
     result["protocol"]["title"] = result["protocol"]["note"] = result["machine"]["processor"] = text
     for entry in result["entries"]:
         if entry["arm"] == "cube-recut":
@@ -135,5 +137,5 @@ def test_a_study_of_such_names(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     tables = [[cells(line) for line in block.splitlines()] for block in markdown_.split("\n\n") if block[:2] == "| "]
     assert tables and all(len({len(row) for row in rows}) == 1 for rows in tables)
     assert "<" not in section(result).replace("\\<", "").replace("`<", "`") or name in ("script", "image", "quotes")
-    found = Text(page(result))
+    found = Text(study_page(result))
     assert sorted(found.tags) == sorted(clean.tags)  # not one tag more or less than with ordinary names

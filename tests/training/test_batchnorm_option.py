@@ -67,13 +67,13 @@ def test_the_cut_follows_it(batchnorm):
 
 def test_auto_decides_by_what_it_would_run(monkeypatch):
     seen = []
-    from selbp.training import diagnose, strategies
+    from selbp.training import analysis, strategies
 
     def watch(model, batch, k, losses, **options):
         seen.append(options.get("batchnorm"))
         return analyse(model, batch, k, losses, **options)
 
-    analyse = diagnose.analyse_batch
+    analyse = analysis.analyse_batch
     monkeypatch.setattr(strategies, "analyse_batch", watch)
     reasons = {}
     for batchnorm in ("exact", "subset"):

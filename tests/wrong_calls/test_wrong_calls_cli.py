@@ -126,20 +126,20 @@ def config(digits: Dataset) -> RunConfig:
     )
 
 
+CHOICES = "model backward scoring head_gradient precision"
+WRONG_VALUES: tuple[tuple[str, tuple[object, ...]], ...] = (
+    ("steps batch_size evaluate_every journal_every", (0, -3, 2.0, True, None, "5", float("nan"), [5])),
+    ("lr weight_decay momentum warmup", (-0.1, float("nan"), float("inf"), True, None, "0.1", [0.1])),
+    ("momentum warmup", (1.0, 1)),
+    ("keep", (0, 0.0, -1, 1.5, True, None, "0.25", float("nan"), [1])),
+    ("seed", (-1, 1 << 32, 0.5, True, None, "0")),
+    ("threads", (-1, 1.0, None)),
+    (f"{CHOICES} dataset selector cut options device fingerprint", (5, None, ["x"])),
+    (CHOICES, ("odd",)),
+)
 VALUES = {
-    **{f"{name}={value!r}": (name, value) for name in ("steps", "batch_size", "evaluate_every", "journal_every")
-       for value in (0, -3, 2.0, True, None, "5", float("nan"), [5])},
-    **{f"{name}={value!r}": (name, value) for name in ("lr", "weight_decay", "momentum", "warmup")
-       for value in (-0.1, float("nan"), float("inf"), True, None, "0.1", [0.1])},
-    **{f"{name}={value!r}": (name, value) for name in ("momentum", "warmup") for value in (1.0, 1)},
-    **{f"keep={value!r}": ("keep", value) for value in (0, 0.0, -1, 1.5, True, None, "0.25", float("nan"), [1])},
-    **{f"seed={value!r}": ("seed", value) for value in (-1, 1 << 32, 0.5, True, None, "0")},
-    **{f"threads={value!r}": ("threads", value) for value in (-1, 1.0, None)},
-    **{f"{name}={value!r}": (name, value) for name in (
-        "model", "backward", "scoring", "head_gradient", "precision", "dataset", "selector", "cut", "options", "device",
-        "fingerprint") for value in (5, None, ["x"])},
-    **{f"{name}='odd'": (name, "odd") for name in ("model", "backward", "scoring", "head_gradient", "precision")},
-}  # fmt: skip
+    f"{name}={value!r}": (name, value) for names, values in WRONG_VALUES for name in names.split() for value in values
+}
 
 
 @pytest.mark.parametrize("case", VALUES)

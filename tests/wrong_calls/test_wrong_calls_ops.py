@@ -124,21 +124,28 @@ FLAGS = {
     "matching_residual": "bias",
     "match": "nonnegative",
 }
+NO_NUMBERS = (True, "0.1", None, torch.tensor(0.1), 1j)
+NO_INTEGERS = (True, 1.0, "1", torch.tensor(1), np.float32(1))
+
+
+def of_types(arguments, wanted, values):
+    """Calls with each value in the place of each argument that wants another type."""
+    for name, places in arguments.items():
+        for place in (places,) if isinstance(places, str) else places:
+            for value in values:
+                yield name, {place: value}, f"{place} must be {wanted}, got {type(value).__name__}"
+
+
 TYPES = [
-    *((n, {a: v}, f"{a} must be a number, got {t}") for n, names in NUMBERS.items() for a in names
-      for v, t in ((True, "bool"), ("0.1", "str"), (None, "NoneType"), (torch.tensor(0.1), "Tensor"), (1j, "complex"))),
-    *((n, {a: v}, f"{a} must be an int, got {t}") for n, a in INTEGERS.items()
-      for v, t in ((True, "bool"), (1.0, "float"), ("1", "str"),
-                  (torch.tensor(1), "Tensor"), (np.float32(1), "float32"))),
+    *of_types(NUMBERS, "a number", NO_NUMBERS),
+    *of_types(INTEGERS, "an int", NO_INTEGERS),
     *((n, {a: 1 << 70}, f"{a} must fit into 64 bits, got 1180591620717411303424") for n, a in INTEGERS.items()),
-    *((n, {a: v}, f"{a} must be a Tensor, got {t}") for n, names in TENSORS.items() for a in names
-      for v, t in (([0.0], "list"), (np.zeros(4), "ndarray"), (None, "NoneType"))),
-    *((n, {a: [1]}, f"{a} must be a Tensor or None, got list") for n, names in OPTIONAL.items() for a in names),
-    *((n, {a: v}, f"{a} must be a bool, got {t}") for n, a in FLAGS.items()
-      for v, t in ((1, "int"), (None, "NoneType"), (f(C), "Tensor"))),
+    *of_types(TENSORS, "a Tensor", ([0.0], np.zeros(4), None)),
+    *of_types(OPTIONAL, "a Tensor or None", ([1],)),
+    *of_types(FLAGS, "a bool", (1, None, f(C))),
     ("match", {"rule": None}, "rule must be one of 'ols', 'normalized', 'raw', got None"),
     ("linear_cross_entropy", {"return_statistics": 1}, "return_statistics must be a bool, got int"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -162,14 +169,19 @@ OTHERS = {
     "nnls_gram gram": (lambda: ops.nnls_gram([1.0], f(3)), "gram must be a Tensor, got list"),
     "nnls_gram shape": (lambda: ops.nnls_gram(f(3, 2), f(3)), r"gram must be \(..., n, n\), got \(3, 2\)"),
     "nnls_gram inner": (lambda: ops.nnls_gram(f(3, 3), f(2)), r"inner must be \(..., n\) = \(3,\), got \(2,\)"),
-    "nnls_gram device": (lambda: ops.nnls_gram(f(3, 3), meta(f(3))),
-        "inner must be on the device of gram, cpu, got meta"),
+    "nnls_gram device": (
+        lambda: ops.nnls_gram(f(3, 3), meta(f(3))),
+        "inner must be on the device of gram, cpu, got meta",
+    ),
     "nnls_gram valid": (lambda: ops.nnls_gram(f(3, 3), f(3), valid=f(3)), "valid must be bool, got float32"),
     "nnls_gram valid device": (
-        lambda: ops.nnls_gram(f(3, 3), f(3), valid=meta(f(3) > 0)), "valid must be on the device of gram, cpu, got meta"
+        lambda: ops.nnls_gram(f(3, 3), f(3), valid=meta(f(3) > 0)),
+        "valid must be on the device of gram, cpu, got meta",
     ),
-    "nnls_gram ridge": (lambda: ops.nnls_gram(f(3, 3), f(3), ridge=NAN),
-        "ridge must be at least 0 and finite, got nan"),
+    "nnls_gram ridge": (
+        lambda: ops.nnls_gram(f(3, 3), f(3), ridge=NAN),
+        "ridge must be at least 0 and finite, got nan",
+    ),
     "matching_residual selection": (
         lambda: ops.matching_residual(f(N, C), f(N, D), (i(2), f(2))),
         "selection must have .indices and .weights, got tuple",
@@ -180,39 +192,44 @@ OTHERS = {
     ),
     "sketch projections": (
         lambda: ops.sketch(f(2, 3, D), f(C, D), None, i(2, 3), f(C, 2)),
-            "projections must be a pair of Tensors, got Tensor"
+        "projections must be a pair of Tensors, got Tensor",
     ),
     "sketch one projection": (
         lambda: ops.sketch(f(2, 3, D), f(C, D), None, i(2, 3), (f(C, 2),)),
-            "projections must be a pair of Tensors, got "
+        "projections must be a pair of Tensors, got ",
     ),
     "sketch projection": (
         lambda: ops.sketch(f(2, 3, D), f(C, D), None, i(2, 3), (f(C, 2), 3)),
-            r"projections\[1\] must be a Tensor, got int"
+        r"projections\[1\] must be a Tensor, got int",
     ),
     "sketch_gram": (lambda: ops.sketch_gram(f(3, 2)), r"sketches must be \(n, p, q\), got \(3, 2\)"),
     "sketch_gram type": (lambda: ops.sketch_gram(None), "sketches must be a Tensor, got NoneType"),
     "projections kind": (
-        lambda: ops.sketch_projections(3, 4, kind="x"), "kind must be one of 'sign', 'gaussian', got 'x'"
+        lambda: ops.sketch_projections(3, 4, kind="x"),
+        "kind must be one of 'sign', 'gaussian', got 'x'",
     ),
     "projections dimensions": (
-        lambda: ops.sketch_projections(3, 4, (2, 0)), r"dimensions must be two positive integers \(p, q\), got \(2, 0\)"
+        lambda: ops.sketch_projections(3, 4, (2, 0)),
+        r"dimensions must be two positive integers \(p, q\), got \(2, 0\)",
     ),
     "projections one dimension": (
-        lambda: ops.sketch_projections(3, 4, 5), r"dimensions must be two positive integers \(p, q\), got 5"
+        lambda: ops.sketch_projections(3, 4, 5),
+        r"dimensions must be two positive integers \(p, q\), got 5",
     ),
     "projections float dimension": (
-        lambda: ops.sketch_projections(3, 4, (2.0, 2)), r"dimensions\[0\] must be an int, got float"
+        lambda: ops.sketch_projections(3, 4, (2.0, 2)),
+        r"dimensions\[0\] must be an int, got float",
     ),
     "projections classes": (lambda: ops.sketch_projections(-3, 4), "n_classes must be at least 0, got -3"),
     "projections width": (lambda: ops.sketch_projections(3, 4.0), "width must be an int, got float"),
     "projections dtype": (lambda: ops.sketch_projections(3, 4, dtype=torch.int64), "dtype must be float32, .*got "),
     "projections seed": (lambda: ops.sketch_projections(3, 4, seed="s"), "seed must be an int, got str"),
     "cube_sample generator": (
-        lambda: ops.cube_sample(f(N, 2), f(N), 3), "generator must be a torch.Generator or None, got int"
+        lambda: ops.cube_sample(f(N, 2), f(N), 3),
+        "generator must be a torch.Generator or None, got int",
     ),
     "cube_sample dtype": (lambda: ops.cube_sample(i(N, 2), f(N)), "balance must be float32, .*got int64"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("call,words", OTHERS.values(), ids=OTHERS.keys())

@@ -33,8 +33,8 @@ TENSOR, ARRAY = torch.tensor(0.5), np.array([0.5, 0.5])
 # ------------------------------------------------------------------------------------------------- plain arguments
 
 KEEP = "keep must be a float in (0, 1]|int of at least 1"
-NUMBERS = {"none": None, "string": "1", "bool": True, "np.bool_": np.bool_(True), "tensor": TENSOR, "array": ARRAY,
-           "list": [1], "complex": 1j}  # fmt: skip
+NUMBERS = {"none": None, "string": "1", "bool": True, "np.bool_": np.bool_(True), "tensor": TENSOR, "array": ARRAY}
+NUMBERS |= {"list": [1], "complex": 1j}
 CHOICES = {
     "none": None,
     "number": 1,
@@ -340,8 +340,8 @@ SELECT = {
     ),
     "generator=number": ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, got 3"),
 }
-EVERY = [selbp.Full(), selbp.Random(), selbp.TopLoss(), selbp.TopGradNorm(), selbp.LossPercentile(), selbp.LossRank(),
-         selbp.GradNormImportance(), selbp.GradientMatching(), selbp.DivBS(), selbp.CubeSampling()]  # fmt: skip
+DRAWS = [selbp.Random(), selbp.LossPercentile(), selbp.LossRank(), selbp.GradNormImportance(), selbp.CubeSampling()]
+EVERY = [selbp.Full(), selbp.TopLoss(), selbp.TopGradNorm(), selbp.GradientMatching(), selbp.DivBS(), *DRAWS]
 READERS = [selbp.GradientMatching(), selbp.DivBS(), selbp.CubeSampling(), selbp.TopLoss(weights="refit")]
 
 

@@ -1,0 +1,209 @@
+"""What a rule costs: ``diagnose`` measures it, and a step warns once where it costs more than it saves."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import selbp
+from selbp.training import measured, pace, stopwatch
+
+N = 32
+
+
+class Clock:
+    """Stands still but for what moves it: a row's forward takes one second, its backward two."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def __call__(self, *unused: Any) -> float:
+        return self.time
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        model.register_forward_hook(self._forward)
+        return model
+
+    def _forward(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        self.time += len(output)
+        if output.requires_grad:
+            output.register_hook(self._backward)
+
+    def _backward(self, gradient: torch.Tensor) -> None:
+        self.time += 2 * int(gradient.ne(0).any(1).sum())
+
+
+class Slow(selbp.BaseSelector):
+    """The planted rule: as good as TopLoss, and ``seconds`` slower."""
+
+    needs = "loss"
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        self.clock, self.seconds = clock, seconds
+
+    def choose(self, rows: Any, k: int) -> Any:
+        self.clock.time += self.seconds
+        return rows.pick(rows.stats.loss, k)
+
+    def __repr__(self) -> str:
+        return "Slow()"
+
+    def __deepcopy__(self, memo: Any) -> Slow:
+        return Slow(self.clock, self.seconds)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(stopwatch, "time", SimpleNamespace(perf_counter=made))
+    monkeypatch.setattr(measured, "now", made)
+    monkeypatch.setattr(pace, "STEPS", 10)
+    return made
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(N, 4), torch.randint(0, 3, (N,))
+
+
+def warned(step: Any, times: int, between: Any = lambda: None) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(times):
+            step(*batch()).backward()
+            between()
+    assert all(entry.filename == __file__ for entry in caught)
+    return [str(entry.message) for entry in caught]
+
+
+# A full step takes 3 N seconds. On rows, N + 2 k; by recomputing, N + 3 k.
+@pytest.mark.parametrize("backward", ["rows", "recompute", "auto"])
+def test_a_slow_rule_warns_once_with_its_figure(clock: Clock, backward: str) -> None:
+    step = selbp.SelectiveBackprop(clock.model(), selector=Slow(clock, 2.5 * N), keep=0.25, backward=backward)
+    assert warned(step, pace.WARM + pace.STEPS) == []
+    (said,) = warned(step, 30)
+    own = N + 2.5 * N + (2 if step.report.backward == "rows" else 3) * N // 4
+    price = float(said.partition("takes about ")[2].partition(" of a full step's time")[0])
+    assert price == pytest.approx(own / (3 * N), abs=0.0051)
+    assert f'Slow() with backward="{step.report.backward}" at keep=0.25' in said
+    assert f"select {2500 * N:.3g} ms" in said and "medians of 10 steps of 32 samples" in said
+
+
+@pytest.mark.parametrize("backward", ["rows", "recompute", "auto"])
+@pytest.mark.parametrize("seconds", [0.0, 0.9 * N], ids=["free", "dear"])
+def test_a_rule_that_pays_does_not_warn(clock: Clock, backward: str, seconds: float) -> None:
+    step = selbp.SelectiveBackprop(clock.model(), selector=Slow(clock, seconds), keep=0.25, backward=backward)
+    assert warned(step, 30) == [] and step._pace.done
+
+
+def test_no_look_without_a_backward_or_scoring(clock: Clock) -> None:
+    slow = Slow(clock, 100 * N)
+    step = selbp.SelectiveBackprop(clock.model(), selector=slow, keep=0.25, backward="recompute")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(30):
+            step(*batch())
+        assert step._pace.done
+        for options in ({"selector": selbp.Random(), "keep": 0.5}, {"selector": slow, "keep": 1.0}):
+            other = selbp.SelectiveBackprop(clock.model(), **options)
+            for _ in range(30):
+                other(*batch()).backward()
+            assert not other._pace.done
+
+
+def test_micro_batches_are_looked_at_too(clock: Clock) -> None:
+    step = selbp.SelectiveBackprop(clock.model(), selector=Slow(clock, 5 * N), keep=0.25, micro_batch=8)
+    with pytest.warns(UserWarning, match=f"takes about {(1 + 5 + 0.75) / 3:.2f} of a full step"):
+        for _ in range(14):
+            step.backward(*batch())
+
+
+def test_the_two_parts_of_scoring_are_one_phase(clock: Clock) -> None:
+    step = selbp.SelectiveBackprop(clock.model(), selector=Slow(clock, 7.0), keep=0.25, backward="recompute")
+    step(*batch()).backward()
+    assert step.report.seconds == {"score": N, "select": 7.0, "forward": N / 4, "backward": N / 2}
+
+
+def test_diagnose_measures_a_rule(clock: Clock) -> None:
+    model, (x, y) = clock.model(), batch()
+    found = selbp.diagnose(model, (x, y), 0.25, selector=Slow(clock, 10.0), steps=3)
+    assert found.measured is not None
+    assert found.measured.seconds == {"full": 3.0 * N, "rows": 1.5 * N + 10, "recompute": 1.75 * N + 10}
+    assert found.recommendation == "rows"
+    assert f'Slow(), on 8 of 32 rows with backward="rows": {(1.5 * N + 10) / (3 * N):.2f} of a full' in found.summary
+    assert "measured: medians of 3 steps of each, the processor's time" in found.summary
+    assert str(found).endswith(f"recommended: {found.summary}")
+    dear = selbp.diagnose(model, (x, y), 0.25, selector=Slow(clock, 100.0 * N), steps=1)
+    assert dear.summary.startswith('the full step: Slow(), on 8 of 32 rows, takes at best, with backward="rows", 33.8')
+
+
+def test_memory_is_measured_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(16, 16), nn.GELU())), nn.Linear(16, 3))
+    rows = torch.randn(4096, 16), torch.randint(0, 3, (4096,))
+    found = selbp.diagnose(model, rows, 0.25, selector=selbp.TopLoss(), steps=1).measured
+    assert found is not None
+    assert 0.2 < found.memory["recompute"] / found.memory["full"] < 0.5
+    assert 0.8 < found.memory["rows"] / found.memory["full"] < 1.2
+
+
+def test_diagnose_leaves_the_rule_and_the_model_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    rule, generator = selbp.LossPercentile(), torch.Generator().manual_seed(3)
+    before, drawn = rule.state_dict(), generator.get_state()
+    random = torch.get_rng_state()
+    selbp.diagnose(model, batch(), 0.25, selector=rule, steps=1, generator=generator, head="3")
+    assert str(rule.state_dict()) == str(before) and torch.equal(drawn, generator.get_state())
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    torch.set_rng_state(random)
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ({"selector": selbp.Random()}, {"full", "recompute"}),
+        ({"selector": selbp.TopLoss(), "scoring": "eval"}, {"full", "recompute"}),
+        ({"selector": selbp.TopLoss(), "batchnorm": "subset"}, {"full", "rows", "recompute"}),
+        ({"selector": selbp.GradientMatching(), "cut": "1"}, {"full", "rows", "recompute"}),
+        ({"selector": selbp.GradientMatching(), "head_gradient": "full"}, {"full", "rows", "recompute"}),
+    ],
+    ids=["random", "eval", "batchnorm", "cut", "full head"],
+)
+def test_the_kinds_that_the_options_allow(options: dict[str, Any], kinds: set[str]) -> None:
+    found = selbp.diagnose(Clock().model(), batch(), 0.25, steps=1, **options).measured
+    assert found is not None and set(found.seconds) == kinds == set(found.memory)
+
+
+def test_wrong_calls() -> None:
+    model = Clock().model()
+    with pytest.raises(TypeError, match="proxy must come with a selector"):
+        selbp.diagnose(model, batch(), proxy="sketch")
+    with pytest.raises(TypeError, match="selector must be an instance"):
+        selbp.diagnose(model, batch(), selector=selbp.TopLoss)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="steps"):
+        selbp.diagnose(model, batch(), selector=selbp.TopLoss(), steps=0)
+    with pytest.raises(ValueError, match="micro_batch goes without"):
+        selbp.diagnose(model, batch(), selector=selbp.TopLoss(), micro_batch=4)
+    with pytest.raises(ValueError, match="scoring must be"):
+        selbp.diagnose(model, batch(), selector=selbp.TopLoss(), scoring="often")
+
+
+def test_what_the_look_ahead_counted_is_used_for_rows() -> None:
+    """A backward of few rows has a cost of its own: times n / k it is more than that of all."""
+    parts = {stopwatch.AHEAD: 1.0, "score": 0.5, "select": 3.0, "backward": 1.0}
+    timed = pace._Timed(None, 0.25, "rows")  # type: ignore[arg-type]
+    assert [pace.full_seconds(timed, parts, counted) for counted in (None, 2.9, 9.0)] == [5.0, 2.9, 5.0]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 3))
+    step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=0.5)
+    step(torch.randn(512, 64), torch.randint(0, 3, (512,)))
+    assert 2.4 < step._strategy.full_over_forward < 3.0  # the first layer has no gradient of its input
