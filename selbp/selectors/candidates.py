@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from selbp.selectors.weighting import Weights
 from selbp.types import BatchStatistics, Selection
 
 
-class Candidates(NamedTuple):
+@dataclass(eq=False)  # not a NamedTuple, whose properties and methods torch.compile does not trace before torch 2.11
+class Candidates:
     """The n rows that :meth:`selbp.BaseSelector.choose` chooses from, and what is known of each.
 
     Parameters
