@@ -3,9 +3,10 @@
 from selbp.ops.cube import cube_sample
 from selbp.ops.gram import gradient_gram
 from selbp.ops.linear_cross_entropy import linear_cross_entropy
-from selbp.ops.matching import match, nnls, nnls_gram
+from selbp.ops.matching import match
 from selbp.ops.matching_residual import matching_residual
 from selbp.ops.mean_gradient import mean_gradient
+from selbp.ops.nnls import nnls, nnls_gram
 from selbp.ops.residual import residual
 from selbp.ops.sketch import sketch, sketch_gram, sketch_projections
 from selbp.ops.statistics import cross_entropy_statistics, linear_cross_entropy_statistics

@@ -6,6 +6,9 @@ gradient (not valid, or not among ``rows``) is a constant, and what is in it is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,3 +68,44 @@ def _terms(live: Tensor, head: Head, target: Tensor, options: LossOptions) -> tu
     y = torch.where(live, target, 0)
     t = reference.soft_target(y, weight.shape[0], options.class_weight, options.label_smoothing, dtype)
     return h, z, t
+
+
+def pack_backward(*flat: Any) -> tuple[Any, ...]:
+    """The gradients' arguments, in the order of the schema, as :func:`gradients` takes them."""
+    grad, features, weight, bias, target, lse, p_rest, valid, logits, class_weight, rows, *options = flat
+    *options, need_features, need_weight, need_bias = options
+    head, scored = Head(features, weight, bias), Scored(target, lse, p_rest, valid, logits)
+    return grad, head, scored, rows, LossOptions(class_weight, *options), Needs(need_features, need_weight, need_bias)
+
+
+def setup_second(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
+    """Keep what the derivatives of the gradients need."""
+    needs = inputs[-3:]
+    ctx.mark_non_differentiable(*(gradient for gradient, needed in zip(output, needs, strict=True) if not needed))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:11])
+    ctx.options = inputs[11:]
+
+
+def backward_second(ctx: Any, needed: Sequence[bool], *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The derivatives of the gradients, of the same formula in torch's operators.
+
+    By torch.func.vjp, which nests: the incoming gradient may itself depend on the weight, and vmap may be at work.
+    """
+    inputs, places = list(ctx.saved_tensors), [i for i, need in enumerate(needed) if need]
+    given = [i for i, u in enumerate(upstream) if u is not None]
+
+    def chosen(*wanted: Tensor) -> tuple[Tensor, ...]:
+        for i, x in zip(places, wanted, strict=True):
+            inputs[i] = x
+        first = gradients(*pack_backward(*inputs, *ctx.options))
+        return tuple(first[i] for i in given)
+
+    found: list[Tensor | None] = [None] * len(needed)
+    if given:
+        with torch._C._DisableAutocast():
+            pull: Any = torch.func.vjp(chosen, *(inputs[i] for i in places))[1]
+            pulled = pull(tuple(u for u in upstream if u is not None))
+        for i, gradient in zip(places, pulled, strict=True):
+            found[i] = gradient
+    return tuple(found)

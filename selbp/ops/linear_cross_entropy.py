@@ -1,10 +1,10 @@
 """``linear_cross_entropy``: a head and its loss in one, differentiable; one pass also gives the statistics.
 
 Forward: the pass of ``linear_cross_entropy_statistics``, a tile of logits at a time. Of each row only its log-sum-exp
-and q = 1 - p_y are kept. Backward, for the k rows whose loss has a gradient: a tile of their logits again, turned in
-place into residuals scaled by the incoming gradient, then R W into the features' gradient and R^T H into the weight's
-rows of that tile. Three products of k rows; nothing of size n x C exists at any time. On a CPU, where ``memory_limit``
-has room for the logits, the forward keeps them and the backward makes two products.
+and p_rest = 1 - p_y are kept. Backward, for the k rows whose loss has a gradient: a tile of their logits again, turned
+in place into residuals scaled by the incoming gradient, then R W into the features' gradient and R^T H into the
+weight's rows of that tile. Three products of k rows; nothing of size n x C exists at any time. On a CPU, where
+``memory_limit`` has room for the logits, the forward keeps them and the backward makes two products.
 """
 
 from __future__ import annotations
@@ -27,28 +27,15 @@ from selbp._checks import (
     flag,
     integer,
 )
-from selbp.ops import _gemm
+from selbp.ops import _linear_cross_entropy_cpu as _cpu
 from selbp.ops import _linear_cross_entropy_cuda as _cuda
 from selbp.ops import _linear_cross_entropy_torch as _torch
 from selbp.ops._linear_cross_entropy_cuda import Forward, Gradients, Head, Needs, Scored, empty_gradients
-from selbp.ops._logit_pass import (
-    LogitPass,
-    ResidualClasses,
-    ResidualRows,
-    contiguous_rows,
-    empty_statistics,
-    in_place,
-    native_options,
-    residual_tile,
-    weight_sum,
-)
+from selbp.ops._logit_pass import empty_statistics
 from selbp.ops._loss_options import LossOptions, autocast_head, check_head, check_loss
 from selbp.ops._register import define_differentiable
 from selbp.types import BatchStatistics
 
-# Of residuals: the two products that read them are slower on larger tiles; but of 16-bit inputs each tile's part of the
-# features' gradient is widened and added, which costs less often with fewer of them.
-_TILE_BYTES = {2: 8 << 20, 4: 2 << 20, 8: 2 << 20}
 _MEMORY_LIMIT = 256 << 20  # bytes of logits that are kept where the caller names no limit
 
 
@@ -190,13 +177,6 @@ def _pack(*flat: Any) -> tuple[Any, ...]:
     return Head(features, weight, bias), target, rows, LossOptions(class_weight, *options), keep
 
 
-def _pack_backward(*flat: Any) -> tuple[Any, ...]:
-    grad, features, weight, bias, target, lse, p_rest, valid, logits, class_weight, rows, *options = flat
-    *options, need_features, need_weight, need_bias = options
-    head, scored = Head(features, weight, bias), Scored(target, lse, p_rest, valid, logits)
-    return grad, head, scored, rows, LossOptions(class_weight, *options), Needs(need_features, need_weight, need_bias)
-
-
 def _check(head: Head, target: Tensor, rows: Tensor | None, options: LossOptions, keep: bool = False) -> None:
     features = head.features
     check_head(*head)
@@ -226,29 +206,11 @@ def _check_backward(
         check_shape("logits", logits, f"(n, C) = {(n, len(head.weight))}, or empty", (n, len(head.weight)))
 
 
-def _check_rows(rows: Tensor | None, n: int) -> None:
-    """ValueError unless ``rows``, on the CPU, lie in [0, n)."""
-    if rows is not None and len(rows):
-        least, most = (int(x) for x in rows.aminmax())
-        if least < 0 or most >= n:
-            raise ValueError(f"rows must lie in [0, {n}), got values from {least} to {most}")
-
-
 def _fake(head: Head, target: Tensor, rows: Tensor | None, options: LossOptions, keep: bool) -> Forward:
     n, dtype = target.shape[0], accumulate_dtype(head.features.dtype)
     stored = (n, len(head.weight)) if keep and head.features.device.type == "cpu" else (0, 0)
     features = head.features
     return *empty_statistics(features, n, dtype), features.new_empty(n, dtype=dtype), features.new_empty(stored)
-
-
-def _cpu(head: Head, target: Tensor, rows: Tensor | None, options: LossOptions, keep: bool) -> Forward:
-    features, weight, bias = head
-    _check_rows(rows, features.shape[0])
-    logit_pass = LogitPass(weight.shape[0], features.dtype, target, features, bias is not None, options)
-    p_rest = logit_pass.p_rest = torch.empty(features.shape[0], dtype=accumulate_dtype(features.dtype))
-    logits = logit_pass.keep_logits(len(weight)) if keep else features.new_empty(0, 0)
-    logit_pass.add_head(features, weight, bias)
-    return *logit_pass.outputs, p_rest, logits
 
 
 def _backward_fake(
@@ -257,60 +219,12 @@ def _backward_fake(
     return empty_gradients(head, needs)
 
 
-def _backward_cpu(
-    grad: Tensor, head: Head, scored: Scored, rows: Tensor | None, options: LossOptions, needs: Needs
-) -> Gradients:
-    features, weight, bias = head
-    n, n_classes, accumulate = features.shape[0], weight.shape[0], accumulate_dtype(features.dtype)
-    _check_rows(rows, n)
-    live = scored.valid & (grad != 0)
-    if rows is not None:
-        live &= torch.zeros_like(live).index_fill_(0, rows, True)
-    chosen = live.nonzero()[:, 0]
-    k = len(chosen)
-    d_features, d_weight, d_bias = empty_gradients(head, needs)
-    if not k:
-        return d_features.zero_(), d_weight.zero_(), d_bias.zero_()
-
-    def take(tensor: Tensor) -> Tensor:
-        return tensor.contiguous() if k == n else tensor.index_select(0, chosen)
-
-    h = features if k == n else take(features)
-    tile_rows = ResidualRows(take(scored.target), take(scored.lse), take(scored.p_rest), take(grad.to(accumulate)))
-    native, total = native_options(options, accumulate), weight_sum(options, n_classes)
-    dh: Tensor | None = None
-    columns = min(n_classes, max(64, _TILE_BYTES[features.element_size()] // (4 * k) // 64 * 64))
-    room = torch.empty(k * columns, dtype=accumulate) if scored.logits.numel() else None  # kept logits stay as they are
-    for c in range(0, n_classes, columns):
-        part = weight[c : c + columns]
-        if room is not None:
-            z = scored.logits[:, c : c + columns]
-            z, out = z if k == n else z.index_select(0, chosen), room[: k * len(part)].view(k, len(part))
-        else:
-            z = contiguous_rows(_gemm.linear(h, part, None if bias is None else bias[c : c + columns]))
-            out = in_place(z, accumulate)
-        r = residual_tile(out, z, tile_rows, ResidualClasses(c, n_classes, total), native)
-        if needs.bias:
-            d_bias[c : c + columns] = r.sum(0)
-        r = r.to(features.dtype)
-        if needs.weight:
-            d_weight[c : c + columns] = _gemm.linear(r.t(), h.t())
-        if needs.features:
-            product = _gemm.linear(r, part.t())
-            dh = product.to(accumulate) if dh is None else dh.add_(product)
-    if dh is not None:
-        if k == n:
-            return dh.to(features.dtype), d_weight, d_bias
-        d_features.zero_().index_copy_(0, chosen, dh.to(features.dtype))
-    return d_features, d_weight, d_bias
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
     features, weight, bias, target, class_weight, rows, *options, _ = inputs
-    _, lse, _, _, _, valid, others, logits = output
+    _, lse, _, _, _, valid, p_rest, logits = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(features, weight, bias, target, lse, others, valid, logits, class_weight, rows)
+    ctx.save_for_backward(features, weight, bias, target, lse, p_rest, valid, logits, class_weight, rows)
     ctx.options = options
 
 
@@ -323,38 +237,6 @@ def _backward(ctx: Any, needed: Sequence[bool], grad: Tensor | None, *_: Any) ->
     return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *(None,) * 7
 
 
-def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
-    needs = inputs[-3:]
-    ctx.mark_non_differentiable(*(gradient for gradient, needed in zip(output, needs, strict=True) if not needed))
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:11])
-    ctx.options = inputs[11:]
-
-
-def _backward_second(ctx: Any, needed: Sequence[bool], *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The derivatives of the gradients, of the same formula in torch's operators.
-
-    By torch.func.vjp, which nests: the incoming gradient may itself depend on the weight, and vmap may be at work.
-    """
-    inputs, places = list(ctx.saved_tensors), [i for i, need in enumerate(needed) if need]
-    given = [i for i, u in enumerate(upstream) if u is not None]
-
-    def chosen(*wanted: Tensor) -> tuple[Tensor, ...]:
-        for i, x in zip(places, wanted, strict=True):
-            inputs[i] = x
-        gradients = _torch.gradients(*_pack_backward(*inputs, *ctx.options))
-        return tuple(gradients[i] for i in given)
-
-    found: list[Tensor | None] = [None] * len(needed)
-    if given:
-        with torch._C._DisableAutocast():
-            pull: Any = torch.func.vjp(chosen, *(inputs[i] for i in places))[1]
-            gradients = pull(tuple(u for u in upstream if u is not None))
-        for i, gradient in zip(places, gradients, strict=True):
-            found[i] = gradient
-    return tuple(found)
-
-
 _linear_cross_entropy = define_differentiable(
     "linear_cross_entropy(Tensor features, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
     "Tensor? rows, SymInt ignore_index, float label_smoothing, float softcap, bool keep_logits) "
@@ -362,7 +244,7 @@ _linear_cross_entropy = define_differentiable(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     check=_check,
     fake=_fake,
-    cpu=_cpu,
+    cpu=_cpu.forward,
     cuda=_cuda.forward,
     setup_context=_setup_context,
     backward=_backward,
@@ -377,10 +259,10 @@ _linear_cross_entropy_backward = define_differentiable(
     "-> (Tensor, Tensor, Tensor)",
     check=_check_backward,
     fake=_backward_fake,
-    cpu=_backward_cpu,
+    cpu=_cpu.backward,
     cuda=_cuda.backward,
-    setup_context=_setup_second,
-    backward=_backward_second,
+    setup_context=_torch.setup_second,
+    backward=_torch.backward_second,
     composed=lambda _, *inputs: _torch.gradients(*inputs),
-    pack=_pack_backward,
+    pack=_torch.pack_backward,
 )

@@ -1,7 +1,7 @@
-"""Gradient matching: which rows, with which weights, add up to the mean gradient; and nonnegative least squares.
+"""Gradient matching: which rows, with which weights, add up to the mean gradient.
 
-One engine serves both: with k = n the greedy nonnegative pursuit *is* the active-set method of Lawson & Hanson.
-``selbp.reference.match`` is the specification; here stand the checks, the schema and the backends.
+One engine serves :mod:`selbp.ops.nnls` too: with k = n the greedy nonnegative pursuit *is* the active-set method of
+Lawson & Hanson. ``selbp.reference.match`` is the specification; here stand the checks, the schema and the backends.
 """
 
 from __future__ import annotations
@@ -12,76 +12,20 @@ import torch
 from torch import Tensor
 
 from selbp import _native
-from selbp._checks import (
-    accumulate_dtype,
-    autocast_enabled,
-    check_choice,
-    check_dtype,
-    check_floating,
-    check_optional_tensor,
-    check_range,
-    check_same_device,
-    check_same_dtype,
-    check_shape,
-    check_tensor,
-    flag,
-    integer,
-    number,
-)
+from selbp._checks import accumulate_dtype, check_optional_tensor, check_tensor, flag, integer, number
 from selbp.ops import _host_solve
 from selbp.ops._backends import native_threads
 from selbp.ops._cuda_solver import solver, warn_of_host
 from selbp.ops._factors import autocast_factors
+from selbp.ops._match_checks import RULES, check_match
 from selbp.ops._register import define
 from selbp.types import Matching
 
-RULES = ("ols", "normalized", "raw")  # in the order of csrc/matching/matching.hpp
+__all__ = ["RULES", "match"]
+
 _GRAIN = 1 << 17  # multiply-adds that are worth waking a thread for: about 20 us
 
-_MOST = (1 << 31) - 1  # the solver counts in 32 bits
-
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _check(
-    gram: Tensor,
-    inner: Tensor,
-    target_sq: Tensor,
-    k: int,
-    rule: str,
-    ridge: float,
-    nonnegative: bool,
-    valid: Tensor | None,
-    tolerance: float,
-) -> None:
-    _check_problem(gram, inner, valid)
-    check_floating("target_sq", target_sq)
-    if target_sq.shape != gram.shape[:-2]:
-        raise ValueError(f"target_sq must be (...) = {tuple(gram.shape[:-2])}, got {tuple(target_sq.shape)}")
-    check_same_device("target_sq", target_sq, "gram", gram)
-    if k < 0:
-        raise ValueError(f"k must be at least 0, got {k}")
-    if k > _MOST:
-        raise ValueError(f"k must be at most {_MOST}, got {k}")
-    check_choice("rule", rule, RULES)
-    check_range("ridge", ridge, 0.0)
-    check_range("tolerance", tolerance, 0.0)
-
-
-def _check_problem(gram: Tensor, inner: Tensor, valid: Tensor | None) -> None:
-    check_floating("gram", gram)
-    check_floating("inner", inner)
-    if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2]:
-        raise ValueError(f"gram must be (..., n, n), got {tuple(gram.shape)}")
-    if inner.shape != gram.shape[:-1]:
-        raise ValueError(f"inner must be (..., n) = {tuple(gram.shape[:-1])}, got {tuple(inner.shape)}")
-    check_same_dtype("inner", inner, "gram", gram)
-    check_same_device("inner", inner, "gram", gram)
-    if valid is not None:
-        check_dtype("valid", valid, torch.bool)
-        if valid.shape != inner.shape and valid.shape != inner.shape[-1:]:
-            raise ValueError(f"valid must be (n,) or (..., n) = {tuple(inner.shape)}, got {tuple(valid.shape)}")
-        check_same_device("valid", valid, "gram", gram)
 
 
 def _fake(gram: Tensor, inner: Tensor, target_sq: Tensor, k: int, *options: object) -> _Outputs:
@@ -220,7 +164,7 @@ def _on_host(
 _match = define(
     "match(Tensor gram, Tensor inner, Tensor target_sq, SymInt k, str rule, float ridge, bool nonnegative, "
     "Tensor? valid, float tolerance) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    check=_check,
+    check=check_match,
     fake=_fake,
     cpu=_cpu,
     cuda=_cuda,
@@ -306,119 +250,3 @@ def match(
         number("tolerance", tolerance),
     )
     return Matching(*found)
-
-
-def nnls(
-    a: Tensor,  # (..., m, n)
-    b: Tensor,  # (..., m)
-    *,
-    ridge: float = 0.0,
-) -> Tensor:
-    """Return the minimiser of ``||a x - b||^2 + ridge mean(diag a^T a) ||x||^2`` over x >= 0, batched, on the device.
-
-    The normal equations are formed and solved in float64, so columns closer than 3e-6 (relative distance of one from
-    the span of the others) count as dependent. A problem with an entry that is not finite gives NaN. Source: Lawson &
-    Hanson (1974), chapter 23; what ``scipy.optimize.nnls`` computes.
-
-    Parameters
-    ----------
-    a : Tensor
-        (..., m, n) floating.
-    b : Tensor
-        (..., m) floating.
-    ridge : float
-        At least 0, relative to the mean squared norm of the columns.
-
-    Returns
-    -------
-    Tensor
-        (..., n), float64 for float64 inputs, else float32.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Naming the argument, for a wrong type, shape or range.
-
-    Examples
-    --------
-    >>> import torch, selbp
-    >>> a = torch.eye(2).expand(3, 2, 2)  # three problems
-    >>> selbp.ops.nnls(a, torch.tensor([[1.0, 2.0], [1.0, -2.0], [-1.0, -2.0]]))
-    tensor([[1., 2.],
-            [1., 0.],
-            [0., 0.]])
-    """
-    check_tensor("a", a)
-    check_tensor("b", b)
-    check_floating("a", a)
-    check_floating("b", b)
-    if a.dim() < 2:
-        raise ValueError(f"a must be (..., m, n), got {tuple(a.shape)}")
-    check_shape("b", b, f"(..., m) = {tuple(a.shape[:-1])}", a.shape[:-1])
-    check_same_device("b", b, "a", a)
-    matrix, target = a.double(), b.double()
-    gram = matrix.mT @ matrix
-    inner = (matrix.mT @ target[..., None])[..., 0]
-    return _dense(gram, inner, target.square().sum(-1), ridge, None).to(accumulate_dtype(a.dtype))
-
-
-def nnls_gram(
-    gram: Tensor,  # (..., n, n)
-    inner: Tensor,  # (..., n)
-    *,
-    ridge: float = 0.0,
-    valid: Tensor | None = None,  # (n,) or (..., n) bool
-) -> Tensor:
-    """Return the minimiser of ``x^T gram x - 2 inner . x + ridge mean(diag gram) ||x||^2`` over x >= 0.
-
-    :func:`nnls` if you have ``gram = a^T a`` and ``inner = a^T b`` already.
-
-    Parameters
-    ----------
-    gram : Tensor
-        (..., n, n) floating.
-    inner : Tensor
-        (..., n) floating.
-    ridge : float
-        At least 0, relative to the mean of the diagonal.
-    valid : Tensor or None
-        (n,) or (..., n) bool: rows that are not valid get x = 0. None: all are.
-
-    Returns
-    -------
-    Tensor
-        (..., n), float64 for float64 inputs, else float32.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Naming the argument, for a wrong type, shape or range.
-
-    Examples
-    --------
-    >>> import torch, selbp
-    >>> selbp.ops.nnls_gram(torch.eye(2), torch.tensor([1.0, -2.0]))
-    tensor([1., 0.])
-    """
-    check_tensor("gram", gram)
-    check_tensor("inner", inner)
-    check_optional_tensor("valid", valid)
-    if autocast_enabled(gram):
-        gram, inner = autocast_factors(gram, inner)
-    _check_problem(gram, inner, valid)
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    explained = (inner.square() / diagonal).masked_fill_(diagonal <= 0, 0.0)  # by each row alone
-    if valid is not None:
-        explained.masked_fill_(~valid, 0.0)
-    # b^T b is not given; the most that one row explains of it sets the scale of what counts as noise.
-    target_sq = explained.amax(-1) if inner.shape[-1] else explained.sum(-1)
-    return _dense(gram, inner, target_sq, ridge, valid)
-
-
-def _dense(gram: Tensor, inner: Tensor, target_sq: Tensor, ridge: float, valid: Tensor | None) -> Tensor:
-    """The matching of all n rows as a dense vector; NaN where the problem is not finite."""
-    n = inner.shape[-1]
-    found = match(gram, inner, target_sq, n, ridge=ridge, valid=valid)
-    slots = found.indices.remainder(n + 1)  # padding, -1, goes to a column that is cut off
-    fill = found.residual.clamp(max=0.0)[..., None]  # 0, or NaN where the problem is not finite
-    return fill.expand(*inner.shape[:-1], n + 1).scatter(-1, slots, found.weights)[..., :n].contiguous()

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from selbp.ops.matching import nnls_gram
+from selbp.ops.nnls import nnls_gram
 from selbp.selectors.proxies import GradientProxies
 from selbp.types import BatchStatistics
 

@@ -76,7 +76,7 @@ def everything(case):
     class_weight, *rest = arguments
     forward = head_operator._cuda.forward(*head_operator._pack(*head, class_weight, None, *rest, False))
     d_features, *d_head = head_operator._cuda.backward(
-        *head_operator._pack_backward(
+        *head_operator._torch.pack_backward(
             torch.linspace(0.5, 1.0, rows),
             *head,
             forward[1],
