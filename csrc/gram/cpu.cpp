@@ -8,7 +8,7 @@
 #include "gram/cpu.hpp"
 
 #include "cpu/parallel.hpp"
-#include "cpu/vector.hpp"
+#include "cpu/simd.hpp"
 
 #if defined(SELBP_BFLOAT16_PRODUCTS) && defined(__AVX512F__)
 #define SELBP_BFLOAT16_KERNEL
@@ -24,32 +24,17 @@ constexpr std::int64_t kTerms = 128;  // of two strips: 64 KiB in float32, read 
 
 inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
-template <typename T>
-struct Vector {
-  typedef T type __attribute__((vector_size(kCorner * sizeof(T))));
-};
-
 #if defined(__clang__)
 #define SELBP_INTERLEAVE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define SELBP_INTERLEAVE(a, b, ...) __builtin_shuffle(a, b, typename Mask<T>::type{__VA_ARGS__})
-template <typename T>
-struct Mask;
-template <>
-struct Mask<float> {
-  typedef std::int32_t type __attribute__((vector_size(kCorner * 4)));
-};
-template <>
-struct Mask<double> {
-  typedef std::int64_t type __attribute__((vector_size(kCorner * 8)));
-};
+#define SELBP_INTERLEAVE(a, b, ...) __builtin_shuffle(a, b, decltype(a > b){__VA_ARGS__})
 #endif
 
 // Interleaving row i with row i + 4, three times over, is a transposition: each pass rotates the 3 + 3 bits of
 // (row, column) by one place.
 template <typename T>
 inline void transpose_corner(T* turned, const T* block, std::int64_t stride) {
-  using V = typename Vector<T>::type;
+  using V = typename Lanes<T, kCorner>::V;
   V rows[kCorner], mixed[kCorner];
   for (int i = 0; i < kCorner; ++i) __builtin_memcpy(&rows[i], block + i * stride, sizeof(V));
   for (int pass = 0; pass < 3; ++pass) {

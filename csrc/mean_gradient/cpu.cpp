@@ -1,7 +1,7 @@
 // The small mean gradient for one x86-64 level.
 #include "mean_gradient/cpu.hpp"
 
-#include "cpu/vector.hpp"
+#include "cpu/simd.hpp"
 
 namespace selbp {
 namespace SELBP_LEVEL {

@@ -1,17 +1,10 @@
 // The team of one CPU thread: loops over columns run in groups of SIMD registers, and sync is nothing.
 #pragma once
 
-#include "team/simd.hpp"
+#include "team/pack.hpp"
 
 namespace selbp {
 namespace SELBP_LEVEL {
-
-template <class T>
-SELBP_HD typename Register<T>::Mask lanes() {  // 0, 1, 2 ..
-  typename Register<T>::Mask lane;
-  for (int i = 0; i < kVectorBytes / int(sizeof(T)); ++i) lane[i] = i;
-  return lane;
-}
 
 // Columns [first, first + lines * 64 bytes). Arrays of columns are 64-byte aligned and padded to whole lines.
 template <class T, int lines>
@@ -28,14 +21,12 @@ struct SimdColumns {
   SELBP_HD Value load(const T* array) const {
     Value out;
 #pragma GCC unroll 32
-    for (int r = 0; r < Value::kRegisters; ++r)
-      out.v[r] = *reinterpret_cast<const typename Register<T>::Unaligned*>(array + first + r * Value::kLanes);
+    for (int r = 0; r < Value::kRegisters; ++r) out.v[r] = SELBP_LEVEL::load(array + first + r * Value::kLanes);
     return out;
   }
   SELBP_HD void store(T* array, Value value) const {
 #pragma GCC unroll 32
-    for (int r = 0; r < Value::kRegisters; ++r)
-      *reinterpret_cast<typename Register<T>::Unaligned*>(array + first + r * Value::kLanes) = value.v[r];
+    for (int r = 0; r < Value::kRegisters; ++r) SELBP_LEVEL::store(array + first + r * Value::kLanes, value.v[r]);
   }
 
   // A row that ends at column `end`, somewhere inside the group perhaps: what lies beyond reads as 0.
@@ -52,8 +43,7 @@ struct SimdColumns {
     const std::size_t stride = std::size_t(panels.height) * kPanel;
 #pragma GCC unroll 32
     for (int r = 0; r < Value::kRegisters; ++r)
-      out.v[r] = *reinterpret_cast<const typename Register<T>::Unaligned*>(line + std::size_t(r / kPerLine) * stride +
-                                                                           r % kPerLine * Value::kLanes);
+      out.v[r] = SELBP_LEVEL::load(line + std::size_t(r / kPerLine) * stride + r % kPerLine * Value::kLanes);
     return out;
   }
   SELBP_HD void store(Panels<T, kPanel> panels, int row, Value value) const {
@@ -61,14 +51,13 @@ struct SimdColumns {
     const std::size_t stride = std::size_t(panels.height) * kPanel;
 #pragma GCC unroll 32
     for (int r = 0; r < Value::kRegisters; ++r)
-      *reinterpret_cast<typename Register<T>::Unaligned*>(line + std::size_t(r / kPerLine) * stride +
-                                                          r % kPerLine * Value::kLanes) = value.v[r];
+      SELBP_LEVEL::store(line + std::size_t(r / kPerLine) * stride + r % kPerLine * Value::kLanes, value.v[r]);
   }
 
   // value + amount, in one column alone
   SELBP_HD Value add_at(Value value, int column, T amount) const {
     if (contains(column)) {
-      const typename Register<T>::Mask lane = lanes<T>();
+      const typename Simd<T>::I lane = lane_numbers<T>();
 #pragma GCC unroll 32
       for (int r = 0; r < Value::kRegisters; ++r)
         value.v[r] = lane == column - first - r * Value::kLanes ? value.v[r] + amount : value.v[r];
@@ -89,11 +78,7 @@ class SimdTeam {
   static constexpr int kPanel = kLineBytes / int(sizeof(T));
   // Lookahead (matching/engine.hpp): rows formed in one pass at most, and rows that are kept for later.
   static constexpr int kLookahead = 4, kShelf = 32;
-#if defined(__AVX512F__)
-  static constexpr int kLookaheadLines = 16;  // lines of sums that fit in registers
-#else
-  static constexpr int kLookaheadLines = 4;
-#endif
+  static constexpr int kLookaheadLines = kVectorBytes == 64 ? 16 : 4;  // lines of sums that fit in registers
 
   SimdTeam() = default;
   // next: what this thread reads when it is done here, brought into the cache in `turns` parts.
@@ -133,12 +118,12 @@ class SimdTeam {
 
   template <class F>
   SELBP_HD Best<T> argmax(int main, int count, F f) const {
-    using Value = typename Register<T>::Value;
-    using Mask = typename Register<T>::Mask;
-    constexpr int kLanes = kVectorBytes / int(sizeof(T));
+    using Value = typename Simd<T>::V;
+    using Mask = typename Simd<T>::I;
+    constexpr int kLanes = Simd<T>::kLanes;
     Value score = Value{} - T(1);
     Mask index = Mask{} - 1, flags = {};
-    const Mask lane = lanes<T>();
+    const Mask lane = lane_numbers<T>();
     columns(main, count, [&](auto j) SELBP_INLINE_LAMBDA {
       auto vote = vote_of(j);
       f(j, vote);
