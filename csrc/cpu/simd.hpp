@@ -175,6 +175,19 @@ SELBP_INLINE void halve(const V& v, Half& low, Half& high) {
   __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
 }
 
+// Both halves as doubles.
+SELBP_INLINE void widen(F32 v, F64& low, F64& high) {
+  Lanes<float, Simd<float>::kLanes / 2>::V first, second;
+  halve(v, first, second);
+#if defined(__AVX512F__)  // of __builtin_convertvector GCC 12 makes two instructions and their joining
+  low = (F64)_mm512_maskz_cvtps_pd(0xff, (__m256)first);
+  high = (F64)_mm512_maskz_cvtps_pd(0xff, (__m256)second);
+#else
+  low = __builtin_convertvector(first, F64);
+  high = __builtin_convertvector(second, F64);
+#endif
+}
+
 template <int kCount, class V>
 SELBP_INLINE double sum_doubles(V v) {
   if constexpr (kCount == 2) {
@@ -190,11 +203,9 @@ SELBP_INLINE double sum(typename Simd<A>::V v) {
   if constexpr (sizeof(A) == sizeof(double)) {
     return sum_doubles<Simd<A>::kLanes>(v);
   } else {
-    constexpr int kHalf = Simd<A>::kLanes / 2;
-    using Wide = typename Lanes<double, kHalf>::V;
-    typename Lanes<float, kHalf>::V low, high;
-    halve(v, low, high);
-    return sum_doubles<kHalf>(__builtin_convertvector(low, Wide) + __builtin_convertvector(high, Wide));
+    F64 low, high;
+    widen(v, low, high);
+    return sum_doubles<Simd<A>::kLanes / 2>(low + high);
   }
 }
 

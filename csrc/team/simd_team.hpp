@@ -1,6 +1,7 @@
 // The team of one CPU thread: loops over columns run in groups of SIMD registers, and sync is nothing.
 #pragma once
 
+#include "matching/matching.hpp"
 #include "team/pack.hpp"
 
 namespace selbp {
@@ -87,7 +88,11 @@ class SimdTeam {
         end_(next_ + bytes),
         part_(bytes / std::size_t(turns) + kLineBytes) {}
 
-  SELBP_HD void turn() {
+  // rows: where this problem's rows come from.
+  explicit SimdTeam(const matching::RowSource* rows) : rows_(rows) {}
+
+  SELBP_HD void turn(int row) {
+    if (rows_ && !rows_->formed[row]) rows_->form(rows_->self, row, likely(row));
     const char* stop = std::size_t(end_ - next_) < part_ ? end_ : next_ + part_;
     for (; next_ < stop; next_ += kLineBytes) __builtin_prefetch(next_, 0, 2);
   }
@@ -117,10 +122,9 @@ class SimdTeam {
   }
 
   template <class F>
-  SELBP_HD Best<T> argmax(int main, int count, F f) const {
+  SELBP_HD Best<T> argmax(int main, int count, F f) {
     using Value = typename Simd<T>::V;
     using Mask = typename Simd<T>::I;
-    constexpr int kLanes = Simd<T>::kLanes;
     Value score = Value{} - T(1);
     Mask index = Mask{} - 1, flags = {};
     const Mask lane = lane_numbers<T>();
@@ -136,16 +140,36 @@ class SimdTeam {
         flags |= (vote.flag.v[r] & 1) | (vote.spoiled.v[r] & 2);
       }
     });
+    if (rows_) {
+      SELBP_LEVEL::store(lane_score_, score);
+      SELBP_LEVEL::store(lane_index_, index);
+    }
     fold<kLanes / 2>(score, index, flags);
     return {score[0], int(index[0]), (flags[0] & 1) != 0, (flags[0] & 2) != 0};
   }
 
   // Whether all entries (i, j) of an (n, n) matrix are finite where there[i] and there[j] are positive; null: all.
   SELBP_HD bool all_finite(const T* matrix, int n, const T* there) const {
+    if (rows_) return true;
     return there ? zero_if_finite<true>(matrix, n, there) == T(0) : zero_if_finite<false>(matrix, n, there) == T(0);
   }
 
  private:
+  static constexpr int kLanes = Simd<T>::kLanes;
+
+  // The best row of the last arg max that is not formed, as far as its lanes tell, apart from `row`; or -1.
+  SELBP_METHOD int likely(int row) const {
+    int best = -1;
+    T score = T(0);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int other = int(lane_index_[lane]);
+      if (!(lane_score_[lane] >= score) || other == row || rows_->formed[other]) continue;
+      score = lane_score_[lane];
+      best = other;
+    }
+    return best;
+  }
+
   template <int lines>
   SELBP_HD static SimdVote<T, lines> vote_of(SimdColumns<T, lines>) {
     return {};
@@ -206,6 +230,9 @@ class SimdTeam {
 
   const char *next_ = nullptr, *end_ = nullptr;
   std::size_t part_ = 0;
+  const matching::RowSource* rows_ = nullptr;  // null: the matrix is there
+  T lane_score_[kLanes];                       // of the last arg max, each lane's best
+  typename Simd<T>::Int lane_index_[kLanes];
 };
 
 }  // namespace SELBP_LEVEL
