@@ -16,6 +16,7 @@
 #include "draw/cpu.hpp"
 #include "gram/cpu.hpp"
 #include "matching/cpu.hpp"
+#include "matching/gradients.hpp"
 #include "mean_gradient/cpu.hpp"
 #include "statistics/cpu.hpp"
 
@@ -159,34 +160,6 @@ void bind_matching(py::module_& m) {
       "buffers: gram, inner, target_sq, valid (0: all), indices, weights, count, residual, status.");
 }
 
-// Memory that stays for the thread's next call, aligned to a cache line: fresh pages would cost a tenth of a selection.
-template <typename T>
-T* kept_scratch(std::size_t count) {
-  constexpr std::size_t kLine = 64;
-  static thread_local std::vector<unsigned char> memory;
-  if (memory.size() < count * sizeof(T) + kLine) memory.resize(count * sizeof(T) + kLine);
-  const auto begin = reinterpret_cast<std::uintptr_t>(memory.data());
-  return reinterpret_cast<T*>((begin + kLine - 1) / kLine * kLine);
-}
-
-struct GradientKernels {
-  template <typename T>
-  static bool gram(T* out, const T* r, const T* h, const selbp::GramShape& shape, bool bias) {
-    const std::int64_t padded = (shape.n + 63) / 64 * 64;
-    T* packed = kept_scratch<T>(static_cast<std::size_t>(padded * (shape.classes + shape.features)));
-    if constexpr (sizeof(T) == sizeof(double))
-      return SELBP_PICK(gram_f64)(out, packed, r, h, shape, bias, 1);
-    else
-      return SELBP_PICK(gram_f32)(out, packed, r, h, shape, bias, 1);
-  }
-  static bool mean(const selbp::GradientFactors<float>& factors, const selbp::MeanGradientOutput<float>& output) {
-    return SELBP_PICK(mean_gradient_f32)(factors, output);
-  }
-  static bool mean(const selbp::GradientFactors<double>& factors, const selbp::MeanGradientOutput<double>& output) {
-    return SELBP_PICK(mean_gradient_f64)(factors, output);
-  }
-};
-
 template <typename T>
 selbp::GradientFactors<T> factors_of(std::uintptr_t r, std::uintptr_t h, const std::array<std::int64_t, 3>& shape,
                                      bool bias) {
@@ -198,30 +171,6 @@ selbp::MeanGradientOutput<T> mean_output(const std::array<std::uintptr_t, 4>& bu
   return {at<T>(buffers[0]), at<T>(buffers[1]), at<T>(buffers[2]), at<T>(buffers[3])};
 }
 
-// From the factors to the rows: Gram matrix, mean gradient, match. False where a number is not finite.
-template <typename T, typename Solve>
-bool match_gradients(Solve solve, const selbp::GradientFactors<T>& factors, const selbp::matching::Options& options,
-                     T* gram, const selbp::MeanGradientOutput<T>& mean, const unsigned char* valid,
-                     std::int64_t* indices, T* weights) {
-  const selbp::GramShape shape{factors.n, factors.classes, factors.width};
-  if (!GradientKernels::gram(gram, factors.residual, factors.features, shape, factors.bias)) return false;
-  if (!GradientKernels::mean(factors, mean)) return false;
-  std::int32_t count = 0;
-  T residual = 0;
-  unsigned char status = 0;
-  const selbp::matching::Problem<T> problem{gram, mean.inner, mean.target_sq, valid};
-  if (!solve(options, problem, {indices, weights, &count, &residual, &status}, 1, 1)) throw std::bad_alloc();
-  std::int64_t spare = 0;  // the first chosen row, else the first valid one, else row 0
-  if (count > 0) {
-    spare = indices[0];
-  } else {
-    while (spare < factors.n && !valid[spare]) ++spare;
-    if (spare == factors.n) spare = 0;
-  }
-  for (int slot = count; slot < options.k; ++slot) indices[slot] = spare;
-  return true;
-}
-
 void bind_mean_gradient(py::module_& m) {
   using Address = std::uintptr_t;
   using Size = std::int64_t;
@@ -230,8 +179,9 @@ void bind_mean_gradient(py::module_& m) {
       [](Address r, Address h, bool is_double, const std::array<Size, 3>& shape, bool bias,
          const std::array<Address, 4>& out) {
         const py::gil_scoped_release released;
-        if (is_double) return GradientKernels::mean(factors_of<double>(r, h, shape, bias), mean_output<double>(out));
-        return GradientKernels::mean(factors_of<float>(r, h, shape, bias), mean_output<float>(out));
+        if (is_double)
+          return selbp::GradientKernels::mean(factors_of<double>(r, h, shape, bias), mean_output<double>(out));
+        return selbp::GradientKernels::mean(factors_of<float>(r, h, shape, bias), mean_output<float>(out));
       },
       "shape: n, classes, width; out: inner, target_sq, head_weight, head_bias.");
   m.def(
@@ -240,7 +190,7 @@ void bind_mean_gradient(py::module_& m) {
         const py::gil_scoped_release released;
         double squares[2];
         double* scratch =
-            kept_scratch<double>(static_cast<std::size_t>(selbp::residual_scratch(k, shape[1], shape[2])));
+            selbp::kept_scratch<double>(static_cast<std::size_t>(selbp::residual_scratch(k, shape[1], shape[2])));
         SELBP_PICK(matching_residual)
         (factors_of<double>(r, h, shape, bias), {at<Size>(indices), at<double>(weights), k}, squares, scratch);
         return std::array<double, 2>{squares[0], squares[1]};
@@ -249,19 +199,16 @@ void bind_mean_gradient(py::module_& m) {
   m.def(
       "match_gradients",
       [](Address r, Address h, bool is_double, const std::array<Size, 3>& shape, bool bias, int k, int rule,
-         bool nonnegative, double ridge, Address gram, const std::array<Address, 4>& mean, Address valid,
-         Address indices, Address weights) {
+         bool nonnegative, double ridge, Address valid, Address indices, Address weights) {
         const py::gil_scoped_release released;
         const selbp::matching::Options options{
             static_cast<int>(shape[0]), k, static_cast<selbp::matching::Rule>(rule), nonnegative, ridge, 0.0};
         const auto* rows = at<unsigned char>(valid);
         if (is_double)
-          return match_gradients<double>(SELBP_PICK(match_f64), factors_of<double>(r, h, shape, bias), options,
-                                         at<double>(gram), mean_output<double>(mean), rows, at<Size>(indices),
-                                         at<double>(weights));
-        return match_gradients<float>(SELBP_PICK(match_f32), factors_of<float>(r, h, shape, bias), options,
-                                      at<float>(gram), mean_output<float>(mean), rows, at<Size>(indices),
-                                      at<float>(weights));
+          return selbp::match_gradients<double>(factors_of<double>(r, h, shape, bias), options, rows, at<Size>(indices),
+                                                at<double>(weights));
+        return selbp::match_gradients<float>(factors_of<float>(r, h, shape, bias), options, rows, at<Size>(indices),
+                                             at<float>(weights));
       },
       "False where a number is not finite; indices and weights are then unset.");
 }

@@ -86,8 +86,6 @@ def match_gradients(
     rule: int,
     nonnegative: bool,
     ridge: float,
-    gram: int,
-    mean: tuple[int, int, int, int],
     valid: int,
     indices: int,
     weights: int,

@@ -8,7 +8,7 @@
 #include "gram/cpu.hpp"
 
 #include "cpu/parallel.hpp"
-#include "cpu/vector.hpp"
+#include "cpu/simd.hpp"
 
 #if defined(SELBP_BFLOAT16_PRODUCTS) && defined(__AVX512F__)
 #define SELBP_BFLOAT16_KERNEL
@@ -24,32 +24,17 @@ constexpr std::int64_t kTerms = 128;  // of two strips: 64 KiB in float32, read 
 
 inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
-template <typename T>
-struct Vector {
-  typedef T type __attribute__((vector_size(kCorner * sizeof(T))));
-};
-
 #if defined(__clang__)
 #define SELBP_INTERLEAVE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define SELBP_INTERLEAVE(a, b, ...) __builtin_shuffle(a, b, typename Mask<T>::type{__VA_ARGS__})
-template <typename T>
-struct Mask;
-template <>
-struct Mask<float> {
-  typedef std::int32_t type __attribute__((vector_size(kCorner * 4)));
-};
-template <>
-struct Mask<double> {
-  typedef std::int64_t type __attribute__((vector_size(kCorner * 8)));
-};
+#define SELBP_INTERLEAVE(a, b, ...) __builtin_shuffle(a, b, decltype(a > b){__VA_ARGS__})
 #endif
 
 // Interleaving row i with row i + 4, three times over, is a transposition: each pass rotates the 3 + 3 bits of
 // (row, column) by one place.
 template <typename T>
 inline void transpose_corner(T* turned, const T* block, std::int64_t stride) {
-  using V = typename Vector<T>::type;
+  using V = typename Lanes<T, kCorner>::V;
   V rows[kCorner], mixed[kCorner];
   for (int i = 0; i < kCorner; ++i) __builtin_memcpy(&rows[i], block + i * stride, sizeof(V));
   for (int pass = 0; pass < 3; ++pass) {
@@ -66,9 +51,17 @@ inline void transpose_corner(T* turned, const T* block, std::int64_t stride) {
 template <typename T>
 void transpose(T* turned, const T* block, std::int64_t stride, std::int64_t i_count, std::int64_t j_count) {
   const std::int64_t i_whole = i_count - i_count % kCorner, j_whole = j_count - j_count % kCorner;
-  for (std::int64_t j = 0; j < j_whole; j += kCorner)
-    for (std::int64_t i = 0; i < i_whole; i += kCorner)
-      transpose_corner(turned + j * kBlock + i, block + i * stride + j, stride);
+  const auto corner = [&](std::int64_t i, std::int64_t j) {
+    if (i < i_whole && j < j_whole) transpose_corner(turned + j * kBlock + i, block + i * stride + j, stride);
+  };
+  // Four corners at a time: rows often lie a power of two apart, where the cache keeps few of their lines.
+  for (std::int64_t i = 0; i < i_whole; i += 2 * kCorner)
+    for (std::int64_t j = 0; j < j_whole; j += 2 * kCorner) {
+      corner(i, j);
+      corner(i + kCorner, j);
+      corner(i, j + kCorner);
+      corner(i + kCorner, j + kCorner);
+    }
   for (std::int64_t j = 0; j < j_count; ++j)
     for (std::int64_t i = j < j_whole ? i_whole : 0; i < i_count; ++i) turned[j * kBlock + i] = block[i * stride + j];
 }
@@ -218,6 +211,106 @@ bool gram_of(T* out, typename Product::Term* packed, const typename Product::Ter
   return finite.held();
 }
 
+// totals[a][b] = sum_k left[a][k] right[k, lanes of b], stretch by stretch as `multiply` sums.
+template <class T, int kRows, int kVectors>
+SELBP_INLINE void multiply_rows(typename Simd<T>::V (&totals)[kRows][kVectors], const T* const (&left)[kRows],
+                                const T* right, std::int64_t terms) {
+  for (std::int64_t first = 0; first == 0 || first < terms; first += kTerms) {
+    typename Simd<T>::V sums[kRows][kVectors] = {};
+    const std::int64_t end = least(first + kTerms, terms);
+    for (std::int64_t k = first; k < end; ++k) {
+#pragma GCC unroll 4
+      for (int b = 0; b < kVectors; ++b) {
+        const auto values = load(right + k * kBlock + b * Simd<T>::kLanes);
+#pragma GCC unroll 2
+        for (int a = 0; a < kRows; ++a) sums[a][b] = fma(splat(left[a][k]), values, sums[a][b]);
+      }
+    }
+#pragma GCC unroll 2
+    for (int a = 0; a < kRows; ++a)
+#pragma GCC unroll 4
+      for (int b = 0; b < kVectors; ++b) totals[a][b] = first ? totals[a][b] + sums[a][b] : sums[a][b];
+  }
+}
+
+template <class T, int kRows>
+void form_rows(T* out, const GramRows<T>& of, const std::int64_t (&rows)[kRows]) {
+  constexpr int kLanes = Simd<T>::kLanes, kVectors = 4, kWidth = kVectors * kLanes;
+  const std::int64_t n = of.shape.n, classes = of.shape.classes, features = of.shape.features;
+  const T* packed_h = of.packed + (n + kBlock - 1) / kBlock * kBlock * classes;
+  const T *r[kRows], *h[kRows];
+  for (int a = 0; a < kRows; ++a) {
+    r[a] = of.r + rows[a] * classes;
+    h[a] = of.h + rows[a] * features;
+  }
+  for (std::int64_t column = 0; column < n; column += kWidth) {
+    const std::int64_t strip = column / kBlock * kBlock, inside = column - strip;
+    typename Simd<T>::V by_class[kRows][kVectors] = {}, by_feature[kRows][kVectors] = {};
+    multiply_rows<T, kRows, kVectors>(by_class, r, of.packed + strip * classes + inside, classes);
+    multiply_rows<T, kRows, kVectors>(by_feature, h, packed_h + strip * features + inside, features);
+    for (int a = 0; a < kRows; ++a) {
+      T* place = out + rows[a] * n + column;
+      alignas(64) T part[kWidth];
+      T* const to = column + kWidth <= n ? place : part;
+      for (int b = 0; b < kVectors; ++b) store(to + b * kLanes, by_class[a][b] * (by_feature[a][b] + of.bias));
+      if (to == part) __builtin_memcpy(place, part, static_cast<std::size_t>(n - column) * sizeof(T));
+    }
+  }
+}
+
+template <class T>
+void form_two(T* out, const GramRows<T>& of, std::int64_t row, std::int64_t other) {
+  if (other < 0)
+    form_rows<T, 1>(out, of, {row});
+  else
+    form_rows<T, 2>(out, of, {row, other});
+}
+
+// The sums of squares of kBlock rows, in the order of `multiply`.
+template <class T>
+SELBP_INLINE void strip_squares(T* squares, const T* strip, std::int64_t terms) {
+  constexpr int kLanes = Simd<T>::kLanes, kVectors = 4;
+  for (std::int64_t i = 0; i < kBlock; i += kVectors * kLanes) {
+    typename Simd<T>::V totals[kVectors] = {};
+    for (std::int64_t first = 0; first < terms; first += kTerms) {
+      typename Simd<T>::V sums[kVectors] = {};
+      const std::int64_t end = least(first + kTerms, terms);
+      for (std::int64_t k = first; k < end; ++k) {
+#pragma GCC unroll 4
+        for (int b = 0; b < kVectors; ++b) {
+          const auto x = load(strip + k * kBlock + i + b * kLanes);
+          sums[b] = fma(x, x, sums[b]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int b = 0; b < kVectors; ++b) totals[b] = first ? totals[b] + sums[b] : sums[b];
+    }
+    for (int b = 0; b < kVectors; ++b) store(squares + i + b * kLanes, totals[b]);
+  }
+}
+
+template <class T>
+bool diagonal_of(T* out, const GramRows<T>& of, T* packed) {
+  const auto [n, classes, features] = of.shape;
+  const std::int64_t blocks = (n + kBlock - 1) / kBlock;
+  T* packed_h = packed + blocks * kBlock * classes;
+  pack(packed, of.r, n, classes, 1);
+  pack(packed_h, of.h, n, features, 1);
+  constexpr T kLarge = (sizeof(T) == sizeof(float) ? T(__FLT_MAX__) : T(__DBL_MAX__)) / 2;
+  bool finite = true;
+  for (std::int64_t first = 0; first < n; first += kBlock) {
+    T r_sq[kBlock], h_sq[kBlock];
+    strip_squares(r_sq, packed + first * classes, classes);
+    strip_squares(h_sq, packed_h + first * features, features);
+    for (std::int64_t i = 0; i < least(kBlock, n - first); ++i) {
+      const T square = r_sq[i] * (h_sq[i] + of.bias);
+      out[(first + i) * (n + 1)] = square;
+      finite = finite && square <= kLarge;
+    }
+  }
+  return finite;
+}
+
 // Eight partial sums in a fixed order, so that the result does not depend on the vector width or the thread count.
 template <typename T>
 double dot(const T* a, const T* b, std::int64_t count) {
@@ -251,6 +344,14 @@ bool gram_bf16(float* out, float* packed, const float* r, const float* h, GramSh
   return gram_of<Pairs>(out, packed, r, h, shape, bias, n_threads);
 }
 #endif
+bool gram_diagonal_f32(float* out, const GramRows<float>& of, float* packed) { return diagonal_of(out, of, packed); }
+bool gram_diagonal_f64(double* out, const GramRows<double>& of, double* packed) { return diagonal_of(out, of, packed); }
+void gram_rows_f32(float* out, const GramRows<float>& of, std::int64_t row, std::int64_t other) {
+  form_two(out, of, row, other);
+}
+void gram_rows_f64(double* out, const GramRows<double>& of, std::int64_t row, std::int64_t other) {
+  form_two(out, of, row, other);
+}
 void row_dots_f32(double* sums, const float* a, const float* b, std::int64_t rows, std::int64_t columns,
                   int n_threads) {
   dots_of(sums, a, b, rows, columns, n_threads);

@@ -12,6 +12,14 @@ struct GramShape {
   std::int64_t n, classes, features;
 };
 
+// The factors of a Gram matrix that is formed row by row; `packed` as in gram_f32.
+template <class T>
+struct GramRows {
+  const T *r, *h, *packed;
+  GramShape shape;
+  T bias;
+};
+
 SELBP_DECLARE_LEVELS(
     // out (n, n) = (r r^T) o (h h^T + bias), symmetric bit for bit; all contiguous. `packed` is scratch for (classes +
     // features) x n rounded up to a multiple of 64. Returns whether the diagonal is finite.
@@ -19,6 +27,13 @@ SELBP_DECLARE_LEVELS(
                   int n_threads);
     bool gram_f64(double* out, double* packed, const double* r, const double* h, GramShape shape, double bias,
                   int n_threads);
+    // Fills `packed`, which is what of.packed points to, and the diagonal of `out` (n, n). Whether every entry of the
+    // matrix is finite: by Cauchy-Schwarz, where none of the diagonal exceeds half of the largest number.
+    bool gram_diagonal_f32(float* out, const GramRows<float>& of, float* packed);
+    bool gram_diagonal_f64(double* out, const GramRows<double>& of, double* packed);
+    // Row `row`, and row `other` where it is not -1, in their places in `out` (n, n): the numbers that `gram` gives.
+    void gram_rows_f32(float* out, const GramRows<float>& of, std::int64_t row, std::int64_t other);
+    void gram_rows_f64(double* out, const GramRows<double>& of, std::int64_t row, std::int64_t other);
     // sums[i] = sum_j a_ij b_ij in float64; both (rows, columns), contiguous.
     void row_dots_f32(double* sums, const float* a, const float* b, std::int64_t rows, std::int64_t columns,
                       int n_threads);

@@ -44,31 +44,59 @@ constexpr std::size_t kFetch = std::size_t(256) << 10;  // bytes of the next pro
 
 std::size_t whole_pages(std::size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
 
+// The bytes of one problem, and where its parts begin.
+template <class T>
+struct Room {
+  using Team = SimdTeam<T>;
+  const Shape<T, Team::kPanel> shape;
+  const int lookahead;
+  const std::size_t arrays, tableau, bytes;
+
+  explicit Room(const Options& options)
+      : shape(options.n, options.k),
+        lookahead(shape.tableau_bytes() > options.near_bytes ? Team::kLookahead : 0),
+        arrays(whole_pages(shape.array_bytes())),
+        tableau(whole_pages(shape.tableau_bytes())),
+        bytes(arrays + tableau + whole_pages(shape.shelf_bytes(lookahead, Team::kShelf))) {}
+
+  void solve(Team& team, const Options& options, const Problem<T>& problem, const Answer<T>& answer,
+             char* memory) const {
+    const Workspace<T, Team::kPanel> work(shape, memory, memory + arrays, memory + arrays + tableau, lookahead,
+                                          Team::kShelf);
+    Engine<Team, T>(team, options, problem, work).solve(answer);
+  }
+};
+
+template <class T>
+bool solve_rows(Options options, const Problem<T>& problem, const Answer<T>& answer, const matching::RowSource& rows) {
+  options.near_bytes = std::size_t(-1);  // lookahead would read rows that are not formed
+  const Room<T> room(options);
+  char* memory = arena.reserve(room.bytes);
+  if (!memory) return false;
+  SimdTeam<T> team(&rows);
+  room.solve(team, options, problem, answer, memory);
+  arena.trim();
+  return true;
+}
+
 template <class T>
 bool solve_all(const Options& options, const Problem<T>& problems, const Answer<T>& answers, std::int64_t batch,
                int threads) {
-  using Team = SimdTeam<T>;
-  const Shape<T, Team::kPanel> shape(options.n, options.k);
-  const bool far = shape.tableau_bytes() > options.near_bytes;
-  const int lookahead = far ? Team::kLookahead : 0;
-  const std::size_t arrays = whole_pages(shape.array_bytes()), tableau = whole_pages(shape.tableau_bytes());
-  const std::size_t bytes = arrays + tableau + whole_pages(shape.shelf_bytes(lookahead, Team::kShelf));
+  const Room<T> room(options);
   const std::size_t n = std::size_t(options.n), k = std::size_t(options.k);
   const std::size_t gram = n * n * sizeof(T), fetched = gram <= kFetch ? gram : 0;
   const std::int64_t spread = batch / (16 * std::int64_t(threads)), chunk = spread < 1 ? 1 : spread > 16 ? 16 : spread;
   AllOf enough;
   parallel_for(batch, threads, chunk, [&](std::int64_t at) {
-    char* memory = arena.reserve(bytes);
+    char* memory = arena.reserve(room.bytes);
     if (!memory) return enough.lower();
     const std::size_t i = std::size_t(at);
-    const Workspace<T, Team::kPanel> work(shape, memory, memory + arrays, memory + arrays + tableau, lookahead,
-                                          Team::kShelf);
     const Problem<T> problem{problems.gram + i * n * n, problems.inner + i * n, problems.target_sq + i,
                              problems.valid ? problems.valid + i * n : nullptr};
     const Answer<T> answer{answers.indices + i * k, answers.weights + i * k, answers.count + i, answers.residual + i,
                            answers.status + i};
-    Team team(problem.gram + n * n, at + 1 < batch ? fetched : 0, shape.rows + 1);
-    Engine<Team, T>(team, options, problem, work).solve(answer);
+    SimdTeam<T> team(problem.gram + n * n, at + 1 < batch ? fetched : 0, room.shape.rows + 1);
+    room.solve(team, options, problem, answer, memory);
     arena.trim();
   });
   return enough.held();
@@ -83,6 +111,15 @@ bool match_f32(const Options& options, const Problem<float>& problems, const Ans
 bool match_f64(const Options& options, const Problem<double>& problems, const Answer<double>& answers,
                std::int64_t batch, int threads) {
   return solve_all(options, problems, answers, batch, threads);
+}
+
+bool match_rows_f32(const Options& options, const Problem<float>& problem, const Answer<float>& answer,
+                    const matching::RowSource& rows) {
+  return solve_rows(options, problem, answer, rows);
+}
+bool match_rows_f64(const Options& options, const Problem<double>& problem, const Answer<double>& answer,
+                    const matching::RowSource& rows) {
+  return solve_rows(options, problem, answer, rows);
 }
 
 }  // namespace SELBP_LEVEL

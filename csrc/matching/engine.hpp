@@ -99,7 +99,7 @@ class Engine {
       if (tolerance > T(0) && objective_ <= tolerance * tolerance * target_sq_) return Status::tolerance;
       if (best.index < 0) return Status::optimal;
       if (appends == 3 * options_.k + 16) return Status::iterations;
-      team_.turn();
+      team_.turn(best.index);
       best = append(best.index);
       if (best.spoiled) return Status::invalid;  // what came was not positive semidefinite, and overflowed
       if (best.flag) {

@@ -39,5 +39,13 @@ struct Answer {
   unsigned char* status;  // () a Status
 };
 
+// Rows of a Gram matrix that are formed when the solver comes to read them (CPU). Its diagonal is there from the start,
+// and the caller has seen to it that no entry can fail to be finite.
+struct RowSource {
+  void (*form)(void* self, int row, int likely);  // `row`; and `likely`, -1 or a guess at one of the next
+  void* self;
+  const unsigned char* formed;  // (n,) which rows are there
+};
+
 }  // namespace matching
 }  // namespace selbp

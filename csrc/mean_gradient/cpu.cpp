@@ -1,7 +1,7 @@
 // The small mean gradient for one x86-64 level.
 #include "mean_gradient/cpu.hpp"
 
-#include "cpu/vector.hpp"
+#include "cpu/simd.hpp"
 
 namespace selbp {
 namespace SELBP_LEVEL {
@@ -28,11 +28,11 @@ SELBP_INLINE void combine_tile(T* out, const Combination<T>& of, std::int64_t fi
 #pragma GCC unroll 2
     for (int b = 0; b < kVectors; ++b) {
       const auto values = load(row + b * kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int a = 0; a < kClasses; ++a) sums[a][b] = fma(splat(coefficient[a]), values, sums[a][b]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int a = 0; a < kClasses; ++a)
 #pragma GCC unroll 2
     for (int b = 0; b < kVectors; ++b)
@@ -62,7 +62,7 @@ void combine_classes(T* out, const Combination<T>& of, std::int64_t first_class)
 
 template <class T>
 void combine(T* out, const Combination<T>& of) {
-  constexpr std::int64_t kMost = kVectorBytes == 64 ? 8 : 4;  // classes whose sums fit in the registers
+  constexpr std::int64_t kMost = kVectorBytes == 64 ? 12 : 4;  // classes whose sums fit in the registers
   const std::int64_t parts = (of.classes + kMost - 1) / kMost;
   for (std::int64_t part = 0; part < parts; ++part) {
     const std::int64_t first = of.classes * part / parts, last = of.classes * (part + 1) / parts;
@@ -74,7 +74,11 @@ void combine(T* out, const Combination<T>& of) {
       case 5: combine_classes<T, 5>(out, of, first); break;
       case 6: combine_classes<T, 6>(out, of, first); break;
       case 7: combine_classes<T, 7>(out, of, first); break;
-      default: combine_classes<T, 8>(out, of, first); break;
+      case 8: combine_classes<T, 8>(out, of, first); break;
+      case 9: combine_classes<T, 9>(out, of, first); break;
+      case 10: combine_classes<T, 10>(out, of, first); break;
+      case 11: combine_classes<T, 11>(out, of, first); break;
+      default: combine_classes<T, 12>(out, of, first); break;
     }
   }
 }
@@ -89,10 +93,10 @@ struct Doubles {
     if constexpr (kParts == 1) {
       part[0] += v;
     } else {
-      typename Lanes<float, Simd<float>::kLanes / 2>::V low, high;
-      halve(v, low, high);
-      part[0] += __builtin_convertvector(low, F64);
-      part[1] += __builtin_convertvector(high, F64);
+      F64 low, high;
+      widen(v, low, high);
+      part[0] += low;
+      part[1] += high;
     }
   }
   SELBP_INLINE double total() const {
@@ -102,24 +106,26 @@ struct Doubles {
   }
 };
 
-// r_i M in kVectors vectors of columns, times h_i: their sum, one for each of kRows rows.
+// r_i M in kVectors vectors of columns, times h_i: their sum, one for each of kRows rows. A function by itself:
+// inlined, the sums would not all stay in registers.
 template <class T, int kRows, int kVectors>
-SELBP_INLINE void add_inner(Doubles<T> (&dots)[kRows], const GradientFactors<T>& of, const T* r, const T* h,
-                            const T* mean) {
+__attribute__((noinline)) void add_inner(Doubles<T> (&dots)[kRows], const GradientFactors<T>& of, const T* r,
+                                         const T* h, const T* mean) {
   constexpr int kLanes = Simd<T>::kLanes;
   typename Simd<T>::V along[kRows][kVectors] = {};
   for (std::int64_t c = 0; c < of.classes; ++c) {
-#pragma GCC unroll 2
-    for (int b = 0; b < kVectors; ++b) {
-      const auto weight = load(mean + c * of.width + b * kLanes);
+    const T* weights = mean + c * of.width;
 #pragma GCC unroll 8
-      for (int a = 0; a < kRows; ++a) along[a][b] = fma(splat(r[a * of.classes + c]), weight, along[a][b]);
-    }
+    for (int a = 0; a < kRows; ++a)
+#pragma GCC unroll 4
+      for (int b = 0; b < kVectors; ++b)
+        along[a][b] = fma(splat(r[a * of.classes + c]), load(weights + b * kLanes), along[a][b]);
   }
 #pragma GCC unroll 8
   for (int a = 0; a < kRows; ++a) {
     auto products = along[a][0] * load(h + a * of.width);
-    if constexpr (kVectors == 2) products = fma(along[a][1], load(h + a * of.width + kLanes), products);
+#pragma GCC unroll 4
+    for (int b = 1; b < kVectors; ++b) products = fma(along[a][b], load(h + a * of.width + b * kLanes), products);
     dots[a].add(products);
   }
 }
@@ -129,10 +135,11 @@ template <class T, int kRows>
 SELBP_INLINE void inner_rows(double* sums, const GradientFactors<T>& of, const T* mean, std::int64_t first) {
   constexpr std::int64_t kLanes = Simd<T>::kLanes;
   const T *r = of.residual + first * of.classes, *h = of.features + first * of.width;
+  constexpr int kWide = kVectorBytes == 64 ? 4 : 2;  // vectors whose sums fit in the registers
   Doubles<T> dots[kRows];
   std::int64_t column = 0;
-  for (; column + 2 * kLanes <= of.width; column += 2 * kLanes)
-    add_inner<T, kRows, 2>(dots, of, r, h + column, mean + column);
+  for (; column + kWide * kLanes <= of.width; column += kWide * kLanes)
+    add_inner<T, kRows, kWide>(dots, of, r, h + column, mean + column);
   for (; column + kLanes <= of.width; column += kLanes) add_inner<T, kRows, 1>(dots, of, r, h + column, mean + column);
   for (int a = 0; a < kRows; ++a) {
     sums[a] = dots[a].total();

@@ -8,6 +8,7 @@
 #include "statistics/rows.hpp"
 
 namespace selbp {
+namespace SELBP_LEVEL {
 namespace {
 
 constexpr int kHeadLanes = Simd<float>::kLanes;
@@ -68,4 +69,5 @@ SELBP_INLINE HeadState head_sums(const float* logits, int64_t stride, const floa
 }
 
 }  // namespace
+}  // namespace SELBP_LEVEL
 }  // namespace selbp

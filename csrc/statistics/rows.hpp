@@ -1,13 +1,14 @@
-// How the kernels of this family walk a row of logits; included by per-level cpu.cpp files only (see cpu/vector.hpp).
+// How the kernels of this family walk a row of logits; included by per-level cpu.cpp files only (see cpu/simd.hpp).
 //
 // A row is walked in chunks of one vector. Only the chunk that holds the target and the ragged last one (the edges)
 // mask lanes; every other chunk runs unmasked.
 #pragma once
 
-#include "cpu/vector.hpp"
+#include "cpu/exp.hpp"
 #include "statistics/cpu.hpp"
 
 namespace selbp {
+namespace SELBP_LEVEL {
 namespace {
 
 constexpr int64_t kBlock = 2048;  // columns per block: it stays in L1 between the maximum and the sums, and short
@@ -114,4 +115,5 @@ void dispatch(Type type, const LossOptions& options, Body&& body) {
 }
 
 }  // namespace
+}  // namespace SELBP_LEVEL
 }  // namespace selbp

@@ -91,7 +91,7 @@ class ThreadTeam {
  public:
   static constexpr int kPanel = kWarp, kLookahead = 0, kShelf = 0;
 
-  SELBP_HD void turn() const {}
+  SELBP_HD void turn(int) const {}
 
   template <class F>
   SELBP_HD void columns(int, int count, F f) const {

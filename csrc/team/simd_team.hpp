@@ -1,17 +1,11 @@
 // The team of one CPU thread: loops over columns run in groups of SIMD registers, and sync is nothing.
 #pragma once
 
-#include "team/simd.hpp"
+#include "matching/matching.hpp"
+#include "team/pack.hpp"
 
 namespace selbp {
 namespace SELBP_LEVEL {
-
-template <class T>
-SELBP_HD typename Register<T>::Mask lanes() {  // 0, 1, 2 ..
-  typename Register<T>::Mask lane;
-  for (int i = 0; i < kVectorBytes / int(sizeof(T)); ++i) lane[i] = i;
-  return lane;
-}
 
 // Columns [first, first + lines * 64 bytes). Arrays of columns are 64-byte aligned and padded to whole lines.
 template <class T, int lines>
@@ -28,14 +22,12 @@ struct SimdColumns {
   SELBP_HD Value load(const T* array) const {
     Value out;
 #pragma GCC unroll 32
-    for (int r = 0; r < Value::kRegisters; ++r)
-      out.v[r] = *reinterpret_cast<const typename Register<T>::Unaligned*>(array + first + r * Value::kLanes);
+    for (int r = 0; r < Value::kRegisters; ++r) out.v[r] = SELBP_LEVEL::load(array + first + r * Value::kLanes);
     return out;
   }
   SELBP_HD void store(T* array, Value value) const {
 #pragma GCC unroll 32
-    for (int r = 0; r < Value::kRegisters; ++r)
-      *reinterpret_cast<typename Register<T>::Unaligned*>(array + first + r * Value::kLanes) = value.v[r];
+    for (int r = 0; r < Value::kRegisters; ++r) SELBP_LEVEL::store(array + first + r * Value::kLanes, value.v[r]);
   }
 
   // A row that ends at column `end`, somewhere inside the group perhaps: what lies beyond reads as 0.
@@ -52,8 +44,7 @@ struct SimdColumns {
     const std::size_t stride = std::size_t(panels.height) * kPanel;
 #pragma GCC unroll 32
     for (int r = 0; r < Value::kRegisters; ++r)
-      out.v[r] = *reinterpret_cast<const typename Register<T>::Unaligned*>(line + std::size_t(r / kPerLine) * stride +
-                                                                           r % kPerLine * Value::kLanes);
+      out.v[r] = SELBP_LEVEL::load(line + std::size_t(r / kPerLine) * stride + r % kPerLine * Value::kLanes);
     return out;
   }
   SELBP_HD void store(Panels<T, kPanel> panels, int row, Value value) const {
@@ -61,14 +52,13 @@ struct SimdColumns {
     const std::size_t stride = std::size_t(panels.height) * kPanel;
 #pragma GCC unroll 32
     for (int r = 0; r < Value::kRegisters; ++r)
-      *reinterpret_cast<typename Register<T>::Unaligned*>(line + std::size_t(r / kPerLine) * stride +
-                                                          r % kPerLine * Value::kLanes) = value.v[r];
+      SELBP_LEVEL::store(line + std::size_t(r / kPerLine) * stride + r % kPerLine * Value::kLanes, value.v[r]);
   }
 
   // value + amount, in one column alone
   SELBP_HD Value add_at(Value value, int column, T amount) const {
     if (contains(column)) {
-      const typename Register<T>::Mask lane = lanes<T>();
+      const typename Simd<T>::I lane = lane_numbers<T>();
 #pragma GCC unroll 32
       for (int r = 0; r < Value::kRegisters; ++r)
         value.v[r] = lane == column - first - r * Value::kLanes ? value.v[r] + amount : value.v[r];
@@ -89,11 +79,7 @@ class SimdTeam {
   static constexpr int kPanel = kLineBytes / int(sizeof(T));
   // Lookahead (matching/engine.hpp): rows formed in one pass at most, and rows that are kept for later.
   static constexpr int kLookahead = 4, kShelf = 32;
-#if defined(__AVX512F__)
-  static constexpr int kLookaheadLines = 16;  // lines of sums that fit in registers
-#else
-  static constexpr int kLookaheadLines = 4;
-#endif
+  static constexpr int kLookaheadLines = kVectorBytes == 64 ? 16 : 4;  // lines of sums that fit in registers
 
   SimdTeam() = default;
   // next: what this thread reads when it is done here, brought into the cache in `turns` parts.
@@ -102,7 +88,11 @@ class SimdTeam {
         end_(next_ + bytes),
         part_(bytes / std::size_t(turns) + kLineBytes) {}
 
-  SELBP_HD void turn() {
+  // rows: where this problem's rows come from.
+  explicit SimdTeam(const matching::RowSource* rows) : rows_(rows) {}
+
+  SELBP_HD void turn(int row) {
+    if (rows_ && !rows_->formed[row]) rows_->form(rows_->self, row, likely(row));
     const char* stop = std::size_t(end_ - next_) < part_ ? end_ : next_ + part_;
     for (; next_ < stop; next_ += kLineBytes) __builtin_prefetch(next_, 0, 2);
   }
@@ -132,13 +122,12 @@ class SimdTeam {
   }
 
   template <class F>
-  SELBP_HD Best<T> argmax(int main, int count, F f) const {
-    using Value = typename Register<T>::Value;
-    using Mask = typename Register<T>::Mask;
-    constexpr int kLanes = kVectorBytes / int(sizeof(T));
+  SELBP_HD Best<T> argmax(int main, int count, F f) {
+    using Value = typename Simd<T>::V;
+    using Mask = typename Simd<T>::I;
     Value score = Value{} - T(1);
     Mask index = Mask{} - 1, flags = {};
-    const Mask lane = lanes<T>();
+    const Mask lane = lane_numbers<T>();
     columns(main, count, [&](auto j) SELBP_INLINE_LAMBDA {
       auto vote = vote_of(j);
       f(j, vote);
@@ -151,16 +140,36 @@ class SimdTeam {
         flags |= (vote.flag.v[r] & 1) | (vote.spoiled.v[r] & 2);
       }
     });
+    if (rows_) {
+      SELBP_LEVEL::store(lane_score_, score);
+      SELBP_LEVEL::store(lane_index_, index);
+    }
     fold<kLanes / 2>(score, index, flags);
     return {score[0], int(index[0]), (flags[0] & 1) != 0, (flags[0] & 2) != 0};
   }
 
   // Whether all entries (i, j) of an (n, n) matrix are finite where there[i] and there[j] are positive; null: all.
   SELBP_HD bool all_finite(const T* matrix, int n, const T* there) const {
+    if (rows_) return true;
     return there ? zero_if_finite<true>(matrix, n, there) == T(0) : zero_if_finite<false>(matrix, n, there) == T(0);
   }
 
  private:
+  static constexpr int kLanes = Simd<T>::kLanes;
+
+  // The best row of the last arg max that is not formed, as far as its lanes tell, apart from `row`; or -1.
+  SELBP_METHOD int likely(int row) const {
+    int best = -1;
+    T score = T(0);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int other = int(lane_index_[lane]);
+      if (!(lane_score_[lane] >= score) || other == row || rows_->formed[other]) continue;
+      score = lane_score_[lane];
+      best = other;
+    }
+    return best;
+  }
+
   template <int lines>
   SELBP_HD static SimdVote<T, lines> vote_of(SimdColumns<T, lines>) {
     return {};
@@ -221,6 +230,9 @@ class SimdTeam {
 
   const char *next_ = nullptr, *end_ = nullptr;
   std::size_t part_ = 0;
+  const matching::RowSource* rows_ = nullptr;  // null: the matrix is there
+  T lane_score_[kLanes];                       // of the last arg max, each lane's best
+  typename Simd<T>::Int lane_index_[kLanes];
 };
 
 }  // namespace SELBP_LEVEL

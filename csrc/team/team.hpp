@@ -9,7 +9,7 @@
 //   team.argmax(main, count, f)    columns, where f(j, vote) proposes vote.score >= 0 and may raise vote.flag and
 //                                  vote.spoiled; returns the greatest score, the lowest column that has it, and
 //                                  whether any column was flagged or spoiled
-//   team.turn()                    once per iteration: a chance to fetch what comes after this problem
+//   team.turn(row)                 before `row` joins: a chance to form it, or to fetch what comes after this problem
 //   team.sync()                    everything written before is seen by every thread after
 //
 // `j` stands for the columns that a thread handles at once: one on a GPU, a group of SIMD registers on a CPU. It loads

@@ -1,12 +1,10 @@
 """From the factors of the per-sample gradients to rows and weights: Gram matrix, mean gradient and match in one call.
 
 Three operators and what fills the spare slots, in turn; of a small minibatch on the CPU one native call, for there the
-calls themselves take longer than the sums.
+calls themselves take longer than the sums. Where few rows are chosen it forms only the Gram matrix's rows of these.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,20 +24,24 @@ from selbp.ops.gram import gradient_gram
 from selbp.ops.matching import RULES, match
 from selbp.ops.mean_gradient import is_small, mean_gradient
 from selbp.reference.sampling import fill_spare
-from selbp.types import MeanGradient
 
 _ROWS = 256  # above, the Gram matrix is worth the threads that it has by itself
+_PACKED = 1 << 20  # numbers in the factors; in whole blocks of rows they stay in the cache
 
-_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-
-class MatchedGradients(NamedTuple):
-    """The rows and weights that match the mean gradient, and what they were found from."""
-
-    indices: Tensor  # (k,) int64; spare slots repeat the first chosen row, or the first valid one, or row 0
-    weights: Tensor  # (k,); 0 in spare slots
-    gram: Tensor  # (n, n)
-    mean: MeanGradient
+def in_one_call(residual: Tensor, features: Tensor, valid: Tensor, k: int) -> bool:
+    """Whether one native call takes factors (n, C) and (n, d) of the rows ``valid`` (n,), and keeps no Gram matrix."""
+    if not (isinstance(residual, Tensor) and isinstance(features, Tensor) and residual.dim() == features.dim() == 2):
+        return False
+    (n, n_classes), width = residual.shape, features.shape[1]
+    return (
+        0 < n <= _ROWS
+        and n == features.shape[0] == valid.shape[0]
+        and 0 < k
+        and is_small(n, n_classes, width)
+        and (n_classes + width) * max(n, 64) <= _PACKED
+        and residual.dtype != torch.bfloat16  # whose Gram matrix has a kernel of its own
+    )
 
 
 def match_gradients(
@@ -52,13 +54,13 @@ def match_gradients(
     rule: str,
     ridge: float,
     nonnegative: bool,
-) -> MatchedGradients:
-    """:func:`gradient_gram`, :func:`mean_gradient` and :func:`match` of the same factors, each as it is by itself."""
-    found = _match_gradients(residual, features, valid, bias, k, rule, ridge, nonnegative)
-    indices, weights, gram, inner, target_sq, head_weight, head_bias = found
-    return MatchedGradients(
-        indices, weights, gram, MeanGradient(inner, target_sq, head_weight, head_bias if bias else None)
-    )
+) -> tuple[Tensor, Tensor]:
+    """Rows (k,) int64 and weights (k,): :func:`match` of the factors' own Gram matrix and mean gradient.
+
+    Spare slots have weight 0 and repeat the first chosen row, or the first valid one, or row 0.
+    """
+    indices, weights = _match_gradients(residual, features, valid, bias, k, rule, ridge, nonnegative)
+    return indices, weights
 
 
 def _check(
@@ -76,26 +78,22 @@ def _check(
 
 def _fake(
     residual: Tensor, features: Tensor, valid: Tensor, bias: bool, k: int, rule: str, ridge: float, nonnegative: bool
-) -> _Outputs:
-    (n, n_classes), width = residual.shape, features.shape[1]
-    dtype = accumulate_dtype(residual.dtype)
-    shapes = ((k,), (n, n), (n,), (), (n_classes, width), (n_classes if bias else 0,))
-    weights, gram, inner, target_sq, head_weight, head_bias = (residual.new_empty(s, dtype=dtype) for s in shapes)
-    return residual.new_empty(k, dtype=torch.int64), weights, gram, inner, target_sq, head_weight, head_bias
+) -> tuple[Tensor, Tensor]:
+    return residual.new_empty(k, dtype=torch.int64), residual.new_empty(k, dtype=accumulate_dtype(residual.dtype))
 
 
 def _composed(
     residual: Tensor, features: Tensor, valid: Tensor, bias: bool, k: int, rule: str, ridge: float, nonnegative: bool
-) -> _Outputs:
+) -> tuple[Tensor, Tensor]:
     gram, mean = gradient_gram(residual, features, bias=bias), mean_gradient(residual, features, bias=bias)
     found = match(gram, mean.inner, mean.target_sq, k, rule=rule, ridge=ridge, nonnegative=nonnegative, valid=valid)
     indices, _ = fill_spare(found.indices, found.indices >= 0, valid)
-    head_bias = mean.inner.new_empty(0) if mean.head_bias is None else mean.head_bias
-    return indices, found.weights, gram, mean.inner, mean.target_sq, mean.head_weight, head_bias
+    return indices, found.weights
 
 
 def _cpu(
     residual: Tensor, features: Tensor, valid: Tensor, bias: bool, k: int, rule: str, ridge: float, nonnegative: bool
+<<<<<<< HEAD
 ) -> _Outputs:
     (n, n_classes), width = residual.shape, features.shape[1]
     of_pairs = residual.dtype == torch.bfloat16  # whose Gram matrix has a kernel of its own
@@ -114,12 +112,26 @@ def _cpu(
     if not finite:  # the long way finds the rows that are not
         return _composed(residual, features, valid, bias, k, rule, ridge, nonnegative)
     return indices, weights, gram, inner, target_sq, head_weight, head_bias
+=======
+) -> tuple[Tensor, Tensor]:
+    if in_one_call(residual, features, valid, k):
+        (n, n_classes), width = residual.shape, features.shape[1]
+        dtype = accumulate_dtype(residual.dtype)
+        r, h, rows = residual.to(dtype).contiguous(), features.to(dtype).contiguous(), valid.contiguous()
+        indices, weights = torch.empty(k, dtype=torch.int64), torch.empty(k, dtype=dtype)
+        if _native.match_gradients(
+            r.data_ptr(), h.data_ptr(), dtype == torch.float64, (n, n_classes, width), bias, k, RULES.index(rule),
+            nonnegative, ridge, rows.data_ptr(), indices.data_ptr(), weights.data_ptr(),
+        ):  # fmt: skip
+            return indices, weights
+    # where a number is not finite, the long way finds the rows that it spoils
+    return _composed(residual, features, valid, bias, k, rule, ridge, nonnegative)
+>>>>>>> w-cpu
 
 
 _match_gradients = define(
     "match_gradients(Tensor residual, Tensor features, Tensor valid, bool bias, SymInt k, str rule, float ridge, "
-    "bool nonnegative) -> (Tensor indices, Tensor weights, Tensor gram, Tensor inner, Tensor target_sq, "
-    "Tensor head_weight, Tensor head_bias)",
+    "bool nonnegative) -> (Tensor indices, Tensor weights)",
     check=_check,
     fake=_fake,
     cpu=_cpu,

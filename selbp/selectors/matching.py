@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 
 from selbp._checks import check_choice, check_flag, check_number
-from selbp.ops.match_gradients import match_gradients
+from selbp.ops.match_gradients import in_one_call, match_gradients
 from selbp.ops.matching import RULES, match
 from selbp.reference.sampling import fill_spare
 from selbp.selectors.base import BaseSelector, Needs
@@ -70,13 +70,14 @@ class GradientMatching(BaseSelector):
         """Match with k rows; draws nothing."""
         stats, proxies = rows.stats, rows.proxies
         plain = self.weights == "refit" and not self.unit_sum and stats.valid.device.type == "cpu"
-        factors = proxies.factors() if plain and isinstance(proxies, GradientProxies) else None
-        if factors is not None and proxies is not None and len(factors[0]) == len(factors[1]) == rows.n:
-            rule, ridge, nonnegative = self.rule, self.ridge, self.nonnegative
-            valid, bias = stats.valid, proxies.bias
-            found = match_gradients(*factors, valid, k, bias=bias, rule=rule, ridge=ridge, nonnegative=nonnegative)
-            proxies.keep(found.gram, found.mean)
-            return Selection(found.indices, found.weights.to(stats.loss.dtype))
+        if plain and isinstance(proxies, GradientProxies):
+            factors = proxies.factors()
+            if factors is not None and in_one_call(*factors, stats.valid, k):
+                rule, ridge, nonnegative = self.rule, self.ridge, self.nonnegative
+                indices, weights = match_gradients(
+                    *factors, stats.valid, k, bias=proxies.bias, rule=rule, ridge=ridge, nonnegative=nonnegative
+                )
+                return Selection(indices, weights.to(stats.loss.dtype))
         return self._in_turn(rows, rows.gradients, k)
 
     def _in_turn(self, rows: Candidates, proxies: GradientProxies, k: int) -> Selection:

@@ -196,7 +196,7 @@ def test_large_factors_do_not_outlive_the_choice(monkeypatch):
     step = selbp.SelectiveBackprop(mlp(), selector=selbp.TopLoss(), keep=0.25)
     step(x, y)
     assert step.report.gain is None and step.report.relative_residual is None
-    step = selbp.SelectiveBackprop(mlp(), selector=selbp.GradientMatching(), keep=0.25)
+    step = selbp.SelectiveBackprop(mlp(), selector=selbp.GradientMatching(weights="mean"), keep=0.25)
     step(x, y)
     assert step.report.gain > 0  # from the Gram matrix and the mean gradient, which were computed anyway
     with pytest.raises(RuntimeError, match="released"):

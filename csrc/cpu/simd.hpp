@@ -1,10 +1,12 @@
-// One SIMD vector of the level that this file is compiled for, with exp and tanh that never call libm.
+// One SIMD register of the level that this file is compiled for: what every kernel of the CPU is written in.
 //
-// Included by per-level cpu.cpp files only. Everything stands in an unnamed namespace: internal linkage keeps a
-// copy compiled for one level out of another level's path. GCC/Clang vector extensions do the arithmetic, of 16 bytes
-// on aarch64, where they are NEON's registers. Intrinsics appear only where -ffp-contract=off (the solver needs it)
-// would keep the compiler from fusing a multiply-add, and for half-precision conversion (in their maskz forms: GCC 12
-// warns of its own header's plain ones). scripts/test_aarch64.sh sees that NEON's fused multiply-adds are in use.
+// GCC/Clang vector extensions do the arithmetic, of 16 bytes on aarch64, where they are NEON's registers. Intrinsics
+// appear only where -ffp-contract=off (the solver needs it) would keep the compiler from fusing a multiply-add, and for
+// half-precision conversion (in their maskz forms: GCC 12 warns of its own header's plain ones).
+// scripts/test_aarch64.sh sees that NEON's fused multiply-adds are in use.
+//
+// Included by per-level cpu.cpp files only. Everything stands in the level's namespace, so that the linker cannot put a
+// copy compiled for one level into another one's path. On top of it: cpu/exp.hpp, team/pack.hpp.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +22,7 @@
 #define SELBP_LAMBDA __attribute__((always_inline))
 
 namespace selbp {
-namespace {
+namespace SELBP_LEVEL {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -173,6 +175,19 @@ SELBP_INLINE void halve(const V& v, Half& low, Half& high) {
   __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
 }
 
+// Both halves as doubles.
+SELBP_INLINE void widen(F32 v, F64& low, F64& high) {
+  Lanes<float, Simd<float>::kLanes / 2>::V first, second;
+  halve(v, first, second);
+#if defined(__AVX512F__)  // of __builtin_convertvector GCC 12 makes two instructions and their joining
+  low = (F64)_mm512_maskz_cvtps_pd(0xff, (__m256)first);
+  high = (F64)_mm512_maskz_cvtps_pd(0xff, (__m256)second);
+#else
+  low = __builtin_convertvector(first, F64);
+  high = __builtin_convertvector(second, F64);
+#endif
+}
+
 template <int kCount, class V>
 SELBP_INLINE double sum_doubles(V v) {
   if constexpr (kCount == 2) {
@@ -188,11 +203,9 @@ SELBP_INLINE double sum(typename Simd<A>::V v) {
   if constexpr (sizeof(A) == sizeof(double)) {
     return sum_doubles<Simd<A>::kLanes>(v);
   } else {
-    constexpr int kHalf = Simd<A>::kLanes / 2;
-    using Wide = typename Lanes<double, kHalf>::V;
-    typename Lanes<float, kHalf>::V low, high;
-    halve(v, low, high);
-    return sum_doubles<kHalf>(__builtin_convertvector(low, Wide) + __builtin_convertvector(high, Wide));
+    F64 low, high;
+    widen(v, low, high);
+    return sum_doubles<Simd<A>::kLanes / 2>(low + high);
   }
 }
 
@@ -214,86 +227,25 @@ SELBP_INLINE A greatest(typename Simd<A>::V v) {  // of its lanes, none of them 
 // 0, 1, 2, ... in the lanes.
 template <class A>
 SELBP_INLINE typename Simd<A>::I lane_numbers() {
-  static const struct Table {
-    alignas(kVectorBytes) typename Simd<A>::Int numbers[16];
-  } table = {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}};
-  typename Simd<A>::I v;
-  __builtin_memcpy(&v, table.numbers, sizeof v);
-  return v;
+  typename Simd<A>::I lane;
+  for (int i = 0; i < Simd<A>::kLanes; ++i) lane[i] = i;
+  return lane;
 }
 
-// (e^r - 1) for |r| <= ln(2)/2 to about one unit in the last place.
-SELBP_INLINE F32 expm1_reduced(F32 r) {
-  F32 q = fma(splat(1.9875691500e-4f), r, splat(1.3981999507e-3f));  // Cephes expf
-  q = fma(q, r, splat(8.3334519073e-3f));
-  q = fma(q, r, splat(4.1665795894e-2f));
-  q = fma(q, r, splat(1.6666665459e-1f));
-  q = fma(q, r, splat(5.0000001201e-1f));
-  return fma(q * r, r, r);
-}
-SELBP_INLINE F64 expm1_reduced(F64 r) {
-  F64 q = splat(1.0 / 6227020800.0);  // Taylor to r^13: the remainder is below 5e-18
-  q = fma(q, r, splat(1.0 / 479001600.0));
-  q = fma(q, r, splat(1.0 / 39916800.0));
-  q = fma(q, r, splat(1.0 / 3628800.0));
-  q = fma(q, r, splat(1.0 / 362880.0));
-  q = fma(q, r, splat(1.0 / 40320.0));
-  q = fma(q, r, splat(1.0 / 5040.0));
-  q = fma(q, r, splat(1.0 / 720.0));
-  q = fma(q, r, splat(1.0 / 120.0));
-  q = fma(q, r, splat(1.0 / 24.0));
-  q = fma(q, r, splat(1.0 / 6.0));
-  q = fma(q, r, splat(0.5));
-  return fma(q * r, r, r);
+// Lane i holds lane i + by, around the end.
+template <int by, class V>
+SELBP_INLINE V rotated(V v) {
+  constexpr int kLanes = int(sizeof(V) / sizeof(v[0]));
+#if defined(__clang__)
+  V out;
+  for (int i = 0; i < kLanes; ++i) out[i] = v[(i + by) % kLanes];
+  return out;
+#else
+  decltype(v > v) from;
+  for (int i = 0; i < kLanes; ++i) from[i] = (i + by) % kLanes;
+  return __builtin_shuffle(v, from);
+#endif
 }
 
-// e^x = scale * (1 + q), for x in [kExpLow, kExpHigh]; a NaN stays one in q.
-template <class A>
-struct Exponential {
-  typename Simd<A>::V scale, q;
-};
-template <class A>
-SELBP_INLINE Exponential<A> exponential(typename Simd<A>::V x) {
-  using S = Simd<A>;
-  using V = typename S::V;
-  using I = typename S::I;
-  const V shifted = fma(x, splat(A(1.44269504088896340736)), splat(S::kMagic));
-  const V n = shifted - S::kMagic;
-  V r = fma(n, splat(-S::kLn2High), x);
-  r = fma(n, splat(-S::kLn2Low), r);
-  const I magic = (I)splat(S::kMagic);
-  const I exponent = ((I)shifted - magic + typename S::Int(S::kBias)) << S::kMantissa;
-  return {(V)exponent, expm1_reduced(r)};
-}
-
-// e^x; 0 below kExpLow (so for -inf), e^kExpHigh above kExpHigh, NaN for NaN.
-template <class A>
-SELBP_INLINE typename Simd<A>::V exp(typename Simd<A>::V x) {
-  using V = typename Simd<A>::V;
-  const V low = splat(Simd<A>::kExpLow), high = splat(Simd<A>::kExpHigh);
-  V clamped = x < low ? low : x;
-  clamped = clamped > high ? high : clamped;
-  const Exponential<A> e = exponential<A>(clamped);
-  const V value = fma(e.scale, e.q, e.scale);
-  return x < low ? V{} : value;
-}
-
-// cap * tanh(z / cap) and its derivative, with E = e^(-2|z/cap|): tanh = (1 - E) / (1 + E), derivative 4E / (1 + E)^2.
-// 1 - E is taken as -expm1, so that small logits keep their relative accuracy.
-template <class A>
-SELBP_INLINE typename Simd<A>::V soft_cap(typename Simd<A>::V z, typename Simd<A>::V cap,
-                                          typename Simd<A>::V& derivative) {
-  using V = typename Simd<A>::V;
-  const V x = z / cap;
-  const V twice = x < V{} ? A(2) * x : A(-2) * x;
-  const V low = splat(Simd<A>::kExpLow);
-  const Exponential<A> e = exponential<A>(twice < low ? low : twice);
-  const V minus = fma(e.scale, e.q, e.scale - A(1));  // E - 1
-  const V plus = minus + A(2);                        // E + 1
-  const V tanh = minus / plus;                        // of -|x|
-  derivative = A(4) * (minus + A(1)) / (plus * plus);
-  return cap * (x < V{} ? tanh : -tanh);
-}
-
-}  // namespace
+}  // namespace SELBP_LEVEL
 }  // namespace selbp
