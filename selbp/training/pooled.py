@@ -19,6 +19,7 @@ from selbp.common.distributed import parallel_in
 from selbp.common.exchange import Plan, Ranks
 from selbp.common.guards import without_autocast
 from selbp.common.keep import kept_rows
+from selbp.common.lengths import Lengths
 from selbp.sampling.issued import Draw
 from selbp.training.auxiliary import add
 from selbp.training.found import Found, added
@@ -80,8 +81,8 @@ def backward_of(scale: Any) -> Backward:
 class Pooled:
     """How a step works through its samples: ``size`` at a time (None: all), and among those of ``ranks``."""
 
-    def __init__(self, step: StepKinds, size: int | None, ranks: Ranks | None) -> None:
-        self.step, self.size, self._ranks = step, size, ranks
+    def __init__(self, step: StepKinds, size: int | None, ranks: Ranks | None, lengths: Lengths) -> None:
+        self.step, self.size, self._ranks, self._lengths = step, size, ranks, lengths
         self._met = ranks is None
 
     @classmethod
@@ -95,14 +96,17 @@ class Pooled:
                 "micro_batch= goes without static_graph=True of DistributedDataParallel, whose first "
                 "backward must average, and the first micro-batch's does not"
             )
-        return cls(step, options.micro_batch, Ranks(step.model) if options.scope == "global" else None)
+        ranks = Ranks(step.model) if options.scope == "global" else None
+        return cls(step, options.micro_batch, ranks, options.lengths())
 
     def run(
         self, batch: Batch, call: PerCall, draw: Draw | None, backward: Backward | None
     ) -> tuple[Tensor, StepReport]:
         """One step. Without ``backward`` there is one micro-batch, and its scalar is returned with its graph."""
         step = self.step
-        counts = [batch.n] if self._ranks is None else self._ranks.meet(batch)
+        counts = [batch.n]
+        if self._ranks is not None:
+            batch, counts = self._ranks.meet(batch, self._lengths)
         m = self._asked(batch, call, draw, counts)
         scoring = m.selected and (m.rule.needs != "nothing" or step._full_head)
         step._comparison.begin(batch, scoring and m.k < m.batch.n)

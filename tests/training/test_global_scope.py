@@ -214,8 +214,8 @@ def check_refusals(rank: int) -> None:
     step = selbp.SelectiveBackprop(model, **options)
     with pytest.raises(ValueError, match="but for the number of samples"):
         step(torch.randn(16, 12 + rank), y)
-    with pytest.raises(TypeError, match="one entry a sample in a list"):
-        step((torch.randn(16, 12), ["a"] * 16), y)
+    with pytest.raises(ValueError, match="a list of n.* on rank 0 and .*a tuple of n.* on rank 1"):
+        step((torch.randn(16, 12), [["a"] * 16, ("a",) * 16][rank]), y)
     step(torch.randn(16, 12), y)
     static = DistributedDataParallel(mlp(), static_graph=True)
     with pytest.raises(ValueError, match="without static_graph=True"):
