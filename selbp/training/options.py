@@ -130,10 +130,6 @@ class StepOptions:
             )
         if self.scope == "global" and self.target == "global":
             raise ValueError('scope="global" matches the mean of all ranks as it is: leave target="global" out')
-        if self.scope == "global" and self.table is not None:
-            raise ValueError(
-                'scope="global" goes without table=: each rank would write its own samples to its own table'
-            )
 
     @property
     def pooled(self) -> bool:
