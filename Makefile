@@ -16,13 +16,19 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 export PYTHON VENV TORCH PIP_ARGS
 
-.PHONY: help demo test test-all test-versions test-compilers test-aarch64 sanitize wheel lint format bench study study-quick study-full study-explore study-confirm study-document docs gpu-check clean
+# What runs in other people's loops.
+FRAMEWORK_TESTS := tests/integrations tests/rows/test_rows_transformers.py tests/rows/test_rows_lightning.py
+
+.PHONY: help demo test test-all test-frameworks test-frameworks-old test-versions test-compilers test-aarch64 sanitize wheel lint format bench study study-quick study-full study-explore study-confirm study-document docs gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       install, then train Fashion-MNIST with seven ways of choosing; prints a table and a page"
 	@echo "make test       install for development and run the fast tests"
-	@echo "make test-all   every test, the slow ones included; the kernels on every supported Triton, the rows' rules on torch"
+	@echo "make test-all   every test, the slow ones included; the kernels on every supported Triton, the rows' rules on torch,"
+	@echo "                the integrations in old frameworks"
+	@echo "make test-frameworks  the fast tests in the newest Transformers, TRL, Accelerate and Lightning;"
+	@echo "                test-frameworks-old: in those of two years ago, in an environment of their own"
 	@echo "make test-versions  the fast suite on every supported torch, in environments of their own; a table"
 	@echo "make test-compilers the native core by every supported compiler, without warnings, and its tests"
 	@echo "make test-aarch64   the native core cross-compiled and run in qemu; part of test-all"
@@ -49,23 +55,36 @@ $(VENV)/.with-%: $(VENV)/.torch $(SOURCES)
 	@$(BIN)/python scripts/install.py "$*"
 	@touch $@
 
+# Further packages beside the project as it is built.
+$(VENV)/.beside-%: pyproject.toml | $(VENV)/.with-test
+	@echo "selbp: installing beside it what [$*] asks for"
+	@$(BIN)/python scripts/install.py --beside "$*"
+	@touch $@
+
 demo: $(VENV)/.with-demo
 	$(BIN)/selbp compare --preset demo $(ARGS)
 
 # Two workers of one thread each: spinning OpenMP threads of two processes would fight over two cores.
-test test-all: export OMP_NUM_THREADS = 1
+test test-all test-frameworks test-frameworks-old: export OMP_NUM_THREADS = 1
 
 test: $(VENV)/.with-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
 
 # New examples in each run: what the fast tests draw is always the same.
 test-all: export HYPOTHESIS_PROFILE = random
-test-all: $(VENV)/.with-dev,frameworks
+test-all: $(VENV)/.with-dev $(VENV)/.beside-integrations
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(ARGS)
+	bash scripts/test_old_frameworks.sh
 	bash scripts/triton_versions.sh 3.6.0 3.8.0 3.9.0
 	TESTS="tests/rows" bash scripts/test_torch_versions.sh
 	bash scripts/sanitize.sh
 	bash scripts/test_aarch64.sh
+
+test-frameworks: $(VENV)/.beside-integrations
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(FRAMEWORK_TESTS) $(ARGS)
+
+test-frameworks-old: $(VENV)/.with-test
+	bash scripts/test_old_frameworks.sh $(ARGS)
 
 test-versions:
 	bash scripts/test_torch_versions.sh $(ARGS)

@@ -1,5 +1,7 @@
 """Installs the project, editable, with the extras named: ``python scripts/install.py test``. Called by the Makefile.
 
+``--beside`` installs what the extras ask for, beside a project that is there: nothing is built again.
+
 Where every requirement is already there, pip is told to ask no index: a machine without a network then builds what it
 needs. Where something is missing and cannot be had, one line names what.
 """
@@ -62,13 +64,18 @@ def missing(wanted: list[Requirement]) -> list[str]:
 
 def main() -> int:
     """Install; returns the exit status."""
-    extras = [name for argument in sys.argv[1:] for name in argument.split(",") if name]
+    beside = "--beside" in sys.argv
+    extras = [name for argument in sys.argv[1:] if argument != "--beside" for name in argument.split(",") if name]
     lacking = missing(requirements(extras))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+    if beside and not lacking:
+        return 0
     if not lacking:
         return subprocess.call([*pip, "--no-index", "--no-deps", "--no-build-isolation", "-e", str(ROOT)])
-    target = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
-    status = subprocess.call([*pip, *shlex.split(os.environ.get("PIP_ARGS", "")), "-e", target])
+    target = ["-e", f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)]
+    if beside:
+        target = [f"{found.name}{found.specifier}" for found in requirements(extras)]
+    status = subprocess.call([*pip, *shlex.split(os.environ.get("PIP_ARGS", "")), *target])
     if status:
         print(f"selbp: pip could not install all of it; this environment lacks {', '.join(lacking)}", file=sys.stderr)
     return status

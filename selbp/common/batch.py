@@ -13,6 +13,7 @@ from selbp.common.packed import packed_message, signs_of, unpacked
 from selbp.common.places import PLAIN, Key, Places
 from selbp.common.samples import (
     finite_entry,
+    listed,
     map_samples,
     map_tensors,
     rebuilt,
@@ -140,7 +141,7 @@ class Batch:
             return take_rows(x, indices)
 
         def some(entries: Any) -> Any:
-            return take_entries(entries, indices.tolist(), [True] * len(indices))
+            return listed(take_entries(entries, indices.tolist(), [True] * len(indices)))
 
         return self._some(len(indices), *self._map(rows, some))
 

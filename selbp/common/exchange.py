@@ -6,6 +6,7 @@ A sample's number is its row in the minibatches of all ranks, put one after the 
 from __future__ import annotations
 
 import bisect
+import io
 import itertools
 import zlib
 from collections import defaultdict
@@ -15,9 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
+from selbp._numpy import ARRAYS
 from selbp.common.batch import Batch
 from selbp.common.distributed import parallel_in
-from selbp.common.samples import take_rows
+from selbp.common.lengths import Lengths
+from selbp.common.samples import listed, take_entries, take_rows
 
 
 class Ranks:
@@ -61,26 +64,30 @@ class Ranks:
         padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]) if len(x) < most else x
         return torch.cat([part[:n] for part, n in zip(self.each(padded), counts, strict=True)])
 
-    def meet(self, batch: Batch) -> list[int]:
-        """How many samples each rank has. Waits for the device.
+    def meet(self, batch: Batch, lengths: Lengths) -> tuple[Batch, list[int]]:
+        """The batch, its sequences as long as the longest of all ranks, and how many samples each rank has.
+
+        Waits for the device.
 
         Raises:
-            TypeError: for a batch that holds a list of samples: only tensors can change place.
-            ValueError: on every rank, where the ranks' batches differ by more than their number of samples.
+            ValueError: on every rank, where the ranks' batches differ by more than their number of samples and by the
+                length of sequences that say how they are padded.
         """
-        told = _description(batch)
-        header = torch.tensor([batch.n, zlib.crc32(told.encode())], device=batch.device)
-        counts, digests = zip(*(part.tolist() for part in self.each(header)), strict=True)
+        length, sequences = lengths.of(batch)
+        told = _description(batch, sequences)
+        header = torch.tensor([batch.n, length, zlib.crc32(told.encode())], device=batch.device)
+        counts, every, digests = zip(*(part.tolist() for part in self.each(header)), strict=True)
         if len(set(digests)) > 1:
             said: list[Any] = [None] * self.size
             distributed.all_gather_object(said, told, group=self.group)
             other = next(i for i, text in enumerate(said) if text != said[0])
             raise ValueError(
                 'scope="global" trains rows on other ranks than they came to: the minibatches must have equal entries, '
-                f"types and shapes but for the number of samples (pad sequences to one length), got {said[0]} on rank "
-                f"0 and {said[other]} on rank {other}"
+                "types and shapes but for the number of samples, and the length of sequences with an attention mask or "
+                f"labels of next tokens (pad others to one length), got {said[0]} on rank 0 and {said[other]} on rank "
+                f"{other}"
             )
-        return list(counts)
+        return lengths.padded(batch, max(every)), list(counts)
 
     def agree(self, x: Tensor, device: torch.device, what: str) -> None:
         """Raise ValueError, on every rank, unless all have the same ``x``. Waits for the device."""
@@ -110,8 +117,29 @@ class Ranks:
             arrived = into.flatten().view(x.dtype).view(shape)
             return torch.cat([stay, arrived]).contiguous(memory_format=_format(x))
 
-        mine = batch.mapped(len(kept) + sum(sizes), swap, _refuse_list)
+        def swap_entries(entries: Any) -> Any:
+            def some(rows: Sequence[int]) -> list[Any]:
+                return list(take_entries(entries, [row - first for row in rows], [True] * len(rows)))
+
+            stay = some(plan.between(me, me))
+            if not plan.moves:
+                return _like(entries, stay)
+            parcels = self._deliver([some(rows) for rows in to], batch.device)
+            return _like(entries, stay + [entry for parcel in parcels for entry in parcel])
+
+        mine = batch.mapped(len(kept) + sum(sizes), swap, swap_entries)
         return mine if mine.n else None
+
+    def _deliver(self, parcels: Sequence[Any], device: torch.device) -> list[Any]:
+        """What each rank has for this one, of the objects ``parcels`` that each has for every other one."""
+        packed = [_pack(parcel) for parcel in parcels]
+        leaving = torch.tensor([len(x) for x in packed], device=device)
+        arriving = torch.empty_like(leaving)
+        distributed.all_to_all_single(arriving, leaving, group=self.group)
+        out, into = leaving.tolist(), arriving.tolist()
+        received = torch.empty(sum(into), dtype=torch.uint8, device=device)
+        distributed.all_to_all_single(received, torch.cat(packed).to(device), into, out, group=self.group)
+        return [_unpack(part, device) for part in received.split(into)]
 
 
 class Plan(NamedTuple):
@@ -157,25 +185,51 @@ class Plan(NamedTuple):
         return [self.rows[slot] for slot in self.ways.get((came, goes), [])]
 
 
-def _description(batch: Batch) -> str:
-    """The entries of a batch, their dtypes and the shape of one sample."""
+def _description(batch: Batch, sequences: Sequence[Tensor]) -> str:
+    """The entries of a batch, their dtypes and the shape of one sample, T for the length of ``sequences``."""
     found: list[str] = []
+    ragged = {id(x) for x in sequences}
 
     def note(x: Tensor) -> Tensor:
-        found.append(f"{str(x.dtype).removeprefix('torch.')} (n, {', '.join(map(str, x.shape[1:]))})")
+        sizes = list(map(str, x.shape[1:]))
+        if id(x) in ragged:
+            sizes[0] = "T"
+        found.append(f"{str(x.dtype).removeprefix('torch.')} (n, {', '.join(sizes)})")
         return x
 
-    batch.mapped(batch.n, note, _refuse_list)
+    def entries(samples: Any) -> Any:
+        found.append(f"a {type(samples).__name__} of n")
+        return samples
+
+    batch.mapped(batch.n, note, entries)
     names = f" {sorted(map(str, batch.inputs))}" if isinstance(batch.inputs, Mapping) else ""
     known = "".join(f", {name}: {x.dtype}" for name, x in sorted(batch.extras.items()))
     return f"{type(batch.inputs).__name__}{names} and target: {', '.join(found)}{known}"
 
 
-def _refuse_list(entries: Any) -> Any:
-    raise TypeError(
-        'scope="global" sends rows of tensors between ranks, and the batch holds one entry a sample in a '
-        f"{type(entries).__name__}: pass a tensor with one row a sample"
-    )
+def _pack(parcel: Any) -> Tensor:
+    file = io.BytesIO()
+    torch.save(parcel, file)
+    return torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8)
+
+
+def _unpack(data: Tensor, device: torch.device) -> Any:
+    """What another process of this program gave :func:`_pack`; a tensor on its device comes to ``device``."""
+
+    def place(storage: Any, tag: str) -> Any:
+        return storage if tag == "cpu" else storage.to(device=device)
+
+    file = io.BytesIO(data.cpu().numpy().tobytes())
+    return torch.load(file, map_location=place, weights_only=False)
+
+
+def _like(entries: Any, made: list[Any]) -> Any:
+    """``made`` as a sequence of the kind of ``entries``."""
+    if isinstance(entries, ARRAYS):
+        import numpy  # whose array it is
+
+        return numpy.stack(made) if made else entries[:0]
+    return listed(tuple(made) if isinstance(entries, tuple) else made)
 
 
 def _index(rows: list[int], device: torch.device) -> Tensor:

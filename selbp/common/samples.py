@@ -22,6 +22,21 @@ from selbp._numpy import ARRAYS, FLOATS
 _CONSTANT = (str, bytes, bytearray, Number, type(None), torch.Size, type)
 
 
+class Listed(list[Any]):
+    """A list known to have one entry a sample, whatever its tensors look like: some of a list that had."""
+
+
+class ListedTuple(tuple[Any, ...]):
+    """The same of a tuple."""
+
+
+def listed(entries: Any) -> Any:
+    """``entries``, which have one entry a sample, so that they are taken for that from now on."""
+    if isinstance(entries, tuple):
+        return ListedTuple(entries)
+    return Listed(entries) if isinstance(entries, list) else entries
+
+
 def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """``tree`` with ``function`` applied to every tensor that has rows; everything else is passed through."""
     if isinstance(tree, Tensor):
@@ -82,6 +97,8 @@ def _is_samples(tree: Any, n: int) -> bool:
         return False
     if len(tree) != n:
         return False
+    if isinstance(tree, (Listed, ListedTuple)):
+        return True
     as_structure = _all_rows_of(tree, n)
     if as_structure is False:
         return True

@@ -16,6 +16,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -163,6 +164,11 @@ def selective(trainer: Any, **options: Any) -> Any:
     return trainer
 
 
+def _version(package: str) -> tuple[int, ...]:
+    """Major and minor number of a package that is there."""
+    return tuple(int(part) for part in version(package).split(".")[:2])
+
+
 class _Selective:
     """What a selective trainer holds: its options, its step, and what it logs."""
 
@@ -284,7 +290,9 @@ class _Selective:
         told = getattr(trainer, "loss_is_scaled_for_ga", None)
         if told is not None:
             return bool(told)
-        return (trainer.model_accepts_loss_kwargs and count is not None) or trainer.compute_loss_func is not None
+        if (trainer.model_accepts_loss_kwargs and count is not None) or trainer.compute_loss_func is not None:
+            return True
+        return _version("transformers") < (4, 47)  # divides what it logs, and not what it runs the backward of
 
     @property
     def _accumulated(self) -> int:

@@ -39,7 +39,7 @@ class _Flops(TorchDispatchMode, Observer):
         super().__init__()
         self._formulas: dict[Any, Any] = {**flop_registry, **OWN}
         self._scale, self._threads = scale, torch.get_num_threads()
-        self._own = {p.untyped_storage().data_ptr() for p in parameters}
+        self._own = _storages(parameters)
         self._shapes = {tuple(p.shape) for p in parameters}
         self.total, self.work, self.operators = 0.0, Work(), dict[tuple[str, str, str], Operator]()
         self._reasons: list[str | None] = []  # of the operator that is running, from the row gradient's dispatch
@@ -64,6 +64,8 @@ class _Flops(TorchDispatchMode, Observer):
                 total += self._bytes(value)
             elif isinstance(value, Wrapper):
                 total += value.numel() * value.itemsize
+            elif hasattr(value, "placements"):  # a part of a sharded parameter
+                continue
             elif isinstance(value, Tensor) and tuple(value.shape) not in self._shapes:
                 total += 0 if value.untyped_storage().data_ptr() in self._own else value.numel() * value.itemsize
         return total
@@ -92,22 +94,34 @@ class _Flops(TorchDispatchMode, Observer):
         return out
 
 
+def _storages(parameters: Iterable[Tensor]) -> set[int]:
+    """The addresses of parameters that are whole."""
+    return {p.untyped_storage().data_ptr() for p in parameters if not hasattr(p, "placements")}
+
+
 def _total_work(operators: Iterable[Operator]) -> Work:
     chosen = list(operators)
     return Work(sum(operator.seconds for operator in chosen), sum(operator.calls for operator in chosen))
 
 
 def analyse(
-    forward: Callable[[], Tensor], parameters: Iterable[Tensor], samples: int, n: int, k: int, **options: Any
+    forward: Callable[[], Tensor],
+    parameters: Iterable[Tensor],
+    samples: int,
+    n: int,
+    k: int,
+    *,
+    sharded: bool = False,
+    **options: Any,
 ) -> Diagnosis:
     """Run ``forward`` and its backward once on ``samples`` samples, and scale the result to n samples.
 
     ``forward`` returns the (samples,) losses. Gradients are not accumulated into ``parameters``. ``options`` are those
-    of :func:`selbp.select`.
+    of :func:`selbp.select`. Where ``sharded``, they are: the whole of them has no gradient that could be asked for.
     """
     storages: dict[int, int] = {}
     wanted = [p for p in parameters if p.requires_grad]
-    own = {p.untyped_storage().data_ptr() for p in wanted}
+    own = _storages(wanted)
 
     def saved(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -123,7 +137,10 @@ def analyse(
         _refuse_reentrant(losses)
         chosen = select(losses, torch.arange((samples + 1) // 2, device=losses.device), **options).sum()
     with backward:
-        torch.autograd.grad(chosen, wanted, allow_unused=True)
+        if sharded:
+            chosen.backward()
+        else:
+            torch.autograd.grad(chosen, wanted, allow_unused=True)
     operators = list(backward.operators.values())
     rows = [operator for operator in operators if operator.runs == "rows"]
     dense = [operator for operator in operators if operator.runs != "rows"]
@@ -165,17 +182,26 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def analyse_batch(model: nn.Module, batch: Batch, k: int, losses: Callable[[Any], Tensor], **options: Any) -> Diagnosis:
+def analyse_batch(
+    model: nn.Module,
+    batch: Batch,
+    k: int,
+    losses: Callable[[Any], Tensor],
+    *,
+    sharded: bool = False,
+    **options: Any,
+) -> Diagnosis:
     """Run :func:`analyse` on the first samples of ``batch``. Restores buffers and random state."""
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    _refuse_sharded(inner)
+    if not sharded:
+        _refuse_sharded(inner)
     some = torch.arange(min(batch.n, SAMPLES), device=batch.device)
     few = batch.rows(some, torch.ones_like(some, dtype=torch.bool))
     saved = [(buffer, buffer.clone()) for buffer in inner.buffers()]
     try:
         with torch.random.fork_rng([batch.device] if batch.device.type == "cuda" else []):
             run = functools.partial(_run, losses, few, inner)
-            return analyse(run, inner.parameters(), few.n, batch.n, k, **options)
+            return analyse(run, inner.parameters(), few.n, batch.n, k, sharded=sharded, **options)
     finally:
         with torch.no_grad():
             for buffer, value in saved:

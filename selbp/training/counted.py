@@ -41,6 +41,8 @@ class CountedStep(StepKinds):
         table, ids = self._table, None
         if table is not None:
             ids = per_sample.pop("ids", None)
+            if self._pooled is not None:
+                self._pooled.check_table(table, ids)
         batch = Batch.of(inputs, target, per_sample, self._places)
         if self._pooled is None:
             call.check(batch.n, batch.device)

@@ -51,7 +51,7 @@ class Diagnosis:
         Activations that a forward with a graph keeps, for n rows.
     seconds : dict
         Modelled time of a step by strategy, and of its forward, on a CPU such as this.
-    measured : Measured or None
+    measured : tuple or None
         Of a rule that was given: ``rule``, ``seconds`` and ``memory`` (bytes) of ``"full"``, ``"rows"`` and
         ``"recompute"`` steps, the number of ``steps``, and whose ``clock``.
     recommendation : {"rows", "recompute"}

@@ -91,7 +91,7 @@ class Found:
             mass=back[fields],
             factors=factors,
             hits=None if self.hits is None else (correct, total),
-            logits=None,
+            logits=None if self.logits is None else ranks.rows(self.logits, counts),
         )
         return whole, dict(zip(names, back[fields + 1 :], strict=True))
 

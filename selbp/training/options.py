@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from selbp._checks import check_choice, check_flag, check_generator, check_int, shown
 from selbp.common.guards import PRECISIONS
 from selbp.common.keep import check_keep
+from selbp.common.lengths import Lengths
 from selbp.common.places import Places
 from selbp.rows.layout import BatchNormPolicy
 from selbp.sampling.table import ScoreTable
 from selbp.selectors import Selector
 from selbp.selectors.base import NEEDS
 from selbp.training.linear_loss import NAME as LINEAR
-from selbp.training.losses import Criterion, criterion_of
+from selbp.training.losses import CAUSAL, Criterion, criterion_of
 from selbp.training.schedule import Schedule
 from selbp.training.scores import check_table
 from selbp.training.strategies import WAYS, Strategy
@@ -129,10 +130,6 @@ class StepOptions:
             )
         if self.scope == "global" and self.target == "global":
             raise ValueError('scope="global" matches the mean of all ranks as it is: leave target="global" out')
-        if self.scope == "global" and self.table is not None:
-            raise ValueError(
-                'scope="global" goes without table=: each rank would write its own samples to its own table'
-            )
 
     @property
     def pooled(self) -> bool:
@@ -176,6 +173,12 @@ class StepOptions:
             label_smoothing=self.label_smoothing,
             class_dim=self.class_dim,
         )
+
+    def lengths(self) -> Lengths:
+        """How token sequences are padded to one length."""
+        named = isinstance(self.loss, str)
+        causal = named and self.loss in CAUSAL
+        return Lengths(self.ignore_index if causal or (named and self.loss == "cross_entropy") else None, causal)
 
     def draws_from(self, model: nn.Module) -> torch.Generator | None:
         """The generator; for draws that are to be the same on every rank one that the first step gives a seed."""

@@ -19,7 +19,9 @@ from selbp.common.distributed import parallel_in
 from selbp.common.exchange import Plan, Ranks
 from selbp.common.guards import without_autocast
 from selbp.common.keep import kept_rows
+from selbp.common.lengths import Lengths
 from selbp.sampling.issued import Draw
+from selbp.sampling.table import ScoreTable
 from selbp.training.auxiliary import add
 from selbp.training.found import Found, added
 from selbp.training.head_gradient import FullHeadGradient
@@ -80,8 +82,8 @@ def backward_of(scale: Any) -> Backward:
 class Pooled:
     """How a step works through its samples: ``size`` at a time (None: all), and among those of ``ranks``."""
 
-    def __init__(self, step: StepKinds, size: int | None, ranks: Ranks | None) -> None:
-        self.step, self.size, self._ranks = step, size, ranks
+    def __init__(self, step: StepKinds, size: int | None, ranks: Ranks | None, lengths: Lengths) -> None:
+        self.step, self.size, self._ranks, self._lengths = step, size, ranks, lengths
         self._met = ranks is None
 
     @classmethod
@@ -95,22 +97,27 @@ class Pooled:
                 "micro_batch= goes without static_graph=True of DistributedDataParallel, whose first "
                 "backward must average, and the first micro-batch's does not"
             )
-        return cls(step, options.micro_batch, Ranks(step.model) if options.scope == "global" else None)
+        ranks = Ranks(step.model) if options.scope == "global" else None
+        return cls(step, options.micro_batch, ranks, options.lengths())
 
     def run(
         self, batch: Batch, call: PerCall, draw: Draw | None, backward: Backward | None
     ) -> tuple[Tensor, StepReport]:
         """One step. Without ``backward`` there is one micro-batch, and its scalar is returned with its graph."""
         step = self.step
-        counts = [batch.n] if self._ranks is None else self._ranks.meet(batch)
+        counts = [batch.n]
+        if self._ranks is not None:
+            batch, counts = self._ranks.meet(batch, self._lengths)
         m = self._asked(batch, call, draw, counts)
         scoring = m.selected and (m.rule.needs != "nothing" or step._full_head)
         step._comparison.begin(batch, scoring and m.k < m.batch.n)
         self._share_seed(batch.device)
         found = self._score(batch, m.watch) if scoring else self._unscored(batch)
+        target = batch.target
         if self._ranks is not None:
             found, extras = found.over(self._ranks, counts, batch.extras, gradients=step._gradients)
             m.batch = replace(m.batch, extras=extras)
+            draw, target = self._of_all(draw, target, counts)
         step._choose(m, found.scaled(step._reduce))
         del found  # and the factors, before the first graph
         mine = self._mine(batch, m.selection, counts)
@@ -119,11 +126,12 @@ class Pooled:
         loss = training.run(backward)
         m.scaled = torch.cat(training.losses) * m.scale
         if not scoring:
-            logits = {"logits": torch.cat(training.outputs)} if training.outputs else None
-            m.seen, m.hits = (logits, torch.cat(training.losses), m.selection.indices, m.live), added(training.hits)
-            m.hits, m.scaled = self._summed(m.hits), self._everyone(m.scaled, mine)
+            logits = {"logits": self._everyone(torch.cat(training.outputs), mine)} if training.outputs else None
+            losses, m.hits = torch.cat(training.losses), self._summed(added(training.hits))
+            losses, m.scaled = self._everyone(losses, mine), self._everyone(m.scaled, mine)
+            m.seen = logits, losses, m.selection.indices, m.live
         if step._table is not None and draw is not None:
-            write_back(step._table, draw, batch.target, *m.seen)
+            write_back(step._table, draw, target, *m.seen)
         way = step._strategy
         return loss, m.report(StepReport, step._step, way.name, way.reason, scored=scoring)
 
@@ -197,6 +205,23 @@ class Pooled:
         """Over how many ranks the gradients of one choice are averaged."""
         return 1 if self._ranks is None else self._ranks.size
 
+    def check_table(self, table: ScoreTable, ids: Any) -> None:
+        """Raise ValueError where the ranks could not tell one table of which samples theirs are."""
+        if self.world > 1 and (ids is None or table.issued.in_use):
+            raise ValueError(
+                'scope="global" with table= takes ids=, the samples\' numbers, and no sampler of the table: each rank '
+                "has samples of its own, and every rank's table is told of all of them"
+            )
+
+    def _of_all(self, draw: Draw | None, target: Any, counts: list[int]) -> tuple[Draw | None, Any]:
+        """The numbers and labels of all ranks' samples, where there is a table to be told."""
+        if draw is None or self._ranks is None or self._ranks.size == 1:
+            return draw, target
+        device = target.device if isinstance(target, Tensor) else torch.device("cpu")
+        ids = self._ranks.rows(draw.ids.to(device), counts).to(draw.ids.device)
+        labels = self._ranks.rows(target, counts) if isinstance(target, Tensor) else target
+        return Draw(ids, len(ids)), labels
+
     def _summed(self, hits: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
         if hits is None or self._ranks is None:
             return hits
@@ -204,7 +229,7 @@ class Pooled:
         return correct, total
 
     def _everyone(self, losses: Tensor, mine: Mine) -> Tensor:
-        """(K,) the chosen rows' losses of all ranks, in the selection's order."""
+        """(K, ...) what is known of the chosen rows on all ranks, in the selection's order."""
         if self._ranks is None or mine.plan is None:
             return losses
         slots = [mine.plan.slots(rank, self.world) for rank in range(self.world)]

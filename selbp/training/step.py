@@ -117,8 +117,9 @@ class SelectiveBackprop(CountedStep):
         head's factors of all samples, n T (C + d) numbers, and n^2 products.
     scope : {"local", "global"}
         ``"global"`` chooses among the samples of all ranks, as one process that holds them all. Rows whose rank has
-        more of the chosen ones than its share are sent to others, so that each trains as many. For tensors with rows of
-        one shape on all ranks; it waits for the device once a step. A rule that draws needs a generator of one seed on
+        more of the chosen ones than its share are sent to others, so that each trains as many. For lists, and tensors
+        with rows of one shape on all ranks; token sequences with an attention mask, or for ``"causal_lm"``, are padded
+        to the longest rank's. It waits for the device once a step. A rule that draws needs a generator of one seed on
         all ranks; without one, they draw from rank 0's seed. The report is of all ranks' samples.
 
     Raises

@@ -18,6 +18,7 @@ from selbp.common.batch import Batch
 from selbp.rows import BatchNormPolicy, select
 from selbp.training.analysis import analyse_batch
 from selbp.training.losses import Criterion
+from selbp.training.sharded import is_fully_sharded, keeps_gradients_back, prefers_rows
 from selbp.types import Selection
 
 Way = Literal["rows", "recompute"]
@@ -118,6 +119,8 @@ class Strategy:
 
         ``auxiliary`` reads a further loss off the model's output, which rows would differentiate for all samples.
         """
+        if is_fully_sharded(model) and keeps_gradients_back(model):
+            return  # until a backward reduces them
         if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):  # else: until there is
             self.settle(*self._cheaper(model, batch, k, criterion, scoring, auxiliary))
 
@@ -142,6 +145,9 @@ class Strategy:
             return criterion.losses(output, few.target, few.n)
 
         try:
+            if is_fully_sharded(model):
+                rows, cost, dense = prefers_rows(model, batch, k, losses, batchnorm=self.batchnorm)
+                return "rows" if rows else "recompute", _reason("FLOPs", cost, dense)
             found = analyse_batch(model, batch, k, losses, batchnorm=self.batchnorm)
         except NotImplementedError as error:
             return "recompute", f"no rows: {str(error).removeprefix('selbp: ')}"
@@ -149,7 +155,9 @@ class Strategy:
             return "recompute", f"the look ahead failed: {type(error).__name__}: {error}"
         self.full_over_forward = found.seconds["full"] / max(found.seconds["forward"], 1e-12)
         share = {name: seconds / max(found.seconds["full"], 1e-12) for name, seconds in found.seconds.items()}
-        reason = f"modelled time {share['rows']:.2f} on rows, {share['recompute']:.2f} by recomputing, of a full step's"
-        if found.dense:
-            reason += f"; not on rows: {', '.join(found.dense)}"
-        return found.recommendation, reason
+        return found.recommendation, _reason("modelled time", share, list(found.dense))
+
+
+def _reason(what: str, share: dict[str, float], dense: list[str]) -> str:
+    said = f"{what} {share['rows']:.2f} on rows, {share['recompute']:.2f} by recomputing, of a full step's"
+    return f"{said}; not on rows: {', '.join(dense)}" if dense else said

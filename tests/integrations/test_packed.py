@@ -42,7 +42,7 @@ def by_itself(batch, rows, weights, attention):
 @pytest.mark.parametrize("backward", ["rows", "recompute"])
 @pytest.mark.parametrize("loss", ["causal_lm", "linear_causal_lm"])
 def test_gradients_are_those_of_the_packed_row(bounds, backward, loss):
-    if not hasattr(transformers.masking_utils, "find_packed_sequence_indices"):
+    if not hasattr(getattr(transformers, "masking_utils", None), "find_packed_sequence_indices"):
         pytest.skip("this Transformers does not keep packed sequences apart")
     rules = (selbp.Full(), selbp.TopLoss(normalize="tokens"), selbp.GradientMatching())
     for rule, attention in zip(rules, ("sdpa", "eager", "sdpa"), strict=True):

@@ -214,8 +214,8 @@ def check_refusals(rank: int) -> None:
     step = selbp.SelectiveBackprop(model, **options)
     with pytest.raises(ValueError, match="but for the number of samples"):
         step(torch.randn(16, 12 + rank), y)
-    with pytest.raises(TypeError, match="one entry a sample in a list"):
-        step((torch.randn(16, 12), ["a"] * 16), y)
+    with pytest.raises(ValueError, match="a list of n.* on rank 0 and .*a tuple of n.* on rank 1"):
+        step((torch.randn(16, 12), [["a"] * 16, ("a",) * 16][rank]), y)
     step(torch.randn(16, 12), y)
     static = DistributedDataParallel(mlp(), static_graph=True)
     with pytest.raises(ValueError, match="without static_graph=True"):
@@ -246,12 +246,49 @@ def check_second_pass(rank: int) -> None:
         torch.testing.assert_close(got, exact, rtol=EXACT, atol=1e-15)
 
 
+def check_table(rank: int) -> None:
+    """Every rank's table, whose columns are float32, is that of one process."""
+    rounding = 8 * torch.finfo(torch.float32).eps
+    labels = torch.randint(0, 5, (64,), generator=torch.Generator().manual_seed(8))
+    for classes in (5, None):
+        for rule in (selbp.TopLoss(), selbp.Random()):
+            tables = [selbp.sampling.ScoreTable(64, classes) for _ in range(2)]
+            torch.manual_seed(4)
+            model, other = mlp().double(), mlp().double()
+            other.load_state_dict(model.state_dict())
+            seeds = [torch.Generator().manual_seed(6) for _ in range(2)]
+            options: dict[str, Any] = {"selector": rule, "keep": 0.25}
+            ours = selbp.SelectiveBackprop(
+                DistributedDataParallel(model), scope="global", table=tables[0], generator=seeds[0], **options
+            )
+            one = selbp.SelectiveBackprop(other, backward="recompute", table=tables[1], generator=seeds[1], **options)
+            for turn in range(2):
+                torch.manual_seed(turn)
+                ids, x = torch.randperm(64)[:21], torch.randn(21, 12).double()
+                rows = slice(0, 12) if rank == 0 else slice(12, 21)
+                ours(x[rows], labels[ids[rows]], ids=ids[rows]).backward()
+                one(x, labels[ids], ids=ids).backward()
+                assert torch.equal(ours.report.selection.indices, one.report.selection.indices)
+            for name, want in tables[1].state_dict().items():
+                got = tables[0].state_dict()[name]
+                if isinstance(want, torch.Tensor):
+                    torch.testing.assert_close(
+                        got, want, rtol=rounding, atol=rounding, equal_nan=True, msg=f"{name} {rule!r}"
+                    )
+                else:
+                    assert got == pytest.approx(want, nan_ok=True) if isinstance(want, float) else got == want, name
+            assert tables[0].coverage == tables[1].coverage > 0
+    with pytest.raises(ValueError, match="takes ids="):
+        ours(x[rows], labels[ids[rows]])
+
+
 def check_two(rank: int) -> None:
     check_exact(rank, SIZES[:2])
     check_shares(rank, 2)
     check_draws(rank)
     check_refusals(rank)
     check_second_pass(rank)
+    check_table(rank)
 
 
 def check_four(rank: int) -> None:
@@ -304,10 +341,9 @@ def test_one_process_is_all_ranks() -> None:
         ({"batchnorm": "subset"}, 'scope="global" is for backward="recompute"'),
         ({"cut": "0"}, 'scope="global" goes without cut='),
         ({"target": "global", "selector": selbp.GradientMatching()}, 'leave target="global" out'),
-        ({"table": selbp.sampling.ScoreTable(8)}, 'scope="global" goes without table='),
         ({"scope": "world"}, "scope must be 'local' or 'global', got 'world'"),
     ],
-    ids=["rows", "subset", "cut", "target", "table", "name"],
+    ids=["rows", "subset", "cut", "target", "name"],
 )
 def test_what_cannot_work_is_refused_at_construction(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):

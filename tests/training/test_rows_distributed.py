@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import selbp
+from selbp.training import sharded as sharding
+from selbp.training.analysis import analyse_batch
 
 
 class Model(nn.Module):
@@ -202,16 +206,64 @@ def check_a_loss_that_is_distributed() -> None:
         selbp.select(losses, torch.tensor([1, 2]))
 
 
-def check_auto_of_a_sharded_model(rank: int) -> None:
-    model, _ = sharded(blocks=True)
-    x, y = torch.randn(16, 4, dtype=torch.float64), torch.randint(3, (16,))
+def same_on_both(said: str) -> bool:
+    every: list[Any] = [None, None]
+    dist.all_gather_object(every, said)
+    return every[0] == every[1]
+
+
+def check_auto_of_a_sharded_model(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks ahead on all ranks at once, which then go one way, and the gradients are exact."""
+    model, plain = sharded(blocks=True)
+    x, y = torch.randn(2, 16, 4, dtype=torch.float64), torch.randint(3, (2, 16))
     with pytest.raises(NotImplementedError, match="sharded"):
-        selbp.diagnose(model, (x, y))
+        selbp.diagnose(model, (x[rank], y[rank]))
+    for p in model.parameters():  # accumulated before the first step
+        p.grad = torch.ones_like(p)
     step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=0.25)
-    for _ in range(2):
-        step(x, y).backward()
-    assert step.report.backward == "recompute" and "sharded" in step.report.backward_reason
-    assert all(p.grad is not None for p in model.parameters())
+    own = selbp.SelectiveBackprop(plain, selector=selbp.TopLoss(), keep=0.25, backward="rows")
+    for turn in range(3):
+        step(x[rank], y[rank]).backward()
+        for who in range(2):
+            (own(x[who], y[who]) / 2).backward()
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(whole(a.grad), b.grad + (turn == 0), rtol=1e-12, atol=1e-14)
+        model.zero_grad(), plain.zero_grad()
+    assert step.report.backward == "rows" and same_on_both(step.report.backward_reason)
+    assert re.match(r"FLOPs 0\.\d\d on rows, 0\.\d\d by recomputing", step.report.backward_reason)
+
+    kept, _ = sharded(blocks=True)
+    waiting = selbp.SelectiveBackprop(kept, selector=selbp.TopLoss(), keep=0.25)
+    kept.set_requires_gradient_sync(False)
+    waiting(x[rank], y[rank]).backward()
+    assert waiting.report.backward == "recompute" and waiting._strategy.undecided
+    kept.set_requires_gradient_sync(True)
+    waiting(x[rank], y[rank]).backward()
+    assert waiting.report.backward == "rows"
+
+    alone, _ = sharded(blocks=False)  # one rank finds otherwise, or fails
+    for fault in (lambda found: replace(found, row_flops=0.0, dense_flops=found.row_flops), lambda found: 1 / 0):
+        with monkeypatch.context() as patch:
+            if rank == 1:
+                patch.setattr(sharding, "analyse_batch", lambda *a, f=fault, **o: f(analyse_batch(*a, **o)))
+            differing = selbp.SelectiveBackprop(alone, selector=selbp.TopLoss(), keep=0.25)
+            differing(x[rank], y[rank]).backward()
+            assert differing.report.backward == "recompute"
+
+    from torch.distributed.fsdp import fully_shard
+
+    coupled = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).double()
+    fully_shard(coupled, mesh=dist.init_device_mesh("cpu", (2,)))
+    dense = selbp.SelectiveBackprop(coupled, selector=selbp.TopLoss(), keep=0.25)
+    dense(x[rank], y[rank]).backward()
+    assert dense.report.backward == "recompute" and "native_batch_norm" in dense.report.backward_reason
+
+    hooked, _ = sharded(blocks=True)
+    for p in hooked.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: None)
+    hooking = selbp.SelectiveBackprop(hooked, selector=selbp.TopLoss(), keep=0.25)
+    hooking(x[rank], y[rank]).backward()
+    assert hooking.report.backward == "recompute" and "hook" in hooking.report.backward_reason
 
 
 def check_all(rank: int) -> None:
@@ -226,7 +278,8 @@ def check_sharded(rank: int) -> None:
     check_tensor_parallel(rank)
     check_flat_parameters(rank)
     check_a_loss_that_is_distributed()
-    check_auto_of_a_sharded_model(rank)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        check_auto_of_a_sharded_model(rank, monkeypatch)
 
 
 def test_two_processes() -> None:
