@@ -93,40 +93,18 @@ def _composed(
 
 def _cpu(
     residual: Tensor, features: Tensor, valid: Tensor, bias: bool, k: int, rule: str, ridge: float, nonnegative: bool
-<<<<<<< HEAD
-) -> _Outputs:
-    (n, n_classes), width = residual.shape, features.shape[1]
-    of_pairs = residual.dtype == torch.bfloat16  # whose Gram matrix has a kernel of its own
-    if n > _ROWS or not n or not k or of_pairs or not is_small(n, n_classes, width):
-        return _composed(residual, features, valid, bias, k, rule, ridge, nonnegative)
-    dtype = accumulate_dtype(residual.dtype)
-    r, h, rows = residual.to(dtype).contiguous(), features.to(dtype).contiguous(), valid.contiguous()
-    indices, weights = torch.empty(k, dtype=torch.int64), torch.empty(k, dtype=dtype)
-    gram, inner, target_sq = torch.empty(n, n, dtype=dtype), torch.empty(n, dtype=dtype), torch.empty((), dtype=dtype)
-    head_weight = torch.empty(n_classes, width, dtype=dtype)
-    head_bias = torch.empty(n_classes if bias else 0, dtype=dtype)
-    mean = (inner.data_ptr(), target_sq.data_ptr(), head_weight.data_ptr(), head_bias.data_ptr())
-    problem = (dtype == torch.float64, (n, n_classes, width), bias, k, RULES.index(rule), nonnegative, ridge)
-    places = (gram.data_ptr(), mean, rows.data_ptr(), indices.data_ptr(), weights.data_ptr())
-    finite = _native.match_gradients(r.data_ptr(), h.data_ptr(), *problem, *places)
-    if not finite:  # the long way finds the rows that are not
-        return _composed(residual, features, valid, bias, k, rule, ridge, nonnegative)
-    return indices, weights, gram, inner, target_sq, head_weight, head_bias
-=======
 ) -> tuple[Tensor, Tensor]:
     if in_one_call(residual, features, valid, k):
         (n, n_classes), width = residual.shape, features.shape[1]
         dtype = accumulate_dtype(residual.dtype)
         r, h, rows = residual.to(dtype).contiguous(), features.to(dtype).contiguous(), valid.contiguous()
         indices, weights = torch.empty(k, dtype=torch.int64), torch.empty(k, dtype=dtype)
-        if _native.match_gradients(
-            r.data_ptr(), h.data_ptr(), dtype == torch.float64, (n, n_classes, width), bias, k, RULES.index(rule),
-            nonnegative, ridge, rows.data_ptr(), indices.data_ptr(), weights.data_ptr(),
-        ):  # fmt: skip
+        problem = (dtype == torch.float64, (n, n_classes, width), bias, k, RULES.index(rule), nonnegative, ridge)
+        places = (rows.data_ptr(), indices.data_ptr(), weights.data_ptr())
+        if _native.match_gradients(r.data_ptr(), h.data_ptr(), *problem, *places):
             return indices, weights
     # where a number is not finite, the long way finds the rows that it spoils
     return _composed(residual, features, valid, bias, k, rule, ridge, nonnegative)
->>>>>>> w-cpu
 
 
 _match_gradients = define(
