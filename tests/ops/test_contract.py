@@ -20,6 +20,7 @@ INNER = (  # no function of selbp.ops, with tests of their own
     "linear_cross_entropy_backward",
     "match_gradients",
     "choose_by_norm",
+    "choose_by_percentile",
     "choose_balanced",
     "choose_diverse",
 )

@@ -77,6 +77,10 @@ RIGHT = {
         "draws": f(N + 1, dtype=torch.float64), "tau": f(dtype=torch.float64), "k": 2, "weights": "mean",
         "momentum": 0.9, "threshold": None, "single": True,
     },
+    "choose_by_percentile": {
+        "loss": f(N), "valid": f(N) > 0, "history": f(6, dtype=torch.float64),
+        "draws": f(N + 1, dtype=torch.float64), "k": 2, "weights": "mean", "power": 3.0, "least": 0.0, "single": True,
+    },
     "choose_balanced": {
         "gram": f(N, N), "valid": f(N) > 0, "mixture": f(N, 1, dtype=torch.float64),
         "draws": f(2, N, dtype=torch.float64), "k": 2, "by_norm": True, "single": True,
@@ -264,6 +268,16 @@ WRONG = {
         ({"rule": "any"}, "rule must be one of 'top', 'odds', 'rank', got 'any'"),
         ({"weights": "none"}, "weights must be one of 'mean', 'batch', 'unbiased', got 'none'"),
     ],
+    "choose_by_percentile": [
+        ({"loss": i(N)}, "loss must be float32, .*got int64"),
+        ({"loss": f(N, 1)}, r"loss must be \(n,\), got \(4, 1\)"),
+        ({"valid": f(N + 1) > 0}, r"valid must be \(n,\) with n = 4 as loss, got \(5,\)"),
+        ({"history": f(6)}, "history must be float64, got float32"),
+        ({"history": f(6, 1, dtype=torch.float64)}, r"history must be \(length,\), got \(6, 1\)"),
+        ({"draws": f(N, dtype=torch.float64)}, r"draws must be \(n \+ 1,\) with n = 4 as loss, got \(4,\)"),
+        ({"k": -1}, "k must be at least 0, got -1"),
+        ({"weights": "none"}, "weights must be one of 'mean', 'batch', 'unbiased', got 'none'"),
+    ],
     "choose_by_norm": [
         ({"residual_sq": i(N)}, "residual_sq must be float32, .*got int64"),
         ({"residual_sq": f(N, 1)}, r"residual_sq must be \(n,\), got \(4, 1\)"),
@@ -352,6 +366,7 @@ PRIVATE = (  # no function of selbp.ops
     "linear_cross_entropy_backward",
     "choose_rows",
     "choose_by_norm",
+    "choose_by_percentile",
     "choose_balanced",
     "choose_diverse",
     "percentile",
