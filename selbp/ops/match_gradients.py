@@ -20,11 +20,12 @@ from selbp._checks import (
     check_same_device,
     check_shape,
 )
+from selbp.ops import _backends
 from selbp.ops._factors import autocast_factors, check_factors
 from selbp.ops._register import define
 from selbp.ops.gram import gradient_gram
-from selbp.ops.matching import RULES, match
-from selbp.ops.mean_gradient import is_small, mean_gradient
+from selbp.ops.matching import RULES, match, match_filled
+from selbp.ops.mean_gradient import is_small, mean_gradient, on_cuda
 from selbp.reference.sampling import fill_spare
 from selbp.types import MeanGradient
 
@@ -52,9 +53,13 @@ def match_gradients(
     rule: str,
     ridge: float,
     nonnegative: bool,
+    finite: bool = False,
 ) -> MatchedGradients:
-    """:func:`gradient_gram`, :func:`mean_gradient` and :func:`match` of the same factors, each as it is by itself."""
-    found = _match_gradients(residual, features, valid, bias, k, rule, ridge, nonnegative)
+    """:func:`gradient_gram`, :func:`mean_gradient` and :func:`match` of the same factors, each as it is by itself.
+
+    ``finite`` says that no factor holds a NaN or an infinity: a GPU does not look for them then.
+    """
+    found = _match_gradients(residual, features, valid, bias, k, rule, ridge, nonnegative, finite)
     indices, weights, gram, inner, target_sq, head_weight, head_bias = found
     return MatchedGradients(
         indices, weights, gram, MeanGradient(inner, target_sq, head_weight, head_bias if bias else None)
@@ -62,7 +67,15 @@ def match_gradients(
 
 
 def _check(
-    residual: Tensor, features: Tensor, valid: Tensor, bias: bool, k: int, rule: str, ridge: float, nonnegative: bool
+    residual: Tensor,
+    features: Tensor,
+    valid: Tensor,
+    bias: bool,
+    k: int,
+    rule: str,
+    ridge: float,
+    nonnegative: bool,
+    finite: bool = False,
 ) -> None:
     check_factors(residual, features)
     check_dtype("valid", valid, torch.bool)
@@ -75,7 +88,15 @@ def _check(
 
 
 def _fake(
-    residual: Tensor, features: Tensor, valid: Tensor, bias: bool, k: int, rule: str, ridge: float, nonnegative: bool
+    residual: Tensor,
+    features: Tensor,
+    valid: Tensor,
+    bias: bool,
+    k: int,
+    rule: str,
+    ridge: float,
+    nonnegative: bool,
+    finite: bool = False,
 ) -> _Outputs:
     (n, n_classes), width = residual.shape, features.shape[1]
     dtype = accumulate_dtype(residual.dtype)
@@ -85,7 +106,15 @@ def _fake(
 
 
 def _composed(
-    residual: Tensor, features: Tensor, valid: Tensor, bias: bool, k: int, rule: str, ridge: float, nonnegative: bool
+    residual: Tensor,
+    features: Tensor,
+    valid: Tensor,
+    bias: bool,
+    k: int,
+    rule: str,
+    ridge: float,
+    nonnegative: bool,
+    finite: bool = False,
 ) -> _Outputs:
     gram, mean = gradient_gram(residual, features, bias=bias), mean_gradient(residual, features, bias=bias)
     found = match(gram, mean.inner, mean.target_sq, k, rule=rule, ridge=ridge, nonnegative=nonnegative, valid=valid)
@@ -95,12 +124,20 @@ def _composed(
 
 
 def _cpu(
-    residual: Tensor, features: Tensor, valid: Tensor, bias: bool, k: int, rule: str, ridge: float, nonnegative: bool
+    residual: Tensor,
+    features: Tensor,
+    valid: Tensor,
+    bias: bool,
+    k: int,
+    rule: str,
+    ridge: float,
+    nonnegative: bool,
+    finite: bool = False,
 ) -> _Outputs:
     (n, n_classes), width = residual.shape, features.shape[1]
     of_pairs = residual.dtype == torch.bfloat16  # whose Gram matrix has a kernel of its own
     if n > _ROWS or not n or not k or of_pairs or not is_small(n, n_classes, width):
-        return _composed(residual, features, valid, bias, k, rule, ridge, nonnegative)
+        return _composed(residual, features, valid, bias, k, rule, ridge, nonnegative, finite)
     dtype = accumulate_dtype(residual.dtype)
     r, h, rows = residual.to(dtype).contiguous(), features.to(dtype).contiguous(), valid.contiguous()
     indices, weights = torch.empty(k, dtype=torch.int64), torch.empty(k, dtype=dtype)
@@ -113,17 +150,32 @@ def _cpu(
         nonnegative, ridge, gram.data_ptr(), mean, rows.data_ptr(), indices.data_ptr(), weights.data_ptr(),
     )  # fmt: skip
     if not finite:  # the long way finds the rows that are not
-        return _composed(residual, features, valid, bias, k, rule, ridge, nonnegative)
+        return _composed(residual, features, valid, bias, k, rule, ridge, nonnegative, finite)
+    return indices, weights, gram, inner, target_sq, head_weight, head_bias
+
+
+def _cuda(
+    residual: Tensor, features: Tensor, valid: Tensor, bias: bool, k: int, rule: str, ridge: float, nonnegative: bool,
+    finite: bool = False,
+) -> _Outputs:  # fmt: skip
+    fused = _backends.kernels(residual, features)
+    if fused is None or not len(residual) or not k:
+        return _composed(residual, features, valid, bias, k, rule, ridge, nonnegative, finite)
+    known = finite or fused.finite_flags(residual, features)
+    gram: Tensor = fused.gradient_gram(residual, features, bias, known)
+    inner, target_sq, head_weight, head_bias = on_cuda(residual, features, bias, known)
+    indices, weights = match_filled(gram, inner, target_sq, valid, k, rule, ridge, nonnegative)
     return indices, weights, gram, inner, target_sq, head_weight, head_bias
 
 
 _match_gradients = define(
     "match_gradients(Tensor residual, Tensor features, Tensor valid, bool bias, SymInt k, str rule, float ridge, "
-    "bool nonnegative) -> (Tensor indices, Tensor weights, Tensor gram, Tensor inner, Tensor target_sq, "
+    "bool nonnegative, bool finite=False) -> (Tensor indices, Tensor weights, Tensor gram, Tensor inner, "
+    "Tensor target_sq, "
     "Tensor head_weight, Tensor head_bias)",
     check=_check,
     fake=_fake,
     cpu=_cpu,
-    cuda=_composed,
+    cuda=_cuda,
     autocast=autocast_factors,
 )

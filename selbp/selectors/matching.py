@@ -69,12 +69,12 @@ class GradientMatching(BaseSelector):
     def choose(self, rows: Candidates, k: int) -> Selection:
         """Match with k rows; draws nothing."""
         stats, proxies = rows.stats, rows.proxies
-        plain = self.weights == "refit" and not self.unit_sum and stats.valid.device.type == "cpu"
+        plain = self.weights == "refit" and not self.unit_sum
         factors = proxies.factors() if plain and isinstance(proxies, GradientProxies) else None
         if factors is not None and proxies is not None and len(factors[0]) == len(factors[1]) == rows.n:
             found = match_gradients(
                 *factors, stats.valid, k, bias=proxies.bias, rule=self.rule, ridge=self.ridge,
-                nonnegative=self.nonnegative,
+                nonnegative=self.nonnegative, finite=proxies.finite,
             )  # fmt: skip
             proxies.keep(found.gram, found.mean)
             return Selection(found.indices, found.weights.to(stats.loss.dtype))

@@ -35,6 +35,8 @@ class GradientProxies:
     (torch.Size([16, 16]), torch.Size([3, 5]))
     """
 
+    finite = False  # whether no factor is known to hold a NaN or an infinity
+
     def __init__(
         self, residual: Tensor | Callable[[], Tensor], features: Tensor | Callable[[], Tensor], *, bias: bool = True
     ) -> None:
