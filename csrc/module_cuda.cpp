@@ -53,9 +53,10 @@ PYBIND11_MODULE(_native_cuda, m, py::mod_gil_not_used()) {
     return bytes;
   });
   m.def("match", [](const std::array<std::uintptr_t, 9>& buffers, bool is_double, std::int64_t batch, int n, int k,
-                    int rule, bool nonnegative, double ridge, double tolerance, std::uintptr_t workspace, int device,
-                    std::uintptr_t stream) {
-    const auto chosen = options(n, k, rule, nonnegative, ridge, tolerance);
+                    int rule, bool nonnegative, double ridge, double tolerance, bool fill, std::uintptr_t workspace,
+                    int device, std::uintptr_t stream) {
+    auto chosen = options(n, k, rule, nonnegative, ridge, tolerance);
+    chosen.fill = fill;
     check(is_double ? launch_match<double>(chosen, buffers, batch, workspace, device, stream)
                     : launch_match<float>(chosen, buffers, batch, workspace, device, stream));
   });

@@ -12,6 +12,7 @@ def match(
     nonnegative: bool,
     ridge: float,
     tolerance: float,
+    fill: bool,
     workspace: int,
     device: int,
     stream: int,

@@ -26,6 +26,51 @@ from .arithmetic import FLOOR, LN2, LOG2E, MINUS_INFINITY, log1p, reference_expo
 from .statistics import merge_fit
 
 
+@triton.jit
+def outcome(state, z, g, w_y, ignored, present, square_h, n_classes, label_smoothing, SMOOTH: tl.constexpr):
+    """From a row's sums over the other classes and its target's logit: (loss, lse, ||r||^2, q, leads, valid, own, T).
+
+    ``state`` as statistics.py keeps it; z and g are the target's logit and slope, w_y its class weight. ``own`` is the
+    target's entry of r, and T what the other probabilities count in it.
+    """
+    m, ref, s = state[0], state[1], state[2]
+    top = tl.maximum(ref, reference_exponent(z))
+    x = tl.fma(z, LOG2E, -top)
+    shrink = tl.exp2(ref - top)
+    a = s * shrink
+    t = tl.exp2(x)
+    total = a + t
+    log_total = tl.log(total)
+    leads = z >= m
+    against = tl.where(leads, log1p(a / tl.where(leads, t, 1.0)), log_total - x * LN2)
+    # z_y = -inf leaves lse to the other classes; z_y + against would be -inf + inf.
+    lse = tl.where(z == MINUS_INFINITY, tl.fma(top, LN2, log_total), z + against)
+    q = a / total
+    if SMOOTH:
+        share = label_smoothing / n_classes
+        t_y = (1.0 - label_smoothing) * w_y + share * w_y
+        mass = t_y + share * state[4]
+        # Where every class that shares the target is excluded, 0 * (reference) must not become 0 * inf.
+        rest = tl.where(state[4] == 0.0, 0.0, state[5] + state[4] * ((top - ref) + log_total * LOG2E))
+        loss = t_y * against + (share * LN2) * rest
+        own = g * (share * state[4] - mass * q)
+        factor = mass * (shrink / total)
+        miss = factor * state[6] - share
+        residual_sq = own * own + (factor * factor) * state[3] + (miss * miss) * state[7]
+    else:
+        loss = w_y * against
+        mass = w_y
+        own = -w_y * (g * q)
+        factor = w_y * (shrink / total)
+        residual_sq = own * own + (factor * factor) * state[3]
+    nan = float("nan")
+    loss = tl.where(ignored, 0.0, tl.where(present, loss, nan))
+    finite = tl.abs(loss) < float("inf")
+    residual_sq = tl.where(finite, tl.where(present, residual_sq, 0.0), nan)
+    valid = present & finite & (tl.abs(residual_sq) < float("inf")) & (tl.abs(square_h) < float("inf"))
+    return loss, lse, residual_sq, q, leads, valid, own, mass
+
+
 @triton.jit(do_not_specialize=["n", "n_splits", "ignore_index"])
 def finalize_kernel(
     partials,
@@ -100,42 +145,15 @@ def finalize_kernel(
     in_range = (y >= 0) & (y < n_classes)
     ignored = y == ignore_index
     present = in_range & (y != ignore_index)
-    top = tl.maximum(ref, reference_exponent(z))
-    x = tl.fma(z, LOG2E, -top)
-    shrink = tl.exp2(ref - top)
-    a = s * shrink
-    t = tl.exp2(x)
-    total = a + t
-    log_total = tl.log(total)
-    leads = z >= m
-    against = tl.where(leads, log1p(a / tl.where(leads, t, 1.0)), log_total - x * LN2)
-    # z_y = -inf leaves lse to the other classes; z_y + against would be -inf + inf.
-    lse = tl.where(z == MINUS_INFINITY, tl.fma(top, LN2, log_total), z + against)
-    q = a / total
     w_y = 1.0
     if HAS_WEIGHT:
         w_y = tl.load(class_weight + tl.where(in_range, y, 0), mask=inside, other=0.0).to(tl.float32)
+    state = m, ref, s, s2
     if SMOOTH:
-        share = label_smoothing / n_classes
-        t_y = (1.0 - label_smoothing) * w_y + share * w_y
-        mass = t_y + share * amount
-        # Where every class that shares the target is excluded, 0 * (reference) must not become 0 * inf.
-        rest = tl.where(amount == 0.0, 0.0, spread + amount * ((top - ref) + log_total * LOG2E))
-        loss = t_y * against + (share * LN2) * rest
-        own = g * (share * amount - mass * q)
-        factor = mass * (shrink / total)
-        miss = factor * rho - share
-        residual_sq = own * own + (factor * factor) * s2 + (miss * miss) * square
-    else:
-        loss = w_y * against
-        own = w_y * (g * q)
-        factor = w_y * (shrink / total)
-        residual_sq = own * own + (factor * factor) * s2
-    nan = float("nan")
-    loss = tl.where(ignored, 0.0, tl.where(present, loss, nan))
-    finite = tl.abs(loss) < float("inf")
-    residual_sq = tl.where(finite, tl.where(present, residual_sq, 0.0), nan)
-    valid = present & finite & (tl.abs(residual_sq) < float("inf")) & (tl.abs(square_h) < float("inf"))
+        state = state + (amount, spread, rho, square)
+    loss, lse, residual_sq, q, leads, valid, _, _ = outcome(
+        state, z, g, w_y, ignored, present, square_h, n_classes, label_smoothing, SMOOTH
+    )
     tl.store(loss_out + rows, loss, mask=inside)
     tl.store(lse_out + rows, lse, mask=inside)
     tl.store(residual_sq_out + rows, residual_sq, mask=inside)

@@ -10,10 +10,12 @@ Tile picture: K is symmetric, so only tiles (i, j) with j <= i are computed; eac
       1 [ x ][ D ]            acc_h += H_i[:, k] H_j[:, k]^T     over d in steps of DEPTH
       2 [ x ][ x ][ D ]       K_ij = acc_r * (acc_h + b);  K_ji = K_ij^T
 
-A row of R or H with an entry that is not finite counts as a zero gradient. Its own K_ii shows it (nothing finite
-comes of a NaN or an infinity), and it reaches no other row's entries: the diagonal tiles write one flag a row,
-``gram_confirm_kernel`` takes the flag back from rows that are finite and merely overflowed, and
-``gram_clear_kernel`` clears the rows and columns that are flagged. Both usually read n bytes and write nothing.
+A row of R or H with an entry that is not finite counts as a zero gradient, and it reaches no other row's entries. The
+caller may say that there is none, or hand flags of the rows (mean.py finds them), which clear entries as they are
+stored: of a small minibatch that is a launch fewer. Else the row's own K_ii shows it (nothing finite comes of a NaN or
+an infinity): the diagonal tiles write one flag a row, ``gram_confirm_kernel`` takes the flag back from rows that are
+finite and merely overflowed, and ``gram_clear_kernel`` clears the rows and columns that are flagged. Both usually read
+n bytes and write nothing.
 
 Flops n (n + ROWS)(C + d); bytes from DRAM at least n (C item_R + d item_H) + 4 n^2; requested by the programs
 2 ROWS (C item_R + d item_H) a tile, 4 n^2 stored in all. Few rows make few tiles (36 at n = 1024, ROWS = 128), so a
@@ -34,7 +36,7 @@ def gram_kernel(
     residual,
     features,
     gram,
-    broken,
+    flags,
     n,
     n_classes,
     d,
@@ -50,8 +52,13 @@ def gram_kernel(
     EVEN_H: tl.constexpr,
     PRECISION_R: tl.constexpr,
     PRECISION_H: tl.constexpr,
+    FLAGS: tl.constexpr,
 ):
-    """One tile of the lower triangle and its mirror; broken[row] = 1 where the row's own product is not finite."""
+    """One tile of the lower triangle and its mirror.
+
+    FLAGS: "none"; "clear", 0 where flags[row] or flags[column] is 0; "find", flags[row] = 1 where the row's own product
+    is not finite.
+    """
     i, j = triangle_tile(tl.program_id(0))
     acc = tl.zeros((ROWS, ROWS), tl.float32)
     acc = product(
@@ -66,14 +73,18 @@ def gram_kernel(
     acc = acc * (other + plus)
     rows = i * ROWS + tl.arange(0, ROWS)
     columns = j * ROWS + tl.arange(0, ROWS)
+    if FLAGS == "clear":
+        kept = tl.load(flags + rows, mask=rows < n, other=0) != 0
+        acc = tl.where(kept[:, None] & (tl.load(flags + columns, mask=columns < n, other=0) != 0)[None, :], acc, 0.0)
     # Entries on and below the diagonal, then the mirror of those below: a tile's own rounding need not be symmetric.
     mask = (rows[:, None] >= columns[None, :]) & (rows < n)[:, None]
     tl.store(gram + rows.to(tl.int64)[:, None] * stride_k + columns[None, :], acc, mask=mask)
     mask = (columns[:, None] < rows[None, :]) & (rows < n)[None, :]
     tl.store(gram + columns.to(tl.int64)[:, None] * stride_k + rows[None, :], tl.trans(acc), mask=mask)
-    if i == j:
-        own = tl.sum(tl.where(rows[:, None] == columns[None, :], acc, 0.0), 1)
-        tl.store(broken + rows, ((tl.abs(own) < float("inf")) == 0).to(tl.uint8), mask=rows < n)
+    if FLAGS == "find":
+        if i == j:
+            own = tl.sum(tl.where(rows[:, None] == columns[None, :], acc, 0.0), 1)
+            tl.store(flags + rows, ((tl.abs(own) < float("inf")) == 0).to(tl.uint8), mask=rows < n)
 
 
 @triton.jit
@@ -123,6 +134,7 @@ def gram(
     *,
     bias: bool = True,
     tile: configs.Tile | None = None,
+    finite: torch.Tensor | bool = False,  # (n,) uint8, 0 in broken rows; True: there is none; False: not known
 ) -> torch.Tensor:
     """(n, n) float32, symmetric to the bit; rows and columns of broken samples are 0."""
     (n, n_classes), d = residual.shape, features.shape[1]
@@ -135,7 +147,9 @@ def gram(
     out = torch.empty(n, n, dtype=torch.float32, device=residual.device)
     if n == 0:
         return out
-    broken = torch.empty(n, dtype=torch.uint8, device=residual.device)
+    flags = finite if isinstance(finite, torch.Tensor) else None
+    if finite is False:
+        flags = torch.empty(n, dtype=torch.uint8, device=residual.device)
     # A step spans the same bytes of either matrix, so that one shared-memory budget holds for mixed dtypes.
     depth_r, depth_h = (tile.depth * dtype.itemsize // x.element_size() for x in (residual, features))
     descriptor, pair = operands(tile.descriptor, (residual, tile.rows, depth_r), (features, tile.rows, depth_h))
@@ -143,7 +157,7 @@ def gram(
     gram_kernel[(count * (count + 1) // 2,)](
         *pair,
         out,
-        broken,
+        flags,
         n,
         n_classes,
         d,
@@ -159,13 +173,16 @@ def gram(
         EVEN_H=d % depth_h == 0,
         PRECISION_R=dot_precision(residual.dtype),
         PRECISION_H=dot_precision(features.dtype),
+        FLAGS="none" if flags is None else "find" if finite is False else "clear",
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+    if finite is not False:
+        return out
     gram_confirm_kernel[(triton.cdiv(n, CONFIRM_ROWS),)](
         residual,
         features,
-        broken,
+        flags,
         n,
         n_classes,
         d,
@@ -176,5 +193,5 @@ def gram(
         num_warps=4,
     )
     clear = triton.cdiv(n, CLEAR_ROWS)
-    gram_clear_kernel[(clear, clear)](out, broken, n, out.stride(0), ROWS=CLEAR_ROWS, num_warps=4)
+    gram_clear_kernel[(clear, clear)](out, flags, n, out.stride(0), ROWS=CLEAR_ROWS, num_warps=4)
     return out

@@ -1,6 +1,7 @@
 """The launches behind the operators, in order: what a CUDA implementation in ``selbp.ops`` calls.
 
-    stored logits        target_logit (gather) -> logits_statistics -> finalize
+    stored logits        stored_rows; of many classes target_logit (gather) -> logits_statistics -> finalize
+    a minibatch          stored_rows -> in_units
     features and weight  target_logit (product) -> statistics       -> finalize
 
 Inputs may have any strides: a matrix whose last dimension is not contiguous is copied once. Outputs are float32 and
@@ -15,9 +16,13 @@ import torch
 from torch import Tensor
 
 from . import linear_cross_entropy as head
+from . import minibatch
 from . import residual as residual_kernels
+from . import stored_rows as stored
 from .combine import finalize
 from .gram import gram
+from .mean import MOST, finite_rows
+from .mean import mean_gradient as mean_of
 from .sketch import projected_residuals
 from .statistics import logits_statistics, statistics
 from .target_logit import target_logit
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
     from selbp.ops._loss_options import LossOptions
 
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+FLAGGED = 1 << 22  # entries of both factors up to which looking at all of them costs less than a launch
 
 
 def rows(matrix: Tensor) -> Tensor:
@@ -51,14 +57,14 @@ def cross_entropy_statistics(
     """The fields of BatchStatistics from stored logits."""
     logits, target = rows(logits), target.contiguous()
     options = contiguous(options)
+    features = None if features is None else rows(features)
     with torch.cuda.device_of(logits):
-        z, feature_sq = target_logit(
-            target,
-            logits.shape[1],
-            features=None if features is None else rows(features),
-            logits=logits,
-            plus=float(bias),
-        )
+        if logits.shape[1] <= stored.MOST_CLASSES:
+            loss, lse, residual_sq, feature_sq, correct, valid = stored.stored_rows(
+                logits, target, features, plus=float(bias), **options._asdict()
+            )
+            return loss, lse, residual_sq, feature_sq, correct, valid
+        z, feature_sq = target_logit(target, logits.shape[1], features=features, logits=logits, plus=float(bias))
         partials = logits_statistics(
             logits,
             target,
@@ -70,6 +76,26 @@ def cross_entropy_statistics(
             partials, z, feature_sq, target, logits.shape[1], **options._asdict()
         )
     return loss, lse, residual_sq, feature_sq, correct, valid
+
+
+def fits_minibatch(logits: Tensor) -> bool:
+    """Whether :func:`score_minibatch` takes these logits (n, C)."""
+    return logits.shape[0] <= stored.MOST_ROWS and logits.shape[1] <= stored.MOST_CLASSES
+
+
+def score_minibatch(
+    logits: Tensor, target: Tensor, features: Tensor | None, options: LossOptions, bias: bool, factors: bool
+) -> tuple[Tensor, ...]:
+    """The outputs of ``selbp::score_minibatch``; without ``factors`` the last two hold nothing."""
+    logits, target = rows(logits), target.contiguous()
+    features = None if features is None else rows(features)
+    options = contiguous(options)
+    with torch.cuda.device_of(logits):
+        loss, lse, residual_sq, feature_sq, correct, valid, mass, residual, h = stored.stored_rows(
+            logits, target, features, plus=float(bias), mass=True, factors=factors, **options._asdict()
+        )
+        scale, hits, scaled, residual_sq = stored.in_units(mass, valid, correct, loss, residual_sq, residual)
+    return loss, lse, residual_sq, feature_sq, correct, valid, mass, scaled, scale, hits, residual, h
 
 
 def linear_cross_entropy(
@@ -173,7 +199,62 @@ def residual(
         )
 
 
-def gradient_gram(residual: Tensor, features: Tensor, bias: bool) -> Tensor:
-    """(n, n) float32 inner products of the per-sample gradients."""
+def rows_are_finite(x: Tensor) -> Tensor:
+    """(n,) bool: every entry of the row of x (n, m) is finite."""
+    x = rows(x)
+    with torch.cuda.device_of(x):
+        return finite_rows(x, x[:, :0]).view(torch.bool)
+
+
+def unscored(
+    target: Tensor, finite: Tensor, class_weight: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The outputs of ``selbp::unscored``, of at most MOST_ROWS rows."""
+    class_weight = None if class_weight is None else class_weight.contiguous()
+    with torch.cuda.device_of(target):
+        return minibatch.unscored(target.contiguous(), finite.contiguous(), class_weight, ignore_index)
+
+
+def hits(logits: Tensor, target: Tensor, live: Tensor, ignore_index: int) -> Tensor:
+    """The output of ``selbp::count_hits``, of at most MOST_LOGITS logits."""
+    with torch.cuda.device_of(logits):
+        return minibatch.hits(rows(logits), target.contiguous(), live.contiguous(), ignore_index)
+
+
+def weighted_sum(losses: Tensor, scale: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The outputs of ``selbp::weighted_loss`` for contiguous float32 losses."""
+    with torch.cuda.device_of(losses):
+        return minibatch.weighted_sum(losses, scale, weights.contiguous())
+
+
+def finite_flags(residual: Tensor, features: Tensor) -> Tensor | bool:
+    """(n,) uint8 flags of the rows that are finite; False where looking at them would cost more than it saves."""
+    residual, features = rows(residual), rows(features)
+    if not 0 < len(residual) * (residual.shape[1] + features.shape[1]) <= FLAGGED:
+        return False
     with torch.cuda.device_of(residual):
-        return gram(rows(residual), rows(features), bias=bias)
+        return finite_rows(residual, features)
+
+
+def gradient_gram(residual: Tensor, features: Tensor, bias: bool, finite: Tensor | bool = False) -> Tensor:
+    """(n, n) float32 inner products of the per-sample gradients.
+
+    ``finite``: :func:`finite_flags`, or whether every row is known to be finite.
+    """
+    residual, features = rows(residual), rows(features)
+    with torch.cuda.device_of(residual):
+        finite = finite if finite is not False else finite_flags(residual, features)
+        return gram(residual, features, bias=bias, finite=finite)
+
+
+def mean_gradient(
+    residual: Tensor, features: Tensor, bias: bool, finite: Tensor | bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Inner (n,), target_sq (), M (C, d) and the bias's column in float32; None for more than a small minibatch."""
+    if not 0 < len(residual) * residual.shape[1] * max(features.shape[1], 1) <= MOST:
+        return None
+    residual, features = rows(residual), rows(features)
+    with torch.cuda.device_of(residual):
+        if finite is False:
+            finite = finite_rows(residual, features)
+        return mean_of(residual, features, None if finite is True else finite, bias=bias)

@@ -225,6 +225,7 @@ class Engine {
   // ------------------------------------------------------------------------------------------------- the answer
   SELBP_HD T weight(int row) const { return T(double(-work_.correlation[work_.slot[row]]) * weight_scale_); }
 
+  SELBP_METHOD int spare_row(int count) const;
   SELBP_METHOD void report(const Answer<T>& answer, Status status);
   SELBP_METHOD void quadratic_form(int count);
 

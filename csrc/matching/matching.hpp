@@ -19,6 +19,7 @@ struct Options {
   double tolerance;  // relative residual at which to stop; 0: never
   // Bytes of the tableau beyond which rows are formed ahead (CPU): what fits in L1 gains nothing. Results are the same.
   std::size_t near_bytes = std::size_t(64) << 10;
+  bool fill = false;  // spare slots repeat the first row chosen, else the first valid one, else row 0
 };
 
 // One problem, or the first of a batch of problems that lie one behind the other.
@@ -32,7 +33,7 @@ struct Problem {
 
 template <class T>
 struct Answer {
-  std::int64_t* indices;  // (k,) in order of choice, padded with -1
+  std::int64_t* indices;  // (k,) in order of choice, padded with -1 unless they are filled
   T* weights;             // (k,) padded with 0
   std::int32_t* count;    // ()
   T* residual;            // () relative, without the ridge's term

@@ -70,6 +70,15 @@ SELBP_METHOD double Engine<Team, T>::mean_diagonal() {
   return rows > 0 ? sum / rows : 0.0;
 }
 
+// What a slot without a row repeats where it must name one; every thread looks for itself.
+template <class Team, class T>
+SELBP_METHOD int Engine<Team, T>::spare_row(int count) const {
+  if (count > 0) return work_.order[0];
+  int row = 0;
+  while (row < options_.n && problem_.valid && !problem_.valid[row]) ++row;
+  return row < options_.n ? row : 0;
+}
+
 template <class Team, class T>
 SELBP_METHOD void Engine<Team, T>::report(const Answer<T>& answer, Status status) {
   if (status != Status::invalid) {
@@ -81,8 +90,9 @@ SELBP_METHOD void Engine<Team, T>::report(const Answer<T>& answer, Status status
   }
   const bool usable = status != Status::invalid;
   const int count = usable ? rows_ : 0;
+  const int spare = options_.fill && options_.k > count ? spare_row(count) : -1;
   team_.each(options_.k, [&](int u) {
-    answer.indices[u] = u < count ? work_.order[u] : -1;
+    answer.indices[u] = u < count ? work_.order[u] : spare;
     answer.weights[u] = u < count ? weight(u) : T(0);
   });
   quadratic_form(count);

@@ -113,16 +113,59 @@ SELBP_HD bool by_norm(Block& block, const selection::Choose& p, E eligible, S sc
   return any && (p.threshold < 0 || running > p.threshold);
 }
 
+// Rule `percentile`: the valid rows' finite losses enter behind the last ones, of which `length` stay, NaN before them
+// where there are fewer; then every row's odds, 0 where its loss is none.
+template <class L>
+SELBP_HD void by_percentile(Block& block, const selection::Choose& p, const Columns& c, L loss) {
+  const auto seen = [&](int i) { return i < p.length ? p.before[i] : loss(i - p.length); };
+  const auto counts = [&](int i) { return is_finite(seen(i)) ? 1.0 : 0.0; };
+  const int all = p.length + p.n, finite = int(block.sum(all, counts));
+  const int known = finite < p.length ? finite : p.length;
+  Key* const keys = c.keys(c.a);
+  block.each(c.size, [&](int i) {
+    keys[i] = kNoKey;
+    c.rows[i] = i;
+  });
+  block.each(p.length - known, [&](int i) { p.after[i] = Limits<double>::kNaN; });
+  block.sync();
+  block.scan(all, counts, [&](int i, double before) {
+    const int place = p.length - finite + int(before);
+    if (!is_finite(seen(i)) || place < 0) return;
+    p.after[place] = seen(i);
+    keys[place] = key_of(seen(i));
+  });
+  block.sort(keys, c.rows, c.size);
+  block.each(p.n, [&](int row) {
+    const double own = loss(row);
+    int below = 0, end = known;  // how many are less than the own one
+    while (below < end) {
+      const int middle = (below + end) / 2;
+      if (keys[middle] < key_of(own))
+        below = middle + 1;
+      else
+        end = middle;
+    }
+    const double odds = pow(double(below) / double(known > 1 ? known : 1), p.power);
+    p.odds[row] = !is_finite(own) ? 0.0 : odds < p.least ? p.least : odds;
+  });
+  block.sync();
+}
+
 SELBP_HD void choose(const selection::Choose& p, unsigned char* shared) {
   Block block(shared);
-  const Columns c(shared + Block::kRoom, p.n);
-  const bool norm = p.rule == Rule::norm;
+  const bool norm = p.rule == Rule::norm, percentile = p.rule == Rule::percentile;
+  const Columns c(shared + Block::kRoom, percentile && p.length > p.n ? p.length : p.n);
+  if (percentile)
+    by_percentile(block, p, c, [&](int row) {
+      return p.valid[row] ? read(p.score, p.single_score != 0, std::size_t(row)) : Limits<double>::kNaN;
+    });
   const auto score = [&](int row) {
     const std::size_t i = std::size_t(row);
     if (p.single_score && norm) {  // rounded as torch's operators round
       const float own = static_cast<const float*>(p.score)[i];
       return double(square_root(p.second ? own * static_cast<const float*>(p.second)[i] : own));
     }
+    if (percentile) return p.odds[i];
     const double own = read(p.score, p.single_score != 0, i);
     return !norm ? own : square_root(p.second ? own * static_cast<const double*>(p.second)[i] : own);
   };

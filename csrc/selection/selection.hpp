@@ -9,22 +9,24 @@ namespace selection {
 
 constexpr int kMostRows = 4096;  // that one block sorts in its shared memory
 
-enum class Rule : std::int32_t { top = 0, odds = 1, rank = 2, norm = 3 };
+enum class Rule : std::int32_t { top = 0, odds = 1, rank = 2, norm = 3, percentile = 4 };
 enum class Weights : std::int32_t { mean = 0, batch = 1, unbiased = 2 };
 
 // selbp/ops/choose_rows.py and choose_gradients.py. Rule `norm` draws by the root of score (times the second one), all
 // alike where none is above 0 or where the running mean of tau does not exceed `threshold` (below 0: always by norm).
+// Rule `percentile` draws by the share of the last losses below the own one, to the `power`, at least `least`.
 struct Choose {
   const void* score;           // (n,)
   const void* second;          // (n,) or null
   const unsigned char* valid;  // (n,)
   const double* draws;         // (n + 1,) uniform on [0, 1); null where nothing is drawn
-  const double* before;        // () the running mean of tau, rule `norm` alone
-  double* after;               // () and what becomes of it
+  const double* before;        // () the running mean of tau, rule `norm`; (length,) the last losses, `percentile`
+  double* after;               // and what becomes of it or of them
+  double* odds;                // (n,) scratch, rule `percentile` alone
   std::int64_t* indices;       // (k,)
   void* weights;               // (k,)
-  double momentum, threshold;
-  std::int32_t n, k, single_score, single_weights;
+  double momentum, threshold, power, least;
+  std::int32_t n, k, length, single_score, single_weights;
   Rule rule;
   Weights mode;
 };

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu_parts import choices
+from gpu_parts import choices, minibatch
 from gpu_parts.results import Results
 from selbp import ops, reference
 
@@ -149,3 +149,4 @@ def run(results: Results, device: str, tiny: bool) -> None:
             results.row(f"parity of {dtype} {shape} {sorted(option)}", partial(parity, results, *case, device))
     if results.share == 0:
         choices.run(results, device, tiny)
+        minibatch.run(results, device, tiny)

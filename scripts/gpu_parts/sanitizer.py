@@ -24,6 +24,9 @@ def driver(device: str) -> None:
 
     import selbp
     from selbp import ops
+    from selbp.ops import minibatch
+    from selbp.ops.match_gradients import _match_gradients
+    from selbp.ops.score_minibatch import _score_minibatch
 
     torch.manual_seed(0)
     n, d, n_classes = 37, 24, 203
@@ -39,6 +42,13 @@ def driver(device: str) -> None:
             torch.autograd.grad(ops.linear_cross_entropy(*leaves, y, **options).sum(), leaves)
         r = r.to(dtype)
         gram, mean = ops.gradient_gram(r, h), ops.mean_gradient(r, h)
+        for factors in (True, False):
+            _score_minibatch(logits, y, h, None, -100, 0.1, 5.0, True, factors)
+            _match_gradients(r, h, stats.valid, True, 12, "ols", 1e-3, True, factors)
+        live = minibatch.finite_rows(h)
+        minibatch.unscored(y, live, None, -100, False)
+        minibatch.count_hits(logits, y, live, -100)
+        minibatch.weighted_loss(stats.loss, stats.loss.sum(), stats.lse)
         ops.sketch(
             h[:30].unflatten(0, (10, 3)),
             w,
@@ -51,8 +61,8 @@ def driver(device: str) -> None:
             ops.match(*problem, 12, valid=stats.valid)
             ops.match(*(x.expand(3, *x.shape).contiguous() for x in problem), n)
         proxies = selbp.GradientProxies(r, h)
-        rules = selbp.TopLoss(), selbp.LossRank(), selbp.GradNormImportance(), selbp.CubeSampling(), selbp.DivBS()
-        for rule in rules:
+        rules = selbp.TopLoss(), selbp.LossRank(), selbp.LossPercentile(), selbp.GradNormImportance()
+        for rule in (*rules, selbp.CubeSampling(), selbp.DivBS()):
             rule.select(stats, 12, proxies=proxies)
     for size, k in ((600, 200), (1024, 256)):  # a tableau in global memory, and the whole grid on one problem
         rows = torch.randn(size, 64, device=device)

@@ -23,6 +23,8 @@ from selbp.common.samples import (
     take_entries,
     take_rows,
 )
+from selbp.ops._backends import saves_launches
+from selbp.ops.minibatch import finite_rows, plain_finite_rows
 
 __all__ = ["Batch", "map_tensors"]
 
@@ -122,10 +124,15 @@ class Batch:
         host: where the batch holds one, the indices and ``live`` are read there.
         """
         host: list[tuple[list[int], list[bool]]] = []
+        dead = ~live if saves_launches(live.device) else None  # the zero of a where is one, for each entry
 
         def alive(x: Tensor) -> Tensor:
             x = x if indices is None else take_rows(x, indices)
-            return torch.where(live.view(-1, *[1] * (x.dim() - 1)), x, 0) if x.is_floating_point() else x
+            if not x.is_floating_point():
+                return x
+            if dead is None:
+                return torch.where(live.view(-1, *[1] * (x.dim() - 1)), x, 0)
+            return x.masked_fill(dead.view(-1, *[1] * (x.dim() - 1)), 0)
 
         def some(entries: Any) -> Any:
             if not host:
@@ -154,24 +161,27 @@ class Batch:
 
     def finite(self) -> Tensor:
         """(n,) bool: every floating entry of the sample's inputs and target is finite."""
-        result = torch.ones(self.n, dtype=torch.bool, device=self.device)
+        result: Tensor | None = None
+        fused = saves_launches(self.device)
+
+        def both(found: Tensor) -> None:
+            nonlocal result
+            result = found if result is None else result & found
 
         def check(x: Tensor) -> Tensor:
-            nonlocal result
             if x.is_floating_point() and x.numel():
-                largest = torch.linalg.vector_norm(x.detach().reshape(self.n, -1), torch.inf, dim=1)
-                result = result & torch.isfinite(largest)
+                x = x.detach()
+                both(finite_rows(x) if fused else plain_finite_rows(x))
             return x
 
         def look(entries: Any) -> Any:
-            nonlocal result
             found = [finite_entry(entry) for entry in entries]
             if any(flag is not True for flag in found):
-                result = result & torch.stack([torch.as_tensor(flag, device=self.device) for flag in found])
+                both(torch.stack([torch.as_tensor(flag, device=self.device) for flag in found]))
             return entries
 
         self._map(check, look)
-        return result
+        return torch.ones(self.n, dtype=torch.bool, device=self.device) if result is None else result
 
     def feed(self, model: nn.Module) -> Any:
         """Call the model: ``model(x)``, ``model(*tuple)`` or ``model(**dict)``."""

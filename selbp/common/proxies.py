@@ -73,6 +73,7 @@ class HeadProxies(GradientProxies):
     With one position per sample these are the plain proxies. With more, :meth:`gram` and :meth:`mean_gradient` are
     exact for the summed gradients, while ``residual`` and ``features``, which have one row per sample, are the sum of
     the residuals and the mean of the features. ``reduce`` averages the mean gradient over ranks in place.
+    ``finite`` says that no factor holds a NaN or an infinity.
     """
 
     def __init__(
@@ -83,10 +84,11 @@ class HeadProxies(GradientProxies):
         positions: int,  # T
         bias: bool = True,
         reduce: Callable[[Tensor], Tensor] | None = None,
+        finite: bool = False,
     ) -> None:
         super().__init__(residual, features, bias=bias)  # the base's factors are the pooled ones, below
         self._factors: tuple[Callable[[], Tensor], Callable[[], Tensor]] | None = (residual, features)
-        self.positions, self._reduce = positions, reduce
+        self.positions, self._reduce, self.finite = positions, reduce, finite
 
     def _factor(self, which: int) -> Tensor:
         if self._factors is None:
@@ -146,8 +148,9 @@ class HeadProxies(GradientProxies):
             residual, features = self.flat
             length = self.positions
             inner, target_sq, weight, bias = ops.mean_gradient(residual, features, bias=self.bias)
-            inner, target_sq = inner.view(-1, length).sum(1) * length, target_sq * length**2
-            weight, bias = weight * length, None if bias is None else bias * length
+            if length > 1:
+                inner, target_sq = inner.view(-1, length).sum(1) * length, target_sq * length**2
+                weight, bias = weight * length, None if bias is None else bias * length
             if self._reduce is not None:
                 weight = self._reduce(weight)
                 inner, target_sq = ((residual @ weight) * features).sum(1), weight.double().square().sum()

@@ -72,6 +72,11 @@ def kernels(*tensors: Tensor | None) -> ModuleType | None:
     return importlib.import_module("selbp.triton_kernels.launch")
 
 
+def saves_launches(device: torch.device) -> bool:
+    """Whether a step's vectors go through operators of one launch: on a GPU, and on meta tensors, which count them."""
+    return device.type in ("cuda", "meta")
+
+
 @functools.cache
 def cuda_core() -> tuple[ModuleType | None, str]:
     """The module ``selbp._native_cuda``, or None and why there is none."""

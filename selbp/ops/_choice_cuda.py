@@ -17,7 +17,7 @@ from selbp.ops._cuda_solver import chooser
 
 MOST_ROWS, MOST_THREADS, WARP = 4096, 512, 32
 ROOM = (MOST_THREADS + 1) * 8 + 4 * WARP * 8  # csrc/selection/block.cuh: Block::kRoom
-RULES = ("top", "odds", "rank", "norm")
+RULES = ("top", "odds", "rank", "norm", "percentile")
 WEIGHTS = ("mean", "batch", "unbiased")
 _REAL = (torch.float32, torch.float64)
 
@@ -31,8 +31,8 @@ def _structure(name: str, pointers: str, doubles: str, ints: str) -> type[ctypes
 
 
 Choose = _structure(
-    "Choose", "score second valid draws before after indices weights", "momentum threshold",
-    "n k single_score single_weights rule mode",
+    "Choose", "score second valid draws before after odds indices weights", "momentum threshold power least",
+    "n k length single_score single_weights rule mode",
 )  # fmt: skip
 Balanced = _structure(
     "Balanced", "gram valid mixture draws indices weights sketch matrix", "", "n k p single_gram single_weights by_norm"
@@ -53,21 +53,27 @@ def choose(
     single: bool,
     *,
     second: Tensor | None = None,  # (n,) of the type of score
-    before: Tensor | None = None,  # () float64, with rule "norm"
+    before: Tensor | None = None,  # () float64, with rule "norm"; (length,) float64, with rule "percentile"
     momentum: float = 0.0,
     threshold: float | None = None,
+    power: float = 0.0,
+    least: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Indices, weights, and with rule ``"norm"`` the new running mean of tau."""
-    n = len(score)
-    launch = _launcher(n, k, ROOM + _columns(n), score, second)
+    """Indices, weights, and what becomes of ``before``: the running mean of tau, or the last losses."""
+    n, length = len(score), len(before) if rule == "percentile" and before is not None else 0
+    if length > MOST_ROWS:
+        return None
+    launch = _launcher(n, k, ROOM + _columns(max(n, length)), score, second)
     if launch is None:
         return None
     indices, found = _outputs(score, k, single)
-    after = None if before is None else torch.empty_like(before)
+    after = None if before is None else torch.empty(before.shape, dtype=torch.float64, device=before.device)
+    odds = score.new_empty(n, dtype=torch.float64) if length else None
     launch(
-        Choose, n, score=score, second=second, valid=valid, draws=draws, before=before, after=after, indices=indices,
-        weights=found, momentum=momentum, threshold=-1.0 if threshold is None else threshold, n=n, k=k,
-        single_score=score.dtype == torch.float32, single_weights=single, rule=RULES.index(rule),
+        Choose, max(n, length), score=score, second=second, valid=valid, draws=draws, before=before, after=after,
+        odds=odds, indices=indices, weights=found, momentum=momentum,
+        threshold=-1.0 if threshold is None else threshold, power=power, least=least, n=n, k=k,
+        length=length, single_score=score.dtype == torch.float32, single_weights=single, rule=RULES.index(rule),
         mode=WEIGHTS.index("batch" if rule == "top" and weights == "unbiased" else weights),
     )  # fmt: skip
     return indices, found, after

@@ -1,4 +1,4 @@
-"""Whole choices by the gradients, each one operator: by norm, balanced, and diversified.
+"""Whole choices, each one operator: by the loss's percentile, by the gradients' norms, balanced, and diversified.
 
 The specification and the backend of a CPU are in ``selbp.reference.choices``; on a GPU each is one launch
 (csrc/selection) where torch's operators would take dozens to thousands.
@@ -16,7 +16,7 @@ from selbp._checks import check_choice, check_dtype, check_floating, check_same_
 from selbp.ops import _choice_cuda
 from selbp.ops import cube as cube_operator
 from selbp.ops._register import define, library
-from selbp.ops.choose_rows import WEIGHTS, _one_by_one, rows_of_odds
+from selbp.ops.choose_rows import WEIGHTS, _one_by_one, percentile, rows_of_odds
 from selbp.reference import choices
 
 _Pair = tuple[Tensor, Tensor]
@@ -78,6 +78,43 @@ def _cuda_norm(
         residual_sq, feature_sq, valid, draws, tau, k, weights, momentum, threshold
     )
     return indices, _as(found, single), mean
+
+
+def _check_percentile(
+    loss: Tensor, valid: Tensor, history: Tensor, draws: Tensor, k: int, weights: str, power: float, least: float,
+    single: bool,
+) -> None:  # fmt: skip
+    check_floating("loss", loss)
+    check_shape("loss", loss, "(n,)", (None,))
+    n = len(loss)
+    _check_rows("loss", loss, n, valid, k)
+    _check_double("history", history, (None,), "(length,)", "loss", loss)
+    _check_double("draws", draws, (n + 1,), f"(n + 1,) with n = {n} as loss", "loss", loss)
+    check_choice("weights", weights, WEIGHTS)
+
+
+def _cpu_percentile(
+    loss: Tensor, valid: Tensor, history: Tensor, draws: Tensor, k: int, weights: str, power: float, least: float,
+    single: bool,
+) -> _Three:  # fmt: skip
+    odds, entered = choices.percentile_odds(loss, valid, history, power, least, percentile)
+    indices, found = rows_of_odds(odds, valid, draws, k, "odds", weights)
+    return indices, _as(found, single), entered
+
+
+def _cuda_percentile(
+    loss: Tensor, valid: Tensor, history: Tensor, draws: Tensor, k: int, weights: str, power: float, least: float,
+    single: bool,
+) -> _Three:  # fmt: skip
+    made = None
+    if len(history):
+        made = _choice_cuda.choose(
+            loss, valid, draws, k, "percentile", weights, single, before=history, power=power, least=least
+        )
+    if made is not None and made[2] is not None:
+        return made[0], made[1], made[2]
+    indices, found, entered = choices.choose_by_percentile(loss, valid, history, draws, k, weights, power, least)
+    return indices, _as(found, single), entered
 
 
 def _check_balanced(
@@ -160,6 +197,17 @@ choose_by_norm = define(
     cpu=_cpu_norm,
     cuda=_cuda_norm,
 )  # fmt: skip
+choose_by_percentile = define(
+    "choose_by_percentile(Tensor loss, Tensor valid, Tensor history, Tensor draws, SymInt k, str weights, float power, "
+    "float least, bool single) -> (Tensor, Tensor, Tensor)",
+    check=_check_percentile,
+    fake=lambda loss, valid, history, draws, k, *rest: (
+        *_pair_like(loss, k, rest[-1]),
+        torch.empty_like(history),
+    ),
+    cpu=_cpu_percentile,
+    cuda=_cuda_percentile,
+)
 choose_balanced = define(
     "choose_balanced(Tensor gram, Tensor valid, Tensor mixture, Tensor draws, SymInt k, bool by_norm, bool single)"
     " -> (Tensor, Tensor)",
@@ -178,15 +226,16 @@ choose_diverse = define(
 )
 
 
-def _norms_one_by_one(operator: Any, info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-    """``torch.vmap``'s rule: where the draws alone differ there is one mean of tau, which the rule may keep."""
-    (indices, weights, tau), _ = _one_by_one(operator, info, dims, *arguments)
+def _with_memory_one_by_one(operator: Any, info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    """``torch.vmap``'s rule: where the draws alone differ there is one thing to remember, which the rule may keep."""
+    (indices, weights, memory), _ = _one_by_one(operator, info, dims, *arguments)
     draws_alone = all(dim is None for place, dim in enumerate(dims) if place != 3)
-    return ((indices, weights, tau[0]), (0, 0, None)) if draws_alone else ((indices, weights, tau), (0, 0, 0))
+    return ((indices, weights, memory[0]), (0, 0, None)) if draws_alone else ((indices, weights, memory), (0, 0, 0))
 
 
 for _name, _operator, _rule in (
-    ("choose_by_norm", choose_by_norm, _norms_one_by_one),
+    ("choose_by_norm", choose_by_norm, _with_memory_one_by_one),
+    ("choose_by_percentile", choose_by_percentile, _with_memory_one_by_one),
     ("choose_balanced", choose_balanced, _one_by_one),
     ("choose_diverse", choose_diverse, _one_by_one),
 ):

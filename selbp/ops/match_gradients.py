@@ -1,15 +1,15 @@
 """From the factors of the per-sample gradients to rows and weights: Gram matrix, mean gradient and match in one call.
 
-Three operators and what fills the spare slots, in turn; of a small minibatch on the CPU one native call, for there the
-calls themselves take longer than the sums. Where few rows are chosen it forms only the Gram matrix's rows of these.
+On a GPU the three share what they would each launch. For a small minibatch on a CPU see :mod:`selbp.ops.match_small`.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from selbp import _native
 from selbp._checks import (
     accumulate_dtype,
     check_choice,
@@ -18,30 +18,25 @@ from selbp._checks import (
     check_same_device,
     check_shape,
 )
+from selbp.ops import _backends
 from selbp.ops._factors import autocast_factors, check_factors
 from selbp.ops._register import define
 from selbp.ops.gram import gradient_gram
-from selbp.ops.matching import RULES, match
-from selbp.ops.mean_gradient import is_small, mean_gradient
+from selbp.ops.matching import RULES, match, match_filled
+from selbp.ops.mean_gradient import mean_gradient, on_cuda
 from selbp.reference.sampling import fill_spare
+from selbp.types import MeanGradient
 
-_ROWS = 256  # above, the Gram matrix is worth the threads that it has by itself
-_PACKED = 1 << 20  # numbers in the factors; in whole blocks of rows they stay in the cache
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def in_one_call(residual: Tensor, features: Tensor, valid: Tensor, k: int) -> bool:
-    """Whether one native call takes factors (n, C) and (n, d) of the rows ``valid`` (n,), and keeps no Gram matrix."""
-    if not (isinstance(residual, Tensor) and isinstance(features, Tensor) and residual.dim() == features.dim() == 2):
-        return False
-    (n, n_classes), width = residual.shape, features.shape[1]
-    return (
-        0 < n <= _ROWS
-        and n == features.shape[0] == valid.shape[0]
-        and 0 < k
-        and is_small(n, n_classes, width)
-        and (n_classes + width) * max(n, 64) <= _PACKED
-        and residual.dtype != torch.bfloat16  # whose Gram matrix has a kernel of its own
-    )
+class MatchedGradients(NamedTuple):
+    """The rows and weights that match the mean gradient, and what they were found from."""
+
+    indices: Tensor  # (k,) int64; spare slots repeat the first chosen row, or the first valid one, or row 0
+    weights: Tensor  # (k,); 0 in spare slots
+    gram: Tensor  # (n, n)
+    mean: MeanGradient
 
 
 def match_gradients(
@@ -54,18 +49,31 @@ def match_gradients(
     rule: str,
     ridge: float,
     nonnegative: bool,
-) -> tuple[Tensor, Tensor]:
-    """Rows (k,) int64 and weights (k,): :func:`match` of the factors' own Gram matrix and mean gradient.
+    finite: bool = False,
+) -> MatchedGradients:
+    """:func:`gradient_gram`, :func:`mean_gradient` and :func:`match` of the same factors, each as it is by itself.
 
-    Spare slots have weight 0 and repeat the first chosen row, or the first valid one, or row 0.
+    ``finite`` says that no factor holds a NaN or an infinity: a GPU does not look for them then.
     """
-    indices, weights = _match_gradients(residual, features, valid, bias, k, rule, ridge, nonnegative)
-    return indices, weights
+    found = _match_gradients(residual, features, valid, bias, k, rule, ridge, nonnegative, finite)
+    indices, weights, gram, inner, target_sq, head_weight, head_bias = found
+    return MatchedGradients(
+        indices, weights, gram, MeanGradient(inner, target_sq, head_weight, head_bias if bias else None)
+    )
 
 
-def _check(
-    residual: Tensor, features: Tensor, valid: Tensor, bias: bool, k: int, rule: str, ridge: float, nonnegative: bool
+def check(
+    residual: Tensor,
+    features: Tensor,
+    valid: Tensor,
+    bias: bool,
+    k: int,
+    rule: str,
+    ridge: float,
+    nonnegative: bool,
+    finite: bool = False,
 ) -> None:
+    """Raise ValueError or TypeError for arguments that do not fit."""
     check_factors(residual, features)
     check_dtype("valid", valid, torch.bool)
     check_shape("valid", valid, f"(n,) with n = {len(residual)} rows as residual", (len(residual),))
@@ -77,42 +85,70 @@ def _check(
 
 
 def _fake(
-    residual: Tensor, features: Tensor, valid: Tensor, bias: bool, k: int, rule: str, ridge: float, nonnegative: bool
-) -> tuple[Tensor, Tensor]:
-    return residual.new_empty(k, dtype=torch.int64), residual.new_empty(k, dtype=accumulate_dtype(residual.dtype))
+    residual: Tensor,
+    features: Tensor,
+    valid: Tensor,
+    bias: bool,
+    k: int,
+    rule: str,
+    ridge: float,
+    nonnegative: bool,
+    finite: bool = False,
+) -> _Outputs:
+    (n, n_classes), width = residual.shape, features.shape[1]
+    dtype = accumulate_dtype(residual.dtype)
+    shapes = ((k,), (n, n), (n,), (), (n_classes, width), (n_classes if bias else 0,))
+    weights, gram, inner, target_sq, head_weight, head_bias = (residual.new_empty(s, dtype=dtype) for s in shapes)
+    return residual.new_empty(k, dtype=torch.int64), weights, gram, inner, target_sq, head_weight, head_bias
 
 
-def _composed(
-    residual: Tensor, features: Tensor, valid: Tensor, bias: bool, k: int, rule: str, ridge: float, nonnegative: bool
-) -> tuple[Tensor, Tensor]:
+def composed(
+    residual: Tensor,
+    features: Tensor,
+    valid: Tensor,
+    bias: bool,
+    k: int,
+    rule: str,
+    ridge: float,
+    nonnegative: bool,
+    finite: bool = False,
+) -> _Outputs:
+    """The three operators, one after the other."""
     gram, mean = gradient_gram(residual, features, bias=bias), mean_gradient(residual, features, bias=bias)
     found = match(gram, mean.inner, mean.target_sq, k, rule=rule, ridge=ridge, nonnegative=nonnegative, valid=valid)
     indices, _ = fill_spare(found.indices, found.indices >= 0, valid)
-    return indices, found.weights
+    head_bias = mean.inner.new_empty(0) if mean.head_bias is None else mean.head_bias
+    return indices, found.weights, gram, mean.inner, mean.target_sq, mean.head_weight, head_bias
 
 
-def _cpu(
-    residual: Tensor, features: Tensor, valid: Tensor, bias: bool, k: int, rule: str, ridge: float, nonnegative: bool
-) -> tuple[Tensor, Tensor]:
-    if in_one_call(residual, features, valid, k):
-        (n, n_classes), width = residual.shape, features.shape[1]
-        dtype = accumulate_dtype(residual.dtype)
-        r, h, rows = residual.to(dtype).contiguous(), features.to(dtype).contiguous(), valid.contiguous()
-        indices, weights = torch.empty(k, dtype=torch.int64), torch.empty(k, dtype=dtype)
-        problem = (dtype == torch.float64, (n, n_classes, width), bias, k, RULES.index(rule), nonnegative, ridge)
-        places = (rows.data_ptr(), indices.data_ptr(), weights.data_ptr())
-        if _native.match_gradients(r.data_ptr(), h.data_ptr(), *problem, *places):
-            return indices, weights
-    # where a number is not finite, the long way finds the rows that it spoils
-    return _composed(residual, features, valid, bias, k, rule, ridge, nonnegative)
+def _cuda(
+    residual: Tensor,
+    features: Tensor,
+    valid: Tensor,
+    bias: bool,
+    k: int,
+    rule: str,
+    ridge: float,
+    nonnegative: bool,
+    finite: bool = False,
+) -> _Outputs:
+    fused = _backends.kernels(residual, features)
+    if fused is None or not len(residual) or not k:
+        return composed(residual, features, valid, bias, k, rule, ridge, nonnegative, finite)
+    known = finite or fused.finite_flags(residual, features)
+    gram: Tensor = fused.gradient_gram(residual, features, bias, known)
+    inner, target_sq, head_weight, head_bias = on_cuda(residual, features, bias, known)
+    indices, weights = match_filled(gram, inner, target_sq, valid, k, rule, ridge, nonnegative)
+    return indices, weights, gram, inner, target_sq, head_weight, head_bias
 
 
 _match_gradients = define(
     "match_gradients(Tensor residual, Tensor features, Tensor valid, bool bias, SymInt k, str rule, float ridge, "
-    "bool nonnegative) -> (Tensor indices, Tensor weights)",
-    check=_check,
+    "bool nonnegative, bool finite=False) -> (Tensor indices, Tensor weights, Tensor gram, Tensor inner, "
+    "Tensor target_sq, Tensor head_weight, Tensor head_bias)",
+    check=check,
     fake=_fake,
-    cpu=_cpu,
-    cuda=_composed,
+    cpu=composed,
+    cuda=_cuda,
     autocast=autocast_factors,
 )

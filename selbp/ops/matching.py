@@ -19,6 +19,7 @@ from selbp.ops._cuda_solver import solver, warn_of_host
 from selbp.ops._factors import autocast_factors
 from selbp.ops._match_checks import RULES, check_match
 from selbp.ops._register import define
+from selbp.reference.sampling import fill_spare
 from selbp.types import Matching
 
 __all__ = ["RULES", "match"]
@@ -105,6 +106,7 @@ def _cuda(
     nonnegative: bool,
     valid: Tensor | None,
     tolerance: float,
+    fill: bool = False,
 ) -> _Outputs:
     n, device, is_double = inner.shape[-1], inner.device.index, gram.dtype == torch.float64
     core, missing = solver(device, n, k, is_double)
@@ -112,7 +114,8 @@ def _cuda(
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"matching cannot be captured in a CUDA graph: it is solved on the host, for {missing}")
         warn_of_host(missing)
-        return _on_host(gram, inner, target_sq, k, rule, ridge, nonnegative, valid, tolerance, pin=True)
+        found = _on_host(gram, inner, target_sq, k, rule, ridge, nonnegative, valid, tolerance, pin=True)
+        return found if not fill or valid is None else (fill_spare(found[0], found[0] >= 0, valid)[0], *found[1:])
     buffers, problems = _buffers(gram, inner, target_sq, k, valid), target_sq.numel()
     if problems:
         with torch.cuda.device(device):
@@ -129,11 +132,20 @@ def _cuda(
                 nonnegative,
                 ridge,
                 tolerance,
+                fill,
                 workspace.data_ptr(),
                 device,
                 torch.cuda.current_stream(device).cuda_stream,
             )
     return buffers[4:]
+
+
+def match_filled(
+    gram: Tensor, inner: Tensor, target_sq: Tensor, valid: Tensor, k: int, rule: str, ridge: float, nonnegative: bool
+) -> tuple[Tensor, Tensor]:
+    """Indices and weights (k,) of one problem on a GPU, whose spare slots :func:`.fill_spare` need not fill."""
+    indices, weights, *_ = _cuda(gram, inner, target_sq, k, rule, ridge, nonnegative, valid, 0.0, fill=True)
+    return indices, weights
 
 
 def _on_host(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from selbp import _native, reference
 from selbp._checks import accumulate_dtype, check_tensor, flag
-from selbp.ops import _gemm
+from selbp.ops import _backends, _gemm
 from selbp.ops._factors import autocast_factors, check_factors, finite_rows, row_dots
 from selbp.ops._register import define
 from selbp.types import MeanGradient
@@ -121,7 +121,16 @@ def _fake(residual: Tensor, features: Tensor, bias: bool) -> tuple[Tensor, Tenso
     return inner, target_sq, head_weight, head_bias
 
 
-def _cuda(residual: Tensor, features: Tensor, bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def on_cuda(
+    residual: Tensor, features: Tensor, bias: bool, finite: Tensor | bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the operator; ``finite``: the rows' flags, (n,) uint8, or whether every row is known to be finite."""
+    fused = _backends.kernels(residual, features)
+    made: tuple[Tensor, Tensor, Tensor, Tensor] | None = (
+        None if fused is None else fused.mean_gradient(residual, features, bias, finite)
+    )
+    if made is not None:
+        return made
     dtype = accumulate_dtype(residual.dtype)
     inner, target_sq, head_weight, head_bias = reference.mean_gradient(
         residual.to(dtype), features.to(dtype), bias=bias
@@ -135,6 +144,6 @@ _mean_gradient = define(
     check=check_factors,
     fake=_fake,
     cpu=_cpu,
-    cuda=_cuda,
+    cuda=on_cuda,
     autocast=autocast_factors,
 )

@@ -15,6 +15,7 @@ from selbp.reference.sampling import (
     cube_sample,
     fill_spare,
     inclusion_probabilities,
+    percentile,
     slot_weights,
     top_rows,
 )
@@ -51,6 +52,27 @@ def choose_by_norm(
     """What ``selbp.ops.choose_by_norm`` chooses: indices (k,), weights (k,) float64 and the running mean of tau."""
     odds, mean = norm_odds(residual_sq, feature_sq, valid, tau, momentum, threshold)
     return *choose_rows(odds, valid, draws, k, "odds", weights), mean
+
+
+def percentile_odds(
+    loss: Tensor, valid: Tensor, history: Tensor, power: float, least: float,
+    entered_and_below: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = percentile,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(n,) float64 odds by the share of the last losses below each, and (length,) those last losses with these.
+
+    0 for a row that is not valid or whose loss is not finite.
+    """
+    loss = torch.where(valid, loss.double(), torch.nan)
+    entered, below = entered_and_below(history, loss)
+    return torch.where(torch.isfinite(loss), below.pow(power).clamp(min=least), 0.0), entered
+
+
+def choose_by_percentile(
+    loss: Tensor, valid: Tensor, history: Tensor, draws: Tensor, k: int, weights: str, power: float, least: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``selbp.ops.choose_by_percentile`` draws: indices (k,), weights (k,) float64 and the last losses."""
+    odds, entered = percentile_odds(loss, valid, history, power, least)
+    return *choose_rows(odds, valid, draws, k, "odds", weights), entered
 
 
 def choose_balanced(

@@ -22,6 +22,13 @@ def soft_target(
     return (1.0 - label_smoothing) * onehot * w + label_smoothing / n_classes * w
 
 
+def scale_of(mass: Tensor, valid: Tensor) -> Tensor:
+    """() s with (1/n) sum s l_i = torch's mean over valid samples; 0 where there is none."""
+    wide = torch.float32 if mass.device.type == "mps" else torch.float64
+    total = torch.where(valid, mass, 0.0).sum(dtype=wide)
+    return torch.where(total > 0, len(mass) / total, 0.0)
+
+
 def cross_entropy_statistics(
     logits: Tensor,  # (n, C)
     target: Tensor,  # (n,) int64

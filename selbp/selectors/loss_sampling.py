@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from selbp._checks import check_choice, check_int, check_number
-from selbp.ops.choose_rows import percentile
+from selbp.ops.choose_gradients import choose_by_percentile
+from selbp.reference.sampling import uniform
 from selbp.selectors.base import BaseSelector, Needs, check_state, state_tensor
 from selbp.selectors.candidates import Candidates
 from selbp.selectors.weighting import Weights
@@ -73,16 +74,15 @@ class LossPercentile(BaseSelector):
 
     def choose(self, rows: Candidates, k: int) -> Selection:
         """Draw k rows; this batch's losses enter the history first."""
-        loss = torch.where(rows.stats.valid, rows.stats.loss.double(), torch.nan)
-        odds = torch.where(torch.isfinite(loss), self._keep_probability(loss), 0.0)
-        return rows.pick(odds, k, by="odds", weights=self.weights)
-
-    def _keep_probability(self, loss: Tensor) -> Tensor:
-        """(n,) p(l) of the losses ``loss`` (n,), NaN where there is none, after they entered the history."""
+        loss, valid = rows.stats.loss, rows.stats.valid
         if self._losses is None:
-            self._losses = loss.new_full((self.history,), torch.nan)
-        self._losses, below = percentile(self._losses.to(loss.device), loss)
-        return below.pow(self.beta).clamp(min=max(self.p_min, _LEAST))
+            self._losses = loss.new_full((self.history,), torch.nan, dtype=torch.float64)
+        least = max(self.p_min, _LEAST)
+        indices, weights, self._losses = choose_by_percentile(
+            loss, valid, self._losses.to(loss.device), uniform(rows.n + 1, loss, rows.generator), k, self.weights,
+            self.beta, least, loss.dtype == torch.float32,
+        )  # fmt: skip
+        return Selection(indices, weights.to(loss.dtype))
 
     def state_dict(self) -> dict[str, Any]:
         """``losses`` (history,) float64: the last valid losses, oldest first, NaN where there were fewer."""

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import torch
 
 from selbp._checks import check_choice, check_flag, check_number
-from selbp.ops.match_gradients import in_one_call, match_gradients
+from selbp.ops.match_gradients import match_gradients
+from selbp.ops.match_small import in_one_call, match_small
 from selbp.ops.matching import RULES, match
 from selbp.reference.sampling import fill_spare
 from selbp.selectors.base import BaseSelector, Needs
@@ -69,15 +70,19 @@ class GradientMatching(BaseSelector):
     def choose(self, rows: Candidates, k: int) -> Selection:
         """Match with k rows; draws nothing."""
         stats, proxies = rows.stats, rows.proxies
-        plain = self.weights == "refit" and not self.unit_sum and stats.valid.device.type == "cpu"
-        if plain and isinstance(proxies, GradientProxies):
-            factors = proxies.factors()
-            if factors is not None and in_one_call(*factors, stats.valid, k):
-                rule, ridge, nonnegative = self.rule, self.ridge, self.nonnegative
-                indices, weights = match_gradients(
-                    *factors, stats.valid, k, bias=proxies.bias, rule=rule, ridge=ridge, nonnegative=nonnegative
+        plain = self.weights == "refit" and not self.unit_sum
+        factors = proxies.factors() if plain and isinstance(proxies, GradientProxies) else None
+        if factors is not None and proxies is not None and len(factors[0]) == len(factors[1]) == rows.n:
+            problem = (*factors, stats.valid, k)
+            rule, ridge, nonnegative, bias = self.rule, self.ridge, self.nonnegative, proxies.bias
+            if in_one_call(*problem):
+                indices, weights = match_small(*problem, bias=bias, rule=rule, ridge=ridge, nonnegative=nonnegative)
+            else:
+                indices, weights, gram, mean = match_gradients(
+                    *problem, bias=bias, rule=rule, ridge=ridge, nonnegative=nonnegative, finite=proxies.finite
                 )
-                return Selection(indices, weights.to(stats.loss.dtype))
+                proxies.keep(gram, mean)
+            return Selection(indices, weights.to(stats.loss.dtype))
         return self._in_turn(rows, rows.gradients, k)
 
     def _in_turn(self, rows: Candidates, proxies: GradientProxies, k: int) -> Selection:

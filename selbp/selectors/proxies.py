@@ -35,6 +35,8 @@ class GradientProxies:
     (torch.Size([16, 16]), torch.Size([3, 5]))
     """
 
+    finite = False  # whether no factor is known to hold a NaN or an infinity
+
     def __init__(
         self, residual: Tensor | Callable[[], Tensor], features: Tensor | Callable[[], Tensor], *, bias: bool = True
     ) -> None:
@@ -67,6 +69,10 @@ class GradientProxies:
         """
         known = self._gram is not None or self._mean is not None
         return None if known or type(self) is not GradientProxies else (self.residual, self.features)
+
+    def keep(self, gram: Tensor, mean: MeanGradient) -> None:
+        """Take what :meth:`gram` (n, n) and :meth:`mean_gradient` return from now on, computed from :meth:`factors`."""
+        self._gram, self._mean = gram, mean
 
     def gram(self) -> Tensor:
         """(n, n) inner products g_i . g_j; see :func:`selbp.ops.gradient_gram`."""

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from selbp.common.exchange import Ranks
 from selbp.common.proxies import HeadProxies
+from selbp.reference.losses import scale_of
 from selbp.training.losses import logits_of
-from selbp.training.scoring import Scored, scale_of, worth_keeping
+from selbp.training.scoring import Scored, worth_keeping
 from selbp.types import BatchStatistics
 
 

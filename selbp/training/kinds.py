@@ -20,6 +20,8 @@ from selbp.common.guards import RunningStatistics, without_autocast
 from selbp.common.in_place import Untouched
 from selbp.common.keep import kept_rows
 from selbp.cut.report import CutReport
+from selbp.ops._backends import saves_launches
+from selbp.ops.minibatch import weighted_loss
 from selbp.sampling.issued import Draw
 from selbp.selectors import Full, Random, Selector
 from selbp.selectors.top import TARGETS
@@ -214,6 +216,7 @@ class StepKinds:
             self.head,
             self._criterion,
             gradients=self._gradients,
+            factors=self.selector.needs == "gradients" or self._full_head,
             mode=self._scoring,
             precision=self._precision,
             keep_graph=keep_graph,
@@ -274,8 +277,11 @@ class StepKinds:
 
     def _loss(self, m: Minibatch, losses: Tensor, head: FullHeadGradient | None = None) -> Tensor:
         """() what to call ``backward()`` on, of the rows that train; the table is told what was seen."""
-        m.scaled = losses * m.scale
-        loss = torch.where(m.live, m.scaled * m.selection.weights.to(m.scaled.dtype), 0).sum()
+        if saves_launches(losses.device):
+            loss, m.scaled = weighted_loss(losses, m.scale, m.selection.weights)
+        else:
+            m.scaled = losses * m.scale
+            loss = torch.where(m.live, m.scaled * m.selection.weights.to(m.scaled.dtype), 0).sum()
         if head is not None and m.mean is not None:
             loss = head.deliver(loss, m.mean)
         loss = add(loss, m.auxiliary, m.share)

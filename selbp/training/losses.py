@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selbp._checks import check_int, check_number, shown
+from selbp.ops._backends import saves_launches
+from selbp.ops.minibatch import count_hits
 from selbp.training.soft_labels import is_soft, soft_hits, soft_losses, soft_mass
 
 LOSSES = ("cross_entropy", "mse", "bce", "causal_lm", "linear_causal_lm")
@@ -179,7 +181,7 @@ class CrossEntropy:
             reduction="none",
             label_smoothing=self.label_smoothing,
         )
-        return entries.view(labels.shape).sum(1)
+        return entries.view(labels.shape).sum(1) if labels.shape[1] > 1 else entries
 
     def mass(self, target: Any, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """See :class:`Criterion`: the class weights of the sample's targets that are not ignored."""
@@ -198,6 +200,9 @@ class CrossEntropy:
         if self.soft(target):
             return soft_hits(logits_of(output), target, live, self.class_dim)
         labels, logits = self.labels(target), self.tokens(logits_of(output), target)
+        if saves_launches(logits.device) and labels.shape[1] == 1:
+            correct, total = count_hits(logits[:, 0], labels[:, 0], live, self.ignore_index)
+            return correct, total
         present = (labels != self.ignore_index) & live[:, None]
         return (present & (logits.argmax(-1) == labels)).sum(), present.sum()
 

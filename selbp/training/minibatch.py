@@ -52,7 +52,7 @@ class Minibatch:
         """Keep what the rest of the step needs of ``scored``: not its factors, which are large."""
         stats = scored.stats
         self.unscaled, self.losses, self.scale = stats.loss, scored.losses, scored.scale
-        self.stats = stats._replace(loss=stats.loss * scored.scale)
+        self.stats = stats._replace(loss=stats.loss * scored.scale if scored.scaled is None else scored.scaled)
         self.auxiliary, self.hits = scored.auxiliary, scored.hits
         self.share = self.call.share(scored, self.batch.n)
         self.seen = scored.output, stats.loss, None, stats.valid

@@ -20,6 +20,10 @@ from selbp.common.batch import Batch
 from selbp.common.distributed import inner_outputs
 from selbp.common.guards import evaluating, scoring_autocast, without_autocast, without_autocast_cache
 from selbp.common.proxies import DIAGNOSTIC_BYTES, HeadProxies, sequence_norm_sq
+from selbp.ops._backends import saves_launches
+from selbp.ops.minibatch import unscored as unscored_rows
+from selbp.ops.score_minibatch import score_minibatch
+from selbp.reference.losses import scale_of
 from selbp.training.head import Captured, capture, listed_candidates
 from selbp.training.head_kinds import is_pointwise, positions_last
 from selbp.training.linear_loss import LinearCausalLM
@@ -41,6 +45,7 @@ class Scored:
     auxiliary: Tensor | None = None  # () the model's own further loss, of all n rows, where a graph is kept
     mass: Tensor | None = None  # (n,) what each sample counts in torch's mean: its targets, or their class weights
     output: Any = None  # the model's, where it was to be kept
+    scaled: Tensor | None = None  # (n,) stats.loss times the scale, where that came with it
 
 
 class _Rows(NamedTuple):
@@ -58,13 +63,6 @@ class _Rows(NamedTuple):
     streamed: HeadFactors | None = None  # of a head whose logits are not stored, in place of residual and features
 
 
-def scale_of(mass: Tensor, valid: Tensor) -> Tensor:
-    """() s with (1/n) sum s l_i = torch's mean over valid samples; 0 where there is none."""
-    wide = torch.float32 if mass.device.type == "mps" else torch.float64
-    total = torch.where(valid, mass, 0.0).sum(dtype=wide)
-    return torch.where(total > 0, len(mass) / total, 0.0)
-
-
 def score(
     batch: Batch,
     model: nn.Module,
@@ -72,6 +70,7 @@ def score(
     criterion: Criterion,
     *,
     gradients: bool,
+    factors: bool = True,
     mode: Literal["same", "eval"],
     precision: str = "same",
     keep_graph: bool,
@@ -85,14 +84,15 @@ def score(
 ) -> Scored:
     """Run the forward on all rows; with ``gradients``, read gradient norms and proxies as well as losses.
 
-    ``precision`` is the forward's, see :func:`scoring_autocast`. ``keep_graph`` records the forward for a backward
-    through chosen rows of it; else nothing is recorded below the head. ``reduce`` averages the mean gradient over
-    ranks. ``feed`` calls the model. ``keep_output`` hands on what it gave. ``auxiliary`` reads a further loss off it.
-    ``sketch`` stands for the exact gradients of samples with several positions. ``unit`` () is the scale, in place of
-    this batch's own: 1 where it is a part of a minibatch. ``ran`` is called where a step that
-    scores nothing would go on to its backward.
+    ``factors`` says that the rule will read the proxies. ``precision`` is the forward's, see
+    :func:`scoring_autocast`. ``keep_graph`` records the forward for a backward through chosen rows of it; else
+    nothing is recorded below the head. ``reduce`` averages the mean gradient over ranks. ``feed`` calls the model.
+    ``keep_output`` hands on what it gave. ``auxiliary`` reads a further loss off it. ``sketch`` stands for the exact
+    gradients of samples with several positions. ``unit`` () is the scale, in place of this batch's own: 1 where it is
+    a part of a minibatch. ``ran`` is called where a step that scores nothing would go on to its backward.
     """
-    mass, present = criterion.mass(batch.target, batch.n, batch.device)
+    at_once = unit is None and _has_one_label_each(criterion, batch)
+    known = None if at_once else criterion.mass(batch.target, batch.n, batch.device)
     linear = isinstance(criterion, LinearCausalLM)  # then the model returns the head's input
     leaf = gradients and not keep_graph
     with evaluating(model, batch.device) if mode == "eval" else nullcontext():
@@ -127,6 +127,13 @@ def score(
     ran()
     with torch.no_grad(), without_autocast(batch.device):
         bias = getattr(head, "bias", None) is not None
+        if fused and known is None:
+            assert isinstance(criterion, CrossEntropy)
+            z = logits_of(returned).detach()
+            scored = _at_once(criterion, z, features, batch.target, bias, factors, reduce)
+            scored = replace(scored, losses=losses if keep_graph else None, auxiliary=beside)
+            return replace(scored, output=output) if keep_output else scored
+        mass, present = known or criterion.mass(batch.target, batch.n, batch.device)
         if isinstance(criterion, LinearCausalLM):
             rows = _from_features(criterion, output, batch.target, gradients)
         elif fused:
@@ -146,6 +153,16 @@ def score(
         return replace(scored, output=output) if keep_output else scored
 
 
+def _has_one_label_each(criterion: Criterion, batch: Batch) -> bool:
+    """Whether the samples have a class each and are where one operator scores them in fewer launches.
+
+    Raises what :meth:`CrossEntropy.labels` raises: before the forward, as the mass does elsewhere.
+    """
+    if not (saves_launches(batch.device) and isinstance(criterion, CrossEntropy)) or criterion.soft(batch.target):
+        return False
+    return criterion.labels(batch.target).shape[1] == 1
+
+
 def _is_head_output(output: Any, logits: Tensor) -> bool:
     """Whether the model returns what the head gave, up to a reshape of the leading dimensions."""
     returned = logits_of(output)
@@ -158,14 +175,58 @@ def _is_head_output(output: Any, logits: Tensor) -> bool:
     )
 
 
-def _from_logits(criterion: CrossEntropy, logits: Tensor, features: Tensor | None, target: Tensor, bias: bool) -> _Rows:
-    """Cross-entropy of the head's output, by the fused operator over all tokens."""
-    labels = criterion.labels(target)
+def _operands(
+    criterion: CrossEntropy, logits: Tensor, features: Tensor | None, target: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Logits (n, T, C) and the head's input (n, T, d), the entries that predict the labels (n, T)."""
     z = criterion.tokens(logits, target)
     criterion.check_classes(z.shape[-1], "the model")
     h = None if features is None else criterion.positions(features.reshape(*logits.shape[:-1], -1), target)
+    return z, h
+
+
+def _at_once(
+    criterion: CrossEntropy,
+    logits: Tensor,
+    features: Tensor | None,
+    target: Tensor,
+    bias: bool,
+    factors: bool,
+    reduce: Callable[[Tensor], Tensor] | None,
+) -> Scored:
+    """Cross-entropy of the head's output with one label a sample, by one operator; see :func:`_scaled`."""
+    z, h = _operands(criterion, logits, features, target)
+    z, y, h = z[:, 0], criterion.labels(target)[:, 0], None if h is None else h[:, 0]
+    options: dict[str, Any] = dict(
+        class_weight=criterion.weight_on(z.device),
+        ignore_index=criterion.ignore_index,
+        label_smoothing=criterion.label_smoothing,
+    )
+    found = score_minibatch(z, y, h, bias=bias, factors=factors, **options)
+    stats, scale = found.stats, found.scale
+    proxies = None
+    if h is not None:
+        live, width = stats.valid[:, None], h
+
+        def left() -> Tensor:
+            if found.residual is not None:
+                return found.residual[:, None]
+            return torch.where(live, ops.residual(z, y, stats.lse, **options) * scale, 0.0)[:, None]
+
+        def right() -> Tensor:
+            if found.features is not None:
+                return found.features[:, None]
+            return torch.where(live, width.to(stats.loss.dtype), 0.0)[:, None]
+
+        proxies = HeadProxies(left, right, positions=1, bias=bias, reduce=reduce, finite=True)
+    return Scored(stats, scale, proxies, None, (found.hits[0], found.hits[1]), None, found.mass, scaled=found.scaled)
+
+
+def _from_logits(criterion: CrossEntropy, logits: Tensor, features: Tensor | None, target: Tensor, bias: bool) -> _Rows:
+    """Cross-entropy of the head's output, by the fused operator over all tokens."""
+    z, h = _operands(criterion, logits, features, target)
     n, length, _ = z.shape
-    y, flat = labels.reshape(-1), z.flatten(0, 1)
+    y, flat = criterion.labels(target).reshape(-1), z.flatten(0, 1)
     options: dict[str, Any] = dict(
         class_weight=criterion.weight_on(z.device),
         ignore_index=criterion.ignore_index,
@@ -301,6 +362,15 @@ def _of_sketches(made: Tensor, reduce: Callable[[Tensor], Tensor] | None) -> Hea
 def unscored(batch: Batch, criterion: Criterion, model: nn.Module) -> Scored:
     """What is known without a forward: which samples have a target and are finite."""
     first = next((p.dtype for p in model.parameters() if p.is_floating_point() or p.is_complex()), torch.float32)
+    if _has_one_label_each(criterion, batch):
+        assert isinstance(criterion, CrossEntropy)
+        labels, weight = criterion.labels(batch.target)[:, 0], criterion.weight_on(batch.device)
+        double = real_dtype(first) == torch.float64
+        mass, valid, never, unknown, scale = unscored_rows(
+            labels, batch.finite(), weight, criterion.ignore_index, double
+        )
+        stats = BatchStatistics(unknown, unknown, unknown, unknown, never, valid)
+        return Scored(stats, scale, None, None, None, mass=mass, scaled=unknown)  # NaN in any unit
     mass, present = criterion.mass(batch.target, batch.n, batch.device)
     valid = present & batch.finite()
     stats = BatchStatistics.unscored(valid, real_dtype(first))

@@ -74,7 +74,8 @@ def same(found, expected):
     # odds, tau's of their squares: 4 ulps. In float64 1e-9 is left for sums in another order.
     rtol = 4 * torch.finfo(torch.float32).eps if found[1].dtype == torch.float32 else 1e-9
     return torch.equal(found[0], expected[0]) and all(
-        torch.allclose(a.double(), b, rtol=rtol, atol=0) for a, b in zip(found[1:], expected[1:], strict=True)
+        torch.allclose(a.double(), b, rtol=rtol, atol=0, equal_nan=True)
+        for a, b in zip(found[1:], expected[1:], strict=True)
     )
 
 
@@ -110,6 +111,21 @@ def norm_cases(sizes):
                     arguments = (square, feature_sq, valid, draws, tau, k, "unbiased", 0.9, threshold)
                     found = choose_gradients._cuda_norm(*arguments, dtype == torch.float32)
                     yield f"norm {name} {n} {k} {dtype}", found, choices.choose_by_norm(*arguments)
+
+
+def percentile_cases(sizes):
+    """The same of choose_by_percentile, with fewer, as many and more losses remembered than there are rows."""
+    for n in sizes:
+        for name in ("any", "ties", "gaps", "signed zeros"):
+            x, valid, draws = numbers(n, n)
+            for length in (1, n + 3, 2 * n + 7):
+                history = SCORES[name](torch.randn(length, dtype=F64, generator=torch.Generator().manual_seed(length)))
+                history[: length // 3] = torch.nan
+                for k, dtype in zip(kept(n), (torch.float32, F64, torch.float32), strict=False):
+                    loss = SCORES[name](x).to(dtype)
+                    arguments = (loss, valid, history, draws, k, ("mean", "unbiased")[k % 2], 3.0, 0.01)
+                    found = choose_gradients._cuda_percentile(*arguments, dtype == torch.float32)
+                    yield f"percentile {name} {n} {length} {k}", found, choices.choose_by_percentile(*arguments)
 
 
 def gradients(n, seed, dtype):
@@ -155,7 +171,10 @@ def diverse_cases(sizes):
                 yield f"diverse {n} {k} {dtype}", found, choices.choose_diverse(*arguments)
 
 
-CASES = {"rows": rows_cases, "norm": norm_cases, "balanced": balanced_cases, "diverse": diverse_cases}
+CASES = {
+    "rows": rows_cases, "norm": norm_cases, "percentile": percentile_cases, "balanced": balanced_cases,
+    "diverse": diverse_cases,
+}  # fmt: skip
 
 
 def differing(core, operator, sizes):

@@ -3,7 +3,8 @@
 //
 // Reads cases from standard input, one a line:
 //   KERNEL DTYPE N K RULE NONNEGATIVE RIDGE TOLERANCE BATCH MASKED SEED SCHEDULE
-// KERNEL is shared (tableau in shared memory), global or grid; prints "equal", what differs, or what the stand-in saw.
+// KERNEL is shared (tableau in shared memory), global or grid. MASKED is a sum: 1 some rows are not valid, 2 spare
+// slots are filled, 4 no row is valid. Prints "equal", what differs, or what the stand-in saw.
 #include <cstdio>
 #include <iostream>
 #include <memory>
@@ -81,13 +82,13 @@ struct Inputs {
         for (int j = 0; j < n; ++j)
           gram.as<T>()[(std::size_t(p) * n + i) * n + j] = dot(&rows[std::size_t(i) * d], &rows[std::size_t(j) * d]);
         inner.as<T>()[std::size_t(p) * n + i] = dot(&rows[std::size_t(i) * d], target.data());
-        valid.as<unsigned char>()[std::size_t(p) * n + i] = random() % 8 != 0;
+        valid.as<unsigned char>()[std::size_t(p) * n + i] = random() % 8 != 0 && !(c.masked & 4);
       }
       target_sq.as<T>()[p] = dot(target.data(), target.data());
     }
   }
-  Problem<T> problem(bool masked) const {
-    return {gram.as<T>(), inner.as<T>(), target_sq.as<T>(), masked ? valid.as<unsigned char>() : nullptr};
+  Problem<T> problem(int masked) const {
+    return {gram.as<T>(), inner.as<T>(), target_sq.as<T>(), masked & 1 ? valid.as<unsigned char>() : nullptr};
   }
 };
 
@@ -142,12 +143,28 @@ void on_gpu(const Case& c, const Problem<T>& problem, const Answer<T>& answer) {
   }
 }
 
+// What selbp/reference/sampling.py's `fill_spare` makes of the indices.
+template <class T>
+void fill(const Case& c, const Problem<T>& problem, const Answer<T>& answer) {
+  for (int p = 0; p < c.batch; ++p) {
+    std::int64_t* const indices = answer.indices + std::size_t(p) * c.options.k;
+    std::int64_t spare = 0;
+    for (int i = c.options.n - 1; i >= 0; --i)
+      if (!problem.valid || problem.valid[std::size_t(p) * c.options.n + i]) spare = i;
+    if (answer.count[p] > 0) spare = indices[0];
+    for (int u = answer.count[p]; u < c.options.k; ++u) indices[u] = spare;
+  }
+}
+
 template <class T>
 std::string compare(const Case& c) {
   const Inputs<T> inputs(c);
   const Outputs<T> wanted(c), got(c);
   if (!on_cpu(c, inputs.problem(c.masked), wanted.answer())) return "the CPU ran out of memory";
-  on_gpu<T>(c, inputs.problem(c.masked), got.answer());
+  if (c.masked & 2) fill(c, inputs.problem(c.masked), wanted.answer());
+  Case filled = c;
+  filled.options.fill = (c.masked & 2) != 0;
+  on_gpu<T>(filled, inputs.problem(c.masked), got.answer());
   return got.difference(wanted);
 }
 

@@ -15,8 +15,14 @@ from support.emulation import COMMON, HERE, ROOT, machine_flags
 from selbp.ops import choose_rows
 from selbp.reference import sampling
 
-SIZES = {"rows": [1, 2, 5, 33, 64], "norm": [1, 6, 65], "balanced": [1, 2, 7, 34], "diverse": [1, 2, 7, 33]}
-MANY = {"rows": [130, 700], "norm": [129, 700], "balanced": [66, 100], "diverse": [100, 130]}
+SIZES = {
+    "rows": [1, 2, 5, 33, 64],
+    "norm": [1, 6, 65],
+    "percentile": [1, 6, 33],
+    "balanced": [1, 2, 7, 34],
+    "diverse": [1, 2, 7, 33],
+}
+MANY = {"rows": [130, 700], "norm": [129, 700], "percentile": [130, 700], "balanced": [66, 100], "diverse": [100, 130]}
 
 
 def library(csrc=ROOT / "csrc"):
@@ -98,6 +104,12 @@ PLANTED = {
     ),
     "the old mean of tau": ("norm", "choose.cuh", "*p.after = running;", "*p.after = tau;"),
     "the threshold forgotten": ("norm", "choose.cuh", "(p.threshold < 0 || running > p.threshold)", "true"),
+    "the oldest losses stay": ("percentile", "choose.cuh", "p.length - finite + int(before)", "int(before)"),
+    "no losses but finite ones counted": ("percentile", "choose.cuh", "known > 1 ? known : 1", "p.length"),
+    "equal losses count as below": (
+        "percentile", "choose.cuh", "keys[middle] < key_of(own)", "keys[middle] <= key_of(own)",
+    ),
+    "an invalid row's loss enters": ("percentile", "choose.cuh", "return p.valid[row] ? read(", "return true ? read("),
     "no barrier after the pivot row": (
         "balanced", "balanced.cuh", "current[j] * scale; });\n    block.sync();", "current[j] * scale; });",
     ),

@@ -73,6 +73,24 @@ def test_same_bits_for_every_rule(emulator, kernel, rule, nonnegative):
     assert_equal(emulator, cases, [0, 1])
 
 
+FILLED, NO_ROW = 3, 7  # of `masked`, see matching.cpp
+
+
+def spare_slots(kernel):
+    return [
+        case(kernel, 20, 25, masked=FILLED, batch=2),  # more slots than rows
+        case(kernel, 40, 40, masked=FILLED, tolerance=0.5, seed=2),  # as many as the residual needs
+        case(kernel, 40, 9, masked=FILLED, tolerance=10.0, seed=3),  # none: the first valid row
+        case(kernel, 33, 4, masked=NO_ROW),  # none to choose from: row 0
+        case(kernel, 33, 40, masked=2, dtype="f64"),
+    ]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_spare_slots_repeat_a_row(emulator, kernel):
+    assert_equal(emulator, spare_slots(kernel), [0, 1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("seed", range(10))
@@ -130,6 +148,21 @@ def test_planted_unmasked_repeat(tmp_path):
     masked = "const auto eligible = (cosine > noise_) & (distance > j.load(work_.floor));"
     program = planted(tmp_path, ENGINE, masked, "const auto eligible = (aligned > T(0)) & (distance > T(0));")
     assert all("differ" in line for line in outcome(program, "shared"))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("if (count > 0) return", "if (count > options_.n) return"),
+        ("!problem_.valid[row]", "problem_.valid[row]"),
+        ("row < options_.n ? row : 0", "row"),
+    ],
+    ids=["never the first chosen", "the first that is not valid", "past the last row"],
+)
+def test_planted_wrong_row_in_spare_slots(tmp_path, before, after):
+    program = planted(tmp_path, "matching/setup.hpp", before, after)
+    said = outcomes(program, spare_slots("shared")[:-1], [0])
+    assert any("indices differ" in line for line in said), said
 
 
 def test_planted_divergent_barrier(tmp_path):

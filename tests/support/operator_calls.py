@@ -51,8 +51,21 @@ RIGHT = {
     "mean_gradient": {"residual": f(N, C), "features": f(N, D), "bias": True},
     "match_gradients": {
         "residual": f(N, C), "features": f(N, D), "valid": f(N) > 0, "bias": True, "k": 2, "rule": "ols", "ridge": 0.1,
+        "nonnegative": True, "finite": False,
+    },
+    "match_small": {
+        "residual": f(N, C), "features": f(N, D), "valid": f(N) > 0, "bias": True, "k": 2, "rule": "ols", "ridge": 0.1,
         "nonnegative": True,
     },
+    "score_minibatch": {
+        "logits": f(N, C), "target": i(N), "features": f(N, D), **LOSS, "bias": True, "factors": True,
+    },
+    "finite_rows": {"x": f(N, D)},
+    "unscored": {
+        "target": i(N), "finite": f(N) > 0, "class_weight": f(C), "ignore_index": -100, "double": False,
+    },
+    "count_hits": {"logits": f(N, C), "target": i(N), "live": f(N) > 0, "ignore_index": -100},
+    "weighted_loss": {"losses": f(N), "scale": f(), "weights": f(N)},
     "matching_residual": {
         "residual": f(N, C), "features": f(N, D), "indices": i(2), "weights": f(2), "bias": True
     },
@@ -76,6 +89,10 @@ RIGHT = {
         "residual_sq": f(N).square(), "feature_sq": f(N).square(), "valid": f(N) > 0,
         "draws": f(N + 1, dtype=torch.float64), "tau": f(dtype=torch.float64), "k": 2, "weights": "mean",
         "momentum": 0.9, "threshold": None, "single": True,
+    },
+    "choose_by_percentile": {
+        "loss": f(N), "valid": f(N) > 0, "history": f(6, dtype=torch.float64),
+        "draws": f(N + 1, dtype=torch.float64), "k": 2, "weights": "mean", "power": 3.0, "least": 0.0, "single": True,
     },
     "choose_balanced": {
         "gram": f(N, N), "valid": f(N) > 0, "mixture": f(N, 1, dtype=torch.float64),
@@ -156,6 +173,16 @@ ROW_VALUES = [
 ]
 VECTORS = ("grad", "lse", "others", "valid")
 
+MATCH_WRONG = [
+    *FACTORS_WRONG,
+    ({"valid": f(N)}, "valid must be bool, got float32"),
+    ({"valid": f(N + 1) > 0}, r"valid must be \(n,\) with n = 4 rows as residual, got \(5,\)"),
+    ({"valid": meta(f(N) > 0)}, "valid must be on the device of residual, cpu, got meta"),
+    ({"k": -1}, "k must be at least 0, got -1"),
+    ({"rule": "best"}, "rule must be one of 'ols', 'normalized', 'raw', got 'best'"),
+    ({"ridge": -0.1}, "ridge must be at least 0 and finite, got -0.1"),
+]
+
 WRONG = {
     "cross_entropy_statistics": [
         *LOGITS_WRONG, *LOSS_WRONG,
@@ -190,15 +217,8 @@ WRONG = {
     ],
     "gradient_gram": FACTORS_WRONG,
     "mean_gradient": FACTORS_WRONG,
-    "match_gradients": [
-        *FACTORS_WRONG,
-        ({"valid": f(N)}, "valid must be bool, got float32"),
-        ({"valid": f(N + 1) > 0}, r"valid must be \(n,\) with n = 4 rows as residual, got \(5,\)"),
-        ({"valid": meta(f(N) > 0)}, "valid must be on the device of residual, cpu, got meta"),
-        ({"k": -1}, "k must be at least 0, got -1"),
-        ({"rule": "best"}, "rule must be one of 'ols', 'normalized', 'raw', got 'best'"),
-        ({"ridge": -0.1}, "ridge must be at least 0 and finite, got -0.1"),
-    ],
+    "match_gradients": MATCH_WRONG,
+    "match_small": MATCH_WRONG,
     "matching_residual": [
         *FACTORS_WRONG,
         ({"indices": i(2, dtype=torch.int32)}, r"selection.indices must be int64, got int32"),
@@ -264,6 +284,52 @@ WRONG = {
         ({"rule": "any"}, "rule must be one of 'top', 'odds', 'rank', got 'any'"),
         ({"weights": "none"}, "weights must be one of 'mean', 'batch', 'unbiased', got 'none'"),
     ],
+    "score_minibatch": [
+        *LOGITS_WRONG, *LOSS_WRONG,
+        ({"features": f(N + 1, D)}, r"features must be \(n, d\) with n = 4 as logits, got \(5, 5\)"),
+        ({"features": None}, "features must be given for factors=True, got None"),
+    ],
+    "finite_rows": [
+        ({"x": i(N)}, r"x must be a floating tensor \(n, ...\), got torch.int64 \(4,\)"),
+        ({"x": f()}, r"x must be a floating tensor \(n, ...\), got torch.float32 \(\)"),
+    ],
+    "unscored": [
+        ({"target": f(N)}, "target must be int64, got float32"),
+        ({"target": i(N, 1)}, r"target must be \(n,\), got \(4, 1\)"),
+        ({"finite": f(N)}, "finite must be bool, got float32"),
+        ({"finite": f(N + 1) > 0}, r"finite must be \(n,\) with n = 4 as target, got \(5,\)"),
+        ({"finite": meta(f(N) > 0)}, "finite must be on the device of target, cpu, got meta"),
+        ({"class_weight": i(C)}, "class_weight must be float32, .*got int64"),
+        ({"class_weight": f(C, 1)}, r"class_weight must be \(C,\), got \(3, 1\)"),
+        ({"class_weight": meta(f(C))}, "class_weight must be on the device of target, cpu, got meta"),
+    ],
+    "count_hits": [
+        ({"logits": f(N)}, r"logits must be \(n, C\), got \(4,\)"),
+        ({"logits": i(N, C)}, "logits must be float32, .*got int64"),
+        ({"logits": f(N, 0)}, "logits must have at least one class, got C = 0"),
+        ({"target": f(N)}, "target must be int64, got float32"),
+        ({"target": i(N + 1)}, r"target must be \(n,\) with n = 4 as logits, got \(5,\)"),
+        ({"live": f(N)}, "live must be bool, got float32"),
+        ({"live": meta(f(N) > 0)}, "live must be on the device of logits, cpu, got meta"),
+    ],
+    "weighted_loss": [
+        ({"losses": i(N)}, "losses must be float32, .*got int64"),
+        ({"losses": f(N, 1)}, r"losses must be \(k,\), got \(4, 1\)"),
+        ({"scale": f(1)}, r"scale must be \(\), got \(1,\)"),
+        ({"scale": meta(f())}, "scale must be on the device of losses, cpu, got meta"),
+        ({"weights": i(N)}, "weights must be float32, .*got int64"),
+        ({"weights": f(N + 1)}, r"weights must be \(k,\) with k = 4 as losses, got \(5,\)"),
+    ],
+    "choose_by_percentile": [
+        ({"loss": i(N)}, "loss must be float32, .*got int64"),
+        ({"loss": f(N, 1)}, r"loss must be \(n,\), got \(4, 1\)"),
+        ({"valid": f(N + 1) > 0}, r"valid must be \(n,\) with n = 4 as loss, got \(5,\)"),
+        ({"history": f(6)}, "history must be float64, got float32"),
+        ({"history": f(6, 1, dtype=torch.float64)}, r"history must be \(length,\), got \(6, 1\)"),
+        ({"draws": f(N, dtype=torch.float64)}, r"draws must be \(n \+ 1,\) with n = 4 as loss, got \(4,\)"),
+        ({"k": -1}, "k must be at least 0, got -1"),
+        ({"weights": "none"}, "weights must be one of 'mean', 'batch', 'unbiased', got 'none'"),
+    ],
     "choose_by_norm": [
         ({"residual_sq": i(N)}, "residual_sq must be float32, .*got int64"),
         ({"residual_sq": f(N, 1)}, r"residual_sq must be \(n,\), got \(4, 1\)"),
@@ -316,6 +382,7 @@ ONLY_VALUES = {
     "cross_entropy_statistics": VALUES,
     "linear_cross_entropy_statistics": VALUES,
     "residual": VALUES,
+    "score_minibatch": VALUES,
     "linear_cross_entropy": [*VALUES, *ROW_VALUES],
     "linear_cross_entropy_backward": [*(({**change, "rows": None}, words) for change, words in VALUES), *ROW_VALUES],
     "sketch": [({"target": torch.tensor([[0, 1, 2], [0, C, 0]])}, r"target must lie in \[0, 3\) .*got 3 in row 4")],
@@ -352,8 +419,15 @@ PRIVATE = (  # no function of selbp.ops
     "linear_cross_entropy_backward",
     "choose_rows",
     "choose_by_norm",
+    "choose_by_percentile",
+    "score_minibatch",
+    "finite_rows",
+    "unscored",
+    "count_hits",
+    "weighted_loss",
     "choose_balanced",
     "choose_diverse",
     "percentile",
     "match_gradients",
+    "match_small",
 )

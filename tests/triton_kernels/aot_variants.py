@@ -11,8 +11,11 @@ from selbp.triton_kernels import (
     configs,
     gram,
     linear_cross_entropy,
+    mean,
+    minibatch,
     residual,
     statistics,
+    stored_rows,
     target_logit,
 )
 
@@ -183,6 +186,42 @@ def row_variants(arch: str) -> list[Variant]:
     return found
 
 
+def stored_variants() -> list[Variant]:
+    """Few classes and the most, with and without residuals; and a minibatch's unit."""
+    found = []
+    for element in NAMES.values():
+        for name, options in VARIANTS.items():
+            for classes, factors in ((10, True), (10, False), (2048, True), (4096, True), (4096, False)):
+                if name not in ("plain", "everything") and (classes < 4096 or not factors):
+                    continue  # fewer entries a thread and no more values of each
+                rows, columns, warps = stored_rows.row_tile(classes)
+                outputs = ["loss", "lse", "residual_sq", "feature_sq"]
+                outputs += ["mass", "residual", "features"] if factors else []
+                types = {
+                    "logits": f"*{element}", "features": f"*{element}", "target": "*i64",
+                    **_pointer("class_weight", options["HAS_WEIGHT"], "fp32"),
+                    **{f"{output}_out": "*fp32" for output in outputs}, "correct_out": "*u8", "valid_out": "*u8",
+                    **dict.fromkeys(("label_smoothing", "softcap", "plus"), "fp32"),
+                    **_integers("n", "n_classes", "d", "stride_z", "stride_h", "ignore_index"),
+                }  # fmt: skip
+                constants = {
+                    "ROWS": rows, "COLUMNS": columns, "DEPTH": max(128, 2048 // rows), "HAS_FEATURES": True,
+                    "MASS": factors, "FACTORS": factors, **options,
+                }  # fmt: skip
+                label = f"stored_rows {element} {name} {columns} columns{' factors' if factors else ''}"
+                found.append(Variant(label, stored_rows.stored_rows_kernel, types, constants, warps))
+    for columns in (0, stored_rows.UNIT_COLUMNS):
+        types = {
+            **dict.fromkeys(("mass", "loss", "residual_sq", "scaled_out", "residual_sq_out", "scale_out"), "*fp32"),
+            **_pointer("residual", columns > 0, "fp32"), "valid": "*u8", "correct": "*u8", "hits_out": "*i64",
+            **_integers("n", "n_classes"),
+        }  # fmt: skip
+        constants = {"ROWS": stored_rows.UNIT_ROWS, "COLUMNS": columns, "BLOCK": stored_rows.UNIT_BLOCK}
+        label = f"in_units{' residual' if columns else ''}"
+        found.append(Variant(label, stored_rows.in_units_kernel, types, constants, 4))
+    return found
+
+
 def chunk_variants(arch: str, target: GPUTarget) -> list[Variant]:
     """Residuals of a chunk of classes, for the backward of linear_cross_entropy."""
     found = []
@@ -229,8 +268,10 @@ def gram_variants(arch: str, target: GPUTarget) -> list[Variant]:
             shapes = [tile] if not tile.descriptor else [tile, tile.with_pointers()]
             for shape in shapes:
                 depth_r, depth_h = (shape.depth * max(size_r, size_h) // size for size in (size_r, size_h))
-                for exact in (True,) if shape.descriptor else (False,):
+                exact = shape.descriptor
+                for flags in ("find", "clear", "none"):
                     constants = {
+                        "FLAGS": flags,
                         "ROWS": shape.rows,
                         "DEPTH_R": depth_r,
                         "DEPTH_H": depth_h,
@@ -244,11 +285,11 @@ def gram_variants(arch: str, target: GPUTarget) -> list[Variant]:
                         "residual": _matrix_operand(shape, shape.rows, depth_r, NAMES[size_r]),
                         "features": _matrix_operand(shape, shape.rows, depth_h, NAMES[size_h]),
                         "gram": "*fp32",
-                        "broken": "*u8",
+                        **_pointer("flags", flags != "none", "u8"),
                         "plus": "fp32",
                         **_integers("n", "n_classes", "d", "stride_r", "stride_h", "stride_k"),
                     }
-                    label = f"{table} {NAMES[size_r]} {NAMES[size_h]} {'exact' if exact else 'ragged'}"
+                    label = f"{table} {NAMES[size_r]} {NAMES[size_h]} {'exact' if exact else 'ragged'} {flags}"
                     found.append(Variant(label + ("" if shape.descriptor else " pointers"), gram.gram_kernel, types,
                                          constants, shape.warps, shape.stages, True))  # fmt: skip
     types = {
@@ -266,12 +307,56 @@ def gram_variants(arch: str, target: GPUTarget) -> list[Variant]:
     ]
 
 
+def mean_variants(target: GPUTarget) -> list[Variant]:
+    """The mean gradient of float32 and of mixed factors, and the flags of rows."""
+    found = []
+    for size_r, size_h in ((4, 4), (2, 2), (4, 2)):
+        types = {
+            "residual": f"*{NAMES[size_r]}", "features": f"*{NAMES[size_h]}", "finite": "*u8", "squares": "*fp64",
+            **dict.fromkeys(("mean", "mean_bias", "inner", "target_sq"), "*fp32"),
+            **_integers("n", "n_classes", "d", "n_tiles", "stride_r", "stride_h"),
+        }  # fmt: skip
+        constants = {
+            "ROWS": mean.ROWS, "CLASSES": mean.CLASSES, "WIDTH": mean.WIDTH, "BIAS": True, "MASKED": True,
+            "PRECISION": _precision(4, target),
+        }  # fmt: skip
+        label = f"{NAMES[size_r]} {NAMES[size_h]}"
+        found.append(Variant(f"mean {label}", mean.mean_kernel, types, constants, 4))
+        found.append(Variant(f"inner {label}", mean.inner_kernel, types, constants, 4))
+        flags = {"ROWS": mean.FLAG_ROWS, "DEPTH": mean.FLAG_DEPTH}
+        found.append(Variant(f"finite_rows {label}", mean.finite_rows_kernel, types, flags, 4))
+    return found
+
+
+def minibatch_variants() -> list[Variant]:
+    """The vectors of a minibatch."""
+    types = {
+        "target": "*i64", "finite": "*u8", "class_weight": "*fp32", "mass_out": "*fp32", "valid_out": "*u8",
+        "never_out": "*u8", "unknown_out": "*fp32", "scale_out": "*fp32", **_integers("n", "n_classes", "ignore_index"),
+    }  # fmt: skip
+    block = {"BLOCK": minibatch.BLOCK}
+    found = [Variant("unscored", minibatch.unscored_kernel, types, {**block, "HAS_WEIGHT": True}, 4)]
+    for element in NAMES.values():
+        types = {
+            "logits": f"*{element}", "target": "*i64", "live": "*u8", "hits_out": "*i64",
+            **_integers("n", "n_classes", "stride", "ignore_index"),
+        }  # fmt: skip
+        for columns in (16, 1024):
+            constants = {"ROWS": minibatch.LOOKED_AT // columns, "COLUMNS": columns}
+            found.append(Variant(f"hits {element} {columns}", minibatch.hits_kernel, types, constants, 8))
+    types = {**dict.fromkeys(("losses", "scale", "weights", "loss_out", "scaled_out"), "*fp32"), **_integers("k")}
+    return [*found, Variant("weighted_sum", minibatch.weighted_sum_kernel, types, block, 4)]
+
+
 def variants(arch: str, target: GPUTarget) -> list[Variant]:
     """Every kernel variant that ships for an architecture."""
     return [
         *statistics_variants(arch, target),
         *row_variants(arch),
+        *stored_variants(),
         *gram_variants(arch, target),
+        *mean_variants(target),
+        *minibatch_variants(),
         *chunk_variants(arch, target),
         *sketch_variants(arch, target),
     ]

@@ -16,12 +16,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime import jit
 
-from selbp.triton_kernels import configs, linear_cross_entropy, target_logit
+from selbp.triton_kernels import configs, linear_cross_entropy, minibatch, target_logit
 from selbp.triton_kernels.combine import finalize
 from selbp.triton_kernels.gram import gram
+from selbp.triton_kernels.mean import finite_rows, mean_gradient
 from selbp.triton_kernels.residual import residual
 from selbp.triton_kernels.sketch import projected_residuals
 from selbp.triton_kernels.statistics import logits_statistics, statistics
+from selbp.triton_kernels.stored_rows import in_units, stored_rows
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 keys: dict[str, set[str]] = defaultdict(set)
@@ -51,6 +53,12 @@ def every_kernel(n: int, n_classes: int, d: int, bias: torch.Tensor, weight: tor
     logits_statistics(logits, target)
     r = residual(logits, target, ones)
     gram(r, features.float())
+    stored = stored_rows(logits, target, features, mass=True, factors=True)
+    in_units(stored[6], stored[5], stored[4], *stored[:2], stored[7])
+    mean_gradient(r, features.float(), finite_rows(r, features))
+    minibatch.unscored(target, stored[5], None, -100)
+    minibatch.hits(logits, target, stored[5], -100)
+    minibatch.weighted_sum(ones, ones[0], ones)
     projected_residuals(features, weight, bias, target, torch.zeros(n_classes, 16, dtype=torch.bfloat16))
     linear_cross_entropy.backward(ones, features, weight, bias, target, ones, ones, None)
 

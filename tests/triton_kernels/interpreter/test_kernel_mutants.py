@@ -7,13 +7,17 @@ import sys
 
 import pytest
 import test_kernel_gram
+import test_kernel_mean
+import test_kernel_minibatch
 import test_kernel_residual
 import test_kernel_sketch
 import test_kernel_statistics as check
+import test_kernel_stored_rows
 import torch
 from support import kernel_cases as cases
 
 import selbp.triton_kernels
+from selbp.ops import _backends
 
 FOLDER = pathlib.Path(selbp.triton_kernels.__file__).parent
 
@@ -40,6 +44,20 @@ def projection(option="plain"):
     case = cases.make(37, 24, 203, torch.float32, option, bias=True)
     case.bias += torch.linspace(-20.0, 20.0, 203)
     test_kernel_sketch.check(case, test_kernel_sketch.POINTER, splits=3)
+
+
+def few(option="plain"):
+    case = cases.make(37, 24, 203, torch.float32, option, bias=True)
+    case.features[3, 1], case.target[3] = torch.nan, 5
+    test_kernel_stored_rows.check(case, case.logits.nan_to_num())
+
+
+def unit():
+    test_kernel_stored_rows.test_the_unit(7)
+
+
+def mean():
+    test_kernel_mean.test_shapes((70, 45, 29), True)
 
 
 def capped():
@@ -144,6 +162,89 @@ MUTANTS = {
         test_kernel_gram.test_broken_rows_count_as_zero,
     ),
     "gram: off by one": ("matmul_tile", "rows < n_a, rows", "rows <= n_a, rows", gradients),
+    "stored rows: the target not excluded": ("stored_rows", "(columns[None, :] == y[:, None]) | ", "", few),
+    "stored rows: classes beyond the last": (
+        "stored_rows",
+        "(columns >= n_classes)[None, :]",
+        "(columns > n_classes)[None, :]",
+        few,
+    ),
+    "stored rows: smoothing's share forgotten": (
+        "stored_rows",
+        "r - (label_smoothing / n_classes) * w",
+        "r",
+        lambda: few("smoothing"),
+    ),
+    "stored rows: the cap's slope forgotten": ("stored_rows", "r = r * g", "r = r", lambda: few("softcap")),
+    "stored rows: the class weight forgotten": ("stored_rows", "r * factor[:, None]", "r", lambda: few("weight")),
+    "stored rows: the target's entry from its probability": (
+        "stored_rows",
+        "own[:, None], r)",
+        "(exponential(z_y - lse) - 1.0)[:, None], r)",
+        lambda: test_kernel_stored_rows.test_confident_rows_keep_their_accuracy("plain"),
+    ),
+    "stored rows: residuals of rows that are not valid": (
+        "stored_rows",
+        "tl.where(valid[:, None], r, 0.0)",
+        "r",
+        lambda: test_kernel_stored_rows.test_rows_that_are_not_valid_spoil_no_other("plain"),
+    ),
+    "stored rows: features of rows that are not valid": ("stored_rows", "there & valid[:, None]", "there", few),
+    "stored rows: an ignored row has a mass": ("stored_rows", "tl.where(ignored, 0.0, 1.0)", "0.0 * y + 1.0", few),
+    "unit: of all rows": ("stored_rows", "mask=live, other=0.0", "mask=row < n, other=0.0", unit),
+    "unit: the norms scaled once": ("stored_rows", "square * (scale * scale)", "square * scale", unit),
+    "unit: a hit beyond the last row": (
+        "stored_rows",
+        "correct + row, mask=row < n",
+        "correct + row, mask=row <= n",
+        unit,
+    ),
+    "mean: rows beyond the last": ("mean", "kept = rows < n", "kept = rows <= n", mean),
+    "mean: broken rows kept": ("mean", "if MASKED:", "if False:", test_kernel_mean.test_broken_rows_count_as_zero),
+    "mean: the bias's square forgotten": (
+        "mean",
+        "square += tl.sum(wide_sums",
+        "square += 0.0 * tl.sum(wide_sums",
+        mean,
+    ),
+    "mean: the bias's inner product forgotten": ("mean", "total += tl.sum(r.to", "total += 0.0 * tl.sum(r.to", mean),
+    "mean: squares of the first tile alone": ("mean", "mask=tile < n_tiles", "mask=tile < 1", mean),
+    "mean: an infinity is finite": (
+        "gram",
+        '(tl.abs(entry.to(tl.float32)) < float("inf")) == 0',
+        "entry != entry",
+        test_kernel_mean.test_broken_rows_count_as_zero,
+    ),
+    "gram: flags of the rows alone": (
+        "gram",
+        "kept[:, None] & ",
+        "",
+        test_kernel_mean.test_broken_rows_count_as_zero,
+    ),
+    "unscored: rows that are not finite count": (
+        "minibatch",
+        "valid = present & (tl.load",
+        "valid = present | (tl.load",
+        lambda: test_kernel_minibatch.test_unscored(7, False),
+    ),
+    "hits: the last of equal ones": (
+        "minibatch",
+        "(z == own) & ahead",
+        "(z == own) & (columns[None, :] > at[:, None])",
+        lambda: test_kernel_minibatch.test_hits(37, 10, torch.float32),
+    ),
+    "hits: NaN does not lead": (
+        "minibatch",
+        "better | ((z != z) & ((own == own) | ahead))",
+        "better",
+        lambda: test_kernel_minibatch.test_hits(37, 10, torch.float32),
+    ),
+    "weighted loss: slots without a weight": (
+        "minibatch",
+        "tl.where(w != 0.0, scaled * w, 0.0)",
+        "(scaled * w)",
+        lambda: test_kernel_minibatch.test_weighted_loss(33),
+    ),
     "32-bit offset": (
         "statistics",
         "rows.to(tl.int64)[:, None] * stride_z",
@@ -171,6 +272,8 @@ def plant(tmp_path, monkeypatch):
             test_kernel_residual: ("residual",),
             test_kernel_gram: ("gram",),
             test_kernel_sketch: ("sketch.projected_residuals",),
+            test_kernel_stored_rows: ("stored_rows", "stored_rows.in_units"),
+            test_kernel_mean: ("gram", "mean.finite_rows", "mean.mean_gradient"),
         }.items():
             for name in names:
                 name, _, function = name.partition(".")
@@ -178,6 +281,8 @@ def plant(tmp_path, monkeypatch):
                 monkeypatch.setattr(where, function or name, getattr(mutated, function or name))
         stats = importlib.import_module("mutated_kernels.statistics")
         monkeypatch.setattr(cases, "logits_statistics", stats.logits_statistics)
+        launch = importlib.import_module("mutated_kernels.launch")
+        monkeypatch.setattr(_backends, "kernels", lambda *tensors: launch)
 
     return use
 
