@@ -16,10 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selbp._checks import check_int, check_number, shown
+from selbp.sampling.record import lower_bound
 
 ROUNDS = 200  # of expectation-maximisation
 SETTLED = 1e-5  # a change of eps or of an entry of T that ends it
 PRIOR = 1.0  # pseudo-counts on the diagonal of T
+SUREST, LEAST = 0.1, 50  # of the samples taken for a class, those that tell how it is labelled, and how few are too few
+CLEAR = 0.1  # of them labelled as one other class: more than the surest samples of clean data ever are
 
 
 @runtime_checkable
@@ -135,6 +138,41 @@ def estimate_transition(probability: Tensor, given: Tensor) -> tuple[Tensor, Ten
         if p.device.type == "cpu" and float(moved) < SETTLED:
             break
     return transition, counts / max(len(p), 1)
+
+
+def anchored_transition(logits: Tensor, given: Tensor) -> Tensor | None:
+    """T (C, C) float64 as the surest samples of each class are labelled; None where all have their class's label.
+
+    A network that fits the given labels gives the wrong ones their share too, and expectation-maximisation on its
+    probabilities finds nothing. But the samples that look most like a class are of that class, and their given labels
+    are a row of T (the anchor points of Patrini et al. 2017). Entries off the diagonal count where their lower 99 %
+    bound is above :data:`CLEAR`, and where the class keeps most of its labels. ``logits`` (n, C); ``given`` (n,) int64.
+    """
+    n, classes = logits.shape
+    sure, taken = torch.softmax(logits, 1).max(1)
+    order = sure.argsort(descending=True, stable=True)
+    order = order[taken[order].argsort(stable=True)]  # class by class, the surest first
+    sizes = torch.bincount(taken, minlength=classes)
+    place = torch.arange(n, device=order.device) - (sizes.cumsum(0) - sizes)[taken[order]]
+    anchors = order[place < SUREST * sizes[taken[order]]]
+    rows = taken[anchors] * classes + given[anchors]
+    counts = torch.bincount(rows, minlength=classes * classes).view(classes, classes).double().cpu()
+    known = counts.sum(1, keepdim=True)
+    shares = counts / known.clamp(min=1.0)
+    found = torch.eye(classes, dtype=torch.float64)
+    wrong = ((shares > CLEAR) & (known >= LEAST) & (shares.diag()[:, None] > 0.5) & (found == 0)).nonzero()
+    for true, other in wrong.tolist():
+        share = float(shares[true, other])
+        if lower_bound(share, float(known[true])) > CLEAR:
+            found[true, other] = share
+            found[true, true] -= share
+    return found.to(logits.device) if float(found.diag().min()) < 1.0 else None
+
+
+def undone(logits: Tensor, transition: Tensor) -> Tensor:
+    """(n, C) logits of the true label, from those of the given one: their probabilities times T's inverse."""
+    true = torch.softmax(logits.double(), 1) @ torch.linalg.inv(transition)
+    return true.clamp(min=1e-6).log().to(logits.dtype)
 
 
 def normalised(counts: Tensor, prior: float = PRIOR) -> Tensor:
