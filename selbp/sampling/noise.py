@@ -23,6 +23,7 @@ SETTLED = 1e-5  # a change of eps or of an entry of T that ends it
 PRIOR = 1.0  # pseudo-counts on the diagonal of T
 SUREST, LEAST = 0.1, 50  # of the samples taken for a class, those that tell how it is labelled, and how few are too few
 CLEAR = 0.1  # of them labelled as one other class: more than the surest samples of clean data ever are
+REST = 0.05  # of them that may be labelled otherwise: what a weak network is surest of has labels of many classes
 
 
 @runtime_checkable
@@ -146,7 +147,9 @@ def anchored_transition(logits: Tensor, given: Tensor) -> Tensor | None:
     A network that fits the given labels gives the wrong ones their share too, and expectation-maximisation on its
     probabilities finds nothing. But the samples that look most like a class are of that class, and their given labels
     are a row of T (the anchor points of Patrini et al. 2017). Entries off the diagonal count where their lower 99 %
-    bound is above :data:`CLEAR`, and where the class keeps most of its labels. ``logits`` (n, C); ``given`` (n,) int64.
+    bound is above :data:`CLEAR`, where the class keeps most of its labels, and where the labels of no third class are
+    among them: by that noise differs from a network that knows little, which of two classes cannot be told at all.
+    ``logits`` (n, C); ``given`` (n,) int64.
     """
     n, classes = logits.shape
     sure, taken = torch.softmax(logits, 1).max(1)
@@ -159,14 +162,16 @@ def anchored_transition(logits: Tensor, given: Tensor) -> Tensor | None:
     counts = torch.bincount(rows, minlength=classes * classes).view(classes, classes).double().cpu()
     known = counts.sum(1, keepdim=True)
     shares = counts / known.clamp(min=1.0)
-    found = torch.eye(classes, dtype=torch.float64)
-    wrong = ((shares > CLEAR) & (known >= LEAST) & (shares.diag()[:, None] > 0.5) & (found == 0)).nonzero()
-    for true, other in wrong.tolist():
-        share = float(shares[true, other])
-        if lower_bound(share, float(known[true])) > CLEAR:
-            found[true, other] = share
-            found[true, true] -= share
-    return found.to(logits.device) if float(found.diag().min()) < 1.0 else None
+    shown = torch.zeros_like(shares)
+    for true, other in ((shares > CLEAR) & (known >= LEAST)).nonzero().tolist():
+        if true != other and lower_bound(float(shares[true, other]), float(known[true])) > CLEAR:
+            shown[true, other] = shares[true, other]
+    kept, given_away = shares.diag(), shown.sum(1)
+    clear = (given_away > 0.0) & (kept > 0.5) & (kept + given_away >= 1.0 - REST)
+    if classes == 2 or not bool(clear.any()):
+        return None
+    shown = torch.where(clear[:, None], shown, 0.0)
+    return (torch.diag(1.0 - shown.sum(1)) + shown).to(logits.device)
 
 
 def undone(logits: Tensor, transition: Tensor) -> Tensor:

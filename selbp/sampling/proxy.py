@@ -152,6 +152,8 @@ def fit_proxy(
 def _fill(table: ScoreTable, logits: Tensor, y: Tensor, epsilon: float, seed: int) -> None:
     """Write the scores of all samples, and what they say of the noise."""
     n = len(y)
+    if table.adaptive:
+        table._become("symmetric")
     if table.noise != "none":
         table.epsilon.fill_(epsilon)
     if table.noise == "class":
@@ -162,7 +164,7 @@ def _fill(table: ScoreTable, logits: Tensor, y: Tensor, epsilon: float, seed: in
     if table.adaptive and epsilon < FEW:  # else the network has learned of the noise itself
         found = anchored_transition(logits, y)
         if found is not None:
-            table.believe(found.to(table.device), y.to(table.device))
+            table._believe(found.to(table.device), y.to(table.device))
             table.fill(torch.arange(n), undone(logits, found), y)
             table.measure()
 

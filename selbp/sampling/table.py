@@ -327,7 +327,7 @@ class ScoreTable:
         self.measure()
 
     @torch.no_grad()
-    def believe(self, transition: Tensor, target: Tensor) -> None:
+    def _believe(self, transition: Tensor, target: Tensor) -> None:
         """Take labels to be wrong as ``transition`` (C, C) says, from ``target`` (m,), labels of uniform samples.
 
         The table is ``noise="class"`` from then on. Scores stay as they are: fill and :meth:`measure` afterwards.

@@ -81,10 +81,22 @@ def test_the_surest_samples_tell_nothing_where_no_class_is_taken_for_another(eps
     assert anchored_transition((every @ directed()).log()[few], given[few]) is None
 
 
+@pytest.mark.parametrize("classes", [2, 5])
+def test_what_a_weak_model_is_surest_of_is_no_noise(classes):
+    generator = torch.Generator().manual_seed(0)
+    logits = 0.2 * torch.randn(20_000, classes, generator=generator, dtype=torch.float64)
+    best = torch.randint(0, classes, (20_000,), generator=generator)
+    logits[torch.arange(20_000), best] += 1.8
+    logits[torch.arange(20_000), (best + 1) % classes] += 0.6
+    given = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    assert logits.softmax(1).max(1).values.topk(2000).values.mean() < 0.9  # it is wrong of its surest too
+    assert anchored_transition(logits, given) is None
+
+
 def test_a_transition_that_was_read_off_stays_is_saved_and_leaves_the_loss_alone():
     table, other = (ScoreTable(20, 5, noise="auto") for _ in range(2))
     assert table.noise == "symmetric" and table.transition is None
-    table.believe(directed(), torch.arange(20) % 5)
+    table._believe(directed(), torch.arange(20) % 5)
     assert table.noise == "class" and table.shown_epsilon == 0.0
     table.record(Draw(torch.arange(20), 20), torch.arange(20) % 5, logits=torch.randn(20, 5))
     assert table.noise_share > 0 and (table.transition == directed()).all()
