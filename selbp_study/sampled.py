@@ -35,7 +35,7 @@ class Sampling:
     history: bool = True  # whether the rows that train write their scores back
     responsibility: bool = True  # whether a label may be believed to be wrong
     aware: bool = True  # whether the loss is the noise-aware one
-    noise: str = "symmetric"  # or "class"
+    noise: str = "auto"  # or "symmetric", "class"
 
     @classmethod
     def split(cls, options: Mapping[str, Any]) -> tuple[Sampling | None, dict[str, Any]]:

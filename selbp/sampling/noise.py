@@ -16,10 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selbp._checks import check_int, check_number, shown
+from selbp.sampling.record import lower_bound
 
 ROUNDS = 200  # of expectation-maximisation
 SETTLED = 1e-5  # a change of eps or of an entry of T that ends it
 PRIOR = 1.0  # pseudo-counts on the diagonal of T
+SUREST, LEAST = 0.1, 50  # of the samples taken for a class, those that tell how it is labelled, and how few are too few
+CLEAR = 0.1  # of them labelled as one other class: more than the surest samples of clean data ever are
+REST = 0.05  # of them that may be labelled otherwise: what a weak network is surest of has labels of many classes
 
 
 @runtime_checkable
@@ -135,6 +139,45 @@ def estimate_transition(probability: Tensor, given: Tensor) -> tuple[Tensor, Ten
         if p.device.type == "cpu" and float(moved) < SETTLED:
             break
     return transition, counts / max(len(p), 1)
+
+
+def anchored_transition(logits: Tensor, given: Tensor) -> Tensor | None:
+    """T (C, C) float64 as the surest samples of each class are labelled; None where all have their class's label.
+
+    A network that fits the given labels gives the wrong ones their share too, and expectation-maximisation on its
+    probabilities finds nothing. But the samples that look most like a class are of that class, and their given labels
+    are a row of T (the anchor points of Patrini et al. 2017). Entries off the diagonal count where their lower 99 %
+    bound is above :data:`CLEAR`, where the class keeps most of its labels, and where the labels of no third class are
+    among them: by that noise differs from a network that knows little, which of two classes cannot be told at all.
+    ``logits`` (n, C); ``given`` (n,) int64.
+    """
+    n, classes = logits.shape
+    sure, taken = torch.softmax(logits, 1).max(1)
+    order = sure.argsort(descending=True, stable=True)
+    order = order[taken[order].argsort(stable=True)]  # class by class, the surest first
+    sizes = torch.bincount(taken, minlength=classes)
+    place = torch.arange(n, device=order.device) - (sizes.cumsum(0) - sizes)[taken[order]]
+    anchors = order[place < SUREST * sizes[taken[order]]]
+    rows = taken[anchors] * classes + given[anchors]
+    counts = torch.bincount(rows, minlength=classes * classes).view(classes, classes).double().cpu()
+    known = counts.sum(1, keepdim=True)
+    shares = counts / known.clamp(min=1.0)
+    shown = torch.zeros_like(shares)
+    for true, other in ((shares > CLEAR) & (known >= LEAST)).nonzero().tolist():
+        if true != other and lower_bound(float(shares[true, other]), float(known[true])) > CLEAR:
+            shown[true, other] = shares[true, other]
+    kept, given_away = shares.diag(), shown.sum(1)
+    clear = (given_away > 0.0) & (kept > 0.5) & (kept + given_away >= 1.0 - REST)
+    if classes == 2 or not bool(clear.any()):
+        return None
+    shown = torch.where(clear[:, None], shown, 0.0)
+    return (torch.diag(1.0 - shown.sum(1)) + shown).to(logits.device)
+
+
+def undone(logits: Tensor, transition: Tensor) -> Tensor:
+    """(n, C) logits of the true label, from those of the given one: their probabilities times T's inverse."""
+    true = torch.softmax(logits.double(), 1) @ torch.linalg.inv(transition)
+    return true.clamp(min=1e-6).log().to(logits.dtype)
 
 
 def normalised(counts: Tensor, prior: float = PRIOR) -> Tensor:

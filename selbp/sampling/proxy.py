@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from selbp._checks import check_flag, check_int, check_number, shown
 from selbp.sampling.features import CHUNK, Features, features_of, samples_of
-from selbp.sampling.noise import noise_aware
+from selbp.sampling.noise import anchored_transition, noise_aware, undone
+from selbp.sampling.record import FEW
 from selbp.sampling.table import ScoreTable
 
 LEAST = 100  # minibatches, from which the noise is seen
@@ -151,6 +152,8 @@ def fit_proxy(
 def _fill(table: ScoreTable, logits: Tensor, y: Tensor, epsilon: float, seed: int) -> None:
     """Write the scores of all samples, and what they say of the noise."""
     n = len(y)
+    if table.adaptive:
+        table._become("symmetric")
     if table.noise != "none":
         table.epsilon.fill_(epsilon)
     if table.noise == "class":
@@ -158,6 +161,12 @@ def _fill(table: ScoreTable, logits: Tensor, y: Tensor, epsilon: float, seed: in
         table.estimate(logits[few], y[few])
     table.fill(torch.arange(n), logits, y)
     table.measure() if table.noise == "class" else table.estimate()
+    if table.adaptive and epsilon < FEW:  # else the network has learned of the noise itself
+        found = anchored_transition(logits, y)
+        if found is not None:
+            table._believe(found.to(table.device), y.to(table.device))
+            table.fill(torch.arange(n), undone(logits, found), y)
+            table.measure()
 
 
 def _enough(n: int, steps: int | None) -> int:

@@ -31,7 +31,7 @@ from selbp.sampling.record import (
 )
 
 FIRST_EPSILON = 0.1  # before anything is known
-NoiseModel = Literal["symmetric", "class", "none"]
+NoiseModel = Literal["auto", "symmetric", "class", "none"]
 
 
 class Suspects(NamedTuple):
@@ -71,9 +71,10 @@ class ScoreTable:
     classes : int or None
         C. None for targets that are no classes: then p = exp(-loss), the mean loss over a sequence's tokens, and every
         label is believed.
-    noise : {"symmetric", "class", "none"}
+    noise : {"symmetric", "class", "none", "auto"}
         ``"symmetric"``, a wrong label is any with the same chance; ``"class"``, a transition matrix (C, C) is learned,
-        for few classes; ``"none"``, every label is believed.
+        for few classes; ``"none"``, every label is believed. ``"auto"`` is symmetric until a proxy finds a class whose
+        surest samples are often labelled as another one; the attribute ``noise`` then says ``"class"``.
     balance : float or None
         None: odds as they are. b in [0, 1]: the odds of a class's samples together are in proportion to (its number of
         samples)^(1 - b), and scores rank within classes only. 0 leaves classes as frequent as they are, however hard; 1
@@ -115,12 +116,13 @@ class ScoreTable:
     ) -> None:
         self.samples = check_int("samples", samples, 1)
         self.classes = None if classes is None else check_int("classes", classes, 2)
-        check_choice("noise", noise, ("symmetric", "class", "none"))
+        check_choice("noise", noise, ("auto", "symmetric", "class", "none"))
         if self.classes is None and noise == "class":
             raise ValueError('noise="class" needs classes=, the number of classes')
         if self.classes is None and balance is not None:
             raise ValueError("balance needs classes=, the number of classes")
-        self.noise: NoiseModel = "none" if self.classes is None else noise
+        self.adaptive = noise == "auto" and self.classes is not None  # whether a proxy may make it "class"
+        self.noise: NoiseModel = "none" if self.classes is None else "symmetric" if noise == "auto" else noise
         self.balance = None if balance is None else check_number("balance", balance, 0.0, 1.0)
         self.window = check_int("window", window, 1)
         self.device = torch.device(device)
@@ -132,13 +134,8 @@ class ScoreTable:
             torch.full((n,), -1, dtype=torch.int32, device=self.device),
             torch.full((n,), -1, dtype=torch.int64, device=self.device),
         )
-        matrix = counts = None
-        if self.noise == "class":
-            assert self.classes is not None
-            counts = torch.full((self.classes, self.classes), FIRST_EPSILON, dtype=torch.float64, device=self.device)
-            counts = normalised(counts / self.classes, 1.0 - FIRST_EPSILON) / self.classes
-            matrix = normalised(counts, 0.0)
-        self._averages = Averages(torch.zeros(4, dtype=torch.float64, device=self.device), matrix, counts, self.window)
+        self._averages = Averages(torch.zeros(4, dtype=torch.float64, device=self.device), None, None, self.window)
+        self._become(self.noise)
         if self.noise != "none":
             self._averages.state[EPSILON] = FIRST_EPSILON
         self._time = 0  # how often rows have been recorded
@@ -147,6 +144,16 @@ class ScoreTable:
         self.issued = Issued()
         self.irreducible: Tensor | None = None  # (N,) float32, see selbp.sampling.rho_loss
         self.price: float | None = None  # see selbp.AutoSelect
+
+    def _become(self, noise: NoiseModel) -> None:
+        """Take labels to be wrong as ``noise`` says; a transition begins with a first guess."""
+        self.noise, matrix, counts = noise, None, None
+        if noise == "class":
+            classes = self._require_classes()
+            counts = torch.full((classes, classes), FIRST_EPSILON, dtype=torch.float64, device=self.device)
+            counts = normalised(counts / classes, 1.0 - FIRST_EPSILON) / classes
+            matrix = normalised(counts, 0.0)
+        self._averages = Averages(self._averages.state, matrix, counts, self.window)
 
     def __len__(self) -> int:
         return self.samples
@@ -197,9 +204,12 @@ class ScoreTable:
 
         It is shown where the lower 99 % bound of what the rows say, the first guess taken out, is above .05, as if a
         row's responsibility were an observation. A clean data set's network is surely wrong of some samples too, and a
-        loss that held their labels for wrong would learn nothing from them. A number where the table is on the CPU;
-        on a GPU () float64, which nothing waits for: there eps is as it is.
+        loss that held their labels for wrong would learn nothing from them. 0 too where a proxy found the transition:
+        trained by that one, networks diverged. A number where the table is on the CPU; on a GPU () float64, which
+        nothing waits for: there eps is as it is.
         """
+        if self.adaptive and self.noise == "class":
+            return 0.0
         if self.device.type != "cpu" or torch.compiler.is_compiling():
             return self.epsilon
         epsilon, rows = self._averages.state[: MASS + 1].tolist()
@@ -317,6 +327,20 @@ class ScoreTable:
         self.measure()
 
     @torch.no_grad()
+    def _believe(self, transition: Tensor, target: Tensor) -> None:
+        """Take labels to be wrong as ``transition`` (C, C) says, from ``target`` (m,), labels of uniform samples.
+
+        The table is ``noise="class"`` from then on. Scores stay as they are: fill and :meth:`measure` afterwards.
+        """
+        self._become("class")
+        assert self._averages.transition is not None and self._averages.counts is not None
+        given = torch.bincount(target, minlength=len(transition)).to(transition) / max(1, len(target))
+        true = (given @ torch.linalg.inv(transition)).clamp(min=0.0)
+        self._averages.transition.copy_(transition)
+        self._averages.counts.copy_(true[:, None] * transition)
+        self._prior = 0.0
+
+    @torch.no_grad()
     def measure(self) -> None:
         """Take headroom, and a transition's share of wrong labels, from all scores there are."""
         known = torch.isfinite(self.probability)
@@ -428,7 +452,8 @@ class ScoreTable:
         fresh = Fresh(draw.ids, draw.uniform, place, live, target)
         self._raise_mismatch(record(self._columns, self._averages, fresh, first, time), fresh)
         self._prior *= max(0.0, 1.0 - draw.uniform / self.window)
-        if self._averages.counts is not None and self._averages.transition is not None and draw.uniform:
+        learns = draw.uniform and not self.adaptive  # a transition that was read off the surest samples stays
+        if self._averages.counts is not None and self._averages.transition is not None and learns:
             self._averages.transition.copy_(normalised(self._averages.counts, 1.0 / self.window))
 
     def _write_losses(self, fresh: Fresh, losses: Tensor, time: int) -> None:
@@ -496,6 +521,11 @@ class ScoreTable:
         if not isinstance(state, Mapping) or set(state) != set(mine):
             got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(f"state of a ScoreTable must have the entries {sorted(mine)}, got {got}")
+        switches = self.adaptive and state["noise"] in ("symmetric", "class") and state["noise"] != self.noise
+        if switches:
+            square = torch.zeros(self._require_classes(), self._require_classes(), dtype=torch.float64)
+            entry = square if state["noise"] == "class" else None
+            mine |= {"noise": state["noise"], "transition": entry, "counts": entry}
         for name in ("classes", "noise"):
             if state[name] != mine[name]:
                 raise ValueError(f"the state's {name} is {shown(state[name])}, the table's {shown(mine[name])}")
@@ -507,6 +537,8 @@ class ScoreTable:
                 own = self.probability.cpu() if value is not None else None
             if (own is None) != (value is None) or (isinstance(own, Tensor) and not _same_kind(own, value)):
                 raise ValueError(f"the state's {name} must be {shown(own)}, got {shown(value)}")
+        if switches:
+            self._become(state["noise"])
         for name, column in zip(Columns._fields, self._columns, strict=True):
             column[:-1].copy_(state[name])
         for name in ("state", "transition", "counts"):

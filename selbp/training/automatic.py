@@ -22,7 +22,7 @@ def auto_select(
     k: int = 48,
     pool: int = 256,
     features: Any = "auto",
-    noise: str = "symmetric",
+    noise: str = "auto",
     proxy: bool = True,
     steps: int | None = None,
     step_seconds: float | None = None,
@@ -48,7 +48,7 @@ def auto_select(
     features : str, callable or Tensor (N, d)
         What the proxy sees, see :func:`selbp.sampling.fit_proxy`.
     noise : str
-        ``"symmetric"``, ``"class"`` or ``"none"``, see :class:`selbp.sampling.ScoreTable`.
+        ``"auto"``, ``"symmetric"``, ``"class"`` or ``"none"``, see :class:`selbp.sampling.ScoreTable`.
     proxy : bool
         Whether a small network fills the table first. It takes some seconds for each 100 000 samples.
     steps : int or None

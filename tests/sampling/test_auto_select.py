@@ -79,6 +79,19 @@ def test_a_proxy_learns_ranks_and_finds_the_planted_labels(noise, halves):
     assert proxy.losses.shape == (6000,) and table.coverage == 0 and table.headroom > 1.5
 
 
+@pytest.mark.parametrize("direction", [True, False], ids=["directed", "any class"])
+def test_a_proxy_finds_out_whether_labels_are_wrong_in_one_direction(direction):
+    samples = data(20_000, features=8, classes=4)
+    y = samples.tensors[1]
+    wrong = (torch.rand(20_000) < 0.3) & ((y == 1) | (not direction))
+    given = torch.where(wrong, (y + (1 if direction else torch.randint(1, 4, (20_000,)))) % 4, y)
+    table = ScoreTable(20_000, 4, noise="auto")
+    fit_proxy(torch.utils.data.TensorDataset(samples.tensors[0], given), table)
+    assert table.noise == ("class" if direction else "symmetric")
+    assert table.noise_share == pytest.approx(float(wrong.double().mean()), abs=0.06)
+    assert float(table.responsibility[wrong].mean()) + 0.4 < float(table.responsibility[~wrong].mean())
+
+
 @pytest.mark.parametrize("inputs", ["images", "texts", "tokens"])
 def test_a_proxy_reads_images_texts_and_tokens(inputs):
     y = torch.arange(60) % 2

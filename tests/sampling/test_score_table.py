@@ -9,7 +9,7 @@ import torch
 from support.sampling_kit import known_table
 
 from selbp.sampling import Draw, ScoreTable
-from selbp.sampling.noise import estimate_epsilon, estimate_transition
+from selbp.sampling.noise import anchored_transition, estimate_epsilon, estimate_transition, undone
 from selbp.sampling.record import Fresh, record, responsibility, specified
 
 zeros = torch.zeros(3, dtype=torch.int64)
@@ -50,6 +50,63 @@ def test_expectation_maximisation_recovers_a_transition():
     found, _ = estimate_transition(every, given)
     # 8000 samples of each true class, most of which the model is sure of: a standard error of about 0.006.
     assert (found - transition).abs().max() < 0.03
+
+
+def directed():
+    """Three classes of five are given as another one: two of them as each other."""
+    transition = symmetric(0.0)
+    transition[0, :2] = torch.tensor([0.75, 0.25])
+    transition[1, :2] = torch.tensor([0.3, 0.7])
+    transition[4] = torch.tensor([0.0, 0.0, 0.2, 0.0, 0.8])
+    return transition
+
+
+def test_the_surest_samples_tell_a_transition_that_the_model_has_learned():
+    every, _, given, _ = planted(n=40_000, transition=directed())
+    logits = (every @ directed()).log()  # as a model that fits the given labels has them
+    found = anchored_transition(logits, given)
+    # 800 anchors a class: a standard error of .016.
+    assert found is not None and (found - directed()).abs().max() < 4.5 * 0.016 + 0.01
+    assert (undone(logits, directed()).softmax(1) - every).abs().max() < 1e-4
+    fitted, _ = estimate_transition(logits.softmax(1), given)
+    assert (fitted - directed()).abs().max() > 0.1  # what expectation-maximisation makes of it
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.4])
+def test_the_surest_samples_tell_nothing_where_no_class_is_taken_for_another(epsilon):
+    every, _, given, _ = planted(n=40_000, transition=symmetric(epsilon))
+    assert anchored_transition((every @ symmetric(epsilon)).log(), given) is None
+    few = slice(0, 400)  # of which there are 8 for each class
+    every, _, given, _ = planted(n=400, transition=directed())
+    assert anchored_transition((every @ directed()).log()[few], given[few]) is None
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_what_a_weak_model_is_surest_of_is_no_noise(classes):
+    generator = torch.Generator().manual_seed(0)
+    logits = 0.2 * torch.randn(20_000, classes, generator=generator, dtype=torch.float64)
+    best = torch.randint(0, classes, (20_000,), generator=generator)
+    logits[torch.arange(20_000), best] += 1.8
+    logits[torch.arange(20_000), (best + 1) % classes] += 0.6
+    given = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    assert logits.softmax(1).max(1).values.topk(2000).values.mean() < 0.9  # it is wrong of its surest too
+    assert anchored_transition(logits, given) is None
+
+
+def test_a_transition_that_was_read_off_stays_is_saved_and_leaves_the_loss_alone():
+    table, other = (ScoreTable(20, 5, noise="auto") for _ in range(2))
+    assert table.noise == "symmetric" and table.transition is None
+    table._believe(directed(), torch.arange(20) % 5)
+    assert table.noise == "class" and table.shown_epsilon == 0.0
+    table.record(Draw(torch.arange(20), 20), torch.arange(20) % 5, logits=torch.randn(20, 5))
+    assert table.noise_share > 0 and (table.transition == directed()).all()
+    other.load_state_dict(table.state_dict())
+    assert other.noise == "class" and torch.equal(other.transition, table.transition)
+    fixed = ScoreTable(20, 5)
+    with pytest.raises(ValueError, match="noise is 'class'"):
+        fixed.load_state_dict(table.state_dict())
+    other.load_state_dict(fixed.state_dict())
+    assert other.noise == "symmetric" and other.transition is None
 
 
 @pytest.mark.parametrize("noise", ["symmetric", "class", "none"])
