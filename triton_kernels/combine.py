@@ -2,17 +2,17 @@
 
 Splits are added in order after rescaling by exact powers of two. With C = max(ref, ceil(z_y log2 e)) and
 
-    a = 2^(ref - C) s     t = 2^(z_y log2 e - C)     Z = a + t      q = a / Z = 1 - p_y
+    a = 2^(ref - C) s     t = 2^(z_y log2 e - C)     Z = a + t      p_rest = a / Z = 1 - p_y
 
 the row's loss against its own class is log(1 + a / t) where the target leads and log Z - (z_y log2 e - C) ln 2 where it
 does not (there it exceeds ln 2, and only absolute accuracy counts); lse = z_y + that. With the soft target
 t_y = (1 - eps) w_y + k w_y, a_c = k w_c for c != y, k = eps / C, T = t_y + k amount:
 
     loss    = t_y (lse - z_y) + k ln 2 (spread + amount (C - ref + log2 Z))          every term is >= 0
-    ||r||^2 = g_y^2 (k amount - T q)^2 + x^2 missed + (x rho - k)^2 square,   x = T 2^(ref - C) / Z
+    ||r||^2 = g_y^2 (k amount - T p_rest)^2 + x^2 s2 + (x rho - k)^2 square,   x = T 2^(ref - C) / Z
 
-(without smoothing: T^2 (g_y^2 q^2 + s2 (2^(ref - C) / Z)^2)). Rows: ignored -> loss and ||r||^2 are 0; target out of
-range -> NaN; NaN or +inf logits -> not finite; only rows with everything finite are ``valid``.
+(without smoothing: T^2 (g_y^2 p_rest^2 + s2 (2^(ref - C) / Z)^2)). Rows: ignored -> loss and ||r||^2 are 0; target out
+of range -> NaN; NaN or +inf logits -> not finite; only rows with everything finite are ``valid``.
 
 Tile picture: ROWS rows a program, one pass over the splits. Bytes: n (4 fields splits + 8 + 8 + 18) and the class
 weight gathered; algebra on (n,) vectors, a few microseconds.

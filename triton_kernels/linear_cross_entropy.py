@@ -1,13 +1,15 @@
 """Backward of the head and its loss in one: residuals of a chunk of classes, and the products that belong to the BLAS.
 
-Forward is ``statistics`` (no logits stored); it keeps lse and q = 1 - p_y of each row. For the k rows that carry a
+Forward is ``statistics`` (no logits stored); it keeps lse and p_rest = 1 - p_y of each row. For the k rows that carry a
 gradient s_i (the incoming gradient), and for one chunk of classes at a time,
 
     R_chunk = s * dl/dz        (k, chunk), in the inputs' dtype, as eager autograd stores it
     dW[chunk] = R_chunk^T H    dc[chunk] = sum_i R_chunk     written once each, accumulated in float32
     dH += R_chunk W[chunk]     accumulated in float32 over the chunks
 
-With z after the cap, g its slope, T and A as in residual.py:  r_c = (T e^(z_c - lse) - a_c) g_c,  r_y = (A - T q) g_y.
+With z after the cap, g its slope, T and A as in residual.py,
+
+    r_c = (T e^(z_c - lse) - a_c) g_c,    r_y = (A - T p_rest) g_y.
 
 Tile picture: one program computes one tile of H W[chunk]^T, turns it into residuals in registers and stores it.
 
@@ -40,7 +42,7 @@ def residual_tile(
     inside,
     target,
     lse,
-    others,
+    p_rest,
     scale,
     mass,
     rest,
@@ -51,8 +53,7 @@ def residual_tile(
 ):
     """The scaled residuals of a tile of capped logits z; g is the cap's slope, w the class weights of the tile."""
     mass_row = tl.load(mass + rows, mask=inside, other=0.0)
-    q = tl.load(others + rows, mask=inside, other=0.0)
-    own = tl.load(rest + rows, mask=inside, other=0.0) - mass_row * q
+    own = tl.load(rest + rows, mask=inside, other=0.0) - mass_row * tl.load(p_rest + rows, mask=inside, other=0.0)
     r = mass_row[:, None] * exponential(z - tl.load(lse + rows, mask=inside, other=0.0)[:, None])
     if SMOOTH:
         if HAS_WEIGHT:
@@ -76,7 +77,7 @@ def residual_chunk_kernel(
     class_weight,
     target,
     lse,
-    others,
+    p_rest,
     scale,
     mass,
     rest,
@@ -125,7 +126,7 @@ def residual_chunk_kernel(
         inside,
         target,
         lse,
-        others,
+        p_rest,
         scale,
         mass,
         rest,
@@ -144,7 +145,7 @@ def residual_chunk(
     weight: torch.Tensor,  # (columns, d), last dimension contiguous: the chunk's rows
     bias: torch.Tensor | None,  # (columns,)
     class_weight: torch.Tensor | None,  # (columns,), read only with smoothing
-    rows: tuple[torch.Tensor, ...],  # target int64, and lse, others, scale, mass, rest float32, each (k,)
+    rows: tuple[torch.Tensor, ...],  # target int64, and lse, p_rest, scale, mass, rest float32, each (k,)
     first_class: int,
     *,
     share: float = 0.0,  # label smoothing / C
@@ -190,18 +191,18 @@ def row_terms(
     scale: torch.Tensor,
     target: torch.Tensor,
     lse: torch.Tensor,
-    others: torch.Tensor,
+    p_rest: torch.Tensor,
     class_weight: torch.Tensor | None,
     label_smoothing: float,
     n_classes: int,
 ) -> tuple[torch.Tensor, ...]:
-    """What :func:`residual_tile` reads of each row: target, lse, others, scale, T and A, each (k,) and contiguous."""
+    """What :func:`residual_tile` reads of each row: target, lse, p_rest, scale, T and A, each (k,) and contiguous."""
     y = torch.where((target >= 0) & (target < n_classes), target, 0)
     share = label_smoothing / n_classes
     w_y = torch.ones_like(scale, dtype=torch.float64) if class_weight is None else class_weight.double()[y]
     total = n_classes if class_weight is None else class_weight.double().sum()
     mass, rest = (1.0 - label_smoothing) * w_y + share * total, share * (total - w_y)
-    return y, lse.float().contiguous(), others.float().contiguous(), scale.contiguous(), mass.float(), rest.float()
+    return y, lse.float().contiguous(), p_rest.float().contiguous(), scale.contiguous(), mass.float(), rest.float()
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -236,7 +237,7 @@ def backward(
     bias: torch.Tensor | None,  # (C,)
     target: torch.Tensor,  # (k,) int64
     lse: torch.Tensor,  # (k,)
-    others: torch.Tensor,  # (k,) 1 - p_y
+    p_rest: torch.Tensor,  # (k,) 1 - p_y
     class_weight: torch.Tensor | None,  # (C,)
     *,
     label_smoothing: float = 0.0,
@@ -250,7 +251,7 @@ def backward(
     """Gradients of features (k, d) in float32, of weight and bias in their dtypes; None where not needed."""
     (k, d), n_classes = features.shape, len(weight)
     share = label_smoothing / n_classes
-    rows = row_terms(scale, target, lse, others, class_weight, label_smoothing, n_classes)
+    rows = row_terms(scale, target, lse, p_rest, class_weight, label_smoothing, n_classes)
     chunk = chunk or max(256, CHUNK_BYTES // (max(k, 1) * features.element_size()) // 256 * 256)
     buffer = torch.empty(k * min(chunk, n_classes), dtype=features.dtype, device=features.device)
     d_features = torch.zeros(k, d, dtype=torch.float32, device=features.device) if need_features else None

@@ -3,10 +3,10 @@
 With the soft target t_y = ((1 - eps) + eps / C) w_y, t_c = a_c = (eps / C) w_c and T = (1 - eps) w_y + (eps / C) sum w:
 
     c != y:  r_c = (T p_c - a_c) g_c          p_c = exp(z_c - lse), z after the cap, g = 1 - (z / cap)^2
-    c  = y:  r_y = (A - T q) g_y              q = sum_{c != y} p_c,  A = sum_{c != y} a_c
+    c  = y:  r_y = (A - T p_rest) g_y         p_rest = sum_{c != y} p_c,  A = sum_{c != y} a_c
 
-p_y - 1 would lose everything once 1 - p_y < 2^-24; q is a sum of positive terms. So the row must be summed before its
-target entry is known: ``residual_kernel`` writes all other entries and the sums of its share of the classes, and
+p_y - 1 would lose everything once 1 - p_y < 2^-24; p_rest is a sum of positive terms. So the row must be summed before
+its target entry is known: ``residual_kernel`` writes all other entries and the sums of its share of the classes, and
 ``residual_target_kernel`` adds the shares in order, writes the n target entries, and clears the rows that are not valid
 (no target, or a logit or lse that makes the loss infinite). Clearing reads nothing and is rare.
 
@@ -66,7 +66,7 @@ def residual_kernel(
         mass = w_y
         if SMOOTH:
             mass = (1.0 - label_smoothing) * w_y + share * tl.load(weight_sum)
-    others = tl.zeros((ROWS,), tl.float32)
+    p_rest = tl.zeros((ROWS,), tl.float32)
     amount = tl.zeros((ROWS,), tl.float32)
     broken = tl.zeros((ROWS,), tl.float32)
     first = split * tiles_per_split
@@ -81,7 +81,7 @@ def residual_kernel(
             z, g = soft_cap(z, softcap)
         other = mask & (columns[None, :] != y[:, None])
         p = exponential(z - lse_row[:, None])
-        others += tl.sum(tl.where(other, p, 0.0), 1)
+        p_rest += tl.sum(tl.where(other, p, 0.0), 1)
         r = mass[:, None] * p
         if SMOOTH:
             w = tl.full((1, COLUMNS), 1.0, tl.float32)
@@ -96,7 +96,7 @@ def residual_kernel(
         place = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
         tl.store(place, tl.where(present[:, None], r, 0.0).to(out.dtype.element_ty), mask=other)
     part = sums + split.to(tl.int64) * n + rows
-    tl.store(part, others, mask=inside)
+    tl.store(part, p_rest, mask=inside)
     if SMOOTH:
         field = n_splits.to(tl.int64) * n
         tl.store(part + field, amount, mask=inside)
@@ -129,12 +129,12 @@ def residual_target_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
     field = tl.cast(n_splits, tl.int64) * n
-    others = tl.zeros((ROWS,), tl.float32)
+    p_rest = tl.zeros((ROWS,), tl.float32)
     amount = tl.zeros((ROWS,), tl.float32)
     broken = tl.zeros((ROWS,), tl.float32)
     for split in range(0, n_splits):
         part = sums + tl.cast(split, tl.int64) * n + rows
-        others += tl.load(part, mask=inside, other=0.0)
+        p_rest += tl.load(part, mask=inside, other=0.0)
         if SMOOTH:
             amount += tl.load(part + field, mask=inside, other=0.0)
             broken += tl.load(part + 2 * field, mask=inside, other=0.0)
@@ -154,7 +154,7 @@ def residual_target_kernel(
     lse_row = tl.load(lse + rows, mask=inside, other=0.0).to(tl.float32)
     finite = (tl.abs(lse_row) < float("inf")) & ((tl.abs(z) < float("inf")) | (t_y == 0.0)) & (broken == 0.0)
     keep = present & finite
-    r = tl.where(keep, (rest - (t_y + rest) * others) * g, 0.0)
+    r = tl.where(keep, (rest - (t_y + rest) * p_rest) * g, 0.0)
     tl.store(out + rows * stride_out + y, r.to(out.dtype.element_ty), mask=inside)
     clear = inside & present & (finite == 0)
     if tl.max(clear.to(tl.int32), 0) > 0:

@@ -2,11 +2,11 @@
 
     S_i = sum_t (P^T r_t) (Q^T [h_t, 1])^T,        P (C, p), Q (d or d + 1, q)
 
-r_c = g_c (T p_c - a_c) for c != y and r_y = g_y (A - T q), in the terms of residual.py. P^T r has the shape of
+r_c = g_c (T p_c - a_c) for c != y and r_y = g_y (A - T p_rest), in the terms of residual.py. P^T r has the shape of
 attention with keys W and values P: ``statistics`` keeps, beside its own running sums and relative to the same
-reference, O = sum_{c != y} g_c e_c P_c; and p_c = e_c q / s with the q and s that combine.py joins, so that
+reference, O = sum_{c != y} g_c e_c P_c; and p_c = e_c p_rest / s with the p_rest and s that combine.py joins, so that
 
-    P^T r = T (q / s) O + r_y P_y - sum_{c != y} g_c a_c P_c
+    P^T r = T (p_rest / s) O + r_y P_y - sum_{c != y} g_c a_c P_c
 
 One pass over the classes gives both. The last sum is sum_c a_c P_c without the target's term, the same for every row;
 where a cap bends it (g_c), the kernel sums w_c g_c P_c as well.
@@ -77,7 +77,7 @@ def projected_residuals(
         for start in range(0, projection.shape[1], WIDTH)
     ]
     partials, sums = found[0][0], torch.cat([sums for _, sums in found], 3)
-    _, lse, _, q, _, valid = finalize(
+    _, lse, _, p_rest, _, valid = finalize(
         partials,
         z,
         feature_sq,
@@ -88,13 +88,13 @@ def projected_residuals(
         label_smoothing=label_smoothing,
         softcap=softcap,
     )
-    y, _, _, _, mass, rest = row_terms(z, target, lse, q, class_weight, label_smoothing, n_classes)
+    y, _, _, _, mass, rest = row_terms(z, target, lse, p_rest, class_weight, label_smoothing, n_classes)
     reference = (partials[0].clamp_min(FLOOR.value) * LOG2E.value).ceil()  # as arithmetic.reference_exponent
     scale = torch.exp2(reference - reference.amax(0))
     s = (partials[1] * scale).sum(0)
-    factor = scale * torch.where(s > 0.0, mass * (q / s), 0.0)
+    factor = scale * torch.where(s > 0.0, mass * (p_rest / s), 0.0)
     total = (sums[0] * factor[..., None]).sum(0)
-    own = rest - mass * q
+    own = rest - mass * p_rest
     share = label_smoothing / n_classes
     if softcap:
         own = own / torch.cosh(z / softcap).square()

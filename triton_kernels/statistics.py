@@ -12,11 +12,11 @@ so that nothing cancels where p_y is close to 1. Label smoothing gives every cla
 target, and sum_c g_c^2 (T p_c - a_c)^2 must not be expanded: a trained model has T p_c close to a_c. It is a least-
 squares fit of e by w instead, kept as Welford and Chan do: with E = g e, V = g w over the classes seen so far
 
-    amount = sum w     spread = sum w (ref - z log2 e)     rho = E.V / V.V     missed = ||E - rho V||^2     square = V.V
+    amount = sum w     spread = sum w (ref - z log2 e)     rho = E.V / V.V     square = V.V     s2 = ||E - rho V||^2
 
-and ||x E - k V||^2 = x^2 missed + (x rho - k)^2 square for every x, k. Two parts merge with delta = rho' - rho:
-missed + missed' + delta^2 square square' / (square + square'). C++ keeps the same sums under the same names,
-relative to m and in natural logarithms, with ``missed`` in the place of s2.
+and ||x E - k V||^2 = x^2 s2 + (x rho - k)^2 square for every x, k. Without smoothing V is 0, and s2 the sum of squares
+above. Two parts merge with delta = rho' - rho: s2 + s2' + delta^2 square square' / (square + square'). C++ keeps the
+same sums under the same names, relative to m and in natural logarithms.
 
 Tile picture: program (row tile, split) keeps ROWS rows and walks its share of the class tiles.
 
@@ -53,7 +53,7 @@ from . import configs
 from .arithmetic import FLOOR, LOG2E, MINUS_INFINITY, grouped_tile, reference_exponent, soft_cap
 from .matmul_tile import dot_precision, logits_tile, operands
 
-FIELDS = {False: 3, True: 7}  # of the partials: m, s, s2; smoothed m, s, missed, amount, spread, rho, square
+FIELDS = {False: 3, True: 7}  # of the partials: m, s, s2; smoothed m, s, s2, amount, spread, rho, square
 WIDTH = 64  # columns of P that one launch projects onto
 
 
@@ -90,22 +90,22 @@ def absorb(z, g, w, state, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr):
         square = tl.sum(w * w, 1)
         rho = tl.sum(e * w, 1) / tl.where(square > 0.0, square, 1.0)
         left = e - rho[:, None] * w
-        rho, missed, square = merge_fit(
+        rho, s2, square = merge_fit(
             state[6] * scale, state[3] * (scale * scale), state[7], rho, tl.sum(left * left, 1), square
         )
-        state = m, new, s, missed, amount, spread, rho, square
+        state = m, new, s, s2, amount, spread, rho, square
     else:
         state = m, new, s, state[3] * (scale * scale) + tl.sum(e * e, 1)
     return state, e, w, scale
 
 
 @triton.jit
-def merge_fit(rho, missed, square, rho_, missed_, square_):
-    """Least-squares fits of two disjoint sets of classes, joined: (rho, missed, square)."""
+def merge_fit(rho, s2, square, rho_, s2_, square_):
+    """Least-squares fits of two disjoint sets of classes, joined: (rho, s2, square)."""
     total = square + square_
     share = tl.where(total > 0.0, square_ / tl.where(total > 0.0, total, 1.0), 0.0)
     delta = rho_ - rho
-    return rho + delta * share, missed + missed_ + delta * delta * (square * share), total
+    return rho + delta * share, s2 + s2_ + delta * delta * (square * share), total
 
 
 @triton.jit

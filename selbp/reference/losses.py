@@ -43,17 +43,17 @@ def cross_entropy_statistics(
     """Per-sample loss, gradient norms and correctness of ``n`` rows of logits.
 
     The target's logit is held apart and only the other classes are accumulated, so that neither the loss nor the
-    norm cancels for confident rows: with q = 1 - p_y, both ``-log p_y = log1p(e^(m - z_y) s)`` and
-    ``||r||^2 = q^2 + sum_{c != y} p_c^2`` keep their relative accuracy down to q = 1e-300.
+    norm cancels for confident rows: with p_rest = 1 - p_y, both ``-log p_y = log1p(e^(m - z_y) s)`` and
+    ``||r||^2 = p_rest^2 + sum_{c != y} p_c^2`` keep their relative accuracy down to p_rest = 1e-300.
     """
     n, n_classes = logits.shape
     present = (target != ignore_index) & (target >= 0) & (target < n_classes)
     y = torch.where(present, target, 0)[:, None]
     z = soft_cap(logits, softcap)
     z_y = z.gather(1, y)[:, 0]
-    others = z.scatter(1, y, -torch.inf)
+    z_rest = z.scatter(1, y, -torch.inf)
     lse = torch.logsumexp(z, 1)
-    loss_y = torch.nn.functional.softplus(torch.logsumexp(others, 1) - z_y, threshold=40.0)  # lse - z_y
+    loss_y = torch.nn.functional.softplus(torch.logsumexp(z_rest, 1) - z_y, threshold=40.0)  # lse - z_y
     t = soft_target(y[:, 0], n_classes, class_weight, label_smoothing, z.dtype)
     t_y = t.gather(1, y)[:, 0]
     spread = torch.where(t == 0, 0.0, t * (lse[:, None] - z)).scatter(1, y, 0.0).sum(1)  # 0 * inf is 0 here
@@ -78,7 +78,7 @@ def cross_entropy_statistics(
     else:
         feature_sq = features.square().sum(1) + float(bias)
     valid = present & torch.isfinite(torch.stack([loss, lse, residual_sq, feature_sq])).all(0)
-    correct = valid & (z_y >= others.amax(1))
+    correct = valid & (z_y >= z_rest.amax(1))
     return BatchStatistics(loss, lse, residual_sq, feature_sq, correct, valid)
 
 
@@ -128,9 +128,9 @@ def residual(
     probs = torch.exp(z - lse[:, None])
     t = soft_target(y[:, 0], n_classes, class_weight, label_smoothing, z.dtype)
     total = t.sum(1, keepdim=True)
-    others = probs.scatter(1, y, 0.0).sum(1, keepdim=True)
+    p_rest = probs.scatter(1, y, 0.0).sum(1, keepdim=True)
     rest = t.scatter(1, y, 0.0).sum(1, keepdim=True)
-    r = (total * probs - t).scatter(1, y, rest - total * others)
+    r = (total * probs - t).scatter(1, y, rest - total * p_rest)
     if softcap:
         r = r * (1.0 - (z / softcap).square())
     finite = torch.isfinite(lse) & torch.isfinite(torch.where(t == 0, 0.0, z)).all(1)  # the loss is finite

@@ -248,7 +248,7 @@ def chunk_variants(arch: str, target: GPUTarget) -> list[Variant]:
                     "target": "*i64",
                     **_pointer("bias", not exact, element),
                     **_pointer("class_weight", options["HAS_WEIGHT"], "fp32"),
-                    **dict.fromkeys(("lse", "others", "scale", "mass", "rest"), "*fp32"),
+                    **dict.fromkeys(("lse", "p_rest", "scale", "mass", "rest"), "*fp32"),
                     "out": f"*{element}",
                     "share": "fp32",
                     "softcap": "fp32",

@@ -21,13 +21,13 @@ def inputs(case, scale):
     r = reference.residual(logits, case.target, stats.lse, **case.options) * scale.to(logits.dtype)[:, None]
     y = torch.where((case.target >= 0) & (case.target < len(case.weight)), case.target, 0)[:, None]
     capped = reference.soft_cap(logits, case.options.get("softcap", 0.0)).scatter(1, y, -torch.inf)
-    others = torch.exp(torch.logsumexp(capped, 1) - stats.lse)
-    return stats, others, (r @ case.weight, r.t() @ case.features, r.sum(0))
+    p_rest = torch.exp(torch.logsumexp(capped, 1) - stats.lse)
+    return stats, p_rest, (r @ case.weight, r.t() @ case.features, r.sum(0))
 
 
 def check(case, tile, chunk=None):
     scale = torch.rand(len(case.features)).masked_fill_(case.target < 0, 0.0)
-    stats, others, spec = inputs(case.to(torch.float64), scale)
+    stats, p_rest, spec = inputs(case.to(torch.float64), scale)
     _, _, eager = inputs(case.to(torch.float32), scale)
     options = {name: case.options.get(name, 0.0) for name in ("label_smoothing", "softcap")}
     got = backward(
@@ -37,7 +37,7 @@ def check(case, tile, chunk=None):
         case.bias,
         case.target,
         stats.lse,
-        others,
+        p_rest,
         case.options.get("class_weight"),
         **options,
         tile=tile,
@@ -78,10 +78,10 @@ def test_confident_rows_keep_their_target_entry():
     logits[:, 7] = torch.tensor([50 * 10.0**e for e in range(1, 10)]).log()
     target = torch.full((9,), 7)
     spec = reference.cross_entropy_statistics(logits.double(), target)
-    others = -torch.expm1(-spec.loss)
-    lse, others = spec.lse[-1:].repeat(9), others[-1:].repeat(9)
+    p_rest = -torch.expm1(-spec.loss)
+    lse, p_rest = spec.lse[-1:].repeat(9), p_rest[-1:].repeat(9)
     ones, zeros = torch.ones(9, 1), torch.zeros(50, 1)
-    _, _, bias = backward(torch.ones(9), ones, zeros, logits[-1].clone(), target, lse, others, None, tile=POINTER)
+    _, _, bias = backward(torch.ones(9), ones, zeros, logits[-1].clone(), target, lse, p_rest, None, tile=POINTER)
     exact = reference.residual(logits[-1:].double(), target[:1], spec.lse[-1:])[0] * 9
     assert cases.relative_error(bias[7:8], exact[7:8], 0.0) < 1e-6
 
@@ -90,10 +90,10 @@ def test_rows_without_a_gradient_spoil_none():
     case = cases.make(20, 8, 40)
     case.target[:] = torch.arange(20)
     scale = torch.rand(20)
-    stats, others, _ = inputs(case, scale)
+    stats, p_rest, _ = inputs(case, scale)
     lse, scale = stats.lse.clone(), scale.clone()
-    lse[3], others[3], scale[3] = torch.nan, torch.nan, 0.0
-    got = backward(scale, case.features, case.weight, None, case.target, lse, others, None, tile=POINTER)
+    lse[3], p_rest[3], scale[3] = torch.nan, torch.nan, 0.0
+    got = backward(scale, case.features, case.weight, None, case.target, lse, p_rest, None, tile=POINTER)
     assert all(g is None or g.isfinite().all() for g in got)
     assert (got[0][3] == 0).all()
 
@@ -103,20 +103,20 @@ def test_the_operator_on_cuda_implementations(rows):
     case = cases.make(21, 16, 90, option="everything", bias=True)
     chosen = None if rows is None else torch.tensor(rows)
     options = (case.options["class_weight"], chosen, -100, 0.2, 7.0)
-    *stats, others, logits = operator._cuda.forward(
+    *stats, p_rest, logits = operator._cuda.forward(
         *operator._pack(case.features, case.weight, case.bias, case.target, *options, False)
     )
     grad = torch.rand(21)
     needs = (True, True, True)
     got = operator._cuda.backward(
-        *operator._pack_backward(
+        *operator._torch.pack_backward(
             grad,
             case.features,
             case.weight,
             case.bias,
             case.target,
             stats[1],
-            others,
+            p_rest,
             stats[5],
             logits,
             *options,
@@ -126,6 +126,6 @@ def test_the_operator_on_cuda_implementations(rows):
     wide = case.to(torch.float64)
     mask = torch.zeros(21).index_fill_(0, torch.arange(21) if chosen is None else chosen, 1.0)
     _, exact, spec = inputs(wide, grad * mask * stats[5])
-    assert torch.allclose(others.double(), exact, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(p_rest.double(), exact, rtol=1e-5, atol=1e-7)
     for a, b in zip(got, spec, strict=True):
         assert float((a.double() - b).abs().max() / b.abs().max()) < 1e-5

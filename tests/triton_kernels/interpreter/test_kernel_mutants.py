@@ -114,7 +114,7 @@ MUTANTS = {
     "sums not rescaled": ("statistics", "state[3] * (scale * scale) + tl.sum", "state[3] * scale + tl.sum", linear),
     "fits not rescaled": ("combine", "rho * scale,", "rho,", lambda: linear("smoothing")),
     "projection not rescaled": ("statistics", "projected * scale[:, None]", "projected", projection),
-    "projection without the target": ("sketch", "own = rest - mass * q", "own = rest", projection),
+    "projection without the target": ("sketch", "own = rest - mass * p_rest", "own = rest", projection),
     "projection: splits at one reference": ("sketch", "torch.exp2(reference - reference.amax(0))", "1.0", projection),
     "projection: share of the target under a cap": ("sketch", "share * sums[1]", "0.0 * sums[1]", capped),
     "spread not moved to the new reference": (
@@ -141,7 +141,7 @@ MUTANTS = {
     "slope of the cap forgotten": ("statistics", "e = e * g", "e = e", lambda: linear("softcap")),
     "residual's target from its probability": (
         "residual",
-        "rest - (t_y + rest) * others",
+        "rest - (t_y + rest) * p_rest",
         "tl.exp(z - lse_row) - 1.0",
         test_kernel_residual.test_confident_target_entry,
     ),
