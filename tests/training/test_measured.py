@@ -117,6 +117,36 @@ def test_no_look_without_a_backward_or_scoring(clock: Clock) -> None:
             assert not other._pace.done
 
 
+class Event:
+    """One of a device that is behind: it may be asked whether it has come, and not waited for."""
+
+    come = False
+
+    def query(self) -> bool:
+        return self.come
+
+    def synchronize(self) -> None:
+        assert self.come, "the host waits for the device"
+
+    def elapsed_time(self, other: Event) -> float:
+        return 1000.0
+
+
+@pytest.mark.parametrize("come", [False, True], ids=["behind", "done"])
+def test_no_look_waits_for_a_device(clock: Clock, come: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopwatch.Stopwatch, "_now", lambda watch: Event())
+    monkeypatch.setattr(Event, "come", come)
+    step = selbp.SelectiveBackprop(clock.model(), selector=selbp.TopLoss(), keep=0.75, backward="recompute")
+    start = stopwatch.Stopwatch.__init__
+
+    def on_a_device(watch: stopwatch.Stopwatch, device: torch.device) -> None:
+        start(watch, device)
+        watch._events = True
+
+    monkeypatch.setattr(stopwatch.Stopwatch, "__init__", on_a_device)
+    assert len(warned(step, 30)) == int(come) and step._pace.done
+
+
 def test_micro_batches_are_looked_at_too(clock: Clock) -> None:
     step = selbp.SelectiveBackprop(clock.model(), selector=Slow(clock, 5 * N), keep=0.25, micro_batch=8)
     with pytest.warns(UserWarning, match=f"takes about {(1 + 5 + 0.75) / 3:.2f} of a full step"):
