@@ -93,6 +93,11 @@ void bind_draw(py::module_& m) {
       Released());
 }
 
+template <typename T>
+T* packed_or_kept(std::uintptr_t packed, const selbp::GramShape& shape) {
+  return packed ? at<T>(packed) : selbp::kept_scratch<T>(static_cast<std::size_t>(selbp::packed_count(shape)));
+}
+
 void bind_gram(py::module_& m) {
   using Address = std::uintptr_t;
   using Size = std::int64_t;
@@ -103,12 +108,12 @@ void bind_gram(py::module_& m) {
          bool bias, int n_threads) {
         const selbp::GramShape shape{n, classes, features};
         if (is_double)
-          return SELBP_PICK(gram_f64)(at<double>(out), at<double>(packed), at<double>(r), at<double>(h), shape, bias,
-                                      n_threads);
-        return SELBP_PICK(gram_f32)(at<float>(out), at<float>(packed), at<float>(r), at<float>(h), shape, bias,
-                                    n_threads);
+          return SELBP_PICK(gram_f64)(at<double>(out), packed_or_kept<double>(packed, shape), at<double>(r),
+                                      at<double>(h), shape, bias, n_threads);
+        return SELBP_PICK(gram_f32)(at<float>(out), packed_or_kept<float>(packed, shape), at<float>(r), at<float>(h),
+                                    shape, bias, n_threads);
       },
-      Released());
+      Released(), "packed: 0 for memory that the thread keeps.");
   m.def(
       "row_dots",
       [](Address sums, Address a, Address b, bool is_double, Size rows, Size columns, int n_threads) {
@@ -177,11 +182,12 @@ void bind_mean_gradient(py::module_& m) {
   m.def(
       "mean_gradient",
       [](Address r, Address h, bool is_double, const std::array<Size, 3>& shape, bool bias,
-         const std::array<Address, 4>& out) {
+         const std::array<Address, 4>& out, int n_threads) {
         const py::gil_scoped_release released;
         if (is_double)
-          return selbp::GradientKernels::mean(factors_of<double>(r, h, shape, bias), mean_output<double>(out));
-        return selbp::GradientKernels::mean(factors_of<float>(r, h, shape, bias), mean_output<float>(out));
+          return selbp::GradientKernels::mean(factors_of<double>(r, h, shape, bias), mean_output<double>(out),
+                                              n_threads);
+        return selbp::GradientKernels::mean(factors_of<float>(r, h, shape, bias), mean_output<float>(out), n_threads);
       },
       "shape: n, classes, width; out: inner, target_sq, head_weight, head_bias.");
   m.def(

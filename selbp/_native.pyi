@@ -71,7 +71,13 @@ def gram_pairs(
 ) -> bool: ...
 def multiplies_bfloat16() -> bool: ...
 def mean_gradient(
-    r: int, h: int, is_double: bool, shape: tuple[int, int, int], bias: bool, out: tuple[int, int, int, int]
+    r: int,
+    h: int,
+    is_double: bool,
+    shape: tuple[int, int, int],
+    bias: bool,
+    out: tuple[int, int, int, int],
+    n_threads: int,
 ) -> bool: ...
 def matching_residual(
     r: int, h: int, shape: tuple[int, int, int], bias: bool, indices: int, weights: int, k: int

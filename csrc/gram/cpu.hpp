@@ -12,6 +12,11 @@ struct GramShape {
   std::int64_t n, classes, features;
 };
 
+// Numbers in both factors, packed in blocks of 64 rows.
+inline std::int64_t packed_count(const GramShape& shape) {
+  return (shape.n + 63) / 64 * 64 * (shape.classes + shape.features);
+}
+
 // The factors of a Gram matrix that is formed row by row; `packed` as in gram_f32.
 template <class T>
 struct GramRows {
@@ -21,8 +26,8 @@ struct GramRows {
 };
 
 SELBP_DECLARE_LEVELS(
-    // out (n, n) = (r r^T) o (h h^T + bias), symmetric bit for bit; all contiguous. `packed` is scratch for (classes +
-    // features) x n rounded up to a multiple of 64. Returns whether the diagonal is finite.
+    // out (n, n) = (r r^T) o (h h^T + bias), symmetric bit for bit; all contiguous. `packed` is scratch for
+    // packed_count(shape) numbers. Returns whether the diagonal is finite.
     bool gram_f32(float* out, float* packed, const float* r, const float* h, GramShape shape, float bias,
                   int n_threads);
     bool gram_f64(double* out, double* packed, const double* r, const double* h, GramShape shape, double bias,

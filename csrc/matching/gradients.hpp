@@ -26,11 +26,11 @@ T* kept_scratch(std::size_t count) {
 }
 
 struct GradientKernels {
-  static bool mean(const GradientFactors<float>& factors, const MeanGradientOutput<float>& output) {
-    return SELBP_PICK(mean_gradient_f32)(factors, output);
+  static bool mean(const GradientFactors<float>& factors, const MeanGradientOutput<float>& output, int n_threads) {
+    return SELBP_PICK(mean_gradient_f32)(factors, output, n_threads);
   }
-  static bool mean(const GradientFactors<double>& factors, const MeanGradientOutput<double>& output) {
-    return SELBP_PICK(mean_gradient_f64)(factors, output);
+  static bool mean(const GradientFactors<double>& factors, const MeanGradientOutput<double>& output, int n_threads) {
+    return SELBP_PICK(mean_gradient_f64)(factors, output, n_threads);
   }
   static bool gram(float* out, float* packed, const GramRows<float>& of) {
     return SELBP_PICK(gram_f32)(out, packed, of.r, of.h, of.shape, of.bias, 1);
@@ -82,12 +82,12 @@ template <typename T>
 bool match_gradients(const GradientFactors<T>& factors, const matching::Options& options, const unsigned char* valid,
                      std::int64_t* indices, T* weights) {
   const std::int64_t n = factors.n, classes = factors.classes, width = factors.width;
-  const std::int64_t strips = (n + 63) / 64 * 64 * (classes + width), rest = n * n + 2 * n + classes * (width + 1) + 1;
+  const std::int64_t strips = packed_count({n, classes, width}), rest = n * n + 2 * n + classes * (width + 1) + 1;
   T* const packed = kept_scratch<T>(static_cast<std::size_t>(strips + rest));
   T *const gram = packed + strips, *const inner = gram + n * n, *const target_sq = inner + n;
   T *const head_weight = target_sq + 1, *const head_bias = head_weight + classes * width;
   auto* const formed = reinterpret_cast<unsigned char*>(head_bias + classes);
-  if (!GradientKernels::mean(factors, {inner, target_sq, head_weight, head_bias})) return false;
+  if (!GradientKernels::mean(factors, {inner, target_sq, head_weight, head_bias}, 1)) return false;
 
   const GramRows<T> of{factors.residual, factors.features, packed, {n, classes, width}, T(factors.bias ? 1 : 0)};
   RowsOnDemand<T> on_demand{of, gram, formed};

@@ -1,6 +1,7 @@
 // The small mean gradient for one x86-64 level.
 #include "mean_gradient/cpu.hpp"
 
+#include "cpu/parallel.hpp"
 #include "cpu/simd.hpp"
 
 namespace selbp {
@@ -28,11 +29,11 @@ SELBP_INLINE void combine_tile(T* out, const Combination<T>& of, std::int64_t fi
 #pragma GCC unroll 2
     for (int b = 0; b < kVectors; ++b) {
       const auto values = load(row + b * kLanes);
-#pragma GCC unroll 12
+#pragma GCC unroll 10
       for (int a = 0; a < kClasses; ++a) sums[a][b] = fma(splat(coefficient[a]), values, sums[a][b]);
     }
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 10
   for (int a = 0; a < kClasses; ++a)
 #pragma GCC unroll 2
     for (int b = 0; b < kVectors; ++b)
@@ -61,26 +62,28 @@ void combine_classes(T* out, const Combination<T>& of, std::int64_t first_class)
 }
 
 template <class T>
-void combine(T* out, const Combination<T>& of) {
-  constexpr std::int64_t kMost = kVectorBytes == 64 ? 12 : 4;  // classes whose sums fit in the registers
-  const std::int64_t parts = (of.classes + kMost - 1) / kMost;
-  for (std::int64_t part = 0; part < parts; ++part) {
-    const std::int64_t first = of.classes * part / parts, last = of.classes * (part + 1) / parts;
-    switch (last - first) {
-      case 1: combine_classes<T, 1>(out, of, first); break;
-      case 2: combine_classes<T, 2>(out, of, first); break;
-      case 3: combine_classes<T, 3>(out, of, first); break;
-      case 4: combine_classes<T, 4>(out, of, first); break;
-      case 5: combine_classes<T, 5>(out, of, first); break;
-      case 6: combine_classes<T, 6>(out, of, first); break;
-      case 7: combine_classes<T, 7>(out, of, first); break;
-      case 8: combine_classes<T, 8>(out, of, first); break;
-      case 9: combine_classes<T, 9>(out, of, first); break;
-      case 10: combine_classes<T, 10>(out, of, first); break;
-      case 11: combine_classes<T, 11>(out, of, first); break;
-      default: combine_classes<T, 12>(out, of, first); break;
-    }
+void combine_part(T* out, const Combination<T>& of, std::int64_t first, std::int64_t last) {
+  switch (last - first) {
+    case 1: return combine_classes<T, 1>(out, of, first);
+    case 2: return combine_classes<T, 2>(out, of, first);
+    case 3: return combine_classes<T, 3>(out, of, first);
+    case 4: return combine_classes<T, 4>(out, of, first);
+    case 5: return combine_classes<T, 5>(out, of, first);
+    case 6: return combine_classes<T, 6>(out, of, first);
+    case 7: return combine_classes<T, 7>(out, of, first);
+    case 8: return combine_classes<T, 8>(out, of, first);
+    case 9: return combine_classes<T, 9>(out, of, first);
+    default: return combine_classes<T, 10>(out, of, first);
   }
+}
+
+template <class T>
+void combine(T* out, const Combination<T>& of, int n_threads) {
+  constexpr std::int64_t kMost = kVectorBytes == 64 ? 10 : 4;  // whose sums and factors fit in the registers
+  const std::int64_t parts = (of.classes + kMost - 1) / kMost;
+  parallel_for(parts, n_threads, 1, [&](std::int64_t part) {
+    combine_part(out, of, of.classes * part / parts, of.classes * (part + 1) / parts);
+  });
 }
 
 // Sums in double of vectors of T.
@@ -151,6 +154,19 @@ SELBP_INLINE void inner_rows(double* sums, const GradientFactors<T>& of, const T
   }
 }
 
+// sums[i] = g_i . M, bias and all, for kRows rows.
+template <class T, int kRows>
+void inner_all(const GradientFactors<T>& of, const MeanGradientOutput<T>& out, std::int64_t first) {
+  double sums[kRows];
+  inner_rows<T, kRows>(sums, of, out.head_weight, first);
+  for (int a = 0; a < kRows; ++a) {
+    const T* r = of.residual + (first + a) * of.classes;
+    for (std::int64_t c = 0; of.bias && c < of.classes; ++c)
+      sums[a] += static_cast<double>(r[c]) * static_cast<double>(out.head_bias[c]);
+    out.inner[first + a] = T(sums[a]);
+  }
+}
+
 // The sum of squares in double, each product exact.
 template <class T>
 double square_sum(const T* p, std::int64_t count) {
@@ -178,11 +194,11 @@ std::int64_t class_sums(double (&sums)[kSums], const T* coefficients, std::int64
 }
 
 template <class T>
-bool mean_of(const GradientFactors<T>& of, const MeanGradientOutput<T>& out) {
+bool mean_of(const GradientFactors<T>& of, const MeanGradientOutput<T>& out, int n_threads) {
   constexpr int kRows = 4;
   const std::int64_t n = of.n, classes = of.classes;
   const T divisor = T(n < 1 ? 1 : n);
-  combine(out.head_weight, Combination<T>{of.residual, of.features, nullptr, n, classes, of.width, divisor});
+  combine(out.head_weight, Combination<T>{of.residual, of.features, nullptr, n, classes, of.width, divisor}, n_threads);
   double target_sq = square_sum(out.head_weight, classes * of.width);
   if (of.bias) {
     double sums[kSums];
@@ -193,32 +209,19 @@ bool mean_of(const GradientFactors<T>& of, const MeanGradientOutput<T>& out) {
     target_sq += square_sum(out.head_bias, classes);
   }
   *out.target_sq = T(target_sq);
-  for (std::int64_t first = 0; first < n;) {
-    double sums[kRows];
-    const int count = n - first >= kRows ? kRows : 1;
-    if (count == kRows) {
-      inner_rows<T, kRows>(sums, of, out.head_weight, first);
-    } else {
-      inner_rows<T, 1>(sums, of, out.head_weight, first);
-    }
-    for (int a = 0; a < count; ++a, ++first) {
-      double total = sums[a];
-      if (of.bias)
-        for (std::int64_t c = 0; c < classes; ++c)
-          total += static_cast<double>(of.residual[first * classes + c]) * static_cast<double>(out.head_bias[c]);
-      out.inner[first] = T(total);
-    }
-  }
+  parallel_for(n / kRows, n_threads, 0, [&](std::int64_t group) { inner_all<T, kRows>(of, out, group * kRows); });
+  for (std::int64_t row = n / kRows * kRows; row < n; ++row) inner_all<T, 1>(of, out, row);
   return __builtin_isfinite(*out.target_sq);
 }
 
 }  // namespace
 
-bool mean_gradient_f32(const GradientFactors<float>& factors, const MeanGradientOutput<float>& output) {
-  return mean_of(factors, output);
+bool mean_gradient_f32(const GradientFactors<float>& factors, const MeanGradientOutput<float>& output, int n_threads) {
+  return mean_of(factors, output, n_threads);
 }
-bool mean_gradient_f64(const GradientFactors<double>& factors, const MeanGradientOutput<double>& output) {
-  return mean_of(factors, output);
+bool mean_gradient_f64(const GradientFactors<double>& factors, const MeanGradientOutput<double>& output,
+                       int n_threads) {
+  return mean_of(factors, output, n_threads);
 }
 
 void matching_residual(const GradientFactors<double>& of, const WeightedRows<double>& chosen, double* squares,
@@ -235,8 +238,8 @@ void matching_residual(const GradientFactors<double>& of, const WeightedRows<dou
       coefficients[count * classes + c] = chosen.weights[j] * of.residual[rows[count] * classes + c];
     ++count;
   }
-  combine(mean, Combination<double>{of.residual, of.features, nullptr, of.n, classes, of.width, n});
-  combine(taken, Combination<double>{coefficients, of.features, rows, count, classes, of.width, 1.0});
+  combine(mean, Combination<double>{of.residual, of.features, nullptr, of.n, classes, of.width, n}, 1);
+  combine(taken, Combination<double>{coefficients, of.features, rows, count, classes, of.width, 1.0}, 1);
   squares[1] = square_sum(mean, entries);
   for (std::int64_t i = 0; i < entries; ++i) mean[i] -= taken[i];
   squares[0] = square_sum(mean, entries);

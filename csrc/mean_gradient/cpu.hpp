@@ -1,5 +1,5 @@
 // The mean gradient of a small minibatch and what follows from it: where a BLAS call is mostly set-up, and the torch
-// calls around it take longer than the sums. Serial.
+// calls around it take a good part of its time.
 #pragma once
 
 #include <cstdint>
@@ -38,8 +38,10 @@ constexpr std::int64_t residual_scratch(std::int64_t k, std::int64_t classes, st
 SELBP_DECLARE_LEVELS(
     // Both return whether the squared norm of M is finite: it is not where any entry of either factor is not, unless
     // there are no classes or no rows.
-    bool mean_gradient_f32(const GradientFactors<float>& factors, const MeanGradientOutput<float>& output);
-    bool mean_gradient_f64(const GradientFactors<double>& factors, const MeanGradientOutput<double>& output);
+    bool mean_gradient_f32(const GradientFactors<float>& factors, const MeanGradientOutput<float>& output,
+                           int n_threads);
+    bool mean_gradient_f64(const GradientFactors<double>& factors, const MeanGradientOutput<double>& output,
+                           int n_threads);
     // squares[0] = ||M - sum_j w_j g_j||^2, squares[1] = ||M||^2; the indices lie below n.
     void matching_residual(const GradientFactors<double>& factors, const WeightedRows<double>& chosen, double* squares,
                            double* scratch);)

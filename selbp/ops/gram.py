@@ -14,10 +14,11 @@ from selbp import _native, reference
 from selbp._checks import accumulate_dtype, check_tensor, flag
 from selbp.ops import _backends
 from selbp.ops._backends import native_threads
-from selbp.ops._factors import autocast_factors, check_factors, finite_rows
+from selbp.ops._factors import autocast_factors, check_factors, contiguous_in, finite_rows
 from selbp.ops._register import define
 
 _BLOCK = 64  # rows per block of the native kernel, whose scratch holds whole blocks
+_KEPT = 1 << 20  # numbers of that scratch that a thread keeps: fresh pages cost a tenth of the whole
 
 
 def gradient_gram(
@@ -72,12 +73,13 @@ def _cpu(residual: Tensor, features: Tensor, bias: bool) -> Tensor:
         if not _of_pairs(out, _even(residual), _even(features), bias):
             _zero_spoiled(out, residual, features)
         return out
-    r, h = residual.to(dtype).contiguous(), features.to(dtype).contiguous()
+    r, h = contiguous_in(residual, dtype), contiguous_in(features, dtype)
     classes, d = r.shape[1], h.shape[1]
-    packed = torch.empty(-(-n // _BLOCK) * _BLOCK * (classes + d), dtype=dtype)
+    count = -(-n // _BLOCK) * _BLOCK * (classes + d)
+    packed = None if count <= _KEPT else torch.empty(count, dtype=dtype)
     finite = _native.gram(
         out.data_ptr(),
-        packed.data_ptr(),
+        0 if packed is None else packed.data_ptr(),
         r.data_ptr(),
         h.data_ptr(),
         dtype == torch.float64,

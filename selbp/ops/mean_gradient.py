@@ -1,7 +1,7 @@
 """``mean_gradient``: the exact mean gradient of the head, and every sample's inner product with it, without K.
 
-Two GEMMs: M = (1/n) R^T [H, 1], then b_i = r_i^T M [h_i, 1]; of a small minibatch one native kernel. Taking b from the
-Gram matrix instead, as K 1 / n, would lose everything where the mean nearly cancels.
+Two GEMMs: M = (1/n) R^T [H, 1], then b_i = r_i^T M [h_i, 1]; one native kernel where the cache holds the factors.
+Taking b from the Gram matrix instead, as K 1 / n, would lose everything where the mean nearly cancels.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from torch import Tensor
 from selbp import _native, reference
 from selbp._checks import accumulate_dtype, check_tensor, flag
 from selbp.ops import _backends, _gemm
-from selbp.ops._factors import autocast_factors, check_factors, finite_rows, row_dots
+from selbp.ops._backends import native_threads
+from selbp.ops._factors import autocast_factors, check_factors, contiguous_in, finite_rows, row_dots
 from selbp.ops._register import define
 from selbp.types import MeanGradient
 
 _SMALL = 1 << 20  # n C d up to which one native call beats two BLAS calls and what stands around them
+_CACHED = 1 << 20  # bytes of the features, and of M, up to which it still does: they stay in the cache
+_GRAIN = 1 << 20  # n C d that is worth waking a thread for: about 50 us
 
 
 def is_small(n: int, n_classes: int, width: int) -> bool:
@@ -74,8 +77,8 @@ def mean_gradient(
 
 def _cpu(residual: Tensor, features: Tensor, bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulate_dtype(residual.dtype)
-    r, h = residual.to(dtype).contiguous(), features.to(dtype).contiguous()
-    products = (_small if is_small(len(r), r.shape[1], h.shape[1]) else _products)(r, h, len(r), bias)
+    r, h = contiguous_in(residual, dtype), contiguous_in(features, dtype)
+    products = (_in_one_call if _stays_cached(r, h) else _products)(r, h, len(r), bias)
     if r.shape[1] and math.isfinite(products[1]):
         return products
     # Only now are the rows looked at: a NaN or an infinity in either factor makes some entry of M, and so its norm,
@@ -89,13 +92,21 @@ def _cpu(residual: Tensor, features: Tensor, bias: bool) -> tuple[Tensor, Tensor
     return inner, target_sq, head_weight, head_bias
 
 
-def _small(r: Tensor, h: Tensor, n: int, bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _stays_cached(r: Tensor, h: Tensor) -> bool:
+    """Whether a minibatch's contiguous factors go to the native kernel: small ones, and those that the cache holds."""
+    (n, n_classes), width = r.shape, h.shape[1]
+    cached = max(n, n_classes) * width * r.element_size() <= _CACHED and n * n_classes * width > 0
+    return cached or is_small(n, n_classes, width)
+
+
+def _in_one_call(r: Tensor, h: Tensor, n: int, bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four results in one native call."""
     dtype, n_classes, width = r.dtype, r.shape[1], h.shape[1]
     inner, target_sq = torch.empty(n, dtype=dtype), torch.empty((), dtype=dtype)
     head_weight, head_bias = torch.empty(n_classes, width, dtype=dtype), torch.empty(n_classes * bias, dtype=dtype)
     out = (inner.data_ptr(), target_sq.data_ptr(), head_weight.data_ptr(), head_bias.data_ptr())
-    _native.mean_gradient(r.data_ptr(), h.data_ptr(), dtype == torch.float64, (n, n_classes, width), bias, out)
+    shape, threads = (n, n_classes, width), native_threads(n * n_classes * width, _GRAIN)
+    _native.mean_gradient(r.data_ptr(), h.data_ptr(), dtype == torch.float64, shape, bias, out, threads)
     return inner, target_sq, head_weight, head_bias
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from selbp import reference
 from selbp._checks import accumulate_dtype, check_floating, check_same_device, check_shape, check_tensor
 from selbp.ops import _backends
+from selbp.ops._factors import contiguous_in
 from selbp.ops._logit_pass import (
     ResidualClasses,
     ResidualRows,
@@ -104,7 +105,7 @@ def _cpu(logits: Tensor, target: Tensor, lse: Tensor, options: LossOptions) -> T
     if not n:
         return out
     options = native_options(options, dtype)
-    rows = ResidualRows(target.contiguous(), lse.to(dtype).contiguous())
+    rows = ResidualRows(target.contiguous(), contiguous_in(lse, dtype))
     classes = ResidualClasses(0, n_classes, weight_sum(options, n_classes))
     return residual_tile(out, contiguous_rows(logits), rows, classes, options)
 

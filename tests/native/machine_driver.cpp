@@ -132,7 +132,7 @@ void check_mean_gradient(const std::string& type) {
   const std::vector<T> r = numbers<T>(kRows * kClasses, 9), h = numbers<T>(kRows * kWidth, 10);
   std::vector<T> inner(kRows), target_sq(1), weight(kClasses * kWidth), bias(kClasses);
   if (!Kernels<T>::mean_gradient({r.data(), h.data(), kRows, kClasses, kWidth, true},
-                                 {inner.data(), target_sq.data(), weight.data(), bias.data()}))
+                                 {inner.data(), target_sq.data(), weight.data(), bias.data()}, kThreads))
     std::abort();
   print("mean_inner-" + type, Kernels<T>::kTolerance, inner);
   print("mean_target_sq-" + type, Kernels<T>::kTolerance, target_sq);

@@ -1,3 +1,5 @@
+from importlib import import_module
+
 import pytest
 import torch
 from support.factors import DTYPES, draw, output_dtype, unit, with_bias
@@ -5,6 +7,7 @@ from support.factors import DTYPES, draw, output_dtype, unit, with_bias
 from selbp import ops, reference
 from selbp.ops import _gemm
 
+MODULE = import_module("selbp.ops.mean_gradient")
 SHAPES = [(0, 3, 4), (1, 1, 1), (2, 1, 5), (5, 7, 1), (64, 10, 12), (129, 33, 65), (300, 100, 40), (40, 700, 90)]
 
 
@@ -37,12 +40,23 @@ def test_matches_the_definition(shape, dtype, bias, device):
     check_mean(ops.mean_gradient, residual, features, bias)
 
 
-@pytest.mark.parametrize("path", ["mm", "onednn"])
-def test_both_gemms(monkeypatch, path):
+@pytest.mark.parametrize("path", ["mm", "onednn", "native"])
+def test_every_path(monkeypatch, path):
     if path == "onednn" and not _gemm._agree(torch.float32):
         pytest.skip("this torch has no mkldnn::_linear_pointwise for float32")
     monkeypatch.setattr(_gemm, "_choice", {torch.float32: path == "onednn"})
-    check_mean(ops.mean_gradient, *draw(500, 120, 130), True)
+    monkeypatch.setattr(MODULE, "_stays_cached", lambda *_: path == "native")
+    check_mean(ops.mean_gradient, *draw(501, 120, 130), True)
+
+
+@pytest.mark.parametrize("shape", [(501, 120, 130), (6, 3, 700), (2, 40, 17)], ids=str)
+def test_threads_change_no_bit(monkeypatch, shape):
+    factors, found = draw(*shape), []
+    for threads in (1, 3):
+        monkeypatch.setattr(MODULE, "native_threads", lambda *_, threads=threads: threads)
+        found.append(ops.mean_gradient(*factors))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_is_what_backward_leaves_in_the_head():
