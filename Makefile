@@ -16,9 +16,6 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 export PYTHON VENV TORCH PIP_ARGS
 
-# What runs in other people's loops.
-FRAMEWORK_TESTS := tests/integrations tests/rows/test_rows_transformers.py tests/rows/test_rows_lightning.py
-
 .PHONY: help demo test test-all test-frameworks test-frameworks-old test-versions test-compilers test-aarch64 sanitize wheel lint format bench study study-quick study-full study-explore study-confirm study-document docs gpu-check clean
 .DEFAULT_GOAL := help
 
@@ -74,17 +71,17 @@ test: $(VENV)/.with-test
 test-all: export HYPOTHESIS_PROFILE = random
 test-all: $(VENV)/.with-dev $(VENV)/.beside-integrations
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(ARGS)
-	bash scripts/test_old_frameworks.sh
+	bash scripts/test_frameworks.sh old
 	bash scripts/triton_versions.sh 3.6.0 3.8.0 3.9.0
 	TESTS="tests/rows" bash scripts/test_torch_versions.sh
 	bash scripts/sanitize.sh
 	bash scripts/test_aarch64.sh
 
 test-frameworks: $(VENV)/.beside-integrations
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(FRAMEWORK_TESTS) $(ARGS)
+	bash scripts/test_frameworks.sh newest $(ARGS)
 
 test-frameworks-old: $(VENV)/.with-test
-	bash scripts/test_old_frameworks.sh $(ARGS)
+	bash scripts/test_frameworks.sh old $(ARGS)
 
 test-versions:
 	bash scripts/test_torch_versions.sh $(ARGS)

@@ -20,6 +20,7 @@ RUN = ("Python", "tests", "passed", "failed", "skipped", "what failed; why tests
 HEADERS = {
     "torch": ("torch", *RUN),
     "Triton": ("Triton", *RUN),
+    "frameworks": ("frameworks", *RUN),
     "compilers": ("compiler", "warnings of ours", "tests", "date"),
 }
 NAMED, LENGTH = 8, 80
