@@ -10,6 +10,7 @@ from support.emulation import COMMON, HERE, machine_flags
 
 from selbp import ops
 from selbp.ops import _nvrtc, _nvrtc_core
+from selbp.reference.sampling import fill_spare
 
 NAMES = {"float": "If", "double": "Id"}
 
@@ -67,7 +68,7 @@ def test_the_launch_gives_the_bits_of_the_cpu(core, where, dtype, n, k, rule):
     is_double, batch = dtype == torch.float64, 3
     size = _nvrtc_core.sizes(n, k, is_double)
     made = core(size.arrays + (size.tableau if where == "shared" else 0), is_double)
-    for masked in (False, True):
+    for masked, fill in ((False, False), (True, False), (True, True)):
         inputs, valid = problem(n, batch, dtype, masked)
         outputs = empty_outputs(batch, k, dtype)
         assert made.fits(n, k)
@@ -77,9 +78,13 @@ def test_the_launch_gives_the_bits_of_the_cpu(core, where, dtype, n, k, rule):
         start = (workspace.data_ptr() + 63) // 64 * 64
         mask = 0 if valid is None else valid.data_ptr()
         addresses = [*(x.data_ptr() for x in inputs), mask, *(x.data_ptr() for x in outputs)]
-        made.match(addresses, is_double, batch, n, k, rule, True, 1e-3, 0.05, start, 0, 77)
+        made.match(addresses, is_double, batch, n, k, rule, True, 1e-3, 0.05, fill, start, 0, 77)
         names = ("ols", "normalized", "raw")
         wanted = ops.match(*inputs, k, rule=names[rule], ridge=1e-3, tolerance=0.05, valid=valid)
+        if fill:
+            real = wanted.indices >= 0
+            spare = [fill_spare(*of_one)[0] for of_one in zip(wanted.indices, real, valid, strict=True)]
+            wanted = wanted._replace(indices=torch.stack(spare))
         for name, ours, theirs in zip(wanted._fields, outputs, wanted, strict=True):
             assert torch.equal(ours, theirs), name
 
@@ -92,4 +97,4 @@ def test_a_problem_whose_arrays_do_not_fit_is_not_taken(core):
 def test_an_error_of_the_driver_is_said(core):
     made = core(1 << 20, False)
     with pytest.raises(RuntimeError, match=r"CUDA driver: a launch that the kernels do not expect \(1\)"):
-        made.match([0] * 9, False, 1, 32, 4, 0, True, 0.0, 0.0, 0, 0, 78)
+        made.match([0] * 9, False, 1, 32, 4, 0, True, 0.0, 0.0, False, 0, 0, 78)

@@ -191,9 +191,9 @@ def stored_variants() -> list[Variant]:
     found = []
     for element in NAMES.values():
         for name, options in VARIANTS.items():
-            for classes, factors in ((10, True), (10, False), (2048, True), (4096, True), (4096, False)):
-                if name not in ("plain", "everything") and (classes < 4096 or not factors):
-                    continue  # fewer entries a thread and no more values of each
+            for classes, factors in ((10, True), (2048, True), (4096, True), (4096, False)):
+                if name != "everything" and (name, classes, factors) != ("plain", 4096, True):
+                    continue  # fewer values of each entry
                 rows, columns, warps = stored_rows.row_tile(classes)
                 outputs = ["loss", "lse", "residual_sq", "feature_sq"]
                 outputs += ["mass", "residual", "features"] if factors else []
@@ -269,7 +269,8 @@ def gram_variants(arch: str, target: GPUTarget) -> list[Variant]:
             for shape in shapes:
                 depth_r, depth_h = (shape.depth * max(size_r, size_h) // size for size in (size_r, size_h))
                 exact = shape.descriptor
-                for flags in ("find", "clear", "none"):
+                # A factor of the epilogue alone.
+                for flags in ("find", "clear", "none") if size_r == size_h == 4 else ("find",):
                     constants = {
                         "FLAGS": flags,
                         "ROWS": shape.rows,
@@ -310,7 +311,7 @@ def gram_variants(arch: str, target: GPUTarget) -> list[Variant]:
 def mean_variants(target: GPUTarget) -> list[Variant]:
     """The mean gradient of float32 and of mixed factors, and the flags of rows."""
     found = []
-    for size_r, size_h in ((4, 4), (2, 2), (4, 2)):
+    for size_r, size_h in ((4, 4), (4, 2)):
         types = {
             "residual": f"*{NAMES[size_r]}", "features": f"*{NAMES[size_h]}", "finite": "*u8", "squares": "*fp64",
             **dict.fromkeys(("mean", "mean_bias", "inner", "target_sq"), "*fp32"),
