@@ -59,6 +59,12 @@ def _check_device(name: str) -> None:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
+def require_plots() -> None:
+    """UsageError where the plots cannot be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError('the plots need matplotlib: pip install "selbp[demo]"')
+
+
 @contextmanager
 def asked_by(option: str) -> Iterator[None]:
     """What is wrong with an option's value names the option too."""
@@ -198,8 +204,7 @@ def _timed(comparison: Comparison, data: Dataset, folder: Path) -> Comparison:
 
 def compare(arguments: argparse.Namespace) -> int:
     """``selbp compare``."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError('the plots need matplotlib: pip install "selbp[demo]"')
+    require_plots()
     demo = arguments.preset == "demo"
     names = arguments.arms or list(DEMO_ARMS)
     arms = []
@@ -252,16 +257,7 @@ def _compare(comparison: Comparison, data: Dataset, folder: Path, arguments: arg
     return FAILED if any(outcome.result is None for outcome in outcomes) else OK
 
 
-# ------------------------------------------------------------------------------------------- study, bench, info
-
-
-def study(arguments: argparse.Namespace) -> int:
-    """``selbp study``."""
-    if importlib.util.find_spec("matplotlib") is None and arguments.render is None:
-        raise UsageError('the plots need matplotlib: pip install "selbp[demo]"')
-    from selbp_study.command import study as command
-
-    return command(arguments)
+# ------------------------------------------------------------------------------------------------------- bench
 
 
 def bench(arguments: argparse.Namespace, rest: list[str]) -> int:

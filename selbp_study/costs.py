@@ -51,16 +51,8 @@ class Cost:
 def cost_name(config: RunConfig) -> str:
     """What a step's cost depends on: neither seed, rate, length nor what was changed in the training part."""
     name = config.dataset.removesuffix("-held-out").partition("+")[0]
-    default = {
-        "head_gradient": "subset",
-        "backward": "auto",
-        "scoring": "same",
-        "cut": "",
-        "options": "",
-        "precision": "float32",
-    }
-    own = {field: getattr(config, field) for field in default}
-    given = ",".join(f"{field}={value}" for field, value in own.items() if value != default[field])
+    own = {name: getattr(config, name) for name in "head_gradient backward scoring cut options precision".split()}
+    given = ",".join(f"{name}={value}" for name, value in own.items() if value != getattr(RunConfig, name))
     arm = "@".join(filter(None, (config.selector, given)))
     return f"{name} {config.model} n={config.batch_size} keep={config.keep} {arm}"
 
@@ -167,11 +159,8 @@ class Costs:
                 {phase: value * scale for phase, value in cost.phases.items()},
             )
         self.machine = self.machine or machine()
-        write_text(self.path, json.dumps(self.as_dict(), indent=1) + "\n")
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"machine": self.machine, "costs": {name: asdict(cost) for name, cost in self.costs.items()}}
+        costs = {name: asdict(cost) for name, cost in self.costs.items()}
+        write_text(self.path, json.dumps({"machine": self.machine, "costs": costs}, indent=1) + "\n")
 
 
 def steps_of(budget: str, base: RunConfig, config: RunConfig, costs: Costs | None, milliseconds: float) -> int:

@@ -113,12 +113,8 @@ def section(result: dict[str, Any]) -> str:
     parts += [f"Seeds {', '.join(map(str, protocol['seeds']))}.", summary_table(findings)]
     for place in findings.places:
         parts.append(f"### {plain(title_of(place))}")
-        steps = next(
-            cell["steps"]
-            for cell in protocol["cells"]
-            if (cell["dataset"], cell["model"], cell["batch_size"]) == place[:3] and place[3] in cell["keeps"]
-        )
-        budget = f", {findings.seconds(place):.1f} s" if "time" in findings.budgets else ""
+        steps, seconds = findings.lengths(place)
+        budget = f", {seconds:.1f} s" if "time" in findings.budgets else ""
         parts += [f"{steps} steps{budget}.", cell_table(findings, place)]
         direct = direct_table(findings, place) if protocol["claim"] else None
         parts += [] if direct is None else [direct]

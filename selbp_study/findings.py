@@ -90,44 +90,32 @@ class Findings:
 
     def baseline(self, place: Place, budget: str) -> Entry | None:
         """Random as this budget's differences take it: with its own keep under time, else with the cell's."""
-        for entry in self.entries:
-            own = (*place[:3], 0) == place_of_entry(entry) and entry["arm"] == OWN_KEEP
-            if entry["budget"] == budget and budget == "time" and own:
-                return dict(entry)
-        return next(
-            (
-                entry
-                for entry in self.entries
-                if place_of_entry(entry) == place and entry["budget"] == budget and entry["arm"] == "random"
-            ),
-            None,
-        )
+        by_arm = {entry["arm"]: entry for entry in reversed(self._entries(place, budget))}
+        return (by_arm.get(OWN_KEEP) if budget == "time" else None) or by_arm.get("random")
+
+    def _entries(self, place: Place, budget: str) -> list[Entry]:
+        """Those of a cell, and those that belong to each keep of it."""
+        places = (place, (*place[:3], 0))
+        return [e for at in places for e in self.entries if place_of_entry(e) == at and e["budget"] == budget]
 
     def _rows(self, place: Place, budget: str) -> list[Row]:
         base = self.baseline(place, budget)
-        own = [e for e in self.entries if place_of_entry(e) == (*place[:3], 0) and e["budget"] == budget]
-        mine = [e for e in self.entries if place_of_entry(e) == place and e["budget"] == budget]
-        mine = sorted([*mine, *own], key=lambda e: FIRST.get(e["arm"], len(FIRST)))
-        return [
-            Row(
-                e,
-                None
-                if base is None or e is base or e["key"] == base["key"]
-                else paired(accuracies(e), accuracies(base)),
-            )
-            for e in mine
-        ]
+        entries = sorted(self._entries(place, budget), key=lambda e: FIRST.get(e["arm"], len(FIRST)))
+        if base is None:
+            return [Row(e, None) for e in entries]
+        others = [None if e["key"] == base["key"] else paired(accuracies(e), accuracies(base)) for e in entries]
+        return [Row(e, difference) for e, difference in zip(entries, others, strict=True)]
 
     def cost(self, entry: Entry) -> dict[str, Any]:
         """The measured cost of an entry's step."""
         cost: dict[str, Any] = self.result["costs"][entry["cost"]]
         return cost
 
-    def seconds(self, place: Place) -> float:
-        """The budget of time of a cell."""
+    def lengths(self, place: Place) -> tuple[int, float]:
+        """The budgets of a cell: its steps, and its seconds."""
         for cell, seconds in zip(self.result["protocol"]["cells"], self.result["seconds"], strict=True):
             if (cell["dataset"], cell["model"], cell["batch_size"]) == place[:3] and place[3] in cell["keeps"]:
-                return float(seconds)
+                return cell["steps"], float(seconds)
         raise ValueError(f"no cell is {place}")
 
     def verdicts(self, budget: str) -> dict[str, list[Verdict]]:

@@ -20,12 +20,12 @@ from torch import Tensor
 from selbp_study.arms import options_of
 from selbp_study.config import RunConfig
 from selbp_study.data import Dataset
-from selbp_study.folder import ANEW, check_log, is_number, read_config, read_result, short, to_json
-from selbp_study.journal import Journal
+from selbp_study.folder import check_log, is_number, read_config, read_result, short, to_json
+from selbp_study.kept import KeptRun
 from selbp_study.models import build_model
 from selbp_study.sampled import SampledOrder, Sampling, order_of
 from selbp_study.samples import Order, evaluate
-from selbp_study.storage import JsonLines, Lock, StorageError, write_bytes, write_text
+from selbp_study.storage import write_bytes, write_text
 from selbp_study.timing import CLOCKS, PHASES, clock_for, phases_of, thread_limit, typical, wrapper_of
 
 __all__ = ["PHASES", "Diverged", "Order", "Run", "evaluate", "read_config", "read_result", "thread_limit", "typical"]
@@ -38,17 +38,17 @@ class Diverged(Exception):
     """The loss is no longer finite: the run cannot go on."""
 
 
-class Run:
+class Run(KeptRun):
     """A run in ``folder``: created or resumed by :meth:`open`, carried through by :meth:`execute`.
 
-    The folder holds config.json, log.jsonl, the journal's slots while it runs, and, once it is finished, model.pt and
-    result.json. One process at a time may open it. ``clock`` is :mod:`selbp_study.timing`'s for the device.
+    Once it is finished, the folder holds model.pt and result.json. ``clock`` is :mod:`selbp_study.timing`'s for the
+    device.
     """
 
     def __init__(
         self, config: RunConfig, data: Dataset, folder: Path, clock: Callable[[], float] | None = None
     ) -> None:
-        self.config, self.folder, self.lock = config, folder, Lock(folder)
+        super().__init__(config, folder)
         self.clock = CLOCKS[clock_for(config.device)] if clock is None else clock
         self.device = torch.device(config.device)
         self.train, self.evaluation = data.train.to(self.device), data.test.to(self.device)
@@ -69,10 +69,6 @@ class Run:
             fused=self.device.type in ("cpu", "cuda"),
         )
         self.weights = self.model.state_dict()  # once: its tensors are the model's own, and gathering them takes 0.1 ms
-        self.log = JsonLines(folder / "log.jsonl")
-        self.journal = Journal(folder, before_durable=self.log.sync)
-        self.step = 0
-        self.random = torch.get_rng_state()  # torch's global generator, as this run has left it
         self.backward_samples = 0
         self.seconds = dict.fromkeys(PHASES, 0.0)  # medians of each window x its steps: robust against a busy machine
         if sampled is not None:
@@ -123,66 +119,6 @@ class Run:
         self.order.load_state(state.get("order", {}))
         self.step, self.backward_samples = state["step"], state["backward_samples"]
         self.seconds, self.journal_seconds, self.window = state["seconds"], state["journal_seconds"], state["window"]
-
-    def open(self) -> int:
-        """Continue from the newest whole state in the folder, else start afresh; returns the step it stands at.
-
-        Raises:
-            LockedError: Another process has it open.
-            StorageError: The folder holds a run that was begun, and no state of it can be read.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock.acquire()
-        try:
-            found = self._found()
-            if found is None:
-                torch.manual_seed(self.config.seed)
-                self.journal.begin(self.state())
-                write_text(self.folder / "config.json", to_json(self.config.as_dict()))
-            else:
-                self._restore(found)
-            self.log.cut(self.step)
-            check_log(self.log, self.config, self.step)
-        except BaseException:
-            self.close()
-            raise
-        self.random = torch.get_rng_state()
-        return self.step
-
-    def _found(self) -> Any:
-        """The state to go on from; None where the folder holds no run that was begun."""
-        known = read_config(self.folder)
-        begun = known is not None
-        if known is not None and known != self.config:
-            raise StorageError(f"{self.folder} holds another run: {'; '.join(known.differences(self.config))}")
-        try:
-            found = self.journal.read()
-        except StorageError as error:
-            if begun or self.log.read():
-                raise StorageError(f"{error}; {ANEW}") from error
-            return None  # killed before its first state was whole
-        if found is not None:
-            if not begun and found[1] > 0:
-                raise StorageError(f"{self.folder}: holds the state after step {found[1]}, and no config.json; {ANEW}")
-            return found[0] if begun else None
-        steps = [row["step"] for row in self.log.read()]
-        if steps and steps[-1] >= self.config.journal_every:
-            raise StorageError(f"{self.folder}: step {steps[-1]} is in its log, and no saved state is there; {ANEW}")
-        return None
-
-    def _restore(self, state: Any) -> None:
-        try:
-            self.load_state(state)
-        except Exception as error:  # whatever torch's loaders raise at what is not theirs
-            reason = (str(error).splitlines() or [""])[0]
-            raise StorageError(
-                f"{self.folder}: its saved state is none of this run ({type(error).__name__}: {reason}); {ANEW}"
-            ) from error
-
-    def close(self) -> None:
-        """Let another process open the folder; what is saved stays."""
-        self.journal.close()
-        self.lock.release()
 
     # -------------------------------------------------------------------------------------------------- loop
 

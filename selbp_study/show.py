@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Any
 
 from selbp_study.compare import Comparison, Outcome
 from selbp_study.config import RunConfig
@@ -15,22 +16,19 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def new_bar(title: str, unit: str, quiet: bool, seconds: float, **options: Any) -> Any:
+    """A progress bar, drawn every so many seconds where no terminal shows it."""
+    from tqdm import tqdm
+
+    often = 0.2 if sys.stderr.isatty() else seconds
+    return tqdm(desc=title, unit=unit, disable=quiet, mininterval=often, dynamic_ncols=True, **options)
+
+
 class Bar:
     """A progress bar of one run, or of several that train in turn: samples a second and the last loss."""
 
     def __init__(self, name: str, quiet: bool) -> None:
-        from tqdm import tqdm
-
-        self.bar = tqdm(
-            total=0,
-            desc=name,
-            unit=" samples",
-            unit_scale=True,
-            disable=quiet,
-            mininterval=0.2 if sys.stderr.isatty() else 15.0,
-            leave=False,
-            dynamic_ncols=True,
-        )
+        self.bar = new_bar(name, " samples", quiet, 15.0, total=0, unit_scale=True, leave=False)
 
     def add(self, config: RunConfig, done: int) -> Bar:
         """One more run, which stands at step ``done``."""

@@ -5,59 +5,20 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from selbp._checks import check_int, check_number, shown
 from selbp.sampling.batches import ScoredBatchSampler
+from selbp.sampling.candidates import Candidate, Decision
+
+__all__ = ["AutoSelect", "Candidate", "Decision"]
 
 FALLBACK = "random"
 TIMES = 32  # of the last steps of each candidate, whose median counts
 SPARSE = 8  # of so many random steps one writes to the table: enough for headroom, and next to nothing on average
 WARM = 2  # first steps of a candidate that do not count
-
-
-class Candidate(NamedTuple):
-    """One way to make a step.
-
-    Parameters
-    ----------
-    step : SelectiveBackprop
-        With the sampler's table.
-    k : int or None
-        Rows of the sampler's batches; None: the sampler's own.
-    scored : bool
-        Whether they are drawn by the table's odds.
-    """
-
-    step: Any
-    k: int | None = None
-    scored: bool = True
-
-
-class Decision(NamedTuple):
-    """A line of the controller's log.
-
-    Attributes
-    ----------
-    step : int
-        Steps before it.
-    chosen : str
-        The candidate's name.
-    headroom : float
-        The table's, at that step.
-    prices : dict
-        Of each candidate, over random's.
-    why : str
-        The reason, in words.
-    """
-
-    step: int
-    chosen: str
-    headroom: float
-    prices: dict[str, float]
-    why: str
 
 
 class AutoSelect:
@@ -110,6 +71,19 @@ class AutoSelect:
     See Also
     --------
     selbp.auto_select : makes step, sampler and controller in one call.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> table, model = selbp.sampling.ScoreTable(64, classes=3), torch.nn.Linear(5, 3)
+    >>> step = selbp.SelectiveBackprop(model, selector=selbp.Full(), keep=1.0, table=table)
+    >>> sampler = ScoredBatchSampler(table, k=8, pool=16)
+    >>> auto = AutoSelect(step, sampler, prices={"random": 1.0, "drawn": 1.2})
+    >>> x, y = torch.randn(64, 5), torch.randint(0, 3, (64,))
+    >>> for ids in sampler:
+    ...     auto(x[ids], y[ids]).backward()
+    >>> auto.current, auto.report.k
+    ('random', 8)
     """
 
     def __init__(

@@ -26,6 +26,13 @@ class Draw(NamedTuple):
         What :meth:`ScoredBatchSampler.use` called it.
     recorded : bool
         Whether the step writes what it sees of them to the table.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> draw = selbp.sampling.ScoreTable(4, classes=2).next(2, torch.tensor([3, 1]))
+    >>> draw.ids, draw.uniform
+    (tensor([3, 1]), 2)
     """
 
     ids: Tensor

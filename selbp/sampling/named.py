@@ -17,7 +17,27 @@ from selbp.selectors import ReducibleLoss
 
 
 class InfoBatchSampler(TableSampler):
-    """Epochs without part of the easy samples, whose others count for them; see :func:`info_batch`."""
+    """Epochs that leave out a part of the easy samples; the easy ones that stay count for those too.
+
+    Parameters
+    ----------
+    table, k, ratio, epochs, anneal, seed
+        As of :func:`info_batch`, which makes one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is of the wrong type or out of range; several ranks.
+
+    Examples
+    --------
+    >>> import torch
+    >>> table = ScoreTable(8, classes=2)
+    >>> table.fill(torch.arange(8), torch.tensor([[4.0, 0.0]]).repeat(8, 1), torch.tensor([0, 0, 0, 0, 0, 0, 1, 1]))
+    >>> sampler = InfoBatchSampler(table, k=4, ratio=0.5, epochs=2, anneal=0.5, seed=0)
+    >>> [len(batch) for batch in sampler], [len(batch) for batch in sampler]  # the second epoch leaves out nothing
+    ([4, 2], [4, 4])
+    """
 
     def __init__(self, table: ScoreTable, k: int, ratio: float, epochs: int, anneal: float, seed: int) -> None:
         super().__init__(table, seed, None, None)

@@ -42,6 +42,13 @@ class Proxy:
         On the given labels, of the samples as they were scored.
     losses : Tensor
         (N,) float32, each sample's cross-entropy.
+
+    Examples
+    --------
+    >>> data = torch.utils.data.TensorDataset(torch.randn(200, 4), torch.randint(0, 2, (200,)))
+    >>> proxy = fit_proxy(data, ScoreTable(200, classes=2), passes=2)
+    >>> proxy.passes, proxy.losses.shape
+    (2.0, torch.Size([200]))
     """
 
     seconds: float

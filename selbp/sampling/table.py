@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import math
 from collections.abc import Mapping
-from os import PathLike
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from selbp._checks import check_choice, check_int, check_number, shown
+from selbp._checks import check_choice, check_int, check_number
 from selbp.sampling.draw import Columns, Odds, odds_of
 from selbp.sampling.issued import Draw, Issued, check_ids
+from selbp.sampling.known import Suspects
 from selbp.sampling.noise import estimate_epsilon, estimate_transition, normalised
 from selbp.sampling.record import (
     EPSILON,
@@ -26,36 +24,18 @@ from selbp.sampling.record import (
     Fresh,
     lower_bound,
     record,
-    remember,
     responsibility,
 )
+from selbp.sampling.table_state import restore, saved
+from selbp.sampling.written import WrittenScores, check_rows
+
+__all__ = ["ScoreTable", "Suspects"]
 
 FIRST_EPSILON = 0.1  # before anything is known
 NoiseModel = Literal["auto", "symmetric", "class", "none"]
 
 
-class Suspects(NamedTuple):
-    """Samples that are probably mislabelled, the surest first.
-
-    Attributes
-    ----------
-    ids : Tensor
-        (n,) int64, the samples' numbers.
-    given : Tensor
-        (n,) int64, the label that each has.
-    probable : Tensor
-        (n,) int64, the most probable other one.
-    probability : Tensor
-        (n,) float32, of being mislabelled.
-    """
-
-    ids: Tensor
-    given: Tensor
-    probable: Tensor
-    probability: Tensor
-
-
-class ScoreTable:
+class ScoreTable(WrittenScores):
     """What is known of each of N samples: the probability p of its label, and how far that label is believed.
 
     A proxy fills it (:func:`selbp.sampling.fit_proxy`), every row that trains writes its fresh p back
@@ -138,9 +118,7 @@ class ScoreTable:
         self._become(self.noise)
         if self.noise != "none":
             self._averages.state[EPSILON] = FIRST_EPSILON
-        self._time = 0  # how often rows have been recorded
-        self._prior = 1.0  # the weight that the first eps, which nothing was learned from, has in today's
-        self._arriving: list[tuple[Any, list[Tensor | None], int, Draw]] = []
+        self._time, self._prior, self._arriving = 0, 1.0, []
         self.issued = Issued()
         self.irreducible: Tensor | None = None  # (N,) float32, see selbp.sampling.rho_loss
         self.price: float | None = None  # see selbp.AutoSelect
@@ -164,41 +142,6 @@ class ScoreTable:
     # ----------------------------------------------------------------------------------------------- what it knows
 
     @property
-    def probability(self) -> Tensor:
-        """(N,) float32: p of the given label when the sample was last looked at; NaN where it never was."""
-        return self._columns.probability[:-1]
-
-    @property
-    def responsibility(self) -> Tensor:
-        """(N,) float32: P(the label is right)."""
-        return self._columns.responsibility[:-1]
-
-    @property
-    def score(self) -> Tensor:
-        """(N,) float32: g = r (1 - p)."""
-        return self.responsibility * (1.0 - self.probability)
-
-    @property
-    def label(self) -> Tensor:
-        """(N,) int32: the given label; -1 where it is not known."""
-        return self._columns.label[:-1]
-
-    @property
-    def rival(self) -> Tensor:
-        """(N,) int32: the most probable label that is not the given one; -1 where it is not known."""
-        return self._columns.rival[:-1]
-
-    @property
-    def seen(self) -> Tensor:
-        """(N,) int64: the number of the step that last trained on the sample, from 1; 0: a proxy's score; -1: none."""
-        return self._columns.seen[:-1]
-
-    @property
-    def epsilon(self) -> Tensor:
-        """() float64: the mixture's weight of a label that is any of the C."""
-        return self._averages.state[EPSILON]
-
-    @property
     def shown_epsilon(self) -> Tensor | float:
         """Eps where uniform rows show that more than a few labels are wrong, else 0: what a loss should reckon with.
 
@@ -216,64 +159,6 @@ class ScoreTable:
         seen = epsilon - self._prior * FIRST_EPSILON
         return epsilon if seen > FEW and lower_bound(seen, rows * (1.0 - self._prior)) > FEW else 0.0
 
-    @property
-    def transition(self) -> Tensor | None:
-        """(C, C) float64 P(given | true), a row for each true label; None unless ``noise="class"``."""
-        return self._averages.transition
-
-    @property
-    def noise_share(self) -> float:
-        """Estimated share of wrong labels: eps (C - 1) / C, or the mean of 1 - r of a transition; reads the device."""
-        share = float(self.epsilon)
-        return share if self.noise != "symmetric" or self.classes is None else share * (self.classes - 1) / self.classes
-
-    @property
-    def headroom(self) -> float:
-        """mean(g^2) / mean(g)^2 over uniform rows: the batch multiplier that the best unbiased odds could have.
-
-        By 1 + cv^2 of the gradient norms g; NaN before the first row. Choosing can pay only where it exceeds what a
-        step costs over random's.
-        """
-        mean = float(self._averages.state[NORM])
-        return float(self._averages.state[NORM_SQ]) / mean**2 if mean > 0 else math.nan
-
-    @property
-    def coverage(self) -> float:
-        """Share of the samples whose score is the trained network's own."""
-        return float((self.seen > 0).double().mean())
-
-    @torch.no_grad()
-    def suspects(self, n: int) -> Suspects:
-        """The ``n`` samples (fewer where fewer are known) that are most probably mislabelled."""
-        n = min(check_int("n", n, 1), self.samples)
-        wrong = self._mislabelled()
-        order = wrong.nan_to_num(-1.0).sort(descending=True, stable=True).indices
-        ids = order[: min(n, int((wrong >= 0).sum()))]
-        return Suspects(ids, self.label[ids].long(), self.rival[ids].long(), wrong[ids])
-
-    def _mislabelled(self) -> Tensor:
-        """(N,) float32 P(mislabelled); NaN where nothing is known."""
-        if self.noise != "symmetric" or self.classes is None:
-            return 1.0 - self.responsibility
-        p, other = self.probability.double(), self.epsilon / self.classes
-        total = (1.0 - self.epsilon) * p + other
-        return torch.where(total > 0, other * (1.0 - p) / total, p * 0.0).float()
-
-    def to_csv(self, path: str | PathLike[str]) -> None:
-        """Write a line for each sample: id, given label, p, r, score, P(mislabelled), probable label, last seen.
-
-        What is not known is left empty.
-        """
-        columns = (self.label, self.probability, self.responsibility, self.score, self._mislabelled(), self.rival)
-        lists = [column.tolist() for column in (*columns, self.seen)]
-        names = "id,label,probability,responsibility,score,mislabelled,probable_label,seen".split(",")
-        with open(path, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(names)
-            for number, row in enumerate(zip(*lists, strict=True)):
-                shown_row = ["" if x != x or (x == -1 and i in (0, 5)) else f"{x:.6g}" for i, x in enumerate(row)]
-                writer.writerow([number, *shown_row])
-
     # ------------------------------------------------------------------------------------------------- what is written
 
     @torch.no_grad()
@@ -284,7 +169,7 @@ class ScoreTable:
         """
         classes = self._require_classes()
         ids = check_ids(ids, len(ids), self.samples, self.device)
-        _check_rows(logits, target, len(ids), classes)
+        check_rows(logits, target, len(ids), classes)
         fresh = Fresh(ids, 0, None, None, target.to(self.device))
         self._raise_mismatch(record(self._columns, self._averages, fresh, logits.float().to(self.device), 0), fresh)
 
@@ -318,7 +203,7 @@ class ScoreTable:
         elif self.noise == "class":
             if logits is None or target is None:
                 raise ValueError('noise="class" learns from logits (m, C) and target (m,): both must be given')
-            _check_rows(logits, target, len(target), self._require_classes())
+            check_rows(logits, target, len(target), self._require_classes())
             transition, counts = estimate_transition(torch.softmax(logits.double(), 1), target)
             assert self._averages.transition is not None and self._averages.counts is not None
             self._averages.transition.copy_(transition)
@@ -383,104 +268,6 @@ class ScoreTable:
         return self.issued.front(n, ids) or Draw(ids, 0 if self.issued.in_use else n)
 
     @torch.no_grad()
-    def record(
-        self,
-        draw: Draw,
-        target: Tensor,
-        *,
-        logits: Tensor | None = None,
-        losses: Tensor | None = None,
-        place: Tensor | None = None,
-        live: Tensor | None = None,
-    ) -> None:
-        """Write what a step saw of rows of ``draw``; waits for no device.
-
-        Parameters
-        ----------
-        draw : Draw
-            The minibatch.
-        target : Tensor (rows,) int64
-            Labels, or anything where the table has no classes.
-        logits : Tensor (rows, C) or None
-            For a table with classes.
-        losses : Tensor (rows,) or None
-            For one without: the mean loss of each.
-        place : Tensor (rows,) int64 or None
-            Each row's place in the minibatch; None: as they come.
-        live : Tensor (rows,) bool or None
-            Rows that count; None: all.
-
-        Raises
-        ------
-        ValueError
-            The shapes do not fit, or a label (looked at on a CPU) is not the one that the table has of its sample: then
-            the batches did not come in the sampler's order.
-        """
-        self.arrive(wait=False)
-        if self.classes is not None:
-            if logits is None:
-                raise ValueError("a table with classes records logits (rows, C), got None")
-            _check_rows(logits, target, len(target), self.classes)
-            seen = [logits.detach().float(), target, place, live]
-        else:
-            if losses is None or losses.dim() != 1:
-                raise ValueError(f"a table without classes records losses (rows,), got {shown(losses)}")
-            seen = [losses.detach().float(), None, place, live]
-        self._time += 1
-        first = seen[0]
-        if first is not None and first.device.type != self.device.type:
-            self._arriving.append((*_sent(seen, self.device), self._time, draw))
-            return
-        self._write(seen, self._time, draw)
-
-    def arrive(self, *, wait: bool) -> None:
-        """Write what other devices have sent so far; with ``wait``, all of it."""
-        while self._arriving and (wait or self._arriving[0][0].query()):
-            event, seen, time, draw = self._arriving.pop(0)
-            if wait:
-                event.synchronize()
-            self._write(seen, time, draw)
-
-    def _write(self, seen: list[Tensor | None], time: int, draw: Draw) -> None:
-        first, target, place, live = seen
-        assert first is not None
-        if self.classes is None:
-            fresh = Fresh(draw.ids, draw.uniform, place, live, first)
-            self._write_losses(fresh, first, time)
-            return
-        assert target is not None
-        fresh = Fresh(draw.ids, draw.uniform, place, live, target)
-        self._raise_mismatch(record(self._columns, self._averages, fresh, first, time), fresh)
-        self._prior *= max(0.0, 1.0 - draw.uniform / self.window)
-        learns = draw.uniform and not self.adaptive  # a transition that was read off the surest samples stays
-        if self._averages.counts is not None and self._averages.transition is not None and learns:
-            self._averages.transition.copy_(normalised(self._averages.counts, 1.0 / self.window))
-
-    def _write_losses(self, fresh: Fresh, losses: Tensor, time: int) -> None:
-        p = (-losses.double()).exp().clamp(max=1.0)
-        counted = torch.isfinite(losses) if fresh.live is None else torch.isfinite(losses) & fresh.live
-        place = torch.where(counted, fresh.samples(), self.samples)
-        ones = torch.ones_like(p)
-        self._columns.probability.scatter_(0, place, p.float())
-        self._columns.responsibility.scatter_(0, place, ones.float())
-        self._columns.seen.scatter_(0, place, torch.full_like(place, time))
-        remember(self._averages, counted & fresh.drawn_uniformly(), ones, 1.0 - p, None, None)
-
-    def _raise_mismatch(self, row: int, fresh: Fresh) -> None:
-        if row >= 0:
-            sample = int(fresh.samples()[row])
-            raise ValueError(
-                f"target {int(fresh.target[row])} of row {row} is not the label {int(self.label[sample])} that the "
-                f"table has of sample {sample}: the step must be given the sampler's batches in order (call "
-                "sampler.skip() for one that is left out). Where the label was changed, call table.forget(ids)"
-            )
-
-    def _require_classes(self) -> int:
-        if self.classes is None:
-            raise ValueError("this needs a table with classes=, the number of classes")
-        return self.classes
-
-    @torch.no_grad()
     def class_factor(self, odds: Odds) -> Tensor | None:
         """(C,) float64 by which ``balance`` multiplies the odds of each class; None without it."""
         if self.balance is None or self.classes is None:
@@ -501,71 +288,8 @@ class ScoreTable:
     def state_dict(self) -> dict[str, Any]:
         """Everything that was learned, on the CPU; waits for what is still on its way."""
         self.arrive(wait=True)
-        state: dict[str, Any] = {
-            "classes": self.classes or 0,
-            "noise": self.noise,
-            "time": self._time,
-            "prior": self._prior,
-        }
-        for name, column in zip(Columns._fields, self._columns, strict=True):
-            state[name] = column[:-1].detach().cpu().clone()
-        for name in ("state", "transition", "counts"):
-            value = getattr(self._averages, name)
-            state[name] = None if value is None else value.cpu().clone()
-        state["irreducible"] = None if self.irreducible is None else self.irreducible.cpu().clone()
-        return state
+        return saved(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict`. Raises ValueError, and changes nothing, where it does not fit."""
-        mine = self.state_dict()
-        if not isinstance(state, Mapping) or set(state) != set(mine):
-            got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"state of a ScoreTable must have the entries {sorted(mine)}, got {got}")
-        switches = self.adaptive and state["noise"] in ("symmetric", "class") and state["noise"] != self.noise
-        if switches:
-            square = torch.zeros(self._require_classes(), self._require_classes(), dtype=torch.float64)
-            entry = square if state["noise"] == "class" else None
-            mine |= {"noise": state["noise"], "transition": entry, "counts": entry}
-        for name in ("classes", "noise"):
-            if state[name] != mine[name]:
-                raise ValueError(f"the state's {name} is {shown(state[name])}, the table's {shown(mine[name])}")
-        check_int("the state's time", state["time"], 0)
-        check_number("the state's prior", state["prior"], 0.0, 1.0)
-        for name, own in mine.items():
-            value = state[name]
-            if name == "irreducible":
-                own = self.probability.cpu() if value is not None else None
-            if (own is None) != (value is None) or (isinstance(own, Tensor) and not _same_kind(own, value)):
-                raise ValueError(f"the state's {name} must be {shown(own)}, got {shown(value)}")
-        if switches:
-            self._become(state["noise"])
-        for name, column in zip(Columns._fields, self._columns, strict=True):
-            column[:-1].copy_(state[name])
-        for name in ("state", "transition", "counts"):
-            if state[name] is not None:
-                getattr(self._averages, name).copy_(state[name])
-        irreducible = state["irreducible"]
-        self.irreducible = None if irreducible is None else irreducible.to(self.device, copy=True)
-        self._time, self._prior = int(state["time"]), float(state["prior"])
-
-
-def _same_kind(own: Tensor, value: Any) -> bool:
-    return isinstance(value, Tensor) and value.shape == own.shape and value.dtype == own.dtype
-
-
-def _check_rows(logits: Tensor, target: Tensor, rows: int, classes: int) -> None:
-    """Raise TypeError or ValueError unless ``logits`` are (rows, classes), floating, and ``target`` (rows,) int64."""
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise TypeError(f"logits must be a floating tensor (n, C), got {shown(logits)}")
-    if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.shape != (rows,):
-        raise ValueError(f"target must be (n,) = ({rows},) int64 classes, got {shown(target)}")
-    if logits.shape != (rows, classes):
-        raise ValueError(f"logits must be (n, C) = ({rows}, {classes}) as the table's classes, got {shown(logits)}")
-
-
-def _sent(seen: list[Tensor | None], device: torch.device) -> tuple[Any, list[Tensor | None]]:
-    """Copies of ``seen`` on their way to ``device``, and the event after which they are there."""
-    copies = [None if x is None else x.to(device, non_blocking=True) for x in seen]
-    event = torch.cuda.Event()
-    event.record()
-    return event, copies
+        restore(self, self.state_dict(), state)

@@ -340,7 +340,7 @@ def test_wrong_calls_are_refused(call, says):
 
 def test_what_another_device_sends_is_written_when_it_has_arrived(monkeypatch):
     """The queue of what is on its way, with an event of our own: a model on a GPU and a table on the CPU."""
-    from selbp.sampling import table as module
+    from selbp.sampling import written as module
 
     class Event:
         arrived = waited = False

@@ -13,7 +13,7 @@ import torch
 from selbp_study.arms import Arm
 from selbp_study.compare import Comparison, run_all, run_folder, tune
 from selbp_study.config import RunConfig
-from selbp_study.costs import Cost
+from selbp_study.costs import ONCE, Cost
 from selbp_study.data import Dataset, Split
 from selbp_study.report import write_report
 from selbp_study.run import Run
@@ -27,10 +27,10 @@ def comparison(config: RunConfig) -> Comparison:
 
 
 class Prices(dict[str, float]):
-    """Milliseconds of a step by the rule; nothing is paid once."""
+    """Milliseconds of a step by the rule, and those that each arm pays ``once``."""
 
     def __getitem__(self, config: RunConfig) -> Cost:
-        return Cost(*[super().__getitem__(config.selector)] * 3, {})
+        return Cost(*[super().__getitem__(config.selector)] * 3, {ONCE: self.get("once", 0.0)})
 
 
 def test_arms_and_budgets(comparison: Comparison) -> None:
@@ -47,6 +47,8 @@ def test_arms_and_budgets(comparison: Comparison) -> None:
     assert [run.steps for _, run in samples.runs()][:3] == [2, 8, 8]  # 64 samples backward each
     timed = comparison.timed(Prices(full=6.0, random=1.5, matching=3.0))  # 8 steps of matching: 24 ms
     assert [run.steps for _, run in timed.runs()][:3] == [4, 16, 8] and timed.budget == "time"
+    charged = comparison.timed(Prices(full=6.0, random=1.5, matching=3.0, once=12.0))
+    assert [run.steps for _, run in charged.runs()][:3] == [2, 8, 4]
     assert Arm("matching:ridge=0.1").label == "gradient matching (ridge=0.1)"
     for change in ({"arms": []}, {"seeds": ()}, {"budget": "money"}, {"arms": [ARMS[0]] * 2}, {"seeds": (1, 1)}):
         with pytest.raises(ValueError, match="arm|seed|budget"):
@@ -179,6 +181,16 @@ def test_the_cache_follows_the_configuration_and_the_data(
         arms = [Arm("random", lr=change.get("lr"))]
         changed = dataclasses.replace(comparison, base=dataclasses.replace(comparison.base, **change), arms=arms)
         assert not run_all(changed, dataset, tmp_path)[0].cached
+
+
+def test_two_arms_of_one_configuration_train_once(
+    tmp_path: Path, dataset: Dataset, comparison: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms, begun = [Arm("random"), Arm("random", keep=0.25)], list[RunConfig]()
+    monkeypatch.setattr(Run, "open", lambda self, open=Run.open: begun.append(self.config) or open(self))
+    outcomes = run_all(dataclasses.replace(comparison, arms=arms, seeds=(0,)), dataset, tmp_path)
+    assert len(begun) == 1 and [outcome.arm.name for outcome in outcomes] == ["random", "random@keep=0.25"]
+    assert outcomes[0].result == outcomes[1].result is not None
 
 
 class Forbidden(Split):

@@ -12,7 +12,6 @@ import torch
 
 from selbp_study import pool as pool_module
 from selbp_study import study as module
-from selbp_study.command import dumps
 from selbp_study.costs import Cost
 from selbp_study.data import HELD_OUT, Dataset, Split
 from selbp_study.document import costs_table, document, read_result_file, reading_of, result_files, section, study_page
@@ -20,6 +19,7 @@ from selbp_study.findings import Findings, Row, direct_table
 from selbp_study.pool import Pool, Sets
 from selbp_study.protocols import OWN_KEEP, PROTOCOLS, Cell, Protocol
 from selbp_study.study import plan_cell, run_study
+from selbp_study.study_command import dumps
 from selbp_study.tuning import SEEDS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -40,6 +40,10 @@ def _integers(*names: str) -> dict[str, str]:
     return dict.fromkeys(names, "i32")
 
 
+def _floats(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "*fp32")
+
+
 def _options(**changes: bool) -> dict[str, bool]:
     return {"SOFTCAP": False, "SMOOTH": False, "HAS_WEIGHT": False, **changes}
 
@@ -102,10 +106,11 @@ def sketch_variants(arch: str, target: GPUTarget) -> list[Variant]:
 
 def _statistics(name, options, shape, exact, element, itemsize, target, width=0) -> Variant:
     constants = {
-        "ROWS": shape.rows, "COLUMNS": shape.columns, "DEPTH": shape.depth, "WIDTH": width, "GROUP": shape.group,
-        "DESCRIPTOR": shape.descriptor, "EVEN_COLUMNS": exact, "EVEN_DEPTH": exact, "HAS_BIAS": not exact,
-        "PRECISION": _precision(itemsize, target), **options,
-    }  # fmt: skip
+        **{"ROWS": shape.rows, "COLUMNS": shape.columns, "DEPTH": shape.depth, "WIDTH": width, "GROUP": shape.group},
+        **{"DESCRIPTOR": shape.descriptor, "EVEN_COLUMNS": exact, "EVEN_DEPTH": exact, "HAS_BIAS": not exact},
+        "PRECISION": _precision(itemsize, target),
+        **options,
+    }
     types = {
         "features": _matrix_operand(shape, shape.rows, shape.depth, element),
         "weight": _matrix_operand(shape, shape.columns, shape.depth, element),
@@ -133,6 +138,10 @@ def _statistics(name, options, shape, exact, element, itemsize, target, width=0)
     )
 
 
+def _tile(shape: configs.Tile, options: dict[str, bool]) -> dict[str, object]:
+    return {"ROWS": shape.rows, "COLUMNS": shape.columns, **options}
+
+
 def row_variants(arch: str) -> list[Variant]:
     """The kernels without a product: target_logit, statistics of stored logits, finalize, residual."""
     found = []
@@ -146,39 +155,33 @@ def row_variants(arch: str) -> list[Variant]:
             "plus": "fp32",
             **_integers("n", "d", "n_classes", "stride_h", "stride_w", "stride_z"),
         }
-        linear = {"weight": f"*{element}", "bias": f"*{element}"}
-        found.append(Variant(f"target_logit {element} linear", target_logit.target_logit_kernel, {**types, **linear},
-                             {**constants, "HAS_LOGITS": False, "HAS_BIAS": True}, 4))  # fmt: skip
-        found.append(
-            Variant(
-                f"target_logit {element} stored",
-                target_logit.target_logit_kernel,
-                {**types, "logits": f"*{element}"},
-                {**constants, "HAS_LOGITS": True, "HAS_BIAS": False},
-                4,
-            )
-        )
+        kernel = target_logit.target_logit_kernel
+        for kind, own in (("linear", ("weight", "bias")), ("stored", ("logits",))):
+            flags = {"HAS_LOGITS": kind == "stored", "HAS_BIAS": kind == "linear"}
+            given = dict.fromkeys(own, f"*{element}")
+            found.append(Variant(f"target_logit {element} {kind}", kernel, types | given, constants | flags, 4))
         rows = configs.TABLE[arch]["residual"][itemsize]
         for name, options in VARIANTS.items():
             stored = configs.TABLE[arch]["logits_smoothing" if options["SMOOTH"] else "logits"][itemsize]
             types = {
-                "logits": f"*{element}", "target": "*i64", "partials": "*fp32", "softcap": "fp32", "lse": "*fp32",
-                "out": "*fp32", "sums": "*fp32", "target_logit": "*fp32", "feature_sq": "*fp32", "loss_out": "*fp32",
-                "lse_out": "*fp32", "residual_sq_out": "*fp32", "others_out": "*fp32", "correct_out": "*u8",
-                "valid_out": "*u8",
-                "label_smoothing": "fp32", **_pointer("class_weight", options["HAS_WEIGHT"], "fp32"),
+                "logits": f"*{element}",
+                "target": "*i64",
+                **_floats("partials", "lse", "out", "sums", "target_logit", "feature_sq"),
+                **_floats("loss_out", "lse_out", "residual_sq_out", "others_out"),
+                **dict.fromkeys(("correct_out", "valid_out"), "*u8"),
+                **dict.fromkeys(("softcap", "label_smoothing"), "fp32"),
+                **_pointer("class_weight", options["HAS_WEIGHT"], "fp32"),
                 **_pointer("weight_sum", options["HAS_WEIGHT"] and options["SMOOTH"], "fp32"),
                 **_integers("n", "n_splits", "n_classes", "stride_z", "stride_out", "tiles_per_split", "ignore_index"),
-            }  # fmt: skip
+            }
+            label = f"{element} {name}"
             if name != "weight":
-                found.append(Variant(f"logits_statistics {element} {name}", statistics.logits_statistics_kernel, types,
-                                     {"ROWS": stored.rows, "COLUMNS": stored.columns, **options}, stored.warps,
-                                     stored.stages))  # fmt: skip
-            found.append(Variant(f"residual {element} {name}", residual.residual_kernel, types,
-                                 {"ROWS": rows.rows, "COLUMNS": rows.columns, **options}, rows.warps,
-                                 rows.stages))  # fmt: skip
-            found.append(Variant(f"residual_target {element} {name}", residual.residual_target_kernel, types,
-                                 {"ROWS": residual.ROWS, "COLUMNS": residual.COLUMNS, **options}, 4))  # fmt: skip
+                kernel, tile = statistics.logits_statistics_kernel, _tile(stored, options)
+                found.append(Variant(f"logits_statistics {label}", kernel, types, tile, stored.warps, stored.stages))
+            tile = _tile(rows, options)
+            found.append(Variant(f"residual {label}", residual.residual_kernel, types, tile, rows.warps, rows.stages))
+            tile = {"ROWS": residual.ROWS, "COLUMNS": residual.COLUMNS, **options}
+            found.append(Variant(f"residual_target {label}", residual.residual_target_kernel, types, tile, 4))
             if itemsize == 4:
                 found.append(
                     Variant(f"finalize {name}", combine.finalize_kernel, types, {"ROWS": combine.ROWS, **options}, 4)
@@ -198,24 +201,26 @@ def stored_variants() -> list[Variant]:
                 outputs = ["loss", "lse", "residual_sq", "feature_sq"]
                 outputs += ["mass", "residual", "features"] if factors else []
                 types = {
-                    "logits": f"*{element}", "features": f"*{element}", "target": "*i64",
+                    **dict.fromkeys(("logits", "features"), f"*{element}"),
+                    "target": "*i64",
                     **_pointer("class_weight", options["HAS_WEIGHT"], "fp32"),
-                    **{f"{output}_out": "*fp32" for output in outputs}, "correct_out": "*u8", "valid_out": "*u8",
+                    **_floats(*(f"{output}_out" for output in outputs)),
+                    **dict.fromkeys(("correct_out", "valid_out"), "*u8"),
                     **dict.fromkeys(("label_smoothing", "softcap", "plus"), "fp32"),
                     **_integers("n", "n_classes", "d", "stride_z", "stride_h", "ignore_index"),
-                }  # fmt: skip
-                constants = {
-                    "ROWS": rows, "COLUMNS": columns, "DEPTH": max(128, 2048 // rows), "HAS_FEATURES": True,
-                    "MASS": factors, "FACTORS": factors, **options,
-                }  # fmt: skip
+                }
+                tile = {"ROWS": rows, "COLUMNS": columns, "DEPTH": max(128, 2048 // rows)}
+                constants = tile | {"HAS_FEATURES": True, "MASS": factors, "FACTORS": factors, **options}
                 label = f"stored_rows {element} {name} {columns} columns{' factors' if factors else ''}"
                 found.append(Variant(label, stored_rows.stored_rows_kernel, types, constants, warps))
     for columns in (0, stored_rows.UNIT_COLUMNS):
         types = {
-            **dict.fromkeys(("mass", "loss", "residual_sq", "scaled_out", "residual_sq_out", "scale_out"), "*fp32"),
-            **_pointer("residual", columns > 0, "fp32"), "valid": "*u8", "correct": "*u8", "hits_out": "*i64",
+            **_floats("mass", "loss", "residual_sq", "scaled_out", "residual_sq_out", "scale_out"),
+            **_pointer("residual", columns > 0, "fp32"),
+            **dict.fromkeys(("valid", "correct"), "*u8"),
+            "hits_out": "*i64",
             **_integers("n", "n_classes"),
-        }  # fmt: skip
+        }
         constants = {"ROWS": stored_rows.UNIT_ROWS, "COLUMNS": columns, "BLOCK": stored_rows.UNIT_BLOCK}
         label = f"in_units{' residual' if columns else ''}"
         found.append(Variant(label, stored_rows.in_units_kernel, types, constants, 4))
@@ -291,8 +296,9 @@ def gram_variants(arch: str, target: GPUTarget) -> list[Variant]:
                         **_integers("n", "n_classes", "d", "stride_r", "stride_h", "stride_k"),
                     }
                     label = f"{table} {NAMES[size_r]} {NAMES[size_h]} {'exact' if exact else 'ragged'} {flags}"
-                    found.append(Variant(label + ("" if shape.descriptor else " pointers"), gram.gram_kernel, types,
-                                         constants, shape.warps, shape.stages, True))  # fmt: skip
+                    label += "" if shape.descriptor else " pointers"
+                    kernel, warps, stages = gram.gram_kernel, shape.warps, shape.stages
+                    found.append(Variant(label, kernel, types, constants, warps, stages, True))
     types = {
         "residual": "*fp32",
         "features": "*fp32",
@@ -313,14 +319,15 @@ def mean_variants(target: GPUTarget) -> list[Variant]:
     found = []
     for size_r, size_h in ((4, 4), (4, 2)):
         types = {
-            "residual": f"*{NAMES[size_r]}", "features": f"*{NAMES[size_h]}", "finite": "*u8", "squares": "*fp64",
-            **dict.fromkeys(("mean", "mean_bias", "inner", "target_sq"), "*fp32"),
+            "residual": f"*{NAMES[size_r]}",
+            "features": f"*{NAMES[size_h]}",
+            "finite": "*u8",
+            "squares": "*fp64",
+            **_floats("mean", "mean_bias", "inner", "target_sq"),
             **_integers("n", "n_classes", "d", "n_tiles", "stride_r", "stride_h"),
-        }  # fmt: skip
-        constants = {
-            "ROWS": mean.ROWS, "CLASSES": mean.CLASSES, "WIDTH": mean.WIDTH, "BIAS": True, "MASKED": True,
-            "PRECISION": _precision(4, target),
-        }  # fmt: skip
+        }
+        tile = {"ROWS": mean.ROWS, "CLASSES": mean.CLASSES, "WIDTH": mean.WIDTH}
+        constants = tile | {"BIAS": True, "MASKED": True, "PRECISION": _precision(4, target)}
         label = f"{NAMES[size_r]} {NAMES[size_h]}"
         found.append(Variant(f"mean {label}", mean.mean_kernel, types, constants, 4))
         found.append(Variant(f"inner {label}", mean.inner_kernel, types, constants, 4))
@@ -332,20 +339,24 @@ def mean_variants(target: GPUTarget) -> list[Variant]:
 def minibatch_variants() -> list[Variant]:
     """The vectors of a minibatch."""
     types = {
-        "target": "*i64", "finite": "*u8", "class_weight": "*fp32", "mass_out": "*fp32", "valid_out": "*u8",
-        "never_out": "*u8", "unknown_out": "*fp32", "scale_out": "*fp32", **_integers("n", "n_classes", "ignore_index"),
-    }  # fmt: skip
+        "target": "*i64",
+        **dict.fromkeys(("finite", "valid_out", "never_out"), "*u8"),
+        **_floats("class_weight", "mass_out", "unknown_out", "scale_out"),
+        **_integers("n", "n_classes", "ignore_index"),
+    }
     block = {"BLOCK": minibatch.BLOCK}
     found = [Variant("unscored", minibatch.unscored_kernel, types, {**block, "HAS_WEIGHT": True}, 4)]
     for element in NAMES.values():
         types = {
-            "logits": f"*{element}", "target": "*i64", "live": "*u8", "hits_out": "*i64",
+            "logits": f"*{element}",
+            **dict.fromkeys(("target", "hits_out"), "*i64"),
+            "live": "*u8",
             **_integers("n", "n_classes", "stride", "ignore_index"),
-        }  # fmt: skip
+        }
         for columns in (16, 1024):
             constants = {"ROWS": minibatch.LOOKED_AT // columns, "COLUMNS": columns}
             found.append(Variant(f"hits {element} {columns}", minibatch.hits_kernel, types, constants, 8))
-    types = {**dict.fromkeys(("losses", "scale", "weights", "loss_out", "scaled_out"), "*fp32"), **_integers("k")}
+    types = {**_floats("losses", "scale", "weights", "loss_out", "scaled_out"), **_integers("k")}
     return [*found, Variant("weighted_sum", minibatch.weighted_sum_kernel, types, block, 4)]
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from selbp_study.arms import Arm, build_selector
+from selbp_study.commands import FAILED, INTERRUPTED, OK, asked_by, require_plots
 from selbp_study.document import document, read_result_file, result_files, section, study_page
 from selbp_study.pool import pool
 from selbp_study.protocols import PROTOCOLS, Protocol
+from selbp_study.show import new_bar
 from selbp_study.storage import Lock, write_text
 from selbp_study.study import run_study
 
@@ -23,10 +25,8 @@ def protocol_of(arguments: argparse.Namespace) -> Protocol:
     """The protocol that was named, with what was given in its place."""
     protocol = PROTOCOLS[arguments.protocol]
     for name in arguments.arms or ():
-        try:
+        with asked_by(f"--arms {name}"):
             build_selector(Arm.parse(name).selector)
-        except ValueError as error:
-            raise ValueError(f"--arms {name}: {error}") from error
     if arguments.arms:
         protocol = replace(protocol, arms=tuple(arguments.arms))
     if arguments.seeds:
@@ -42,6 +42,7 @@ def study(arguments: argparse.Namespace) -> int:
     """Run what is missing of a protocol; write its result, its table and its page. 1 where something failed."""
     if arguments.render is not None:
         return render(arguments.render, arguments.out)
+    require_plots()
     from tqdm import tqdm
 
     protocol, folder = protocol_of(arguments), arguments.out or Path("runs/study")
@@ -52,15 +53,7 @@ def study(arguments: argparse.Namespace) -> int:
 
     def progress(done: int, known: int) -> None:
         if not bars:  # not before the first run: what is wrong with the call is said on a line of its own
-            bars.append(
-                tqdm(
-                    unit=" runs",
-                    disable=arguments.quiet,
-                    dynamic_ncols=True,
-                    desc=f"study {protocol.name}",
-                    mininterval=0.2 if sys.stderr.isatty() else 30.0,
-                )
-            )
+            bars.append(new_bar(f"study {protocol.name}", " runs", arguments.quiet, 30.0))
         bars[0].total = known
         bars[0].update(done - bars[0].n)
 
@@ -72,7 +65,7 @@ def study(arguments: argparse.Namespace) -> int:
             result = run_study(protocol, runs, progress=progress, say=say)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from there", flush=True)
-        return 130
+        return INTERRUPTED
     finally:
         for bar in bars:
             bar.close()
@@ -83,7 +76,7 @@ def study(arguments: argparse.Namespace) -> int:
     write_text(folder / f"study-{protocol.name}.html", study_page(result))
     print(section(result), flush=True)
     print(f"\n{time.monotonic() - started:.0f} s; result {path}, page {folder / f'study-{protocol.name}.html'}")
-    return 1 if result["failed"] or any(entry["errors"] for entry in result["entries"]) else 0
+    return FAILED if result["failed"] or any(entry["errors"] for entry in result["entries"]) else OK
 
 
 def dumps(result: dict[str, object]) -> str:
@@ -103,4 +96,4 @@ def render(source: Path, out: Path | None) -> int:
     target = out or Path("docs/measurements/study.md")
     write_text(target, document([read_result_file(path) for path in files]))
     print(f"{target}: {', '.join(path.name for path in files)}")
-    return 0
+    return OK
