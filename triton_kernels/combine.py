@@ -28,8 +28,9 @@ from .statistics import merge_fit
 
 @triton.jit
 def outcome(state, z, g, w_y, ignored, present, square_h, n_classes, label_smoothing, SMOOTH: tl.constexpr):
-    """From a row's sums over the other classes and its target's logit: (loss, lse, ||r||^2, q, leads, valid, own, T).
+    """From a row's sums over the other classes and its target's logit to what is known of the row.
 
+    Returns (loss, lse, ||r||^2, p_rest, leads, valid, own, T).
     ``state`` as statistics.py keeps it; z and g are the target's logit and slope, w_y its class weight. ``own`` is the
     target's entry of r, and T what the other probabilities count in it.
     """
@@ -45,7 +46,7 @@ def outcome(state, z, g, w_y, ignored, present, square_h, n_classes, label_smoot
     against = tl.where(leads, log1p(a / tl.where(leads, t, 1.0)), log_total - x * LN2)
     # z_y = -inf leaves lse to the other classes; z_y + against would be -inf + inf.
     lse = tl.where(z == MINUS_INFINITY, tl.fma(top, LN2, log_total), z + against)
-    q = a / total
+    p_rest = a / total
     if SMOOTH:
         share = label_smoothing / n_classes
         t_y = (1.0 - label_smoothing) * w_y + share * w_y
@@ -53,14 +54,14 @@ def outcome(state, z, g, w_y, ignored, present, square_h, n_classes, label_smoot
         # Where every class that shares the target is excluded, 0 * (reference) must not become 0 * inf.
         rest = tl.where(state[4] == 0.0, 0.0, state[5] + state[4] * ((top - ref) + log_total * LOG2E))
         loss = t_y * against + (share * LN2) * rest
-        own = g * (share * state[4] - mass * q)
+        own = g * (share * state[4] - mass * p_rest)
         factor = mass * (shrink / total)
         miss = factor * state[6] - share
         residual_sq = own * own + (factor * factor) * state[3] + (miss * miss) * state[7]
     else:
         loss = w_y * against
         mass = w_y
-        own = -w_y * (g * q)
+        own = -w_y * (g * p_rest)
         factor = w_y * (shrink / total)
         residual_sq = own * own + (factor * factor) * state[3]
     nan = float("nan")
@@ -68,7 +69,7 @@ def outcome(state, z, g, w_y, ignored, present, square_h, n_classes, label_smoot
     finite = tl.abs(loss) < float("inf")
     residual_sq = tl.where(finite, tl.where(present, residual_sq, 0.0), nan)
     valid = present & finite & (tl.abs(residual_sq) < float("inf")) & (tl.abs(square_h) < float("inf"))
-    return loss, lse, residual_sq, q, leads, valid, own, mass
+    return loss, lse, residual_sq, p_rest, leads, valid, own, mass
 
 
 @triton.jit(do_not_specialize=["n", "n_splits", "ignore_index"])
@@ -81,7 +82,7 @@ def finalize_kernel(
     loss_out,
     lse_out,
     residual_sq_out,
-    others_out,
+    p_rest_out,
     correct_out,
     valid_out,
     n,
@@ -151,13 +152,13 @@ def finalize_kernel(
     state = m, ref, s, s2
     if SMOOTH:
         state = state + (amount, spread, rho, square)
-    loss, lse, residual_sq, q, leads, valid, _, _ = outcome(
+    loss, lse, residual_sq, p_rest, leads, valid, _, _ = outcome(
         state, z, g, w_y, ignored, present, square_h, n_classes, label_smoothing, SMOOTH
     )
     tl.store(loss_out + rows, loss, mask=inside)
     tl.store(lse_out + rows, lse, mask=inside)
     tl.store(residual_sq_out + rows, residual_sq, mask=inside)
-    tl.store(others_out + rows, q, mask=inside)
+    tl.store(p_rest_out + rows, p_rest, mask=inside)
     tl.store(correct_out + rows, (valid & leads).to(tl.uint8), mask=inside)
     tl.store(valid_out + rows, valid.to(tl.uint8), mask=inside)
 
@@ -177,9 +178,9 @@ def finalize(
     label_smoothing: float = 0.0,
     softcap: float = 0.0,
 ) -> tuple[torch.Tensor, ...]:
-    """(loss, lse, residual_sq, others = 1 - p_y) float32 and (correct, valid) bool, each (n,)."""
+    """(loss, lse, residual_sq, p_rest = 1 - p_y) float32 and (correct, valid) bool, each (n,)."""
     fields, n_splits, n = partials.shape
-    loss, lse, residual_sq, others = (torch.empty(n, dtype=torch.float32, device=partials.device) for _ in range(4))
+    loss, lse, residual_sq, p_rest = (torch.empty(n, dtype=torch.float32, device=partials.device) for _ in range(4))
     correct, valid = (torch.empty(n, dtype=torch.uint8, device=partials.device) for _ in range(2))
     if n:
         finalize_kernel[(triton.cdiv(n, ROWS),)](
@@ -191,7 +192,7 @@ def finalize(
             loss,
             lse,
             residual_sq,
-            others,
+            p_rest,
             correct,
             valid,
             n,
@@ -206,4 +207,4 @@ def finalize(
             HAS_WEIGHT=class_weight is not None,
             num_warps=4,
         )
-    return loss, lse, residual_sq, others, correct.view(torch.bool), valid.view(torch.bool)
+    return loss, lse, residual_sq, p_rest, correct.view(torch.bool), valid.view(torch.bool)

@@ -122,10 +122,10 @@ def linear_cross_entropy(
             smooth=options.label_smoothing != 0.0,
             softcap=options.softcap,
         )
-        loss, lse, residual_sq, others, correct, valid = finalize(
+        loss, lse, residual_sq, p_rest, correct, valid = finalize(
             partials, z, feature_sq, target, len(weight), **options._asdict()
         )
-    return loss, lse, residual_sq, feature_sq, correct, valid, others
+    return loss, lse, residual_sq, feature_sq, correct, valid, p_rest
 
 
 def linear_cross_entropy_statistics(

@@ -167,7 +167,7 @@ def row_variants(arch: str) -> list[Variant]:
                 "logits": f"*{element}",
                 "target": "*i64",
                 **_floats("partials", "lse", "out", "sums", "target_logit", "feature_sq"),
-                **_floats("loss_out", "lse_out", "residual_sq_out", "others_out"),
+                **_floats("loss_out", "lse_out", "residual_sq_out", "p_rest_out"),
                 **dict.fromkeys(("correct_out", "valid_out"), "*u8"),
                 **dict.fromkeys(("softcap", "label_smoothing"), "fp32"),
                 **_pointer("class_weight", options["HAS_WEIGHT"], "fp32"),
