@@ -207,8 +207,9 @@ void bind_mean_gradient(py::module_& m) {
       [](Address r, Address h, bool is_double, const std::array<Size, 3>& shape, bool bias, int k, int rule,
          bool nonnegative, double ridge, Address valid, Address indices, Address weights) {
         const py::gil_scoped_release released;
-        const selbp::matching::Options options{
+        selbp::matching::Options options{
             static_cast<int>(shape[0]), k, static_cast<selbp::matching::Rule>(rule), nonnegative, ridge, 0.0};
+        options.fill = true;
         const auto* rows = at<unsigned char>(valid);
         if (is_double)
           return selbp::match_gradients<double>(factors_of<double>(r, h, shape, bias), options, rows, at<Size>(indices),

@@ -45,7 +45,7 @@ def main() -> None:
         model,
         selector=selbp.GradientMatching(),
         keep=0.25,
-        backward="recompute",  # what "auto" takes under FSDP2; "rows" is exact too
+        backward="recompute",  # "auto" would look ahead on all ranks; "rows" is exact too
         generator=torch.Generator().manual_seed(rank),  # draws of each rank's own
     )
 

@@ -125,7 +125,7 @@ def wrong_costs(content: dict[str, Any]) -> str | None:
 class Costs:
     """The measured costs of a study, kept in ``path``: what is there is not measured again.
 
-    What is measured later is brought to the scale of what was there by the steps that both sessions measured.
+    What is measured later is brought to the scale of what was there by the steps that were measured both times.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,7 +1,7 @@
 """The engine under ``selbp compare`` and ``selbp study``: jobs that want runs, and runners that carry the runs out.
 
 A job is a generator. It yields the runs it wants and is sent how they ended. Jobs go forward side by side. A run that
-several jobs want, or that an earlier session finished, is done once.
+several jobs want, or that was finished before, is done once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Finished:
-    """A run's result, or why there is none; ``cached`` where an earlier session finished it."""
+    """A run's result, or why there is none; ``cached`` where it was finished before."""
 
     config: RunConfig
     result: dict[str, Any] | None

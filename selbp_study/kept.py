@@ -14,7 +14,7 @@ from selbp_study.storage import JsonLines, Lock, StorageError, write_text
 
 
 class KeptRun:
-    """What of a run its folder keeps: config.json, log.jsonl, and the journal's slots while it runs.
+    """The part of a run that its folder keeps: config.json, log.jsonl, and the journal's slots while it runs.
 
     One process at a time may open it. A subclass says what its state is.
     """

@@ -13,8 +13,8 @@ Tile picture: (CLASSES, WIDTH) of M a program, then ROWS rows.
     R^T [ . | . | . ]   x   [ H ]  ->  M, |M|^2       R [ . . ] x M  ->  (R M) * H summed along the row  ->  b
          n in steps of ROWS                              C in steps of CLASSES, d in steps of WIDTH
 
-Flops 4 n C d. Bytes: n (C + d) item a row of tiles of M, then C d 4 a program of rows: for what a few tiles hold, where
-launches are what takes time; larger minibatches go to the BLAS.
+Flops 4 n C d. Bytes: every row of tiles of M reads n (C + d) item, every program of rows C d 4. That suits a few tiles,
+where launches take the time. Larger minibatches go to the BLAS.
 """
 
 import torch

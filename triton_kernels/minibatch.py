@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 
 MOST_ROWS = 4096
-MOST_LOGITS = 1 << 17  # that one program looks through for hits,
-LOOKED_AT = 1024  # so many at a time
+MOST_LOGITS = 1 << 17  # logits that one program looks through for hits
+LOOKED_AT = 1024  # logits that it reads at a time
+BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["n", "ignore_index"])
@@ -107,9 +108,6 @@ def weighted_sum_kernel(losses, scale, weights, loss_out, scaled_out, k, BLOCK: 
         total += tl.where(w != 0.0, scaled * w, 0.0).to(tl.float64)
         tl.store(scaled_out + slots, scaled, mask=inside)
     tl.store(loss_out, tl.sum(total, 0).to(tl.float32))
-
-
-BLOCK = 1024
 
 
 def unscored(

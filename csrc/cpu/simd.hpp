@@ -1,4 +1,4 @@
-// One SIMD register of the level that this file is compiled for: what every kernel of the CPU is written in.
+// One SIMD register of the level that this file is compiled for: what the statistics, residuals, Gram matrix, mean gradient and solver are written in.
 //
 // GCC/Clang vector extensions do the arithmetic, of 16 bytes on aarch64, where they are NEON's registers. Intrinsics
 // appear only where -ffp-contract=off (the solver needs it) would keep the compiler from fusing a multiply-add, and for
@@ -179,7 +179,7 @@ SELBP_INLINE void halve(const V& v, Half& low, Half& high) {
 SELBP_INLINE void widen(F32 v, F64& low, F64& high) {
   Lanes<float, Simd<float>::kLanes / 2>::V first, second;
   halve(v, first, second);
-#if defined(__AVX512F__)  // of __builtin_convertvector GCC 12 makes two instructions and their joining
+#if defined(__AVX512F__)  // GCC 12 makes two instructions and a join of __builtin_convertvector
   low = (F64)_mm512_maskz_cvtps_pd(0xff, (__m256)first);
   high = (F64)_mm512_maskz_cvtps_pd(0xff, (__m256)second);
 #else

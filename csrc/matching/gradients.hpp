@@ -103,14 +103,6 @@ bool match_gradients(const GradientFactors<T>& factors, const matching::Options&
   if (!GradientKernels::match(options, problem, {indices, weights, &count, &residual, &status},
                               few ? &source : nullptr))
     throw std::bad_alloc();
-  std::int64_t spare = 0;  // the first chosen row, else the first valid one, else row 0
-  if (count > 0) {
-    spare = indices[0];
-  } else {
-    while (spare < n && !valid[spare]) ++spare;
-    if (spare == n) spare = 0;
-  }
-  for (int slot = count; slot < options.k; ++slot) indices[slot] = spare;
   return true;
 }
 

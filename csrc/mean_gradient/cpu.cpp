@@ -1,4 +1,4 @@
-// The small mean gradient for one x86-64 level.
+// The mean gradient of factors that the cache holds, for one SIMD level.
 #include "mean_gradient/cpu.hpp"
 
 #include "cpu/parallel.hpp"

@@ -1,5 +1,5 @@
-// The mean gradient of a small minibatch and what follows from it: where a BLAS call is mostly set-up, and the torch
-// calls around it take a good part of its time.
+// The mean gradient of factors that the cache holds, and what follows from it. There a BLAS call and the torch calls
+// around it take a good part of the time.
 #pragma once
 
 #include <cstdint>

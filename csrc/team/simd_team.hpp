@@ -81,7 +81,6 @@ class SimdTeam {
   static constexpr int kLookahead = 4, kShelf = 32;
   static constexpr int kLookaheadLines = kVectorBytes == 64 ? 16 : 4;  // lines of sums that fit in registers
 
-  SimdTeam() = default;
   // next: what this thread reads when it is done here, brought into the cache in `turns` parts.
   SimdTeam(const T* next, std::size_t bytes, int turns)
       : next_(reinterpret_cast<const char*>(next)),

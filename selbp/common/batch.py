@@ -124,7 +124,7 @@ class Batch:
         host: where the batch holds one, the indices and ``live`` are read there.
         """
         host: list[tuple[list[int], list[bool]]] = []
-        dead = ~live if saves_launches(live.device) else None  # the zero of a where is one, for each entry
+        dead = ~live if saves_launches(live.device) else None  # a where launches a fill for its 0, once an entry
 
         def alive(x: Tensor) -> Tensor:
             x = x if indices is None else take_rows(x, indices)

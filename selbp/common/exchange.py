@@ -70,8 +70,8 @@ class Ranks:
         Waits for the device.
 
         Raises:
-            ValueError: on every rank, where the ranks' batches differ by more than their number of samples and by the
-                length of sequences that say how they are padded.
+            ValueError: on every rank, where the batches differ in anything but the number of samples and the length of
+                sequences that can be padded.
         """
         length, sequences = lengths.of(batch)
         told = _description(batch, sequences)

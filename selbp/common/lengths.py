@@ -1,7 +1,7 @@
 """Token sequences of different lengths on different ranks: the shorter ones are padded, where the batch says how.
 
-It says so by an attention mask, or where the loss predicts each next token, which no later token reaches. Labels are
-padded with the index that the loss ignores.
+An attention mask says how. So does a loss of next tokens: no token sees a later one, so padding at the end changes
+nothing. Labels are padded with the index that the loss ignores.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from selbp.common.batch import Batch
 from selbp.common.packed import TOKENS
 
-LAST_LOGITS = ("logits_to_keep", "num_logits_to_keep")  # counted from the end, where padding would be
+LAST_LOGITS = ("logits_to_keep", "num_logits_to_keep")  # they count logits from the end, where padding goes
 
 
 @dataclass(frozen=True)

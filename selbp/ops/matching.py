@@ -143,7 +143,7 @@ def _cuda(
 def match_filled(
     gram: Tensor, inner: Tensor, target_sq: Tensor, valid: Tensor, k: int, rule: str, ridge: float, nonnegative: bool
 ) -> tuple[Tensor, Tensor]:
-    """Indices and weights (k,) of one problem on a GPU, whose spare slots :func:`.fill_spare` need not fill."""
+    """Indices and weights (k,) of one problem on a GPU; spare slots are filled as by :func:`.fill_spare`."""
     indices, weights, *_ = _cuda(gram, inner, target_sq, k, rule, ridge, nonnegative, valid, 0.0, fill=True)
     return indices, weights
 

@@ -20,7 +20,7 @@ from selbp.ops._register import define
 from selbp.types import MeanGradient
 
 _SMALL = 1 << 20  # n C d up to which one native call beats two BLAS calls and what stands around them
-_CACHED = 1 << 20  # bytes of the features, and of M, up to which it still does: they stay in the cache
+_CACHED = 1 << 20  # bytes of the features, and of M, up to which it still beats them: both stay in the cache
 _GRAIN = 1 << 20  # n C d that is worth waking a thread for: about 50 us
 
 

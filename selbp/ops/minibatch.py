@@ -1,6 +1,6 @@
 """What a step does with the vectors of a minibatch, each an operator: on a GPU one launch instead of five to twelve.
 
-Elsewhere they are torch's own operators, which the step calls by itself there.
+On other devices the step calls torch's operators instead.
 """
 
 from __future__ import annotations

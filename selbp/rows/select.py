@@ -106,7 +106,7 @@ def select(
     IndexError
         If ``indices`` lies on a CPU and has an entry outside [0, n).
     NotImplementedError
-        Under FSDP, tensor parallelism or a ``torch.func`` transform. In the backward, under ``create_graph=True`` or
+        For DTensor losses or under a ``torch.func`` transform. In the backward, under ``create_graph=True`` or
         compiled autograd.
 
     See Also

@@ -21,9 +21,10 @@ from selbp.sampling.record import lower_bound
 ROUNDS = 200  # of expectation-maximisation
 SETTLED = 1e-5  # a change of eps or of an entry of T that ends it
 PRIOR = 1.0  # pseudo-counts on the diagonal of T
-SUREST, LEAST = 0.1, 50  # of the samples taken for a class, those that tell how it is labelled, and how few are too few
-CLEAR = 0.1  # of them labelled as one other class: more than the surest samples of clean data ever are
-REST = 0.05  # of them that may be labelled otherwise: what a weak network is surest of has labels of many classes
+SUREST = 0.1  # share of the samples taken for a class that counts as its surest
+LEAST = 50  # fewer surest samples than this tell nothing
+CLEAR = 0.1  # share labelled as one other class that counts; clean data stays below it
+REST = 0.05  # most that may be labelled as anything else: a weak network's surest have labels of many classes
 
 
 @runtime_checkable
@@ -148,10 +149,12 @@ def anchored_transition(logits: Tensor, given: Tensor) -> Tensor | None:
     probabilities finds nothing. But the samples that look most like a class are of that class, and their given labels
     are a row of T (the anchor points of Patrini et al. 2017). Entries off the diagonal count where their lower 99 %
     bound is above :data:`CLEAR`, where the class keeps most of its labels, and where the labels of no third class are
-    among them: by that noise differs from a network that knows little, which of two classes cannot be told at all.
-    ``logits`` (n, C); ``given`` (n,) int64.
+    among them. A network that knows little has labels of many classes there; noise in one direction has one. With two
+    classes the cases cannot be told apart. ``logits`` (n, C); ``given`` (n,) int64.
     """
     n, classes = logits.shape
+    if classes == 2:
+        return None
     sure, taken = torch.softmax(logits, 1).max(1)
     order = sure.argsort(descending=True, stable=True)
     order = order[taken[order].argsort(stable=True)]  # class by class, the surest first
@@ -162,16 +165,16 @@ def anchored_transition(logits: Tensor, given: Tensor) -> Tensor | None:
     counts = torch.bincount(rows, minlength=classes * classes).view(classes, classes).double().cpu()
     known = counts.sum(1, keepdim=True)
     shares = counts / known.clamp(min=1.0)
-    shown = torch.zeros_like(shares)
+    turned = torch.zeros_like(shares)
     for true, other in ((shares > CLEAR) & (known >= LEAST)).nonzero().tolist():
         if true != other and lower_bound(float(shares[true, other]), float(known[true])) > CLEAR:
-            shown[true, other] = shares[true, other]
-    kept, given_away = shares.diag(), shown.sum(1)
+            turned[true, other] = shares[true, other]
+    kept, given_away = shares.diag(), turned.sum(1)
     clear = (given_away > 0.0) & (kept > 0.5) & (kept + given_away >= 1.0 - REST)
-    if classes == 2 or not bool(clear.any()):
+    if not bool(clear.any()):
         return None
-    shown = torch.where(clear[:, None], shown, 0.0)
-    return (torch.diag(1.0 - shown.sum(1)) + shown).to(logits.device)
+    turned = torch.where(clear[:, None], turned, 0.0)
+    return (torch.diag(1.0 - turned.sum(1)) + turned).to(logits.device)
 
 
 def undone(logits: Tensor, transition: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class GradientProxies:
     (torch.Size([16, 16]), torch.Size([3, 5]))
     """
 
-    finite = False  # whether no factor is known to hold a NaN or an infinity
+    finite = False  # True: no factor holds a NaN or an infinity. False: nobody has looked
 
     def __init__(
         self, residual: Tensor | Callable[[], Tensor], features: Tensor | Callable[[], Tensor], *, bias: bool = True

@@ -117,7 +117,8 @@ def analyse(
     """Run ``forward`` and its backward once on ``samples`` samples, and scale the result to n samples.
 
     ``forward`` returns the (samples,) losses. Gradients are not accumulated into ``parameters``. ``options`` are those
-    of :func:`selbp.select`. Where ``sharded``, they are: the whole of them has no gradient that could be asked for.
+    of :func:`selbp.select`. ``sharded`` says that the parameters are. Then ``backward()`` runs, since ``autograd.grad``
+    cannot return the gradient of a gathered parameter.
     """
     storages: dict[int, int] = {}
     wanted = [p for p in parameters if p.requires_grad]

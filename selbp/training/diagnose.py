@@ -24,7 +24,7 @@ from selbp.training.linear_loss import LinearCausalLM
 from selbp.training.losses import CrossEntropy, criterion_of, of_some
 from selbp.training.measured import measure
 
-# Options of a step that its samples and its loss depend on, by default.
+# Defaults of the options that say where the samples are, and what the loss is.
 PLACES: dict[str, Any] = {"shared": (), "batch_dims": None, "target_keys": None, "pass_labels": False}
 OF_CRITERION: dict[str, Any] = {
     "class_weight": None,
@@ -45,7 +45,7 @@ def diagnose(
     class_dim: Literal[1, -1] | None = None,
     **options: Any,
 ) -> Diagnosis:
-    """Report what a backward through chosen rows would save in ``model``, and recommend one way of it.
+    """Report what a backward through chosen rows would save in ``model``, and recommend a way.
 
     The model runs forward and backward once, on at most 8 samples, and costs are modelled from what was counted. With a
     ``selector`` its steps and full steps are run on the whole minibatch as well, and measured. Gradients of the

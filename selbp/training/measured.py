@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selbp.rows.gradient import Wrapper
+from selbp.sampling.auto import median
 from selbp.selectors import Full, Selector
 from selbp.training.diagnosis import Measured
 from selbp.training.step import SelectiveBackprop
@@ -77,7 +78,7 @@ def live_peak(call: Callable[[], object]) -> int:
 def measure(
     model: nn.Module, batch: tuple[Any, Any], rule: Selector, keep: float | int, steps: int, options: Mapping[str, Any]
 ) -> Measured:
-    """Run ``steps`` full steps and as many of each kind that ``options`` allow, in turns; no optimizer's.
+    """Run ``steps`` full steps and ``steps`` of each kind that ``options`` allow, in turn. No optimizer steps.
 
     Gradients, buffers, random state, the rule and its generator are left as they are.
 
@@ -85,7 +86,7 @@ def measure(
         TypeError, ValueError: for an option that no kind of step takes, or that needs more than single steps.
     """
     if wrong := [name for name in NOT_MEASURED if name in options]:
-        raise ValueError(f"{wrong[0]} goes without a measurement of single steps: leave it out")
+        raise ValueError(f"{wrong[0]} does nothing in the single steps that are measured: leave it out")
     kinds = _kinds(model, rule, keep, options)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     wanted = [p for p in model.parameters() if p.requires_grad]
@@ -102,7 +103,7 @@ def measure(
                 if turn >= WARM:
                     seconds[name].append(now(device) - began)
         memory = {name: live_peak(lambda step=step: run(step)) for name, step in kinds.items()}  # type: ignore[misc]
-    medians = {name: sorted(values)[(steps - 1) // 2] for name, values in seconds.items()}
+    medians = {name: median(values) for name, values in seconds.items()}
     clock = "the processor's time" if device.type == "cpu" else "the clock's time"
     return Measured(repr(rule), medians, memory, steps, clock)
 

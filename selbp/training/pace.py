@@ -11,6 +11,7 @@ import sys
 import warnings
 from typing import Any, NamedTuple
 
+from selbp.sampling.auto import median
 from selbp.training.report import StepReport
 from selbp.training.stopwatch import AHEAD, Stopwatch
 
@@ -71,7 +72,7 @@ class Pace:
 def full_seconds(timed: _Timed, parts: dict[str, float], full_over_forward: float | None) -> float:
     """About what forward and backward of all rows take, by the parts of a step that chose some.
 
-    Each of the two figures it is the smaller of is too large where something costs the same for few rows as for all.
+    The smaller of two estimates. Both are too large where something costs as much for few rows as for all.
     """
     ahead, forward, backward = (parts.get(phase, 0.0) for phase in (AHEAD, "forward", "backward"))
     if timed.way == "rows":
@@ -79,11 +80,6 @@ def full_seconds(timed: _Timed, parts: dict[str, float], full_over_forward: floa
         return most if full_over_forward is None else min(most, ahead * full_over_forward)
     scored = ahead + parts.get("score", 0.0)
     return min((forward + backward) / timed.share, scored * (1 + backward / max(forward, 1e-12)))
-
-
-def median(values: list[float]) -> float:
-    """The middle value, the lower one of two."""
-    return sorted(values)[(len(values) - 1) // 2]
 
 
 def _warn(message: str) -> None:

@@ -89,7 +89,7 @@ def score(
     nothing is recorded below the head. ``reduce`` averages the mean gradient over ranks. ``feed`` calls the model.
     ``keep_output`` hands on what it gave. ``auxiliary`` reads a further loss off it. ``sketch`` stands for the exact
     gradients of samples with several positions. ``unit`` () is the scale, in place of this batch's own: 1 where it is
-    a part of a minibatch. ``ran`` is called where a step that scores nothing would go on to its backward.
+    a part of a minibatch. ``ran`` is called after the forward and the losses, before scoring.
     """
     at_once = unit is None and _has_one_label_each(criterion, batch)
     known = None if at_once else criterion.mass(batch.target, batch.n, batch.device)
@@ -206,7 +206,7 @@ def _at_once(
     stats, scale = found.stats, found.scale
     proxies = None
     if h is not None:
-        live, width = stats.valid[:, None], h
+        live, inputs = stats.valid[:, None], h
 
         def left() -> Tensor:
             if found.residual is not None:
@@ -216,7 +216,7 @@ def _at_once(
         def right() -> Tensor:
             if found.features is not None:
                 return found.features[:, None]
-            return torch.where(live, width.to(stats.loss.dtype), 0.0)[:, None]
+            return torch.where(live, inputs.to(stats.loss.dtype), 0.0)[:, None]
 
         proxies = HeadProxies(left, right, positions=1, bias=bias, reduce=reduce, finite=True)
     return Scored(stats, scale, proxies, None, (found.hits[0], found.hits[1]), None, found.mass, scaled=found.scaled)

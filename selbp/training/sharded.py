@@ -40,7 +40,7 @@ def keeps_gradients_back(model: nn.Module) -> bool:
 def prefers_rows(
     model: nn.Module, batch: Batch, k: int, losses: Callable[[Any], Tensor], **options: Any
 ) -> tuple[bool, dict[str, float], list[str]]:
-    """Whether rows take fewer FLOPs on every rank, both ways' FLOPs over the full step's, and what is not on rows.
+    """Whether rows take fewer FLOPs on every rank; each way's FLOPs over the full step's; operators not on rows.
 
     Every rank must call at once. Gradients are left as they are.
     """

@@ -75,9 +75,13 @@ class Stopwatch:
         """Whether the backward has run, so that reading waits for nothing."""
         if self._idle or self._recorded is not None:
             return False
-        marks = self._backward if len(self._backward) == 2 else [now for _, now in self._marks]
-        ended = marks is self._backward or self._marks[-1][0] == "backward"
-        return ended and (not self._events or all(event.query() for event in marks))
+        if len(self._backward) == 2:
+            marks = self._backward
+        elif self._marks[-1][0] == "backward":
+            marks = [now for _, now in self._marks]
+        else:
+            return False
+        return not self._events or all(event.query() for event in marks)
 
     def __getstate__(self) -> dict[str, Any]:
         """The seconds: a GPU's events exist in their process only."""

@@ -1,7 +1,8 @@
 """How the chosen rows' losses get their graph: from the forward that scored them, or from a second forward.
 
 Where a full step costs 3 forwards, ``rows`` costs 1 + 2 k / n, and ``recompute``, which works for every model,
-1 + 3 k / n. ``auto`` takes the one with the smaller modelled time.
+1 + 3 k / n. ``auto`` takes the one with the smaller modelled time; under ``fully_shard``, rows where they need fewer
+FLOPs on every rank (``sharded.py``).
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class Strategy:
         ``auxiliary`` reads a further loss off the model's output, which rows would differentiate for all samples.
         """
         if is_fully_sharded(model) and keeps_gradients_back(model):
-            return  # until a backward reduces them
+            return  # a look ahead would not reduce gradients; decide at a step whose backward does
         if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):  # else: until there is
             self.settle(*self._cheaper(model, batch, k, criterion, scoring, auxiliary))
 
