@@ -158,7 +158,8 @@ def test_host_reads(reads, call):
 def test_peaks_are_measured_in_a_process_of_their_own():
     name = "gram n=1024 C=100 d=512 float32"
     found = measure_peaks(["gram"], ["--quick", "--filter", name])["gram"][name]
-    assert found["ours"] >= 4 << 20 and found["eager torch"] > 1.5 * found["ours"]
+    # The output alone is 4 MiB; the kernel counts resident pages in batches, and some were resident before.
+    assert found["ours"] >= 3 << 20 and found["eager torch"] > 1.5 * found["ours"]
 
 
 def test_cuda_clock_times_each_call_alone_on_a_cold_cache(monkeypatch):

@@ -130,7 +130,7 @@ MUTANTS = {
         "tl.log(1.0 + a / t)",
         confident,
     ),
-    "one minus a probability near one": ("combine", "q = a / total", "q = 1.0 - t / total", confident),
+    "one minus a probability near one": ("combine", "p_rest = a / total", "p_rest = 1.0 - t / total", confident),
     "class weight of the wrong class": (
         "combine",
         "tl.where(in_range, y, 0), mask",
@@ -150,8 +150,8 @@ MUTANTS = {
     "gram: mirror not transposed": ("gram", "tl.trans(acc)", "acc", gradients),
     "gram: wrong tile of the triangle": (
         "gram",
-        "j * ROWS + tl.arange(0, ROWS)\n    #",
-        "i * ROWS + tl.arange(0, ROWS)\n    #",
+        "columns = j * ROWS + tl.arange(0, ROWS)\n    if",
+        "columns = i * ROWS + tl.arange(0, ROWS)\n    if",
         gradients,
     ),
     "gram: bias twice": ("gram", "acc * (other + plus)", "acc * (other + 2.0 * plus)", gradients),
