@@ -6,6 +6,7 @@ Its runs are one job of :mod:`selbp_study.engine`, and each arm's search for a r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -116,7 +117,8 @@ def run_all(
         yield [config for _, config in runs]
 
     turns = Turns(data, lambda config: run_folder(folder, arms[config.key()], config), progress)
-    drive({"comparison": job()}, turns, heard=heard)
+    with closing(turns):
+        drive({"comparison": job()}, turns, heard=heard)
     return outcomes()
 
 

@@ -58,6 +58,7 @@ class Run(KeptRun):
         self.generator = torch.Generator(self.device).manual_seed(config.seed + 1)
         sampled = self.order if isinstance(self.order, SampledOrder) else None
         self.wrapper = wrapper_of(config, self.model, self.generator, None if sampled is None else sampled.step_options)
+        self.wrapper._pace.done = True  # no look at the price: tables show it
         self.stepping = self.wrapper if sampled is None else sampled.steps_by(self.wrapper)
         self.wrapper.clock = self.clock
         self.optimizer = torch.optim.SGD(

@@ -57,6 +57,11 @@ class Turns:
             ended = next(self.ends)
         return ended
 
+    def close(self) -> None:
+        """Let go of the folders of the group at work."""
+        if isinstance(self.ends, Generator):
+            self.ends.close()
+
     def _side_by_side(self, configs: Sequence[RunConfig]) -> Iterator[Finished]:
         """Carry runs to their ends, a few steps of each in turn; each as it ends.
 

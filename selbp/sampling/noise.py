@@ -159,6 +159,8 @@ def anchored_transition(logits: Tensor, given: Tensor) -> Tensor | None:
     order = sure.argsort(descending=True, stable=True)
     order = order[taken[order].argsort(stable=True)]  # class by class, the surest first
     sizes = torch.bincount(taken, minlength=classes)
+    if SUREST * int(sizes.max()) < LEAST:
+        return None
     place = torch.arange(n, device=order.device) - (sizes.cumsum(0) - sizes)[taken[order]]
     anchors = order[place < SUREST * sizes[taken[order]]]
     rows = taken[anchors] * classes + given[anchors]

@@ -8,7 +8,8 @@ calls as well.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -198,14 +199,22 @@ def analyse_batch(
         _refuse_sharded(inner)
     some = torch.arange(min(batch.n, SAMPLES), device=batch.device)
     few = batch.rows(some, torch.ones_like(some, dtype=torch.bool))
-    saved = [(buffer, buffer.clone()) for buffer in inner.buffers()]
+    with buffers_put_back(inner), torch.random.fork_rng([batch.device] if batch.device.type == "cuda" else []):
+        run = functools.partial(_run, losses, few, inner)
+        return analyse(run, inner.parameters(), few.n, batch.n, k, sharded=sharded, **options)
+
+
+@contextmanager
+def buffers_put_back(model: nn.Module) -> Iterator[None]:
+    """Each buffer is the tensor that it was, with the values that it had, whether it was written to or bound anew."""
+    places = [(owner, name) for owner in model.modules() for name, x in owner._buffers.items() if x is not None]
+    saved = [(owner, name, getattr(owner, name), getattr(owner, name).clone()) for owner, name in places]
     try:
-        with torch.random.fork_rng([batch.device] if batch.device.type == "cuda" else []):
-            run = functools.partial(_run, losses, few, inner)
-            return analyse(run, inner.parameters(), few.n, batch.n, k, sharded=sharded, **options)
+        yield
     finally:
         with torch.no_grad():
-            for buffer, value in saved:
+            for owner, name, buffer, value in saved:
+                owner._buffers[name] = buffer
                 buffer.copy_(value)
 
 

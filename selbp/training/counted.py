@@ -68,13 +68,13 @@ class CountedStep(StepKinds):
                 undo()
             raise
         self._report = report
-        if not self._pace.done:
-            self._pace.add(report, self._strategy.full_over_forward)
         if table is not None and issued is not None:
             table.issued.done(issued)
             report.table = table
         if self._auto_advance and call.given is None:
             self._step += 1
+        if not self._pace.done:  # last: where a warning is an error, the step is counted
+            self._pace.add(report, self._strategy.full_over_forward)
         return loss
 
     @property

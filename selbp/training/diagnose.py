@@ -68,7 +68,8 @@ def diagnose(
     batchnorm : {"exact", "subset"}
         As in :func:`selbp.select`.
     **options
-        Further arguments of :class:`selbp.SelectiveBackprop`, such as ``proxy`` or ``head``, with a selector.
+        Further arguments of :class:`selbp.SelectiveBackprop`. Those that say where the samples are and what the loss
+        is (``shared``, ``class_weight``, ``head``, ...) always; others, such as ``proxy``, with a selector.
 
     Returns
     -------
@@ -104,12 +105,14 @@ def diagnose(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("model must have a parameter that requires a gradient, got none")
     if not isinstance(batch, (Tensor, tuple, list, Mapping)):
         raise TypeError(f'batch must be (inputs, target), or a dict with "labels", got {shown(batch)}')
     check_choice("batchnorm", batchnorm, ("exact", "subset"))
     kept = check_keep(keep)
-    if selector is None and options:
-        raise TypeError(f"{', '.join(sorted(options))} must come with a selector, whose steps are measured")
+    if selector is None and (others := sorted(options.keys() - PLACES.keys() - OF_CRITERION.keys() - {"head"})):
+        raise TypeError(f"{', '.join(others)} must come with a selector, whose steps are measured")
     if selector is not None and (isinstance(selector, type) or not isinstance(selector, Selector)):
         raise TypeError(f"selector must be an instance of a selector such as selbp.TopLoss(), got {shown(selector)}")
     check_int("steps", steps, 1)
@@ -128,7 +131,7 @@ def diagnose(
         return criterion.losses(output, few.target, few.n)
 
     try:
-        with headless, of_some(min(minibatch.n, SAMPLES), minibatch.n):
+        with torch.enable_grad(), headless, of_some(min(minibatch.n, SAMPLES), minibatch.n):
             found = analyse_batch(model, minibatch, kept_rows(kept, minibatch.n), losses, batchnorm=batchnorm)
     except (NotImplementedError, TypeError, ValueError, torch.OutOfMemoryError):
         raise

@@ -21,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from selbp.rows.gradient import Wrapper
 from selbp.sampling.auto import median
 from selbp.selectors import Full, Selector
+from selbp.training.analysis import buffers_put_back
 from selbp.training.diagnosis import Measured
+from selbp.training.interaction import SamplesInteractError
 from selbp.training.step import SelectiveBackprop
 
 WARM = 2  # first steps of each kind, which allocate and decide
@@ -95,7 +97,13 @@ def measure(
     def run(step: Any) -> None:
         torch.autograd.grad(step(*batch), wanted, allow_unused=True)
 
-    with _untouched(model, device, options.get("generator")):
+    with torch.enable_grad(), _untouched(model, device, options.get("generator")):
+        try:
+            run(kinds.get("recompute", kinds["full"]))
+        except SamplesInteractError:
+            if len(kinds) == 2:  # no other way is left
+                raise
+            del kinds["recompute"], seconds["recompute"]
         for turn in range(WARM + steps):
             for name, step in kinds.items():
                 began = now(device)
@@ -138,17 +146,13 @@ def now(device: torch.device) -> float:
 @contextmanager
 def _untouched(model: nn.Module, device: torch.device, generator: torch.Generator | None) -> Iterator[None]:
     """Buffers and random state are put back."""
-    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
     state = None if generator is None else generator.get_state()
     alone: AbstractContextManager[Any] = nullcontext()
     if isinstance(model, DistributedDataParallel):  # whose reducer must not see forwards without a backward
         alone = model.no_sync()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), alone:
+    with buffers_put_back(model), torch.random.fork_rng([device] if device.type == "cuda" else []), alone:
         try:
             yield
         finally:
             if generator is not None and state is not None:
                 generator.set_state(state)
-            with torch.no_grad():
-                for buffer, value in saved:
-                    buffer.copy_(value)

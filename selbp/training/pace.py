@@ -44,14 +44,14 @@ class Pace:
             return
         self._seen += 1
         if self._seen > WARM + STEPS:
-            self._look(full_over_forward, report)
-            self.done = True
-            self._timed.clear()
+            self.done = True  # before the look, whose warning may be an error
+            timed, self._timed = self._timed, []
+            self._look(timed, full_over_forward, report)
         elif self._seen > WARM:
             self._timed.append(_Timed(report._watch, report.k / report.n, report.backward))
 
-    def _look(self, full_over_forward: float | None, report: StepReport) -> None:
-        read = [(timed, timed.watch.parts()) for timed in self._timed if timed.watch.over]
+    def _look(self, steps: list[_Timed], full_over_forward: float | None, report: StepReport) -> None:
+        read = [(timed, timed.watch.parts()) for timed in steps if timed.watch.over]
         if len(read) < (STEPS + 1) // 2:  # a loop that calls no backward, or a device that is behind
             return
         times = [(sum(parts.values()), full_seconds(timed, parts, full_over_forward)) for timed, parts in read]

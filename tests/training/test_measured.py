@@ -213,6 +213,50 @@ def test_the_kinds_that_the_options_allow(options: dict[str, Any], kinds: set[st
     assert found is not None and set(found.seconds) == kinds == set(found.memory)
 
 
+class Centred(nn.Module):
+    """Its samples interact, and its forward binds a buffer anew."""
+
+    count: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count = self.count + 1
+        out: torch.Tensor = self.head(x - x.mean(0))
+        return out
+
+
+def test_a_model_whose_samples_interact_is_measured_on_rows_only() -> None:
+    torch.manual_seed(0)
+    model = Centred()
+    before = model.count
+    found = selbp.diagnose(model, batch(), 0.25, selector=selbp.TopLoss(), steps=1).measured
+    assert found is not None and set(found.seconds) == {"full", "rows"}
+    assert model.count is before and before == 0
+
+
+def test_options_of_samples_and_loss_need_no_selector() -> None:
+    with torch.no_grad():
+        found = selbp.diagnose(Clock().model(), batch(), class_weight=torch.ones(3), ignore_index=7)
+    assert found.measured is None
+
+
+def test_a_warning_that_is_an_error_costs_one_step(clock: Clock) -> None:
+    step = selbp.SelectiveBackprop(clock.model(), selector=Slow(clock, 2.5 * N), keep=0.25, backward="recompute")
+    raised = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(pace.WARM + pace.STEPS + 5):
+            try:
+                step(*batch()).backward()
+            except UserWarning:
+                raised += 1
+    assert raised == 1 and step._step == pace.WARM + pace.STEPS + 5
+
+
 def test_wrong_calls() -> None:
     model = Clock().model()
     with pytest.raises(TypeError, match="proxy must come with a selector"):
@@ -221,8 +265,10 @@ def test_wrong_calls() -> None:
         selbp.diagnose(model, batch(), selector=selbp.TopLoss)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="steps"):
         selbp.diagnose(model, batch(), selector=selbp.TopLoss(), steps=0)
-    with pytest.raises(ValueError, match="micro_batch goes without"):
+    with pytest.raises(ValueError, match="micro_batch does nothing"):
         selbp.diagnose(model, batch(), selector=selbp.TopLoss(), micro_batch=4)
+    with pytest.raises(ValueError, match="model must have a parameter that requires a gradient, got none"):
+        selbp.diagnose(Clock().model().requires_grad_(False), batch())
     with pytest.raises(ValueError, match="scoring must be"):
         selbp.diagnose(model, batch(), selector=selbp.TopLoss(), scoring="often")
 
