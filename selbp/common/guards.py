@@ -133,3 +133,22 @@ def scoring_autocast(device: torch.device, precision: str) -> AbstractContextMan
     if precision == "same":
         return nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, precision))
+
+
+@contextmanager
+def buffers_put_back(model: nn.Module, *, by_version: bool = False) -> Iterator[None]:
+    """Each buffer is the tensor that it was, with the values that it had, whether it was written to or bound anew.
+
+    ``by_version`` copies back only into buffers whose version says that they were written to (training batch norms do
+    not tell): in the middle of a step a copy would count as a change of what its backward needs.
+    """
+    owners = [(owner, name, x) for owner in model.modules() for name, x in owner._buffers.items() if x is not None]
+    values = [None if x.is_inference() else (x.clone(), x._version) for _, _, x in owners]
+    try:
+        yield
+    finally:
+        for (owner, name, buffer), value in zip(owners, values, strict=True):
+            owner._buffers[name] = buffer
+            if value is not None and not (by_version and buffer._version == value[1]):
+                with torch.no_grad():
+                    buffer.copy_(value[0])

@@ -8,8 +8,7 @@ calls as well.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selbp.common.batch import Batch
+from selbp.common.guards import buffers_put_back
 from selbp.rows.engine import nodes_of
 from selbp.rows.gradient import Wrapper
 from selbp.rows.observe import Observer, observing
@@ -202,20 +202,6 @@ def analyse_batch(
     with buffers_put_back(inner), torch.random.fork_rng([batch.device] if batch.device.type == "cuda" else []):
         run = functools.partial(_run, losses, few, inner)
         return analyse(run, inner.parameters(), few.n, batch.n, k, sharded=sharded, **options)
-
-
-@contextmanager
-def buffers_put_back(model: nn.Module) -> Iterator[None]:
-    """Each buffer is the tensor that it was, with the values that it had, whether it was written to or bound anew."""
-    places = [(owner, name) for owner in model.modules() for name, x in owner._buffers.items() if x is not None]
-    saved = [(owner, name, getattr(owner, name), getattr(owner, name).clone()) for owner, name in places]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for owner, name, buffer, value in saved:
-                owner._buffers[name] = buffer
-                buffer.copy_(value)
 
 
 def _run(losses: Callable[[Any], Tensor], few: Batch, model: nn.Module) -> Tensor:

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from selbp.common.batch import Batch
 from selbp.common.distributed import unwrap
-from selbp.common.guards import evaluating, without_autocast_cache
+from selbp.common.guards import buffers_put_back, evaluating, without_autocast_cache
 
 SAMPLES = 8  # of the forwards in evaluation mode
 
@@ -168,8 +168,7 @@ class FirstComparison:
             if (numpy := sys.modules.get("numpy")) is not None:
                 undo.callback(numpy.random.set_state, numpy.random.get_state())
             undo.callback(random.setstate, random.getstate())
-            buffers = [x for x in self._model.buffers() if not x.is_inference()]
-            undo.callback(_copy_back, [(x, x.clone(), x._version) for x in buffers])
+            undo.enter_context(buffers_put_back(self._model, by_version=True))
             for context in (evaluating(self._model, batch.device), without_autocast_cache(), torch.no_grad()):
                 undo.enter_context(context)
             if couples_by_batch_norm(self._model):
@@ -183,13 +182,6 @@ class FirstComparison:
             except Exception:  # many models return something else in evaluation mode: then there is no telling
                 return False
             return found and before.unchanged()
-
-
-@torch.no_grad()
-def _copy_back(saved: list[tuple[Tensor, Tensor, int]]) -> None:
-    for buffer, value, version in saved:
-        if buffer._version != version:  # a copy would count as a change of what the backward needs
-            buffer.copy_(value)
 
 
 def _compiled(model: nn.Module) -> bool:

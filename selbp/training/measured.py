@@ -18,10 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from selbp.common.guards import buffers_put_back
 from selbp.rows.gradient import Wrapper
 from selbp.sampling.auto import median
 from selbp.selectors import Full, Selector
-from selbp.training.analysis import buffers_put_back
 from selbp.training.diagnosis import Measured
 from selbp.training.interaction import SamplesInteractError
 from selbp.training.step import SelectiveBackprop
