@@ -1,4 +1,5 @@
-// One SIMD register of the level that this file is compiled for: what the statistics, residuals, Gram matrix, mean gradient and solver are written in.
+// One SIMD register of the level that this file is compiled for: what the statistics, residuals, Gram matrix, mean
+// gradient and solver are written in.
 //
 // GCC/Clang vector extensions do the arithmetic, of 16 bytes on aarch64, where they are NEON's registers. Intrinsics
 // appear only where -ffp-contract=off (the solver needs it) would keep the compiler from fusing a multiply-add, and for
