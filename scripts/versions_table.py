@@ -58,7 +58,7 @@ def row(version: str, python: str, tests: str, report: Path) -> tuple[str, bool]
 
 
 def key(line: str, by_python: bool) -> tuple[str, tuple[int, ...], tuple[int, ...], str]:
-    """What orders rows: the name without figures, the version's parts; then Python's minor release and its "t"."""
+    """Order rows by the name without figures and the version's parts, then by Python's minor release and its "t"."""
     cell, python = (part.strip() for part in line.split("|")[1:3])
     minor = re.match(r"(\d+)\.(\d+)[.\d]*(t?)", python) if by_python else None
     ran = (int(minor[1]), int(minor[2])) if minor else ()

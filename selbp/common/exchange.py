@@ -131,7 +131,7 @@ class Ranks:
         return mine if mine.n else None
 
     def _deliver(self, parcels: Sequence[Any], device: torch.device) -> list[Any]:
-        """What each rank has for this one, of the objects ``parcels`` that each has for every other one."""
+        """Send ``parcels[r]`` to each rank r, and return what each rank sent to this one."""
         packed = [_pack(parcel) for parcel in parcels]
         leaving = torch.tensor([len(x) for x in packed], device=device)
         arriving = torch.empty_like(leaving)
@@ -214,7 +214,7 @@ def _pack(parcel: Any) -> Tensor:
 
 
 def _unpack(data: Tensor, device: torch.device) -> Any:
-    """What another process of this program gave :func:`_pack`; a tensor on its device comes to ``device``."""
+    """Undo :func:`_pack` of another process of this program; tensors that were on its device come to ``device``."""
 
     def place(storage: Any, tag: str) -> Any:
         return storage if tag == "cpu" else storage.to(device=device)

@@ -73,7 +73,7 @@ def kernels(*tensors: Tensor | None) -> ModuleType | None:
 
 
 def saves_launches(device: torch.device) -> bool:
-    """Whether a step's vectors go through operators of one launch: on a GPU, and on meta tensors, which count them."""
+    """Whether a step uses operators of one launch each: on a GPU, and on meta tensors, where launches are counted."""
     return device.type in ("cuda", "meta")
 
 

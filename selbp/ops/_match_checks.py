@@ -1,4 +1,4 @@
-"""What ``match`` and the least squares that rest on it ask of their arguments."""
+"""Checks of the arguments of ``match``, and of the least squares that use it."""
 
 from __future__ import annotations
 
