@@ -5,7 +5,7 @@ On a GPU the three share what they would each launch. For a small minibatch on a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,16 @@ from selbp.reference.sampling import fill_spare
 from selbp.types import MeanGradient
 
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Search(NamedTuple):
+    """What is searched for, and how: as in :func:`selbp.ops.match`."""
+
+    k: int
+    rule: str
+    ridge: float
+    nonnegative: bool
+    finite: bool = False  # no factor holds a NaN or an infinity
 
 
 class MatchedGradients(NamedTuple):
@@ -62,58 +72,36 @@ def match_gradients(
     )
 
 
-def check(
-    residual: Tensor,
-    features: Tensor,
-    valid: Tensor,
-    bias: bool,
-    k: int,
-    rule: str,
-    ridge: float,
-    nonnegative: bool,
-    finite: bool = False,
-) -> None:
+def pack(
+    residual: Tensor, features: Tensor, valid: Tensor, bias: bool, *search: Any
+) -> tuple[Tensor, Tensor, Tensor, bool, Search]:
+    """The schema's arguments with those of the search in one."""
+    return residual, features, valid, bias, Search(*search)
+
+
+def check(residual: Tensor, features: Tensor, valid: Tensor, bias: bool, search: Search) -> None:
     """Raise ValueError or TypeError for arguments that do not fit."""
     check_factors(residual, features)
     check_dtype("valid", valid, torch.bool)
     check_shape("valid", valid, f"(n,) with n = {len(residual)} rows as residual", (len(residual),))
     check_same_device("valid", valid, "residual", residual)
-    if k < 0:
-        raise ValueError(f"k must be at least 0, got {k}")
-    check_choice("rule", rule, RULES)
-    check_range("ridge", ridge, 0.0)
+    if search.k < 0:
+        raise ValueError(f"k must be at least 0, got {search.k}")
+    check_choice("rule", search.rule, RULES)
+    check_range("ridge", search.ridge, 0.0)
 
 
-def _fake(
-    residual: Tensor,
-    features: Tensor,
-    valid: Tensor,
-    bias: bool,
-    k: int,
-    rule: str,
-    ridge: float,
-    nonnegative: bool,
-    finite: bool = False,
-) -> _Outputs:
+def _fake(residual: Tensor, features: Tensor, valid: Tensor, bias: bool, search: Search) -> _Outputs:
     (n, n_classes), width = residual.shape, features.shape[1]
     dtype = accumulate_dtype(residual.dtype)
-    shapes = ((k,), (n, n), (n,), (), (n_classes, width), (n_classes if bias else 0,))
+    shapes = ((search.k,), (n, n), (n,), (), (n_classes, width), (n_classes if bias else 0,))
     weights, gram, inner, target_sq, head_weight, head_bias = (residual.new_empty(s, dtype=dtype) for s in shapes)
-    return residual.new_empty(k, dtype=torch.int64), weights, gram, inner, target_sq, head_weight, head_bias
+    return residual.new_empty(search.k, dtype=torch.int64), weights, gram, inner, target_sq, head_weight, head_bias
 
 
-def composed(
-    residual: Tensor,
-    features: Tensor,
-    valid: Tensor,
-    bias: bool,
-    k: int,
-    rule: str,
-    ridge: float,
-    nonnegative: bool,
-    finite: bool = False,
-) -> _Outputs:
+def composed(residual: Tensor, features: Tensor, valid: Tensor, bias: bool, search: Search) -> _Outputs:
     """The three operators, one after the other."""
+    k, rule, ridge, nonnegative, _ = search
     gram, mean = gradient_gram(residual, features, bias=bias), mean_gradient(residual, features, bias=bias)
     found = match(gram, mean.inner, mean.target_sq, k, rule=rule, ridge=ridge, nonnegative=nonnegative, valid=valid)
     indices, _ = fill_spare(found.indices, found.indices >= 0, valid)
@@ -121,20 +109,11 @@ def composed(
     return indices, found.weights, gram, mean.inner, mean.target_sq, mean.head_weight, head_bias
 
 
-def _cuda(
-    residual: Tensor,
-    features: Tensor,
-    valid: Tensor,
-    bias: bool,
-    k: int,
-    rule: str,
-    ridge: float,
-    nonnegative: bool,
-    finite: bool = False,
-) -> _Outputs:
+def _cuda(residual: Tensor, features: Tensor, valid: Tensor, bias: bool, search: Search) -> _Outputs:
+    k, rule, ridge, nonnegative, finite = search
     fused = _backends.kernels(residual, features)
     if fused is None or not len(residual) or not k:
-        return composed(residual, features, valid, bias, k, rule, ridge, nonnegative, finite)
+        return composed(residual, features, valid, bias, search)
     known = finite or fused.finite_flags(residual, features)
     gram: Tensor = fused.gradient_gram(residual, features, bias, known)
     inner, target_sq, head_weight, head_bias = on_cuda(residual, features, bias, known)
@@ -150,5 +129,6 @@ _match_gradients = define(
     fake=_fake,
     cpu=composed,
     cuda=_cuda,
+    pack=pack,
     autocast=autocast_factors,
 )

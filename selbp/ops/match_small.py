@@ -13,9 +13,9 @@ from torch import Tensor
 
 from selbp import _native
 from selbp._checks import accumulate_dtype
-from selbp.ops._factors import autocast_factors, contiguous_in
+from selbp.ops._factors import autocast_factors
 from selbp.ops._register import define
-from selbp.ops.match_gradients import check, composed
+from selbp.ops.match_gradients import Search, check, composed, pack
 from selbp.ops.matching import RULES
 from selbp.ops.mean_gradient import is_small
 
@@ -58,10 +58,9 @@ def match_small(
     return indices, weights
 
 
-def _fake(
-    residual: Tensor, features: Tensor, valid: Tensor, bias: bool, k: int, rule: str, ridge: float, nonnegative: bool
-) -> tuple[Tensor, Tensor]:
-    return residual.new_empty(k, dtype=torch.int64), residual.new_empty(k, dtype=accumulate_dtype(residual.dtype))
+def _fake(residual: Tensor, features: Tensor, valid: Tensor, bias: bool, search: Search) -> tuple[Tensor, Tensor]:
+    dtype = accumulate_dtype(residual.dtype)
+    return residual.new_empty(search.k, dtype=torch.int64), residual.new_empty(search.k, dtype=dtype)
 
 
 def _composed(*problem: Any) -> tuple[Tensor, Tensor]:
@@ -69,20 +68,19 @@ def _composed(*problem: Any) -> tuple[Tensor, Tensor]:
     return indices, weights
 
 
-def _cpu(
-    residual: Tensor, features: Tensor, valid: Tensor, bias: bool, k: int, rule: str, ridge: float, nonnegative: bool
-) -> tuple[Tensor, Tensor]:
+def _cpu(residual: Tensor, features: Tensor, valid: Tensor, bias: bool, search: Search) -> tuple[Tensor, Tensor]:
+    k, rule, ridge, nonnegative, _ = search
     if in_one_call(residual, features, valid, k):
         (n, n_classes), width = residual.shape, features.shape[1]
         dtype = accumulate_dtype(residual.dtype)
-        r, h, rows = contiguous_in(residual, dtype), contiguous_in(features, dtype), valid.contiguous()
+        r, h, rows = residual.to(dtype).contiguous(), features.to(dtype).contiguous(), valid.contiguous()
         indices, weights = torch.empty(k, dtype=torch.int64), torch.empty(k, dtype=dtype)
         problem = (dtype == torch.float64, (n, n_classes, width), bias, k, RULES.index(rule), nonnegative, ridge)
         places = (rows.data_ptr(), indices.data_ptr(), weights.data_ptr())
         if _native.match_gradients(r.data_ptr(), h.data_ptr(), *problem, *places):
             return indices, weights
     # where a number is not finite, the long way finds the rows that it spoils
-    return _composed(residual, features, valid, bias, k, rule, ridge, nonnegative)
+    return _composed(residual, features, valid, bias, search)
 
 
 _match_small = define(
@@ -92,5 +90,6 @@ _match_small = define(
     fake=_fake,
     cpu=_cpu,
     cuda=_composed,
+    pack=pack,
     autocast=autocast_factors,
 )

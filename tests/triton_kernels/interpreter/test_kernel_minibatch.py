@@ -139,7 +139,7 @@ def test_matching_from_factors(finite, monkeypatch):
 
     monkeypatch.setattr(matching_operator, "_cuda", solve)
     indices, weights, gram, inner, target_sq, head_weight, head_bias = matched._cuda(
-        residual, features, valid, True, 12, "ols", 1e-3, True, finite
+        residual, features, valid, True, matched.Search(12, "ols", 1e-3, True, finite)
     )
     spec = reference.mean_gradient(residual.double(), features.double())
     wanted = reference.gradient_gram(residual.double(), features.double())
