@@ -13,10 +13,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from selbp.training.measured import live_peak
-
-__all__ = ["live_peak", "peak_extra_bytes", "printed_by", "resident_peak", "rise", "status_bytes"]
-
 # A process started so maps blocks of this size singly and returns them when they are freed: its resident set then
 # follows what is in use.
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import selbp
 from benchmarks.bench_rows import full_step, on_rows, second_forward
-from selbp_study.memory import live_peak, resident_peak
+from selbp.training.measured import live_peak
+from selbp_study.memory import resident_peak
 from selbp_study.row_models import TIMED
 
 

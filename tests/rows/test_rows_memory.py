@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import selbp
-from selbp_study.memory import live_peak
+from selbp.training.measured import live_peak
 from selbp_study.row_models import TIMED
 
 N = {"MLP": 512, "CNN": 16, "ResNet-GN": 16, "ViT": 16, "GPT": 8}

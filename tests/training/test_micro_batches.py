@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import selbp
 from selbp.sampling import ScoreTable
-from selbp_study.memory import live_peak
+from selbp.training.measured import live_peak
 
 EXACT = 1e-12
 N = 50
