@@ -14,7 +14,7 @@ from torch import Tensor
 from selbp._checks import check_dtype, check_floating, check_optional_tensor, check_same_device, check_shape
 from selbp.ops import _backends
 from selbp.ops._register import define, define_differentiable
-from selbp.reference.losses import scale_of
+from selbp.reference.losses import label_mass, scale_of
 
 _Unscored = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 _LOW = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,11 +76,8 @@ def _check_unscored(target: Tensor, finite: Tensor, class_weight: Tensor | None,
 def _unscored(
     target: Tensor, finite: Tensor, class_weight: Tensor | None, ignore_index: int, double: bool
 ) -> _Unscored:
-    present = target != ignore_index
-    mass = present.float()
-    if class_weight is not None:
-        mass *= class_weight.float()[target.clamp(0, len(class_weight) - 1)]
-    valid = present & finite
+    mass = label_mass(target, class_weight, ignore_index, torch.float32)
+    valid = (target != ignore_index) & finite
     unknown = torch.full_like(mass, torch.nan, dtype=torch.float64 if double else torch.float32)
     return mass, valid, torch.zeros_like(valid), unknown, scale_of(mass, valid).to(unknown.dtype)
 

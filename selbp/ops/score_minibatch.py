@@ -17,7 +17,7 @@ from selbp.ops import statistics as statistics_operator
 from selbp.ops._loss_options import LossOptions
 from selbp.ops._register import define
 from selbp.ops.residual import residual
-from selbp.reference.losses import scale_of
+from selbp.reference.losses import label_mass, scale_of
 from selbp.types import BatchStatistics
 
 _Outputs = tuple[Tensor, ...]
@@ -80,9 +80,7 @@ def _composed(
 ) -> _Outputs:
     dtype, named = accumulate_dtype(logits.dtype), options._asdict()
     stats = statistics_operator.cross_entropy_statistics(logits, target, features, bias=bias, **named)
-    mass = (target != options.ignore_index).to(dtype)
-    if options.class_weight is not None:
-        mass *= options.class_weight.to(dtype)[target.clamp(0, logits.shape[1] - 1)]
+    mass = label_mass(target, options.class_weight, options.ignore_index, dtype)
     scale = scale_of(mass, stats.valid).to(dtype)
     both = [logits.new_empty(0, 0, dtype=dtype) for _ in range(2)]
     if factors and features is not None:

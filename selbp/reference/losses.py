@@ -22,6 +22,14 @@ def soft_target(
     return (1.0 - label_smoothing) * onehot * w + label_smoothing / n_classes * w
 
 
+def label_mass(target: Tensor, class_weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """What each label counts in torch's mean, in its shape: its class weight, 1 without, and 0 where it is ignored."""
+    present = target != ignore_index
+    if class_weight is None:
+        return present.to(dtype)
+    return torch.where(present, class_weight.to(dtype)[target.clamp(0, len(class_weight) - 1)], 0.0)
+
+
 def scale_of(mass: Tensor, valid: Tensor) -> Tensor:
     """() s with (1/n) sum s l_i = torch's mean over valid samples; 0 where there is none."""
     wide = torch.float32 if mass.device.type == "mps" else torch.float64

@@ -16,7 +16,7 @@ from selbp.common.exchange import Ranks
 from selbp.common.proxies import HeadProxies
 from selbp.reference.losses import scale_of
 from selbp.training.losses import logits_of
-from selbp.training.scoring import Scored, worth_keeping
+from selbp.training.scored import Scored, worth_keeping
 from selbp.types import BatchStatistics
 
 
@@ -108,7 +108,7 @@ class Found:
             )
         stats = self.stats._replace(residual_sq=self.stats.residual_sq * scale.square())
         output = None if self.logits is None else {"logits": self.logits}
-        return Scored(stats, scale, proxies, None, self.hits, mass=self.mass, output=output)
+        return Scored(stats, scale, proxies, hits=self.hits, mass=self.mass, output=output)
 
 
 def added(hits: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:

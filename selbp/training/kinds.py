@@ -38,8 +38,9 @@ from selbp.training.placed_cut import CutStepReport, PlacedCut
 from selbp.training.pooled import Backward, Pooled
 from selbp.training.report import StepReport
 from selbp.training.schedule import Schedule
+from selbp.training.scored import Scored, worth_keeping
 from selbp.training.scores import weighted, write_back
-from selbp.training.scoring import Scored, score, unscored, worth_keeping
+from selbp.training.scoring import Scorer, unscored
 from selbp.training.sketched import Sketcher
 from selbp.training.stopwatch import AHEAD, Stopwatch
 from selbp.training.strategies import row_losses
@@ -62,7 +63,6 @@ class StepKinds:
         self._strategy = options.strategy()
         self._scoring, self._precision = options.scoring, options.scoring_precision
         self._full_head, self._gradients = options.full_head, options.reads_gradients
-        self._sketch = Sketcher() if options.proxy == "sketch" else None
         self._cut = None if options.cut is None else _placed(model, options.cut, options)
         wanted = self._gradients or options.head is not None or options.linear
         self.head = find_head(model, options.head) if wanted else find_clear_head(model)
@@ -76,6 +76,17 @@ class StepKinds:
             check_full_gradient(model, self.head)
         self._reduce = averaging(model) if options.target == "global" else None
         self._table = options.table
+        self._scorer = Scorer(
+            self.head,
+            self._criterion,
+            self._gradients,
+            self._scoring,
+            self._precision,
+            self._reduce,
+            self._auxiliary,
+            Sketcher() if options.proxy == "sketch" else None,
+            keep_output=self._table is not None,
+        )
         self._running, self._comparison = RunningStatistics(model), FirstComparison(model)
         self._untouched = Untouched()
         self._pooled = Pooled.of(self, options)
@@ -210,21 +221,12 @@ class StepKinds:
         model = self.model
         if isinstance(model, nn.parallel.DistributedDataParallel) and not keep_graph:
             model = model.module  # its reducer must not see a forward that no backward follows
-        return score(
+        return self._scorer.score(
             batch,
             model,
-            self.head,
-            self._criterion,
-            gradients=self._gradients,
             factors=self.selector.needs == "gradients" or self._full_head,
-            mode=self._scoring,
-            precision=self._precision,
             keep_graph=keep_graph,
-            reduce=self._reduce,
             feed=Batch.feed if keep_graph else self._untouched.feed,
-            keep_output=self._table is not None,
-            auxiliary=self._auxiliary,
-            sketch=self._sketch,
             unit=unit,
             ran=lambda: watch.lap(AHEAD),
         )

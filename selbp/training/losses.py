@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from selbp._checks import check_int, check_number, shown
 from selbp.ops._backends import saves_launches
 from selbp.ops.minibatch import count_hits
+from selbp.reference.losses import label_mass
 from selbp.training.soft_labels import is_soft, soft_hits, soft_losses, soft_mass
 
 LOSSES = ("cross_entropy", "mse", "bce", "causal_lm", "linear_causal_lm")
@@ -95,6 +96,14 @@ class CrossEntropy:
         if device not in self._moved:
             self._moved[device] = self.class_weight.detach().to(device)
         return self._moved[device]
+
+    def options(self, device: torch.device) -> dict[str, Any]:
+        """What the operators of :mod:`selbp.ops` that take logits and labels are called with."""
+        return {
+            "class_weight": self.weight_on(device),
+            "ignore_index": self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+        }
 
     def check_classes(self, classes: int, source: str) -> None:
         """Raise ValueError unless each of the ``classes`` that ``source`` gives has a class weight, or none has."""
@@ -188,12 +197,8 @@ class CrossEntropy:
         if self.soft(target):
             return soft_mass(target, self.class_dim)
         labels = self.labels(target)
-        present = labels != self.ignore_index
-        weight = self.weight_on(labels.device)
-        if weight is None:
-            return present.sum(1, dtype=torch.float32), present.any(1)
-        known = labels.clamp(0, len(weight) - 1)
-        return torch.where(present, weight.float()[known], 0.0).sum(1), present.any(1)
+        mass = label_mass(labels, self.weight_on(labels.device), self.ignore_index, torch.float32)
+        return mass.sum(1), (labels != self.ignore_index).any(1)
 
     def hits(self, output: Any, target: Any, live: Tensor) -> tuple[Tensor, Tensor] | None:
         """See :class:`Criterion`."""

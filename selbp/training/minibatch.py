@@ -12,7 +12,7 @@ from selbp.common.proxies import HeadProxies
 from selbp.sampling.issued import Draw
 from selbp.training.per_call import PerCall
 from selbp.training.report import StepReport
-from selbp.training.scoring import Scored
+from selbp.training.scored import Scored
 from selbp.training.stopwatch import Stopwatch
 from selbp.types import BatchStatistics, MeanGradient, Selection
 

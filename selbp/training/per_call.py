@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from selbp._checks import shown
-from selbp.training.scoring import Scored
+from selbp.training.scored import Scored
 from selbp.types import BatchStatistics, Selection
 
 

@@ -31,8 +31,9 @@ from selbp.training.minibatch import Minibatch
 from selbp.training.options import UNSEEDED, StepOptions
 from selbp.training.per_call import PerCall
 from selbp.training.report import StepReport
+from selbp.training.scored import Scored
 from selbp.training.scores import write_back
-from selbp.training.scoring import Scored, unscored
+from selbp.training.scoring import unscored
 from selbp.training.stopwatch import Stopwatch
 from selbp.types import MeanGradient, Selection
 

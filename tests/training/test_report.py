@@ -191,7 +191,7 @@ def test_phases_are_timed():
 
 
 def test_large_factors_do_not_outlive_the_choice(monkeypatch):
-    monkeypatch.setattr("selbp.training.scoring.DIAGNOSTIC_BYTES", 1)
+    monkeypatch.setattr("selbp.training.scored.DIAGNOSTIC_BYTES", 1)
     x, y = samples()
     step = selbp.SelectiveBackprop(mlp(), selector=selbp.TopLoss(), keep=0.25)
     step(x, y)
