@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from selbp._checks import check_choice, shown
-from selbp.common.distributed import unwrap
 from selbp.common.hooks import is_compiled, mark
+from selbp.common.modules import find_place
 from selbp.common.state import CHOICE_ENTRIES, ChoiceState
 from selbp.cut.module import BackwardCut
 from selbp.cut.proxies import Proxy
@@ -137,7 +137,9 @@ def insert_cut(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
     check_choice("at", at, ("output", "input"))
-    name, module = _find(model, place)
+    if not isinstance(place, (nn.Module, str)):
+        raise TypeError(f"place must be a module of the model or its name, got {shown(place)}")
+    name, module = find_place("place", model, place)
     cut = BackwardCut(keep, selector, generator=generator, losses=losses, proxy=proxy, batchnorm=batchnorm)
     hook = _Hook(name, cut)
     if at == "output":
@@ -148,19 +150,3 @@ def insert_cut(
     if is_compiled(model):  # code that ran before has no guard on a module's hooks
         undo.append(mark(module))
     return InsertedCut(name, cut, undo)
-
-
-def _find(model: nn.Module, place: object) -> tuple[str, nn.Module]:
-    """The module at ``place`` and its name. Raises TypeError or ValueError."""
-    names = {name: module for name, module in unwrap(model).named_modules() if name}
-    if isinstance(place, nn.Module):
-        found = [name for name, module in names.items() if module is place]
-        if not found:
-            raise ValueError(f"place must be a module of the model, got another {type(place).__name__}")
-        return found[0], place
-    if not isinstance(place, str):
-        raise TypeError(f"place must be a module of the model or its name, got {shown(place)}")
-    outer = {**dict(model.named_modules()), **names}
-    if not place or place not in outer:
-        raise ValueError(f"place {place!r} names no module of the model; it has {', '.join(names)}")
-    return place, outer[place]

@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge
 from selbp.common.distributed import unwrap
 from selbp.common.hooks import COMPILED, is_compiled, watched
 from selbp.common.in_place import Kept, edge_of, hookable, source, version_of
+from selbp.common.modules import check_hookable
 from selbp.training.head_kinds import is_adapter, is_pointwise, raw_parameter_after, through_adapter, widths
 
 
@@ -63,6 +64,7 @@ def find_head(model: nn.Module, head: nn.Module | str | None) -> nn.Module:
                 f"cut={chosen!r} or a rule that reads losses"
             )
         found = names[chosen]
+    check_hookable("head", model, found)
     weight = getattr(found, "weight", None)
     if not isinstance(weight, Tensor) or (weight.dim() != 2 and not is_pointwise(found)):
         raise ValueError(f"head must be a linear layer with a weight (C, d), got {type(found).__name__}; {listed}")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from selbp.common.batch import Batch
-from selbp.common.distributed import unwrap
 from selbp.common.figures import Choice
+from selbp.common.modules import find_place
 from selbp.cut.choice import Cut
 from selbp.cut.recompute import RecomputedCut, check_reached, cut_at
 from selbp.cut.report import CutReport
@@ -57,17 +57,7 @@ class PlacedCut:
         precision: str,
         batchnorm: BatchNormPolicy = "exact",
     ) -> None:
-        names = {name: module for name, module in unwrap(model).named_modules() if name}
-        if isinstance(place, str):
-            outer = dict(model.named_modules())  # a wrapper such as DDP has its own name for the module
-            if place not in names and (not place or place not in outer):
-                raise ValueError(f"cut={place!r} names no module of the model; it has {', '.join(names)}")
-            self.name, self.module = place, names[place] if place in names else outer[place]
-        else:
-            matches = [name for name, module in names.items() if module is place]
-            if not matches:
-                raise ValueError(f"cut must be a module of the model, or its name, got another {type(place).__name__}")
-            self.name, self.module = matches[0], place
+        self.name, self.module = find_place("cut", model, place)
         self._model = model
         self._cut = Cut(keep, selector, generator=generator, losses=None, proxy="pooled", batchnorm=batchnorm)
         self._recomputed = None

@@ -133,9 +133,9 @@ def test_a_compiled_model(ran_before):
 @pytest.mark.parametrize(
     ("place", "options", "error", "words"),
     [
-        ("9", {}, ValueError, "place '9' names no module of the model; it has 0, 1, 2, 3"),
+        ("9", {}, ValueError, "place='9' names no module of the model; it has 0, 1, 2, 3"),
         ("", {}, ValueError, "names no module"),
-        (nn.Linear(2, 2), {}, ValueError, "must be a module of the model, got another Linear"),
+        (nn.Linear(2, 2), {}, ValueError, "must be a module of the model, or its name, got another Linear"),
         (3, {}, TypeError, "place must be a module of the model or its name, got 3"),
         ("2", {"at": "middle"}, ValueError, "at must be one of 'output', 'input'"),
         ("2", {"keep": 0}, ValueError, "keep must be"),
@@ -150,3 +150,23 @@ def test_a_wrong_call_leaves_the_model_alone(place, options, error, words):
     assert not model[2]._forward_hooks and not model[2]._forward_pre_hooks
     with pytest.raises(TypeError, match="model must be"):
         selbp.insert_cut("model", "2", keep=0.25)
+
+
+@pytest.mark.parametrize("how", ["scripted", "traced", "scripted inside"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_module_that_torchscript_runs_is_refused_by_name(how: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    if how == "traced":
+        model = torch.jit.trace(model, torch.randn(2, 4))
+    elif how == "scripted":
+        model = torch.jit.script(model)
+    else:
+        model[2] = torch.jit.script(model[2])
+    with pytest.raises(TypeError, match="place must be a module that runs in Python"):
+        selbp.insert_cut(model, "2", keep=0.25)
+    for argument in ("head", "cut"):
+        with pytest.raises(TypeError, match=f"{argument} must be a module that runs in Python"):
+            selbp.SelectiveBackprop(model, selector=selbp.GradientMatching(), keep=0.25, **{argument: "2"})
+    step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=0.25)  # needs no hook
+    step(torch.randn(8, 4), torch.arange(8) % 3).backward()
+    assert step.report.k == 2
