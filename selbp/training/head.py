@@ -112,6 +112,7 @@ def check_full_gradient(model: nn.Module, head: nn.Module) -> None:
 class Captured:
     """What the head saw in one forward: its input (n, ..., d), detached, and its output (n, ..., C)."""
 
+    head: nn.Module | None = None
     features: Kept | None = None
     logits: Tensor | None = None  # as the model goes on with them
     edge: GradientEdge | None = None  # where their gradient is read, as the head gave them
@@ -121,7 +122,11 @@ class Captured:
     def check(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         """Features and logits. Raises RuntimeError that lists ``model``'s candidates unless the head ran once."""
         if self.calls != 1 or self.features is None or self.logits is None:
-            cause = COMPILED if self.calls == 0 and is_compiled(model) else ""
+            cause = ""
+            if self.calls == 0 and all(module is not self.head for module in model.modules()):
+                cause = "; the model has not this head any more: build the step after its layers are replaced"
+            elif self.calls == 0 and is_compiled(model):
+                cause = COMPILED
             raise RuntimeError(
                 f"the head must run exactly once in a forward, it ran {self.calls} times: pass head=, the last linear "
                 f"layer; {listed_candidates(model)}{cause}"
@@ -150,7 +155,7 @@ def capture(head: nn.Module | None, *, leaf: bool = False, optional: bool = Fals
     gradient with respect to the logits can be taken in a forward that records nothing else. To be used inside
     ``no_grad``, whose end restores the grad mode. ``optional``: compiled code is left whole, and not watched.
     """
-    captured = Captured()
+    captured = Captured(head)
     if head is None:
         yield captured
         return

@@ -163,6 +163,10 @@ class CrossEntropy:
             x = x[:, :-1]
         x, labels = x.reshape(len(target), -1, x.shape[-1]), self.labels(target)
         if x.shape[1] != labels.shape[1]:
+            if shape == tuple(target.shape):
+                raise ValueError(
+                    f"target {shape} int64 has the logits' shape: class probabilities, one-hot ones too, must be floating"
+                )
             raise ValueError(
                 "logits must be (n, C) for target (n,), and (n, T, C) or (n, C, T) for target (n, T): "
                 f"got logits {shape} for target {tuple(target.shape)}"

@@ -114,6 +114,14 @@ def test_a_head_that_does_not_run_once_or_does_not_matter():
             assert_same(got, gradients(model, chosen_by_hand(model, x, y, step.report.selection)))
 
 
+def test_a_head_that_was_replaced_after_the_step_was_built():
+    model = mlp()
+    step = selbp.SelectiveBackprop(model, selector=selbp.GradientMatching(), keep=0.25)
+    model[2] = nn.Linear(model[2].in_features, model[2].out_features)
+    with pytest.raises(RuntimeError, match="ran 0 times.*build the step after its layers are replaced"):
+        step(*samples())
+
+
 def test_a_frozen_trunk_and_parameters_without_gradient():
     x, y = samples()
     for head_gradient in ("subset", "full"):

@@ -585,6 +585,12 @@ STEP_CALLS = {
     "target=array": ({}, (X, np.zeros(N)), TypeError, "target must be int64 class indices|got ndarray"),
     "target=string": ({}, (X, "labels"), TypeError, "target must be int64 class indices|got str"),
     "target=probabilities": ({}, (X, torch.ones(N, C + 1)), ValueError, "shape of the logits, (8, 5), got (8, 6)"),
+    "target=one-hot": (
+        {},
+        (X, torch.zeros(N, C).long()),
+        ValueError,
+        "target (8, 5) int64 has the logits' shape|floating",
+    ),
     "target=tokens": ({}, (X, torch.zeros(N, 3).long()), ValueError, "got logits (8, 5) for target (8, 3)"),
     "mse shape": ({"loss": "mse"}, (X, torch.zeros(N)), ValueError, "output's shape (8, 5), got (8,)"),
     "bce shape": ({"loss": "bce"}, (X, torch.zeros(N, 1)), ValueError, "output's shape (8, 5), got (8, 1)"),
