@@ -165,7 +165,7 @@ class CrossEntropy:
         if x.shape[1] != labels.shape[1]:
             if shape == tuple(target.shape):
                 raise ValueError(
-                    f"target {shape} int64 has the logits' shape: class probabilities, one-hot ones too, must be floating"
+                    f"target {shape} int64 has the logits' shape: class probabilities, one-hot too, must be floating"
                 )
             raise ValueError(
                 "logits must be (n, C) for target (n,), and (n, T, C) or (n, C, T) for target (n, T): "
