@@ -67,6 +67,7 @@ class Arm:
     scoring: str | None = None
     batch_size: int | None = None
     precision: str | None = None
+    share: float | None = None  # of the budget that the other arms have
     options: str = ""  # further arguments of SelectiveBackprop: option=value,...
     title: str | None = None
 
@@ -83,9 +84,11 @@ class Arm:
         own: dict[str, Any] = {name: value for name, value in given.items() if name in known}
         if "cut" in own:
             own["cut"] = str(own["cut"])
-        for name, kinds in (("lr", (int, float)), ("batch_size", (int,))):
+        for name, kinds in (("lr", (int, float)), ("batch_size", (int,)), ("share", (int, float))):
             if name in own and (isinstance(own[name], bool) or not isinstance(own[name], kinds)):
                 raise ValueError(f"arm {text!r}: {name} must be a number, got {own[name]!r}")
+        if not 0 < own.get("share", 1) <= 1:
+            raise ValueError(f"arm {text!r}: share must be in (0, 1], got {own['share']!r}")
         further = ",".join(f"{name}={value}" for name, value in given.items() if name not in known)
         return cls(selector, **{"title": title, **own}, options=further)
 
@@ -111,11 +114,11 @@ class Arm:
     def config(self, base: RunConfig, seed: int) -> RunConfig:
         """``base`` with what is this arm's own."""
         keep = keep_for(self.selector, base.keep) if self.keep is None else self.keep
-        own = {name: getattr(self, name) for name in OWN if name != "keep" and getattr(self, name) is not None}
+        own = {name: getattr(self, name) for name in OWN[1:-1] if getattr(self, name) is not None}
         return replace(base, selector=self.selector, keep=keep, lr=self.rate(), seed=seed, options=self.options, **own)
 
 
-OWN = ("keep", "cut", "head_gradient", "backward", "scoring", "batch_size", "precision")
+OWN = ("keep", "cut", "head_gradient", "backward", "scoring", "batch_size", "precision", "share")
 
 
 def _value(text: str) -> Value:

@@ -52,7 +52,7 @@ class Comparison:
     def config(self, arm: Arm, seed: int) -> RunConfig:
         """The configuration of one run."""
         config = arm.config(self.base, seed)
-        steps = steps_of(self.budget, self.base, config, self.costs, self.milliseconds)
+        steps = steps_of(self.budget, self.base, config, self.costs, self.milliseconds, arm.share)
         every = max(1, round(self.base.evaluate_every * steps / self.base.steps))
         return replace(config, steps=steps, evaluate_every=every)
 

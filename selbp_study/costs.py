@@ -163,11 +163,22 @@ class Costs:
         write_text(self.path, json.dumps({"machine": self.machine, "costs": costs}, indent=1) + "\n")
 
 
-def steps_of(budget: str, base: RunConfig, config: RunConfig, costs: Costs | None, milliseconds: float) -> int:
-    """How many steps a budget gives ``config`` where ``base`` gets its own number; "time" reads costs, milliseconds."""
+def steps_of(
+    budget: str,
+    base: RunConfig,
+    config: RunConfig,
+    costs: Costs | None,
+    milliseconds: float,
+    share: float | None = None,
+) -> int:
+    """How many steps ``share`` of a budget, all of it for None, gives ``config`` where ``base`` gets its own number.
+
+    "time" reads costs and milliseconds.
+    """
+    share = 1.0 if share is None else share
     if budget == "time" and costs is not None:
-        return steps_within(milliseconds, costs[config])
-    return max(1, round(base.steps * base.kept() / config.kept())) if budget == "samples" else base.steps
+        return steps_within(share * milliseconds, costs[config])
+    return max(1, round(share * base.steps * (base.kept() / config.kept() if budget == "samples" else 1)))
 
 
 def steps_within(milliseconds: float, cost: Cost) -> int:

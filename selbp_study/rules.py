@@ -68,6 +68,8 @@ ARMS: dict[str, tuple[str, str]] = {
     "top-loss-128": ("top loss, 16 of 128", "top-loss@batch_size=128,keep=16"),
     "scored": ("the whole: proxy, history, noise-aware loss", "full@keep=48,sampling=scored"),
     "auto": ("auto", "full@keep=48,sampling=auto"),
+    "auto-half": ("auto, half of the time", "full@keep=48,share=0.5,sampling=auto"),
+    "auto-two-thirds": ("auto, two thirds of the time", "full@keep=48,share=0.667,sampling=auto"),
     "auto-32": ("auto, 32 rows", "full@keep=32,sampling=auto"),
     "auto-one-pass": ("auto, a proxy of one pass", "full@keep=48,sampling=auto,passes=1"),
     "aware-random": ("random, noise-aware loss", "full@keep=48,sampling=uniform,proxy=false"),

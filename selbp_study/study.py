@@ -47,9 +47,9 @@ class Plan:
         arms = (OWN_KEEP_ARM, *map(Arm.parse, self.protocol.tuned_keeps))
         return [replace(self.config(arm, keep), keep=keep) for arm in arms for keep in self.protocol.own_keeps]
 
-    def steps(self, budget: str, config: RunConfig, keep: float | int) -> int:
-        """How many steps a budget gives ``config`` where the others choose ``keep``."""
-        return steps_of(budget, replace(self.base, keep=keep), config, self.costs, self.milliseconds)
+    def steps(self, budget: str, arm: Arm, config: RunConfig, keep: float | int) -> int:
+        """How many steps a budget gives ``arm`` as ``config`` where the others choose ``keep``."""
+        return steps_of(budget, replace(self.base, keep=keep), config, self.costs, self.milliseconds, arm.share)
 
 
 def plan_cell(cell: Cell, protocol: Protocol, sets: Sets, costs: Costs, advance: Callable[[], None]) -> Plan:
@@ -95,7 +95,7 @@ def arm_job(plan: Plan, arm: Arm, keep: float | int, budgets: Sequence[str]) -> 
     choices: list[tuple[int, Choice]] = []
     asked: list[tuple[str, Choice, list[RunConfig]]] = []
     for budget in budgets:
-        steps = plan.steps(budget, base, keep)
+        steps = plan.steps(budget, arm, base, keep)
         near = [choice for known, choice in choices if max(known, steps) <= ALIKE * min(known, steps)]
         if near:
             choice = near[0]
@@ -116,7 +116,7 @@ def own_keep_job(plan: Plan, arm: Arm, name: str) -> Job[Lines]:
     """``arm`` at the keep and rate that are best under the budget of time; called ``name`` in the result."""
     keeps = [min(keep, plan.cell.batch_size) for keep in plan.protocol.own_keeps]
     configs: dict[float | int, RunConfig] = {keep: replace(plan.config(arm, keeps[0]), keep=keep) for keep in keeps}
-    configs = {keep: replace(config, steps=plan.steps("time", config, keep)) for keep, config in configs.items()}
+    configs = {keep: replace(config, steps=plan.steps("time", arm, config, keep)) for keep, config in configs.items()}
     choice = yield from tuned(plan, list(configs.values()), arm.rate())
     found = yield seeded(plan, replace(configs[choice.keep], lr=choice.lr))
     keep = 0 if name == OWN_KEEP else plan.cell.keeps[0]  # 0: for every keep of the cell

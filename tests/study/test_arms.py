@@ -35,9 +35,21 @@ def test_what_no_field_takes_goes_to_the_training_step(config: RunConfig, datase
         Run(Arm.parse("top-loss@colour=red").config(config, 0), dataset, tmp_path)
 
 
-@pytest.mark.parametrize("text", ["best", "random@fast", "random@lr=slow", "random:fast", "random@batch_size=1.5"])
+BAD = (
+    "best",
+    "random@fast",
+    "random@lr=slow",
+    "random:fast",
+    "random@batch_size=1.5",
+    "random@share=0",
+    "random@share=1.5",
+    "random@share=half",
+)
+
+
+@pytest.mark.parametrize("text", BAD)
 def test_bad_arms_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="best|fast|slow|batch_size"):
+    with pytest.raises(ValueError, match="best|fast|slow|batch_size|share must be"):
         Arm.parse(text)
 
 

@@ -87,6 +87,16 @@ def test_budgets_tuning_cache_and_document(runs: Pool, tmp_path: Path, monkeypat
     assert section(result) in text and "data:image/png;base64," in study_page(again)
 
 
+def test_an_arm_with_a_share_of_the_budget_takes_as_many_steps_of_it(runs: Pool) -> None:
+    half = "top-loss@share=0.5"
+    found = by_place(run_study(dataclasses.replace(PROTOCOL, arms=("random", "top-loss", half), clock="random"), runs))
+    for budget in ("steps", "samples", "time"):
+        assert found[half, budget]["steps"] == found["top-loss", budget]["steps"] // 2
+    tuned = dataclasses.replace(PROTOCOL, arms=("random", half), tuned_keeps=(half,), budgets=("time",), clock="random")
+    own = by_place(run_study(tuned, runs))[half, "time"]
+    assert own["steps"] == int(9 * 0.5 / (1 + 2 * own["keep"] / 32))  # 9 ms: 12 steps of random's .75
+
+
 class Forbidden(Split):
     """A test part that may not be looked at."""
 
