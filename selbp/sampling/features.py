@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from selbp._numpy import ARRAYS
 WIDTH = 256  # numbers a sample
 GRAMS = 2  # characters or tokens that are hashed together, beside single ones
 CHUNK = 4096  # samples that are read at a time
+LABELS = ("labels", "label")  # a dict's entry with the class
+INPUTS = ("input_ids", "pixel_values")  # which of a dict's entries are the input where there are several
 
 Features = str | Tensor | Callable[[Any], Any]
 
@@ -25,17 +27,22 @@ def samples_of(dataset: Any, ids: range) -> tuple[Any, Tensor]:
     tensors = getattr(dataset, "tensors", None)  # of a TensorDataset
     if isinstance(tensors, (tuple, list)) and len(tensors) >= 2 and all(isinstance(x, Tensor) for x in tensors):
         part = slice(ids.start, ids.stop)
-        return tensors[0][part], _labels([tensors[1][part]])
+        return tensors[0][part], _labels(tensors[1][part])
     many = getattr(dataset, "__getitems__", None)
     items = many(list(ids)) if many is not None else [dataset[i] for i in ids]
+    if all(isinstance(item, Mapping) for item in items):
+        key = next((key for key in LABELS if key in items[0]), None)
+        if key is None:
+            raise TypeError(f"dataset must give dicts with {' or '.join(LABELS)}, got one with {', '.join(items[0])}")
+        return items, _labels([item[key] for item in items])
     if not all(isinstance(item, (tuple, list)) and len(item) >= 2 for item in items):
-        raise TypeError(f"dataset must give (input, label) for each number, got {shown(items[0])}")
+        raise TypeError(f"dataset must give (input, label), or a dict, for each number, got {shown(items[0])}")
     inputs = [item[0] for item in items]
     return _stacked(inputs), _labels([item[1] for item in items])
 
 
-def _labels(labels: list[Any]) -> Tensor:
-    found = labels[0] if len(labels) == 1 and isinstance(labels[0], Tensor) else torch.as_tensor(labels)
+def _labels(labels: Tensor | list[Any]) -> Tensor:
+    found = torch.as_tensor(labels)
     if found.dim() != 1 or found.is_floating_point() or found.dtype == torch.bool:
         raise ValueError(
             f"a proxy needs one class a sample: the labels are {shown(found)}; without classes leave the proxy out"
@@ -66,13 +73,16 @@ def automatic(inputs: Any) -> Tensor:
 
     Images (m, [channels,] height, width): pooled by averages to at most 256 numbers. Vectors (m, d) floating: as they
     are, or averages of neighbours. Texts, and tokens (m, T) or ragged: counts of hashed n-grams. A PIL image is read
-    as one of its pixels.
+    as one of its pixels. A dict as its ``input_ids``, where its ``attention_mask`` is not 0, its ``pixel_values``, or
+    its one entry beside the label.
     """
+    if isinstance(inputs, list) and all(isinstance(x, Mapping) for x in inputs):
+        return automatic(_stacked([_input_of(x) for x in inputs]))
     if isinstance(inputs, Tensor) and inputs.is_floating_point() | (inputs.dim() > 2):
         return _pooled(inputs)
     if isinstance(inputs, Tensor) and inputs.dim() == 2:
         return _hashed([row.tolist() for row in inputs])
-    if isinstance(inputs, Sequence) and all(isinstance(x, (str, bytes)) for x in inputs):
+    if isinstance(inputs, Sequence) and all(isinstance(x, (str, bytes, list, tuple)) for x in inputs):
         return _hashed(inputs)
     if isinstance(inputs, Sequence) and all(isinstance(x, Tensor) and x.dim() == 1 for x in inputs):
         return _hashed([x.tolist() for x in inputs])
@@ -84,6 +94,21 @@ def automatic(inputs: Any) -> Tensor:
         'features="auto" takes images, vectors, texts or tokens; pass features=, a function of a list of inputs that '
         f"gives (m, d), or a matrix (N, d) of embeddings; got {shown(inputs[0] if isinstance(inputs, list) else 0)}"
     )
+
+
+def _input_of(item: Mapping[str, Any]) -> Any:
+    """What ``"auto"`` reads of a dict. Raises TypeError where that is not clear."""
+    names = [name for name in item if name not in LABELS]
+    chosen = [name for name in INPUTS if name in item] or names
+    if len(chosen) != 1:
+        raise TypeError(
+            f'features="auto" takes dicts with input_ids, pixel_values or one entry beside the label, got one with '
+            f"{', '.join(item)}: pass features=, a function of a list of them that gives (m, d)"
+        )
+    found, mask = item[chosen[0]], item.get("attention_mask")
+    if chosen == ["input_ids"] and mask is not None:
+        return torch.as_tensor(found)[torch.as_tensor(mask) != 0].tolist()
+    return found
 
 
 def _pixels(image: Any) -> Tensor:

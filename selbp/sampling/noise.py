@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selbp._checks import check_int, check_number, shown
+from selbp.common.outputs import logits_in
 from selbp.sampling.record import lower_bound
 
 ROUNDS = 200  # of expectation-maximisation
@@ -241,8 +242,8 @@ class NoiseAwareCrossEntropy:
         self.__name__ = type(self).__name__
 
     def __call__(self, output: Any, target: Tensor) -> Tensor:
-        """(n,) losses of logits ``output`` (n, C), or something with ``.logits``, and classes ``target`` (n,) int64."""
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", output)
+        """(n,) losses of logits ``output`` (n, C), or something that has them, and classes ``target`` (n,) int64."""
+        logits = logits_in(output)
         if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() != 2:
             raise ValueError(f"logits must be (n, C), floating, got {shown(logits)}")
         if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.shape != logits.shape[:1]:

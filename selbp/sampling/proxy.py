@@ -82,14 +82,15 @@ def fit_proxy(
     Parameters
     ----------
     dataset : map-style data set
-        (input, label) for each number; a ``TensorDataset`` is read as tensors. Random augmentation is read as it comes,
-        once.
+        (input, label) for each number, or a dict with ``labels`` or ``label``; a ``TensorDataset`` is read as tensors.
+        Random augmentation is read as it comes, once.
     table : ScoreTable
         Of as many samples, with classes.
     features : "auto", callable or Tensor (N, d)
         ``"auto"``: images by average pooling to at most 256 numbers, texts and tokens by hashed n-grams, vectors as
-        they are. Or a function of the inputs (a tensor, or a list where they do not stack) of m samples that gives
-        (m, d); or a matrix (N, d), such as embeddings.
+        they are; of a dict ``input_ids``, ``pixel_values`` or the one entry beside the label. Or a function of the
+        inputs (a tensor, or a list where they do not stack or are dicts) of m samples that gives (m, d); or a matrix
+        (N, d), such as embeddings.
     hidden : int
         Units of its one hidden layer.
     passes : int or None

@@ -31,7 +31,7 @@ def auto_select(
 ) -> AutoSelect:
     """Make everything that trains ``model`` on chosen samples of ``dataset``: table, proxy, sampler, step, controller.
 
-    It was ahead of random at equal time on images with clean and with wrong labels, on ten fresh seeds, and not on a
+    It was ahead of random at equal time on images with clean and with wrong labels, on ten fresh seeds, and level on a
     data set whose step takes a millisecond; the documentation's guide "Choosing a rule" has the figures.
 
     Parameters
@@ -39,7 +39,7 @@ def auto_select(
     model : torch.nn.Module
         Gives logits (n, C) where ``classes`` is given.
     dataset : map-style data set
-        Of N samples, (input, label) for each number.
+        Of N samples, (input, label) for each number, or a dict with ``labels`` or ``label``.
     classes : int or None
         C. None for targets that are no classes: then there is neither a proxy nor a noise-aware loss, and ``options``
         name the loss.

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from selbp.common.exchange import Ranks
+from selbp.common.outputs import logits_of
 from selbp.common.proxies import HeadProxies
 from selbp.reference.losses import scale_of
-from selbp.training.losses import logits_of
 from selbp.training.scored import Scored, worth_keeping
 from selbp.types import BatchStatistics
 

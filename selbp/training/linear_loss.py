@@ -20,9 +20,10 @@ from selbp.common.distributed import parallel_in, unwrap
 from selbp.common.guards import AutocastMode
 from selbp.common.hooks import COMPILED, is_compiled, outside_graphs
 from selbp.common.in_place import version_of
+from selbp.common.outputs import logits_of
 from selbp.training.head import listed_candidates
 from selbp.training.head_kinds import is_adapter
-from selbp.training.losses import CrossEntropy, logits_of
+from selbp.training.losses import CrossEntropy
 from selbp.types import BatchStatistics
 
 NAME = "linear_causal_lm"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selbp._checks import check_int, check_number, shown
+from selbp.common.outputs import logits_of
 from selbp.ops._backends import saves_launches
 from selbp.ops.minibatch import count_hits
 from selbp.reference.losses import label_mass
@@ -39,17 +40,6 @@ def of_some(k: int, n: int) -> Iterator[None]:
         if k == n or type(error) not in (TypeError, ValueError):
             raise
         raise type(error)(f"on {k} of the batch's {n} samples: {error}") from error
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output: a Tensor, or an object or dict that has ``logits``."""
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"the model must return a Tensor or something with .logits, got {type(output).__name__}; "
-            "pass a callable loss (output, target) -> (n,) for anything else"
-        )
-    return logits
 
 
 class Criterion(Protocol):

@@ -20,13 +20,13 @@ from selbp.common.exchange import Plan, Ranks
 from selbp.common.guards import without_autocast
 from selbp.common.keep import kept_rows
 from selbp.common.lengths import Lengths
+from selbp.common.outputs import logits_of
 from selbp.sampling.issued import Draw
 from selbp.sampling.table import ScoreTable
 from selbp.training.auxiliary import add
 from selbp.training.found import Found, added
 from selbp.training.head_gradient import FullHeadGradient
 from selbp.training.interaction import Forwards
-from selbp.training.losses import logits_of
 from selbp.training.minibatch import Minibatch
 from selbp.training.options import UNSEEDED, StepOptions
 from selbp.training.per_call import PerCall

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from selbp._checks import shown
 from selbp.common.batch import Batch
+from selbp.common.outputs import logits_in
 from selbp.sampling.issued import Draw
 from selbp.sampling.table import ScoreTable
 from selbp.selectors import Selector
@@ -59,7 +59,7 @@ def write_back(
         tokens = target[0].numel() if isinstance(target, Tensor) and target.dtype == torch.int64 else 1
         table.record(draw, live, losses=losses.detach() / max(tokens, 1), place=place, live=live)
         return
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    logits = logits_in(output)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or not isinstance(target, Tensor) or target.dim() != 1:
         raise ValueError(
             f"a table with classes needs logits (n, {table.classes}) and a target (n,), got {shown(logits)} and "

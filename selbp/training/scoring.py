@@ -14,6 +14,7 @@ from selbp import ops
 from selbp.common.batch import Batch
 from selbp.common.distributed import inner_outputs
 from selbp.common.guards import evaluating, scoring_autocast, without_autocast, without_autocast_cache
+from selbp.common.outputs import logits_of
 from selbp.common.proxies import HeadProxies
 from selbp.ops._backends import saves_launches
 from selbp.ops.minibatch import unscored as unscored_rows
@@ -23,7 +24,7 @@ from selbp.training.head import Captured, capture, listed_candidates
 from selbp.training.head_kinds import is_pointwise, positions_last
 from selbp.training.linear_loss import LinearCausalLM
 from selbp.training.loss_rows import LossRows, from_features, from_logits, from_losses, operands
-from selbp.training.losses import Criterion, CrossEntropy, logits_of
+from selbp.training.losses import Criterion, CrossEntropy
 from selbp.training.scored import Reduce, Scored, in_units
 from selbp.training.sketched import Sketcher
 from selbp.types import BatchStatistics, real_dtype

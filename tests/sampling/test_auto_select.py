@@ -92,16 +92,44 @@ def test_a_proxy_finds_out_whether_labels_are_wrong_in_one_direction(direction):
     assert float(table.responsibility[wrong].mean()) + 0.4 < float(table.responsibility[~wrong].mean())
 
 
-@pytest.mark.parametrize("inputs", ["images", "texts", "tokens"])
+@pytest.mark.parametrize("inputs", ["images", "texts", "tokens", "lists of tokens", "dicts", "padded dicts"])
 def test_a_proxy_reads_images_texts_and_tokens(inputs):
     y = torch.arange(60) % 2
     made = {
         "images": lambda i: torch.full((3, 20, 20), float(i % 2)),
         "texts": lambda i: "good film" if i % 2 else "bad film",
         "tokens": lambda i: torch.tensor([5, 6, 7 + i % 2]),
+        "lists of tokens": lambda i: [5, 6, 7 + i % 2][i % 3 // 2 :],
+        "dicts": lambda i: {"input_ids": [5, 6, 7 + i % 2], "token_type_ids": [i, i, i], "labels": int(y[i])},
+        # What the mask hides would tell the classes apart.
+        "padded dicts": lambda i: {"input_ids": [7 + i % 2, i, i], "attention_mask": [1, 0, 0], "label": y[i]},
     }[inputs]
     table = ScoreTable(60, 2)
-    assert fit_proxy([(made(i), int(y[i])) for i in range(60)], table, passes=30).accuracy == 1.0
+    items = [made(i) if "dicts" in inputs else (made(i), int(y[i])) for i in range(60)]
+    assert fit_proxy(items, table, passes=30).accuracy == 1.0
+    if inputs == "padded dicts":
+        assert len(set(table.probability[y == 0].tolist())) == 1
+
+
+def test_a_proxy_reads_a_last_sample_on_its_own(monkeypatch):
+    monkeypatch.setattr("selbp.sampling.proxy.CHUNK", 59)  # samples that are read at a time
+    items = [(torch.full((2,), float(i % 2)), torch.tensor(i % 2)) for i in range(60)]
+    assert fit_proxy(items, ScoreTable(60, 2), passes=30).accuracy == 1.0
+
+
+@pytest.mark.parametrize(
+    ("item", "says"),
+    [
+        ({"x": torch.zeros(2)}, "dicts with labels or label, got one with x"),
+        ({"x": torch.zeros(2), "y": 1, "label": 0}, "input_ids, pixel_values or one entry beside the label"),
+        ({"input_ids": [1], "pixel_values": [1], "label": 0}, "got one with input_ids, pixel_values, label"),
+        (torch.zeros(2), "must give .input, label., or a dict"),
+    ],
+    ids=["no label", "two inputs", "two of the known", "no pair"],
+)
+def test_what_a_proxy_cannot_read_is_named(item, says):
+    with pytest.raises(TypeError, match=says):
+        fit_proxy([item] * 60, ScoreTable(60, 2))
 
 
 @pytest.mark.parametrize(

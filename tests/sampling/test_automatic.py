@@ -42,6 +42,31 @@ def test_its_batches_and_gradients_are_those_of_the_parts():
     assert len(seen[0]) == 9 and all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
+class Named(nn.Module):
+    """A model that takes its input by name and gives its logits by name, as Transformers' do."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.body(pixel_values)}
+
+
+@pytest.mark.parametrize("key", ["labels", "label"])
+def test_a_data_set_of_dicts_trains_as_one_of_pairs(key: str) -> None:
+    data, model = data_and_model()
+    named = [{"pixel_values": x, key: int(y)} for x, y in data]
+    seen = []
+    for dataset, net, options in ((data, model, {}), (named, Named(model), {"target_keys": (key,)})):
+        auto = selbp.auto_select(net, dataset, classes=3, k=16, pool=64, seed=5, **options)
+        model.zero_grad()
+        for batch, _ in zip(DataLoader(dataset, batch_sampler=auto.sampler), range(5), strict=False):
+            (auto(batch) if isinstance(batch, dict) else auto(*batch)).backward()
+        seen.append([auto.sampler.table.probability, *(p.grad.clone() for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
 def test_the_price_of_the_proxy_is_a_share_of_the_training():
     data, model = data_and_model()
     never = selbp.auto_select(model, data, classes=3, k=16, pool=64, steps=100, step_seconds=0.0)
