@@ -8,6 +8,7 @@
     trainer.train()
 
 or, for a trainer that is built already, ``selective(trainer, selector=selbp.TopLoss(), keep=0.25)``.
+``selective=dict(sampling=dict(classes=C))`` is :func:`selbp.auto_select`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from selbp._checks import shown
 from selbp.common.packed import unpacked
+from selbp.integrations.sampled import Sampled
 from selbp.integrations.seen import Observed, Replay, rows_in
 from selbp.integrations.tasks import base_of, per_sample, task_options
 from selbp.integrations.window import Window
@@ -31,6 +33,7 @@ from selbp.training.linear_loss import NAME as LINEAR
 from selbp.training.losses import CAUSAL
 from selbp.training.step import SelectiveBackprop
 
+SAMPLING = "sampling"  # the option, and the entry of its state in a process's file
 FILE = "selbp_state_{}.pt"  # one a process, in the checkpoint's folder
 TOKEN_LOSSES = ("cross_entropy", *CAUSAL)
 
@@ -44,7 +47,9 @@ class SelectiveTrainerMixin:
         The trainer's own.
     selective : dict, optional
         Options of :class:`selbp.SelectiveBackprop`, at least ``selector`` and ``keep``. ``loss`` is that of the model's
-        task where it is left out. Without ``selective`` the trainer is what it was.
+        task where it is left out. With ``sampling``, a dict of options of :func:`selbp.auto_select` and
+        :class:`selbp.AutoSelect`, batches of ``per_device_train_batch_size`` rows are drawn by a table of scores, and
+        ``selector`` and ``keep`` may be left out. Without ``selective`` the trainer is what it was.
 
     Notes
     -----
@@ -53,6 +58,10 @@ class SelectiveTrainerMixin:
     ``schedule``, and its state is saved with every checkpoint, one file a process, and restored with it. A
     ``compute_loss_func`` must return one loss a sample. Evaluation is the trainer's own. Logged are the unweighted mean
     loss of the minibatches, as ``loss``, and the figures of :class:`~selbp.integrations.window.Window`.
+
+    With ``sampling`` an epoch is one of the sampler's, N / pool batches: ``max_steps`` says best how long to train. A
+    resumed training goes on from the sampler's own state, in the middle of an epoch too, so that
+    ``ignore_data_skip`` is set. Each process draws from its own share of the data set.
 
     Examples
     --------
@@ -99,6 +108,13 @@ class SelectiveTrainerMixin:
                 parent.compute_loss(replay, shown, num_items_in_batch=num_items_in_batch, **kwargs)
         return (loss, output) if return_outputs else loss
 
+    def get_train_dataloader(self) -> Any:
+        """As the trainer's; with ``sampling``, of batches that are drawn by the table."""
+        if self._selective is None or self._selective.sampled is None:
+            parent: Any = super()
+            return parent.get_train_dataloader()
+        return self._selective.loader()
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's; returns the unweighted mean loss, which is what it logs."""
         parent: Any = super()
@@ -134,7 +150,7 @@ def selective(trainer: Any, **options: Any) -> Any:
     trainer : transformers.Trainer
         Or one of a class built on it. Its class becomes one with :class:`SelectiveTrainerMixin` in front.
     **options
-        Of :class:`selbp.SelectiveBackprop`, at least ``selector`` and ``keep``.
+        Of :class:`selbp.SelectiveBackprop`, at least ``selector`` and ``keep``, or ``sampling``.
 
     Returns
     -------
@@ -173,16 +189,25 @@ class _Selective:
     """What a selective trainer holds: its options, its step, and what it logs."""
 
     def __init__(self, trainer: Any, options: Mapping[str, Any]) -> None:
-        if not isinstance(options, Mapping) or not {"selector", "keep"} <= set(options):
-            raise TypeError(f"selective must be a dict with at least 'selector' and 'keep', got {shown(options)}")
-        self.trainer, self.options = trainer, dict(options)
+        known = isinstance(options, Mapping)
+        if not known or not (SAMPLING in options or {"selector", "keep"} <= set(options)):
+            raise TypeError(
+                f"selective must be a dict with at least 'selector' and 'keep', or 'sampling', got {shown(options)}"
+            )
+        self.trainer, self.options = trainer, {name: options[name] for name in options if name != SAMPLING}
+        self.sampled: Sampled | None = None
+        if SAMPLING in options:
+            planned = trainer.args.max_steps
+            rows = trainer.args.per_device_train_batch_size
+            self.sampled = Sampled(options[SAMPLING], rows, planned if planned > 0 else None)
         self.step: SelectiveBackprop | None = None
+        self._run: Callable[..., Tensor]  # the step, or its controller
         self.window = Window()
         # A head without logits has none for the trainer's metrics.
         self.metrics = self._own_metrics() and self.options.get("loss") != LINEAR
         # TRL before 1 reads its metrics off the logits and the inputs beside them, all of the rows that ran
         self.by_logits = not hasattr(sys.modules.get("trl.trainer.utils"), "add_fused_lm_head")
-        self._state: Mapping[str, Any] | None = None  # of a checkpoint, for the step that is to be built
+        self._state: dict[str, Any] | None = None  # of a checkpoint, for the step that is to be built
         self._mean: Tensor | None = None
         if trainer.args.n_gpu > 1:
             raise ValueError("a selective trainer needs one process a GPU: start it with torchrun, not DataParallel")
@@ -223,7 +248,7 @@ class _Selective:
         elif scaled and not by_count:
             factor = 1.0 / self._accumulated
         with Observed(model, self.metrics or outputs) as seen:
-            loss = step(inputs, normalizer=count if by_count else None) * factor
+            loss = self._run(inputs, normalizer=count if by_count else None) * factor
         report = step.report
         self.window.add(report)
         mean = report.mean_loss().detach()
@@ -251,16 +276,44 @@ class _Selective:
 
     def _step_on(self, model: Any, inputs: Any) -> SelectiveBackprop:
         """The step, built on ``model`` when it is first asked for."""
+        if self.sampled is not None and self.step is not None and self.step.table is not self.sampled.table:
+            self.step = None  # another training begins, with a table of its own
         if self.step is None or self.step.model is not model:
             state = self._state if self.step is None else self.step.state_dict()
             self.step = SelectiveBackprop(model, **self._step_options(model, inputs))
             if state is not None:
                 self.step.load_state_dict(state)
             self._state = None
+            self._run = self.step if self.sampled is None else self.sampled.control(self.step)
         return self.step
+
+    def loader(self) -> Any:
+        """The training's loader, of batches that the sampler draws."""
+        assert self.sampled is not None
+        trainer, dataset, how = self.trainer, self.trainer.train_dataset, {}
+        args, read, collator = trainer.args, dataset, trainer.data_collator
+        if hasattr(dataset, "remove_columns"):  # a datasets.Dataset; the proxy sees all of its columns
+            read = trainer._remove_unused_columns(dataset, description="training")
+        else:
+            collator = trainer._get_collator_with_removed_columns(collator, description="training")
+        if args.dataloader_num_workers:
+            how = {
+                "persistent_workers": args.dataloader_persistent_workers,
+                "prefetch_factor": args.dataloader_prefetch_factor,
+            }
+        return self.sampled.loader(
+            dataset,
+            read,
+            collate_fn=collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            **how,
+        )
 
     def _step_options(self, model: Any, inputs: Any) -> dict[str, Any]:
         trainer, options = self.trainer, {"auto_advance": False, **self.options}
+        if self.sampled is not None:
+            options = {**self.sampled.step_options, **options}
         if trainer.compute_loss_func is not None:
             if "loss" in self.options:
                 raise ValueError("compute_loss_func and loss= of selective are two losses: pass one")
@@ -310,6 +363,8 @@ class _Selective:
         """Write this process's state into a checkpoint's folder."""
         state = self._state if self.step is None else self.step.state_dict()
         if state is not None:
+            if self.sampled is not None:
+                state = {**state, SAMPLING: self.sampled.state_dict()}
             os.makedirs(folder, exist_ok=True)
             torch.save(dict(state), self._file(folder))
 
@@ -319,12 +374,20 @@ class _Selective:
         if checkpoint is None:
             return
         file = self._file(checkpoint)
-        if os.path.isfile(file):
-            self._state = torch.load(file, map_location="cpu", weights_only=True)
-        else:
-            warnings.warn(
-                f"{checkpoint} holds no {os.path.basename(file)}: the rule's memory starts empty", UserWarning, 2
-            )
+        if self.sampled is not None:
+            self.trainer.args.ignore_data_skip = True  # a batch that is drawn and skipped would have other samples
+        if not os.path.isfile(file):
+            self._empty(checkpoint, f"no {os.path.basename(file)}: the rule's memory starts empty")
+            return
+        self._state = torch.load(file, map_location="cpu", weights_only=True)
+        drawn = self._state.pop(SAMPLING, None)
+        if self.sampled is not None and drawn is None:
+            self._empty(checkpoint, "no table of scores: the training starts with a new one")
+        elif self.sampled is not None:
+            self.sampled.load_state_dict(drawn)
+
+    def _empty(self, checkpoint: str, what: str) -> None:
+        warnings.warn(f"{checkpoint} holds {what}", UserWarning, 3)
 
     def _file(self, folder: str) -> str:
         return os.path.join(folder, FILE.format(self.trainer.args.process_index))

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from selbp.training.report import StepReport
 
+OF_THE_TABLE = ("headroom", "price", "noise_share", "coverage")
+FIGURES = ("relative_residual", "gain", "weight_sum", "effective_sample_size", *OF_THE_TABLE)
 PHASES = ("score", "select", "forward", "backward")
 
 
@@ -40,7 +42,7 @@ class Window:
         found: dict[str, float | None] = {"batch_loss": last.loss} if every else {}
         if self._hits is not None and int(self._hits[1]):
             found["batch_accuracy"] = int(self._hits[0]) / int(self._hits[1])
-        for name in ("relative_residual", "gain", "weight_sum", "effective_sample_size"):
+        for name in FIGURES:
             try:
                 found[name] = getattr(last, name)
             except RuntimeError:  # a cut's, before its backward

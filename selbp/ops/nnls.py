@@ -121,7 +121,7 @@ def nnls_gram(
     if valid is not None:
         explained.masked_fill_(~valid, 0.0)
     # b^T b is not given; the most that one row explains of it sets the scale of what counts as noise.
-    target_sq = explained.amax(-1) if inner.shape[-1] else explained.sum(-1)
+    target_sq = explained.amax(-1) if inner.shape[-1] > 0 else explained.sum(-1)
     return _dense(gram, inner, target_sq, ridge, valid)
 
 

@@ -134,7 +134,7 @@ class AutoSelect:
         draws = self.sampler.table.issued.draws
         name = draws[0].tag if draws and draws[0].tag in self.candidates else self.current
         if self._fixed is None:
-            self._time(name, getattr(target, "device", None))
+            self._time(name, _on_gpu(target) or _on_gpu(inputs))
         self._steps += 1
         if self._steps % self.every == 0 or not (self._tried or self._trying()):
             self.decide()
@@ -142,9 +142,9 @@ class AutoSelect:
         loss: Tensor = step(inputs, target, **per_sample)
         return loss
 
-    def _time(self, name: str, device: Any) -> None:
+    def _time(self, name: str, on_gpu: bool) -> None:
         """Note what the last step took, where this one is of the same candidate."""
-        now = time.perf_counter() if device is not None and device.type == "cuda" else time.process_time()
+        now = time.perf_counter() if on_gpu else time.process_time()
         last, before = self._last
         if last == name:  # two alike in a row: what the first one took
             self._count[name] += 1
@@ -240,6 +240,14 @@ class AutoSelect:
         self._tried = not self._untried()
         self.log = [Decision(*line) for line in state["log"]]
         self._use(state["current"])
+
+
+def _on_gpu(batch: Any) -> bool:
+    """Whether a batch, or one of the tensors in a dict, a tuple or a list, is on a GPU: its steps run on the side."""
+    if isinstance(batch, Tensor):
+        return batch.is_cuda
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    return any(map(_on_gpu, values))
 
 
 def _checked(prices: Mapping[str, float], candidates: Mapping[str, Candidate]) -> dict[str, float]:

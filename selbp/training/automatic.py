@@ -87,17 +87,45 @@ def auto_select(
     >>> auto.report.k
     16
     """
+    sampler, found = drawn(
+        dataset,
+        classes=classes,
+        k=k,
+        pool=pool,
+        features=features,
+        noise=noise,
+        proxy=proxy,
+        steps=steps,
+        step_seconds=step_seconds,
+        seed=seed,
+    )
+    return AutoSelect(SelectiveBackprop(model, **{**found, **options}), sampler)
+
+
+def drawn(
+    dataset: Any,
+    *,
+    classes: int | None = None,
+    k: int = 48,
+    pool: int = 256,
+    features: Any = "auto",
+    noise: str = "auto",
+    proxy: bool = True,
+    steps: int | None = None,
+    step_seconds: float | None = None,
+    seed: int = 0,
+) -> tuple[ScoredBatchSampler, dict[str, Any]]:
+    """The sampler of :func:`auto_select` and the options of its step."""
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise TypeError(f"dataset must be map-style, with a length and numbered samples, got {shown(dataset)}")
     table = ScoreTable(len(dataset), classes, noise="none" if classes is None else noise)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"selector": Full(), "keep": 1.0, "table": table}
     if classes is not None:
         if check_flag("proxy", proxy):
             fit_proxy(dataset, table, features=features, seconds=_allowed(steps, step_seconds), steps=steps, seed=seed)
         if noise != "none":
-            options.setdefault("loss", NoiseAwareCrossEntropy(table))
-    sampler = ScoredBatchSampler(table, k, pool, seed=seed)
-    step = SelectiveBackprop(model, **{"selector": Full(), "keep": 1.0, "table": table, **options})
-    return AutoSelect(step, sampler)
+            options["loss"] = NoiseAwareCrossEntropy(table)
+    return ScoredBatchSampler(table, k, pool, seed=seed), options
 
 
 def _allowed(steps: int | None, step_seconds: float | None) -> float | None:

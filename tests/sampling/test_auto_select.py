@@ -54,6 +54,29 @@ def test_its_state_continues(monkeypatch):
         other.load_state_dict({})
 
 
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [lambda x: (x, x), lambda x: ({"x": x, "labels": x}, None), lambda x: ((x, 3), None), lambda x: (["a", x], None)],
+    ids=["target", "dict", "tuple", "list"],
+)
+@pytest.mark.parametrize("kind", [torch.Tensor, OnGpu], ids=["cpu", "gpu"])
+def test_steps_on_a_gpu_are_timed_by_the_clock(monkeypatch, batch, kind):
+    """They run beside the process, whose own time says nothing of them."""
+    read = []
+    for clock in ("process_time", "perf_counter"):
+        monkeypatch.setattr(module.time, clock, lambda clock=clock: read.append(clock) or 0.0)
+    table = known_table(64)
+    sampler = ScoredBatchSampler(table, k=4, pool=16)
+    auto = AutoSelect(FakeStep(table), sampler)
+    next(iter(sampler))
+    auto(*batch(torch.zeros(4).as_subclass(kind)))
+    assert read == ["perf_counter" if kind is OnGpu else "process_time"]
+
+
 def test_a_candidate_with_another_table_is_refused():
     table = known_table(100)
     sampler = ScoredBatchSampler(table, k=4, pool=8)

@@ -1,0 +1,83 @@
+"""Batches drawn by a table of scores, in a trainer that makes its own loader and its own step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from selbp._checks import shown
+from selbp.sampling import AutoSelect, ScoreTable
+from selbp.training.automatic import drawn
+from selbp.training.step import SelectiveBackprop
+
+DRAWN = frozenset(inspect.signature(drawn).parameters) - {"dataset"}
+CONTROLLED = frozenset({"random_k", "prices", "every", "trial", "margin"})  # of AutoSelect
+
+
+class _Step:
+    """Stands for the step, which a trainer has only after the first batches are drawn."""
+
+    def __init__(self, table: ScoreTable) -> None:
+        self.table = table
+        self.made: SelectiveBackprop | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.made is not None
+        return self.made(*args, **kwargs)
+
+
+class Sampled:
+    """Table, sampler and controller of one training, made when the loader is.
+
+    ``options`` are those of :func:`selbp.auto_select` and of :class:`selbp.AutoSelect` that are no step's; ``rows`` is
+    k where they do not give it, ``steps`` how many are planned. Raises TypeError for others.
+    """
+
+    def __init__(self, options: Any, rows: int, steps: int | None) -> None:
+        unknown = sorted(set(options) - DRAWN - CONTROLLED) if isinstance(options, Mapping) else None
+        if unknown is None or unknown:
+            known = ", ".join(sorted(DRAWN | CONTROLLED))
+            got = shown(options) if unknown is None else ", ".join(map(str, unknown))
+            raise TypeError(f"sampling must be a dict with some of {known}, got {got}")
+        self._drawn = {"k": rows, "steps": steps, **{name: options[name] for name in DRAWN & set(options)}}
+        self._controlled = {name: options[name] for name in CONTROLLED & set(options)}
+        self._used = True  # by a training, or there is none yet
+        self.step_options: dict[str, Any] = {}
+
+    def loader(self, dataset: Any, read: Any, **how: Any) -> DataLoader[Any]:
+        """A loader of ``read``, which is ``dataset`` as the model takes it. The proxy sees ``dataset``.
+
+        Each training begins with a table of its own.
+        """
+        if self._used:
+            sampler, self.step_options = drawn(dataset, **self._drawn)
+            self._step, self._used = _Step(sampler.table), False
+            self.controller = AutoSelect(self._step, sampler, **self._controlled)
+        return DataLoader(read, batch_sampler=self.controller.sampler, **how)
+
+    @property
+    def table(self) -> ScoreTable:
+        """Of the loader that was made last."""
+        return self._step.table
+
+    def control(self, step: SelectiveBackprop) -> AutoSelect:
+        """What runs ``step`` from now on."""
+        self._step.made, self._used = step, True
+        return self.controller
+
+    def _parts(self) -> dict[str, Any]:
+        sampler = self.controller.sampler
+        return {"table": sampler.table, "sampler": sampler, "controller": self.controller}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The table's, the sampler's and the controller's."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a :meth:`state_dict`, before the loader is read."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
