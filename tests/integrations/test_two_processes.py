@@ -103,6 +103,42 @@ def trainer_check(rank: int) -> None:
     assert torch.equal(weights(resumed.model), weights(whole.model))
 
 
+def sampling_check(rank: int) -> None:
+    import transformers
+    from support.hf_kit import arguments, bert, classes
+
+    from selbp.integrations.huggingface import SelectiveTrainerMixin
+
+    transformers.logging.set_verbosity_error()
+
+    class SelectiveTrainer(SelectiveTrainerMixin, transformers.Trainer):
+        pass
+
+    prices = {"random": 1.0, "drawn": 1.1}  # known, so that no clock decides
+    sampling = {"classes": 4, "pool": 8, "seed": 5, "prices": prices, "every": 2}
+    folder = shared_folder()
+
+    def trainer_of(place: Path, **args: Any) -> Any:
+        common = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
+        return SelectiveTrainer(
+            model=bert(),
+            args=arguments(place, **(common | args)),
+            train_dataset=classes(),
+            selective={"sampling": sampling},
+        )
+
+    whole = trainer_of(folder / "whole", max_steps=5)
+    whole.train()
+    check_equal_on_both(weights(whole.model))
+    mine = whole.get_train_dataloader().batch_sampler
+    assert mine.world_size == 2 and {i for batch in mine for i in batch} <= set(range(rank, 32, 2))
+    trainer_of(folder / "part", max_steps=3, save_strategy="steps", save_steps=3).train()
+    dist.barrier()
+    resumed = trainer_of(folder / "part", max_steps=5)
+    resumed.train(resume_from_checkpoint=str(folder / "part" / "checkpoint-3"))
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+
+
 def network() -> nn.Module:
     torch.manual_seed(7)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
@@ -170,6 +206,12 @@ def test_the_trainer():
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     pytest.importorskip("transformers", reason="transformers is not installed")
     launched(trainer_check)
+
+
+def test_a_trainer_whose_batches_are_drawn():
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    launched(sampling_check)
 
 
 def test_accelerate():
