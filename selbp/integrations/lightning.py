@@ -28,14 +28,16 @@ from selbp.cut.insert import InsertedCut
 from selbp.cut.module import BackwardCut
 from selbp.integrations.ranks import gathered, own
 from selbp.integrations.window import Window
+from selbp.sampling import AutoSelect
 from selbp.training.step import SelectiveBackprop
 
 
 class SelectiveCallback(Callback):
     """Counts the optimizer steps of a module's selective steps, saves their state in its checkpoints, and logs.
 
-    It finds every :class:`selbp.SelectiveBackprop`, and every cut of :func:`selbp.insert_cut`, that is an attribute of
-    the module. The state of a :class:`selbp.BackwardCut` is in the module's own.
+    It finds every :class:`selbp.SelectiveBackprop`, every :class:`selbp.AutoSelect` with its sampler and its table, and
+    every cut of :func:`selbp.insert_cut`, that is an attribute of the module. The state of a
+    :class:`selbp.BackwardCut` is in the module's own.
 
     Parameters
     ----------
@@ -57,7 +59,7 @@ class SelectiveCallback(Callback):
     def __init__(self, *, log: bool = True, prefix: str = "selective/") -> None:
         super().__init__()
         self._log, self._prefix = log, prefix
-        self._parts: dict[str, SelectiveBackprop | InsertedCut] = {}
+        self._parts: dict[str, Any] = {}
         self._windows: dict[str, Window] = {}
         self._saved: Mapping[str, Any] | None = None  # of a checkpoint, until the module is known
 
@@ -68,25 +70,25 @@ class SelectiveCallback(Callback):
         cuts = any(isinstance(part, BackwardCut) for part in pl_module.modules())
         if not self._parts and not cuts:
             raise ValueError(
-                f"{type(pl_module).__name__} has no attribute that is a selbp.SelectiveBackprop or a cut of "
-                "selbp.insert_cut: build it in the module's __init__"
+                f"{type(pl_module).__name__} has no attribute that is a selbp.SelectiveBackprop, a "
+                "selbp.AutoSelect or a cut of selbp.insert_cut: build it in the module's __init__"
             )
         self._windows = {name: Window() for name in steps}
         for name in steps:
-            self._parts[name]._auto_advance = False  # type: ignore[union-attr]
+            self._parts[name]._auto_advance = False
         self._restore()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Count the optimizer steps that were taken."""
         for name in self._windows:
-            step: Any = self._parts[name]
+            step = self._parts[name]
             while step.optimizer_step < trainer.global_step:
                 step.advance()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the figures, where the trainer logs."""
         for name, window in self._windows.items():
-            step: Any = self._parts[name]
+            step = self._parts[name]
             if step._report is None:
                 continue
             window.add(step.report)
@@ -117,7 +119,16 @@ class SelectiveCallback(Callback):
             part.load_state_dict(states[name])
 
 
-def _found(module: Any) -> dict[str, SelectiveBackprop | InsertedCut]:
+def _found(module: Any) -> dict[str, Any]:
     """Attributes of a module that have a state which its own ``state_dict`` has not."""
-    own_parts = {name: value for name, value in vars(module).items() if not name.startswith("__")}
-    return {name: value for name, value in own_parts.items() if isinstance(value, (SelectiveBackprop, InsertedCut))}
+    parts: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if name.startswith("__"):
+            continue
+        if isinstance(value, (SelectiveBackprop, InsertedCut)):
+            parts[name] = value
+        elif isinstance(value, AutoSelect):
+            steps = dict.fromkeys(candidate.step for candidate in value.candidates.values())
+            own_parts = [*steps, value.sampler.table, value.sampler, value]
+            parts |= {f"{name}.{place}": part for place, part in enumerate(own_parts)}
+    return parts

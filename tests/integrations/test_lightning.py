@@ -51,7 +51,7 @@ class Module(lightning.LightningModule):
         return torch.optim.SGD(self.net.parameters(), 0.1)
 
 
-def fit(module, folder, callback=None, resume=None, **options):
+def fit(module, folder, callback=None, resume=None, batches=None, **options):
     callback = callback or SelectiveCallback()
     trainer = lightning.Trainer(
         accelerator="cpu",
@@ -62,7 +62,7 @@ def fit(module, folder, callback=None, resume=None, **options):
         callbacks=[callback],
         **({"max_epochs": 1, "logger": False} | options),
     )
-    trainer.fit(module, loader(), ckpt_path=resume)
+    trainer.fit(module, loader() if batches is None else batches, ckpt_path=resume)
     return trainer
 
 
@@ -123,6 +123,31 @@ def test_an_inserted_cut_is_saved_too(tmp_path):
     with pytest.raises(ValueError, match="the checkpoint has the state of cut, and the module has step"):
         other = Module(selector=selbp.Full(), keep=1.0)
         fit(other, tmp_path, resume=str(tmp_path / "half.ckpt"), max_epochs=2)
+
+
+class Drawn(Module):
+    """Batches drawn by a table of scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        samples = torch.utils.data.TensorDataset(*data())
+        made = selbp.auto_select(self.net, samples, classes=5, k=6, pool=9, seed=3)
+        prices = {"random": 1.0, "drawn": 1.1}  # known, so that no clock decides
+        self.step = selbp.AutoSelect(made.candidates["drawn"].step, made.sampler, prices=prices, every=2)
+        self.batches = torch.utils.data.DataLoader(samples, batch_sampler=made.sampler)
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        return self.step(*batch)
+
+
+def test_a_table_its_sampler_and_its_controller_are_saved(tmp_path):
+    whole, part, resumed = Drawn(), Drawn(), Drawn()
+    fit(whole, tmp_path, max_epochs=3, batches=whole.batches)
+    fit(part, tmp_path, batches=part.batches).save_checkpoint(tmp_path / "half.ckpt")
+    fit(resumed, tmp_path, resume=str(tmp_path / "half.ckpt"), max_epochs=3, batches=resumed.batches)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert torch.equal(resumed.step.sampler.table.probability, whole.step.sampler.table.probability)
+    assert resumed.step.log == whole.step.log and resumed.step.report.step == whole.step.report.step == 11
 
 
 def test_it_logs_the_figures(tmp_path):
