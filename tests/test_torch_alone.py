@@ -42,7 +42,8 @@ OTHERS = """
 import json
 before = set(sys.modules)
 import selbp
-print(json.dumps(sorted(name for name in set(sys.modules) - before if name.split(".")[0] != "selbp")))
+ours = {"selbp", *(before & set(sys.stdlib_module_names))}  # a package of Python's own may load the rest of itself
+print(json.dumps(sorted(name for name in set(sys.modules) - before if name.split(".")[0] not in ours)))
 """
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from os import PathLike
 from typing import NamedTuple
@@ -137,6 +136,8 @@ class KnownScores:
 
         What is not known is left empty.
         """
+        import csv  # nothing else of the library needs it
+
         columns = (self.label, self.probability, self.responsibility, self.score, self._mislabelled(), self.rival)
         lists = [column.tolist() for column in (*columns, self.seen)]
         names = "id,label,probability,responsibility,score,mislabelled,probable_label,seen".split(",")

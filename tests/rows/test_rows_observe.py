@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -36,8 +37,9 @@ def cut() -> Tensor:
 
 
 def in_a_thread(function: Callable[[], Any]) -> Any:
+    """In a thread with a context of its own, which a Python without the GIL does not give by itself."""
     results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(function()))
+    thread = threading.Thread(target=lambda: results.append(contextvars.Context().run(function)))
     thread.start()
     thread.join()
     return results[0]
