@@ -163,6 +163,17 @@ SELBP_INLINE void store(A* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// v, read from memory once: GCC would repeat the load for each multiply-add with v, and loads bound such loops.
+template <class V>
+SELBP_INLINE V held(V v) {
+#if defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 // A vector of `kCount` lanes of A, and the two halves of one. Lanes are reduced by halving: short dependency chains,
 // and every step stays in registers.
 template <class A, int kCount>

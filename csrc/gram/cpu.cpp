@@ -145,7 +145,8 @@ SELBP_INLINE void multiply_rows(typename Simd<T>::V (&totals)[kRows][kVectors], 
     for (std::int64_t k = first; k < end; ++k) {
 #pragma GCC unroll 4
       for (int b = 0; b < kVectors; ++b) {
-        const auto values = load(right + k * kBlock + b * Simd<T>::kLanes);
+        auto values = load(right + k * kBlock + b * Simd<T>::kLanes);
+        if (kRows > 1) values = held(values);
 #pragma GCC unroll 2
         for (int a = 0; a < kRows; ++a) sums[a][b] = fma(splat(left[a][k]), values, sums[a][b]);
       }

@@ -71,9 +71,9 @@ template <class T>
 bool solve_rows(Options options, const Problem<T>& problem, const Answer<T>& answer, const matching::RowSource& rows) {
   options.near_bytes = std::size_t(-1);  // lookahead would read rows that are not formed
   const Room<T> room(options);
-  char* memory = arena.reserve(room.bytes);
+  char* memory = arena.reserve(room.bytes + std::size_t(room.shape.main) * sizeof(T));
   if (!memory) return false;
-  SimdTeam<T> team(&rows);
+  SimdTeam<T> team(&rows, reinterpret_cast<T*>(memory + room.bytes), options.n);
   room.solve(team, options, problem, answer, memory);
   arena.trim();
   return true;

@@ -44,6 +44,16 @@ struct GradientKernels {
   static bool diagonal(double* out, double* packed, const GramRows<double>& of) {
     return SELBP_PICK(gram_diagonal_f64)(out, of, packed);
   }
+  static double dot(const float* a, const float* b, std::int64_t count) {
+    double sum;
+    SELBP_PICK(row_dots_f32)(&sum, a, b, 1, count, 1);
+    return sum;
+  }
+  static double dot(const double* a, const double* b, std::int64_t count) {
+    double sum;
+    SELBP_PICK(row_dots_f64)(&sum, a, b, 1, count, 1);
+    return sum;
+  }
   static void rows(float* out, const GramRows<float>& of, int row, int other) {
     SELBP_PICK(gram_rows_f32)(out, of, row, other);
   }
@@ -75,6 +85,12 @@ struct RowsOnDemand {
     rows.formed[row] = 1;
     if (likely >= 0) rows.formed[likely] = 1;
   }
+
+  // Whether the residuals point the same way, as the gradients then mostly do: a few of the numbers tell.
+  static bool alike(void* self, int row, int other) {
+    const auto& of = static_cast<RowsOnDemand*>(self)->of;
+    return GradientKernels::dot(of.r + row * of.shape.classes, of.r + other * of.shape.classes, of.shape.classes) > 0;
+  }
 };
 
 // False where a number is not finite: indices and weights are then unset.
@@ -91,7 +107,7 @@ bool match_gradients(const GradientFactors<T>& factors, const matching::Options&
 
   const GramRows<T> of{factors.residual, factors.features, packed, {n, classes, width}, T(factors.bias ? 1 : 0)};
   RowsOnDemand<T> on_demand{of, gram, formed};
-  const matching::RowSource source{RowsOnDemand<T>::form, &on_demand, formed};
+  const matching::RowSource source{RowsOnDemand<T>::form, RowsOnDemand<T>::alike, &on_demand, formed};
   const bool few = 3 * options.k <= n;
   for (std::int64_t row = 0; row < n; ++row) formed[row] = 0;
   if (!(few ? GradientKernels::diagonal(gram, packed, of) : GradientKernels::gram(gram, packed, of))) return false;

@@ -44,6 +44,7 @@ struct Answer {
 // and the caller has seen to it that no entry can fail to be finite.
 struct RowSource {
   void (*form)(void* self, int row, int likely);  // `row`; and `likely`, -1 or a guess at one of the next
+  bool (*alike)(void* self, int row, int other);  // whether `other` will do less once `row` has joined: a guess
   void* self;
   const unsigned char* formed;  // (n,) which rows are there
 };

@@ -87,8 +87,8 @@ class SimdTeam {
         end_(next_ + bytes),
         part_(bytes / std::size_t(turns) + kLineBytes) {}
 
-  // rows: where this problem's rows come from.
-  explicit SimdTeam(const matching::RowSource* rows) : rows_(rows) {}
+  // rows: where this problem's n rows come from. scores: scratch for a number each, padded as columns are.
+  SimdTeam(const matching::RowSource* rows, T* scores, int n) : rows_(rows), scores_(scores), n_(n) {}
 
   SELBP_HD void turn(int row) {
     if (rows_ && !rows_->formed[row]) rows_->form(rows_->self, row, likely(row));
@@ -137,12 +137,9 @@ class SimdTeam {
         score = greater ? vote.score.v[r] : score;
         index = greater ? lane + (j.first + r * kLanes) : index;
         flags |= (vote.flag.v[r] & 1) | (vote.spoiled.v[r] & 2);
+        if (rows_ && j.first < main) SELBP_LEVEL::store(scores_ + j.first + r * kLanes, vote.score.v[r]);
       }
     });
-    if (rows_) {
-      SELBP_LEVEL::store(lane_score_, score);
-      SELBP_LEVEL::store(lane_index_, index);
-    }
     fold<kLanes / 2>(score, index, flags);
     return {score[0], int(index[0]), (flags[0] & 1) != 0, (flags[0] & 2) != 0};
   }
@@ -156,14 +153,16 @@ class SimdTeam {
  private:
   static constexpr int kLanes = Simd<T>::kLanes;
 
-  // The best row of the last arg max that is not formed, as far as its lanes tell, apart from `row`; or -1.
+  // The best row of the last arg max that is not formed, apart from `row`; or -1. What is like `row` will do less when
+  // that has joined.
   SELBP_METHOD int likely(int row) const {
     int best = -1;
     T score = T(0);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int other = int(lane_index_[lane]);
-      if (!(lane_score_[lane] >= score) || other == row || rows_->formed[other]) continue;
-      score = lane_score_[lane];
+    for (int other = 0; other < n_; ++other) {
+      if (!(scores_[other] > score) || other == row || rows_->formed[other]) continue;
+      const T rest = rows_->alike(rows_->self, row, other) ? T(0.2) * scores_[other] : scores_[other];
+      if (!(rest > score)) continue;
+      score = rest;
       best = other;
     }
     return best;
@@ -230,8 +229,8 @@ class SimdTeam {
   const char *next_ = nullptr, *end_ = nullptr;
   std::size_t part_ = 0;
   const matching::RowSource* rows_ = nullptr;  // null: the matrix is there
-  T lane_score_[kLanes];                       // of the last arg max, each lane's best
-  typename Simd<T>::Int lane_index_[kLanes];
+  T* scores_ = nullptr;                        // then: of the last arg max, each column's
+  int n_ = 0;
 };
 
 }  // namespace SELBP_LEVEL

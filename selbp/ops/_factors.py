@@ -30,9 +30,14 @@ def autocast_factors(a: Tensor, b: Tensor, *others: Any) -> tuple[Any, ...]:
     return a, b, *others
 
 
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in ``dtype``; itself where it is: ``to`` takes a microsecond to find that out."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def contiguous_in(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in ``dtype``, contiguous; itself where it is: ``to`` takes a microsecond to find that out."""
-    return (x if x.dtype == dtype else x.to(dtype)).contiguous()
+    """``x`` in ``dtype``, contiguous; itself where it is."""
+    return in_dtype(x, dtype).contiguous()
 
 
 def finite_rows(residual: Tensor, features: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def _check_norm(
 ) -> None:  # fmt: skip
     check_floating("residual_sq", residual_sq)
     check_shape("residual_sq", residual_sq, "(n,)", (None,))
-    n = len(residual_sq)
+    n = residual_sq.shape[0]
     _check_rows("residual_sq", residual_sq, n, valid, k)
     if feature_sq is not None:
         check_dtype("feature_sq", feature_sq, residual_sq.dtype)
@@ -86,7 +86,7 @@ def _check_percentile(
 ) -> None:  # fmt: skip
     check_floating("loss", loss)
     check_shape("loss", loss, "(n,)", (None,))
-    n = len(loss)
+    n = loss.shape[0]
     _check_rows("loss", loss, n, valid, k)
     _check_double("history", history, (None,), "(length,)", "loss", loss)
     _check_double("draws", draws, (n + 1,), f"(n + 1,) with n = {n} as loss", "loss", loss)

@@ -83,7 +83,8 @@ def check(residual: Tensor, features: Tensor, valid: Tensor, bias: bool, search:
     """Raise ValueError or TypeError for arguments that do not fit."""
     check_factors(residual, features)
     check_dtype("valid", valid, torch.bool)
-    check_shape("valid", valid, f"(n,) with n = {len(residual)} rows as residual", (len(residual),))
+    n = residual.shape[0]
+    check_shape("valid", valid, f"(n,) with n = {n} rows as residual", (n,))
     check_same_device("valid", valid, "residual", residual)
     if search.k < 0:
         raise ValueError(f"k must be at least 0, got {search.k}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from selbp import _native
 from selbp._checks import accumulate_dtype
-from selbp.ops._factors import autocast_factors
+from selbp.ops._factors import autocast_factors, contiguous_in
 from selbp.ops._register import define
 from selbp.ops.match_gradients import Search, check, composed, pack
 from selbp.ops.matching import RULES
@@ -73,7 +73,7 @@ def _cpu(residual: Tensor, features: Tensor, valid: Tensor, bias: bool, search: 
     if in_one_call(residual, features, valid, k):
         (n, n_classes), width = residual.shape, features.shape[1]
         dtype = accumulate_dtype(residual.dtype)
-        r, h, rows = residual.to(dtype).contiguous(), features.to(dtype).contiguous(), valid.contiguous()
+        r, h, rows = contiguous_in(residual, dtype), contiguous_in(features, dtype), valid.contiguous()
         indices, weights = torch.empty(k, dtype=torch.int64), torch.empty(k, dtype=dtype)
         problem = (dtype == torch.float64, (n, n_classes, width), bias, k, RULES.index(rule), nonnegative, ridge)
         places = (rows.data_ptr(), indices.data_ptr(), weights.data_ptr())

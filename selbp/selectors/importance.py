@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from selbp._checks import check_choice, check_flag, check_number
+from selbp.ops._factors import in_dtype
 from selbp.ops.choose_gradients import choose_by_norm
 from selbp.reference.choices import norm_odds
 from selbp.reference.sampling import sample_with_replacement, slot_weights, uniform
@@ -98,7 +99,7 @@ class GradNormImportance(BaseSelector):
             threshold,
             stats.loss.dtype == torch.float32,
         )
-        return Selection(indices, weights.to(stats.loss.dtype))
+        return Selection(indices, in_dtype(weights, stats.loss.dtype))
 
     def _least_tau(self, keep: float) -> float | None:
         """What the running mean of tau must exceed for draws by norm; None for always."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from selbp._checks import check_choice, check_int, check_number
+from selbp.ops._factors import in_dtype
 from selbp.ops.choose_gradients import choose_by_percentile
 from selbp.reference.sampling import uniform
 from selbp.selectors.base import BaseSelector, Needs, check_state, state_tensor
@@ -82,7 +83,7 @@ class LossPercentile(BaseSelector):
             loss, valid, self._losses.to(loss.device), uniform(rows.n + 1, loss, rows.generator), k, self.weights,
             self.beta, least, loss.dtype == torch.float32,
         )  # fmt: skip
-        return Selection(indices, weights.to(loss.dtype))
+        return Selection(indices, in_dtype(weights, loss.dtype))
 
     def state_dict(self) -> dict[str, Any]:
         """``losses`` (history,) float64: the last valid losses, oldest first, NaN where there were fewer."""

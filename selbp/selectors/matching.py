@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 
 from selbp._checks import check_choice, check_flag, check_number
+from selbp.ops._factors import in_dtype
 from selbp.ops.match_gradients import match_gradients
 from selbp.ops.match_small import in_one_call, match_small
 from selbp.ops.matching import RULES, match
@@ -72,7 +73,7 @@ class GradientMatching(BaseSelector):
         stats, proxies = rows.stats, rows.proxies
         plain = self.weights == "refit" and not self.unit_sum
         factors = proxies.factors() if plain and isinstance(proxies, GradientProxies) else None
-        if factors is not None and proxies is not None and len(factors[0]) == len(factors[1]) == rows.n:
+        if factors is not None and proxies is not None and factors[0].shape[0] == factors[1].shape[0] == rows.n:
             problem = (*factors, stats.valid, k)
             rule, ridge, nonnegative, bias = self.rule, self.ridge, self.nonnegative, proxies.bias
             if in_one_call(*problem):
@@ -82,7 +83,7 @@ class GradientMatching(BaseSelector):
                     *problem, bias=bias, rule=rule, ridge=ridge, nonnegative=nonnegative, finite=proxies.finite
                 )
                 proxies.keep(gram, mean)
-            return Selection(indices, weights.to(stats.loss.dtype))
+            return Selection(indices, in_dtype(weights, stats.loss.dtype))
         return self._in_turn(rows, rows.gradients, k)
 
     def _in_turn(self, rows: Candidates, proxies: GradientProxies, k: int) -> Selection:
