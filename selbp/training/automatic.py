@@ -97,6 +97,8 @@ def auto_select(
             options.setdefault("loss", NoiseAwareCrossEntropy(table))
     sampler = ScoredBatchSampler(table, k, pool, seed=seed)
     step = SelectiveBackprop(model, **{"selector": Full(), "keep": 1.0, "table": table, **options})
+    if step._ranks is not None and step._ranks.size > 1:  # a proxy may have had time for more on one of them
+        table.load_state_dict(step._ranks.first(table.state_dict()))
     return AutoSelect(step, sampler)
 
 
