@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -236,6 +237,22 @@ def test_a_model_whose_samples_interact_is_measured_on_rows_only() -> None:
     found = selbp.diagnose(model, batch(), 0.25, selector=selbp.TopLoss(), steps=1).measured
     assert found is not None and set(found.seconds) == {"full", "rows"}
     assert model.count is before and before == 0
+
+
+@pytest.mark.parametrize("without", [None, "recompute", "rows"], ids=["all", "no recompute", "no rows"])
+def test_no_step_is_run_that_is_not_measured(monkeypatch: pytest.MonkeyPatch, without: str | None) -> None:
+    """Such as by recomputing with ``cut=`` under DistributedDataParallel, or on rows with ``scoring="eval"``."""
+    made, calls = measured._kinds, Counter[str]()
+
+    def counted(*args: Any) -> dict[str, Any]:
+        def count(name: str, step: Any) -> Any:
+            return lambda *batch: calls.update([name]) or step(*batch)
+
+        return {name: count(name, step) for name, step in made(*args).items() if name != without}
+
+    monkeypatch.setattr(measured, "_kinds", counted)
+    selbp.diagnose(Clock().model(), batch(), 0.25, selector=selbp.TopLoss(), steps=3)
+    assert calls == dict.fromkeys({"full", "rows", "recompute"} - {without}, measured.WARM + 3 + 1)  # and one for bytes
 
 
 def test_options_of_samples_and_loss_need_no_selector() -> None:
