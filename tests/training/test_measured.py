@@ -300,3 +300,23 @@ def test_what_the_look_ahead_counted_is_used_for_rows() -> None:
     step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=0.5)
     step(torch.randn(512, 64), torch.randint(0, 3, (512,)))
     assert 2.4 < step._strategy.full_over_forward < 3.0  # the first layer has no gradient of its input
+
+
+class Words(nn.Module):
+    """Its table of words is larger than what it keeps of a minibatch."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.table, self.body, self.head = nn.Embedding(words, 8), nn.Linear(8, 64), nn.Linear(64, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(torch.tanh(self.body(self.table(x))).mean(1))
+        return out
+
+
+@pytest.mark.parametrize(("words", "known"), [(100, True), (100_000, False)], ids=["few words", "many words"])
+def test_what_gradients_of_parameters_take_is_not_held_for_overhead(words: int, known: bool) -> None:
+    """They take as long for few rows as for all, and the look ahead does not count them."""
+    step = selbp.SelectiveBackprop(Words(words), selector=selbp.TopLoss(), keep=0.5)
+    step(torch.randint(0, words, (64, 16)), torch.randint(0, 3, (64,)))
+    assert (step._strategy.full_over_forward is not None) == known
