@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
+import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -28,6 +31,18 @@ FAST = ["--model", "mlp", "--steps", "12", "--batch-size", "16", "--threads", "1
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_set(tmp_path_factory.mktemp("set"), small_dataset())
+
+
+def test_the_library_run_as_a_module_starts_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda path, arguments: started.append([path, *arguments]))
+    monkeypatch.setattr(sys, "argv", ["selbp", "info", "--json"])
+    runpy.run_module("selbp", run_name="__main__")
+    assert started == [[sys.executable, sys.executable, "-m", "selbp_study", "info", "--json"]]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="the command is in the package selbp_study, which is not installed here"):
+        runpy.run_path(str(Path(selbp.__file__).with_name("__main__.py")), run_name="__main__")
+    assert len(started) == 1
 
 
 def test_train_then_refuse_then_resume(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ ROOMS = [
     ("selbp.sampling",),
     ("selbp.training",),
     ("selbp.integrations",),
-    ("selbp_study",),
+    ("selbp_study", "selbp.__main__"),
 ]
 FACADE = "selbp"  # its own imports make the public names: no room, and no module but the study's imports it
 

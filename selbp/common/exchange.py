@@ -78,8 +78,7 @@ class Ranks:
         header = torch.tensor([batch.n, length, zlib.crc32(told.encode())], device=batch.device)
         counts, every, digests = zip(*(part.tolist() for part in self.each(header)), strict=True)
         if len(set(digests)) > 1:
-            said: list[Any] = [None] * self.size
-            distributed.all_gather_object(said, told, group=self.group)
+            said = self.told(told)
             other = next(i for i, text in enumerate(said) if text != said[0])
             raise ValueError(
                 'scope="global" trains rows on other ranks than they came to: the minibatches must have equal entries, '
@@ -89,14 +88,37 @@ class Ranks:
             )
         return lengths.padded(batch, max(every)), list(counts)
 
-    def agree(self, x: Tensor, device: torch.device, what: str) -> None:
+    def told(self, x: Any) -> list[Any]:
+        """Any object of every rank."""
+        said: list[Any] = [None] * self.size
+        distributed.all_gather_object(said, x, group=self.group)
+        return said
+
+    def first(self, x: Any) -> Any:
+        """Rank 0's object."""
+        said = [x]
+        if self.size > 1:
+            group = self.group
+            source = 0 if group is None else distributed.get_global_rank(group, 0)
+            distributed.broadcast_object_list(said, source, group=group, device=self._device)
+        return said[0]
+
+    def mean(self, numbers: Sequence[float]) -> list[float]:
+        """The means over ranks of as many numbers of each, the same on all; NaN where one of them has NaN."""
+        if self.size == 1:
+            return list(numbers)
+        parts = self.each(torch.tensor(numbers, dtype=torch.float64, device=self._device))
+        return torch.stack(parts).mean(0).tolist()
+
+    @property
+    def _device(self) -> torch.device:
+        return next((p.device for p in self._model.parameters()), torch.device("cpu"))
+
+    def agree(self, x: Tensor, device: torch.device, what: str, remedy: str) -> None:
         """Raise ValueError, on every rank, unless all have the same ``x``. Waits for the device."""
         digest = torch.tensor([zlib.crc32(x.detach().cpu().numpy().tobytes())], device=device)
         if len({int(part) for part in self.each(digest)}) > 1:
-            raise ValueError(
-                f'scope="global" needs {what} on every rank: pass each rank a generator with the same seed, and a rule '
-                "that chooses by what it is given alone"
-            )
+            raise ValueError(f'scope="global" needs {what} on every rank: {remedy}')
 
     def exchange(self, batch: Batch, plan: Plan, counts: Sequence[int]) -> Batch | None:
         """The samples that ``plan`` has this rank train, in the order of ``plan.slots``; None where there is none."""

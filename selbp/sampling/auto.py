@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from selbp._checks import check_int, check_number, shown
+from selbp.common.exchange import Ranks
 from selbp.sampling.batches import ScoredBatchSampler
 from selbp.sampling.candidates import Candidate, Decision
 
@@ -112,6 +114,13 @@ class AutoSelect:
                 raise ValueError(f"the step of {name!r} must have table= the sampler's table")
         if self.candidates[FALLBACK].scored:
             raise ValueError(f"the candidate {FALLBACK!r} must not be scored")
+        among = {name: getattr(candidate.step, "_ranks", None) for name, candidate in self.candidates.items()}
+        self._ranks: Ranks | None = among[FALLBACK]
+        for name, ranks in among.items():
+            if (ranks is None) != (self._ranks is None):
+                raise ValueError(
+                    f"the steps of {FALLBACK!r} and {name!r} must have one scope, got a local and a global one"
+                )
         self.sampler = sampler
         self.every, self.trial = check_int("every", every, 1), check_int("trial", trial, 1)
         self.margin = check_number("margin", margin, 0.0)
@@ -119,6 +128,7 @@ class AutoSelect:
         self._fixed = None if prices is None else _checked(prices, self.candidates)
         self._times: dict[str, deque[float]] = {name: deque(maxlen=TIMES) for name in self.candidates}
         self._count = dict.fromkeys(self.candidates, 0)
+        self._shared: dict[str, float] = {}  # the means of all ranks' medians, of the last decision
         self._steps, self._last, self._tried = 0, ("", 0.0), self._fixed is not None
         self._last_step: Any = None
         self._use(FALLBACK)
@@ -169,12 +179,30 @@ class AutoSelect:
 
     @property
     def prices(self) -> dict[str, float]:
-        """Median seconds of each candidate's steps over those of random's; of those that were measured."""
+        """Median seconds of each candidate's steps over those of random's; of those that were measured.
+
+        Where ranks make one choice, the seconds are the means of theirs at the last decision.
+        """
         if self._fixed is not None:
             return dict(self._fixed)
-        known = {name: median(times) for name, times in self._times.items() if len(times) >= self.trial}
+        known = self._medians() if self._others() is None else self._shared
         base = known.get(FALLBACK, 0.0)
         return {name: seconds / base for name, seconds in known.items()} if base > 0 else {}
+
+    def _medians(self) -> dict[str, float]:
+        return {name: median(times) for name, times in self._times.items() if len(times) >= self.trial}
+
+    def _others(self) -> Ranks | None:
+        """The ranks that make one choice, where there are several."""
+        return self._ranks if self._ranks is not None and self._ranks.size > 1 else None
+
+    def _headroom(self) -> float:
+        """The table's. Of several ranks it is the mean, as are the seconds then, so that all decide alike."""
+        own, headroom, ranks = self._medians(), self.sampler.table.headroom, self._others()
+        if ranks is not None:
+            headroom, *seconds = ranks.mean([headroom, *(own.get(name, math.nan) for name in self.candidates)])
+            self._shared = {name: x for name, x in zip(self.candidates, seconds, strict=True) if x == x}
+        return headroom
 
     def worth(self, headroom: float, prices: Mapping[str, float]) -> dict[str, float]:
         """What each measured candidate is worth, random's step being 1."""
@@ -185,8 +213,12 @@ class AutoSelect:
         }
 
     def decide(self) -> str:
-        """Try the next candidate without a price, or choose among those that have one; log it, and return its name."""
-        headroom, prices = self.sampler.table.headroom, self.prices
+        """Try the next candidate without a price, or choose among those that have one; log it, and return its name.
+
+        Where ranks make one choice, all of them must call it at the same step, as calls of the controller do.
+        """
+        headroom = self._headroom()
+        prices = self.prices
         if self._trying():
             return self.current
         untried = self._untried()

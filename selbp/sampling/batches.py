@@ -55,8 +55,9 @@ class ScoredBatchSampler(TableSampler):
     seed : int
         Of every draw; the same on all ranks.
     rank, world_size : int or None
-        Each rank owns every ``world_size``-th sample and has scores of those alone; from ``torch.distributed`` where
-        that is initialised. All ranks have the same number of batches.
+        Each rank owns every ``world_size``-th sample and has scores of those alone, unless the step has
+        ``scope="global"``; from ``torch.distributed`` where that is initialised. All ranks have the same number of
+        batches.
 
     Raises
     ------

@@ -45,6 +45,9 @@ class Draw(NamedTuple):
 class Owner(Protocol):
     """The sampler that is iterated over."""
 
+    rank: int
+    world_size: int
+
     def consumed(self) -> None:
         """A batch was trained on."""
         ...
@@ -68,6 +71,11 @@ class Issued:
     def in_use(self) -> bool:
         """Whether a sampler has been iterated over."""
         return self._owner is not None
+
+    def shard(self, draw: Draw) -> tuple[int, int]:
+        """Rank and world size of the sampler that handed out ``draw``; (0, 0) where none did."""
+        handed_out = self._owner is not None and any(draw is other for other in self.draws)
+        return (self._owner.rank, self._owner.world_size) if self._owner is not None and handed_out else (0, 0)
 
     def add(self, draw: Draw, token: object) -> None:
         """Hand out ``draw``. Raises RuntimeError where another iteration has begun since."""

@@ -99,7 +99,10 @@ def auto_select(
         step_seconds=step_seconds,
         seed=seed,
     )
-    return AutoSelect(SelectiveBackprop(model, **{**found, **options}), sampler)
+    step = SelectiveBackprop(model, **{**found, **options})
+    if step._ranks is not None and step._ranks.size > 1:  # a proxy may have had time for more on one of them
+        sampler.table.load_state_dict(step._ranks.first(sampler.table.state_dict()))
+    return AutoSelect(step, sampler)
 
 
 def drawn(

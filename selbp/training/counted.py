@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from selbp.common.batch import Batch
 from selbp.common.distributed import check_not_bypassed
+from selbp.common.exchange import Ranks
 from selbp.common.guards import capturing
 from selbp.common.state import CHOICE_ENTRIES, ChoiceState, check_counts
 from selbp.sampling.table import ScoreTable
@@ -41,8 +42,6 @@ class CountedStep(StepKinds):
         table, ids = self._table, None
         if table is not None:
             ids = per_sample.pop("ids", None)
-            if self._pooled is not None:
-                self._pooled.check_table(table, ids)
         batch = Batch.of(inputs, target, per_sample, self._places)
         if self._pooled is None:
             call.check(batch.n, batch.device)
@@ -88,6 +87,11 @@ class CountedStep(StepKinds):
     def table(self) -> ScoreTable | None:
         """The table of scores that the step writes to."""
         return self._table
+
+    @property
+    def _ranks(self) -> Ranks | None:
+        """The processes among whose samples one choice is made; None without ``scope="global"``."""
+        return None if self._pooled is None else self._pooled._ranks
 
     @property
     def optimizer_step(self) -> int:

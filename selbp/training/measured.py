@@ -98,16 +98,16 @@ def measure(
         torch.autograd.grad(step(*batch), wanted, allow_unused=True)
 
     with torch.enable_grad(), _untouched(model, device, options.get("generator")):
-        try:
-            run(kinds.get("recompute", kinds["full"]))
-        except SamplesInteractError:
-            if len(kinds) == 2:  # no other way is left
-                raise
-            del kinds["recompute"], seconds["recompute"]
         for turn in range(WARM + steps):
-            for name, step in kinds.items():
+            for name, step in list(kinds.items()):
                 began = now(device)
-                run(step)
+                try:
+                    run(step)
+                except SamplesInteractError:  # the first step by recomputing tells
+                    if len(kinds) == 2:  # no other way is left
+                        raise
+                    del kinds[name], seconds[name]
+                    continue
                 if turn >= WARM:
                     seconds[name].append(now(device) - began)
         memory = {name: live_peak(lambda step=step: run(step)) for name, step in kinds.items()}  # type: ignore[misc]

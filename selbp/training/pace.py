@@ -73,6 +73,10 @@ def full_seconds(timed: _Timed, parts: dict[str, float], full_over_forward: floa
     """About what forward and backward of all rows take, by the parts of a step that chose some.
 
     The smaller of two estimates. Both are too large where something costs as much for few rows as for all.
+
+    Rows that were asked for have the first one alone, in which what a call costs counts n / k times: few rows of a
+    small network are slower than all of them, and nothing is said. The second one needs a look ahead, and only
+    ``"auto"`` takes one. A fixed ratio to the forward would be wrong where gradients of parameters take the time.
     """
     ahead, forward, backward = (parts.get(phase, 0.0) for phase in (AHEAD, "forward", "backward"))
     if timed.way == "rows":

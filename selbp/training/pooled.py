@@ -22,8 +22,8 @@ from selbp.common.keep import kept_rows
 from selbp.common.lengths import Lengths
 from selbp.common.outputs import logits_of
 from selbp.sampling.issued import Draw
-from selbp.sampling.table import ScoreTable
 from selbp.training.auxiliary import add
+from selbp.training.drawn import Drawn, digest, of_all
 from selbp.training.found import Found, added
 from selbp.training.head_gradient import FullHeadGradient
 from selbp.training.interaction import Forwards
@@ -32,7 +32,6 @@ from selbp.training.options import UNSEEDED, StepOptions
 from selbp.training.per_call import PerCall
 from selbp.training.report import StepReport
 from selbp.training.scored import Scored
-from selbp.training.scores import write_back
 from selbp.training.scoring import unscored
 from selbp.training.stopwatch import Stopwatch
 from selbp.types import MeanGradient, Selection
@@ -42,6 +41,9 @@ if TYPE_CHECKING:
 
 Scale = float | Tensor | Callable[[Tensor], Tensor]
 Backward = Callable[[Tensor], None]  # runs the backward of one micro-batch's scalar
+
+SAME_SEED = "pass each rank a generator with the same seed, and a rule that chooses by what it is given alone"
+ONE_TABLE = "every rank's is told of all ranks' samples: load one rank's state_dict() on all of them"
 
 
 def kept(keep: float | int, counts: Sequence[int]) -> int:
@@ -109,16 +111,17 @@ class Pooled:
         counts = [batch.n]
         if self._ranks is not None:
             batch, counts = self._ranks.meet(batch, self._lengths)
-        m = self._asked(batch, call, draw, counts)
+            if step._table is not None and self.world > 1:
+                step._table.arrive(wait=True)  # so that every rank's loss reads the same
+        drawn = None if draw is None else self._drawn(draw, batch.device, counts)
+        m = self._asked(batch, call, None if drawn is None else drawn.draw, counts)
         scoring = m.selected and (m.rule.needs != "nothing" or step._full_head)
         step._comparison.begin(batch, scoring and m.k < m.batch.n)
         self._share_seed(batch.device)
         found = self._score(batch, m.watch) if scoring else self._unscored(batch)
-        target = batch.target
         if self._ranks is not None:
             found, extras = found.over(self._ranks, counts, batch.extras, gradients=step._gradients)
             m.batch = replace(m.batch, extras=extras)
-            draw, target = self._of_all(draw, target, counts)
         step._choose(m, found.scaled(step._reduce))
         del found  # and the factors, before the first graph
         mine = self._mine(batch, m.selection, counts)
@@ -131,8 +134,8 @@ class Pooled:
             losses, m.hits = torch.cat(training.losses), self._summed(added(training.hits))
             losses, m.scaled = self._everyone(losses, mine), self._everyone(m.scaled, mine)
             m.seen = logits, losses, m.selection.indices, m.live
-        if step._table is not None and draw is not None:
-            write_back(step._table, draw, target, *m.seen)
+        if step._table is not None and drawn is not None and drawn.draw.recorded:
+            drawn.write(step._table, self._ranks, counts, batch.target, m.seen)
         way = step._strategy
         return loss, m.report(StepReport, step._step, way.name, way.reason, scored=scoring)
 
@@ -172,7 +175,7 @@ class Pooled:
     # ------------------------------------------------------------------------------------------------- ranks
 
     def _share_seed(self, device: torch.device) -> None:
-        """At the first step, the same generator on every rank: rank 0's seed where none was given."""
+        """At the first step, the same generator on every rank, rank 0's seed where none was given, and one table."""
         if self._met or self._ranks is None:
             return
         generator = self.step.generator
@@ -180,7 +183,9 @@ class Pooled:
         if torch.equal(generator.get_state(), torch.Generator(generator.device).manual_seed(UNSEEDED).get_state()):
             seed = torch.tensor([torch.initial_seed() & (2**62 - 1)], device=device)
             generator.manual_seed(int(self._ranks.each(seed)[0]))
-        self._ranks.agree(generator.get_state(), device, "the same random draws")
+        self._ranks.agree(generator.get_state(), device, "the same random draws", SAME_SEED)
+        if (table := self.step._table) is not None and self.world > 1:
+            self._ranks.agree(digest(table), device, "the same table", ONE_TABLE)
 
     def _mine(self, batch: Batch, selection: Selection, counts: list[int]) -> Mine:
         """The chosen rows that are trained here: rows change place where a rank has chosen more than its share."""
@@ -189,7 +194,7 @@ class Pooled:
             self._met = True
             return Mine(batch, indices, weights, batch)
         if not self._met:
-            self._ranks.agree(indices, batch.device, "the same choice")
+            self._ranks.agree(indices, batch.device, "the same choice", SAME_SEED)
             self._met = True
         plan = Plan.of(indices.tolist(), counts, quotas(self.step.keep, counts, len(indices)))
         here = self._ranks.exchange(batch, plan, counts)
@@ -206,22 +211,11 @@ class Pooled:
         """Over how many ranks the gradients of one choice are averaged."""
         return 1 if self._ranks is None else self._ranks.size
 
-    def check_table(self, table: ScoreTable, ids: Any) -> None:
-        """Raise ValueError where the ranks could not tell one table of which samples theirs are."""
-        if self.world > 1 and (ids is None or table.issued.in_use):
-            raise ValueError(
-                'scope="global" with table= takes ids=, the samples\' numbers, and no sampler of the table: each rank '
-                "has samples of its own, and every rank's table is told of all of them"
-            )
-
-    def _of_all(self, draw: Draw | None, target: Any, counts: list[int]) -> tuple[Draw | None, Any]:
-        """The numbers and labels of all ranks' samples, where there is a table to be told."""
-        if draw is None or self._ranks is None or self._ranks.size == 1:
-            return draw, target
-        device = target.device if isinstance(target, Tensor) else torch.device("cpu")
-        ids = self._ranks.rows(draw.ids.to(device), counts).to(draw.ids.device)
-        labels = self._ranks.rows(target, counts) if isinstance(target, Tensor) else target
-        return Draw(ids, len(ids)), labels
+    def _drawn(self, draw: Draw, device: torch.device, counts: list[int]) -> Drawn:
+        """Which samples these are, of all ranks."""
+        if self._ranks is None or self.step._table is None:
+            return Drawn(draw)
+        return of_all(draw, self.step._table, self._ranks, counts, device)
 
     def _summed(self, hits: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
         if hits is None or self._ranks is None:

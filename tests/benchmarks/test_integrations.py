@@ -30,6 +30,18 @@ def test_bad_input(arguments, capsys):
     assert found.value.code == 2
 
 
+def test_nothing_is_published_without_memory(monkeypatch, capsys, tmp_path):
+    rows = [{"framework": "by hand", "arm": "full", "right to": 0.0, "milliseconds": 1.0, "time over full": 1.0}]
+    rows[0] |= {"megabytes": None, "memory over full": None}
+    monkeypatch.setattr(integrations, "measure", lambda *_: rows)
+    monkeypatch.setattr(integrations, "RESULTS", tmp_path)
+    assert integrations.main(["--publish"]) == 1 and not list(tmp_path.iterdir())
+    assert "not published" in capsys.readouterr().err
+    rows[0] |= {"megabytes": 2.0, "memory over full": 1.0}
+    assert integrations.main(["--publish"]) == 0
+    assert "| 2 | 1.00 |" in (tmp_path / "integrations.md").read_text()
+
+
 def bound(arm):
     """A framework's own loss may divide by a float32 count."""
     return 1e-6 if arm == "full" else 1e-10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -238,6 +239,22 @@ def test_a_model_whose_samples_interact_is_measured_on_rows_only() -> None:
     assert model.count is before and before == 0
 
 
+@pytest.mark.parametrize("without", [None, "recompute", "rows"], ids=["all", "no recompute", "no rows"])
+def test_no_step_is_run_that_is_not_measured(monkeypatch: pytest.MonkeyPatch, without: str | None) -> None:
+    """Such as by recomputing with ``cut=`` under DistributedDataParallel, or on rows with ``scoring="eval"``."""
+    made, calls = measured._kinds, Counter[str]()
+
+    def counted(*args: Any) -> dict[str, Any]:
+        def count(name: str, step: Any) -> Any:
+            return lambda *batch: calls.update([name]) or step(*batch)
+
+        return {name: count(name, step) for name, step in made(*args).items() if name != without}
+
+    monkeypatch.setattr(measured, "_kinds", counted)
+    selbp.diagnose(Clock().model(), batch(), 0.25, selector=selbp.TopLoss(), steps=3)
+    assert calls == dict.fromkeys({"full", "rows", "recompute"} - {without}, measured.WARM + 3 + 1)  # and one for bytes
+
+
 def test_options_of_samples_and_loss_need_no_selector() -> None:
     with torch.no_grad():
         found = selbp.diagnose(Clock().model(), batch(), class_weight=torch.ones(3), ignore_index=7)
@@ -283,3 +300,23 @@ def test_what_the_look_ahead_counted_is_used_for_rows() -> None:
     step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=0.5)
     step(torch.randn(512, 64), torch.randint(0, 3, (512,)))
     assert 2.4 < step._strategy.full_over_forward < 3.0  # the first layer has no gradient of its input
+
+
+class Words(nn.Module):
+    """Its table of words is larger than what it keeps of a minibatch."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.table, self.body, self.head = nn.Embedding(words, 8), nn.Linear(8, 64), nn.Linear(64, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(torch.tanh(self.body(self.table(x))).mean(1))
+        return out
+
+
+@pytest.mark.parametrize(("words", "known"), [(100, True), (100_000, False)], ids=["few words", "many words"])
+def test_what_gradients_of_parameters_take_is_not_held_for_overhead(words: int, known: bool) -> None:
+    """They take as long for few rows as for all, and the look ahead does not count them."""
+    step = selbp.SelectiveBackprop(Words(words), selector=selbp.TopLoss(), keep=0.5)
+    step(torch.randint(0, words, (64, 16)), torch.randint(0, 3, (64,)))
+    assert (step._strategy.full_over_forward is not None) == known
