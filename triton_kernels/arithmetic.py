@@ -75,6 +75,12 @@ def soft_cap(z, softcap):
 
 
 @triton.jit
+def mean_unit(n, mass):
+    """The scale n / mass of the mean of n rows, by the float64 mass of the valid ones; 0 where that is 0."""
+    return tl.where(mass > 0.0, n / tl.where(mass > 0.0, mass, 1.0), 0.0).to(tl.float32)
+
+
+@triton.jit
 def grouped_tile(pid, n_row_tiles, n_splits, GROUP: tl.constexpr):
     """(row tile, class split) of a program: GROUP row tiles walk the classes together and share them in the L2."""
     width = GROUP * n_splits

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .arithmetic import mean_unit
+
 MOST_ROWS = 4096
 MOST_LOGITS = 1 << 17  # logits that one program looks through for hits
 LOOKED_AT = 1024  # logits that it reads at a time
@@ -51,8 +53,7 @@ def unscored_kernel(
         tl.store(valid_out + rows, valid.to(tl.uint8), mask=inside)
         tl.store(never_out + rows, tl.zeros((BLOCK,), tl.uint8), mask=inside)
         tl.store(unknown_out + rows, tl.full((BLOCK,), float("nan"), tl.float32), mask=inside)
-    weight = tl.sum(total, 0)
-    tl.store(scale_out, tl.where(weight > 0.0, n / tl.where(weight > 0.0, weight, 1.0), 0.0).to(tl.float32))
+    tl.store(scale_out, mean_unit(n, tl.sum(total, 0)))
 
 
 @triton.jit(do_not_specialize=["n", "ignore_index"])

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arithmetic import MINUS_INFINITY, exponential, soft_cap
+from .arithmetic import MINUS_INFINITY, exponential, mean_unit, soft_cap
 from .combine import outcome
 from .statistics import absorb, class_weights, empty_state
 
@@ -166,8 +166,7 @@ def in_units_kernel(
         total += tl.load(mass + row, mask=live, other=0.0).to(tl.float64)
         counts += live.to(tl.int32)
         hits += tl.load(correct + row, mask=row < n, other=0).to(tl.int32)
-    weight = tl.sum(total, 0)
-    scale = tl.where(weight > 0.0, n / tl.where(weight > 0.0, weight, 1.0), 0.0).to(tl.float32)
+    scale = mean_unit(n, tl.sum(total, 0))
     if tl.program_id(0) == 0:
         tl.store(scale_out, scale)
         tl.store(hits_out, tl.sum(hits, 0).to(tl.int64))
