@@ -311,7 +311,7 @@ def test_planted_bug_is_caught(name, plant):
 
 
 def test_the_copy_without_a_bug_passes(plant):
-    plant("statistics", "zero = tl.zeros", "zero = tl.zeros")
+    plant("online", "zero = tl.zeros", "zero = tl.zeros")
     linear()
     sliced("everything")
     described()
