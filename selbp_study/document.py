@@ -45,7 +45,7 @@ are about accuracy.
 A confirmation has each arm minus the full batch too, paired by seed. *Time to random's final accuracy* is a ratio: the
 seconds at which an arm's curve first has what random ends with on the same seed, over random's seconds, the geometric
 mean over seeds with its 95 % interval. It needs the curves of several seeds; a dash says that they were not recorded. A
-curve's inner points run at a rate that has not decayed yet: a training made for less time would be quicker.
+curve's inner points run at a rate that has not decayed yet: a training made for less time may be quicker.
 """
 
 AXES = {"steps": ("steps",), "samples": ("steps",), "time": ("samples", "seconds")}  # of a budget's plots
