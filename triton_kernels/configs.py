@@ -30,10 +30,11 @@ class Tile:
     group: int = 8  # row tiles that walk the classes together
     slices: int = 1  # of the columns, taken one after the other where a whole tile's epilogue has too few registers
     programs: int = 1  # that a multiprocessor holds at once
+    pointers: int = 128  # most columns of what serves rows that no descriptor can address
 
     def with_pointers(self) -> Tile:
-        """What serves rows that no descriptor can address: masks and addresses need registers, so 128 columns."""
-        return replace(self, columns=min(self.columns, 128), descriptor=False, programs=1)
+        """What serves rows that no descriptor can address: masks and addresses need registers, so fewer columns."""
+        return replace(self, columns=min(self.columns, self.pointers), descriptor=False, programs=1)
 
 
 def _rows(**kernels: dict[int, Tile]) -> dict[str, dict[int, Tile]]:
@@ -90,7 +91,7 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
             4: Tile(128, 64, 32, 8, 3, slices=4),
         },
         chunk={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
-        sketch={2: Tile(128, 128, 64, 8, 3, True), 4: Tile(64, 32, 32, 8, 3)},
+        sketch={2: Tile(128, 128, 64, 8, 3, True, pointers=64), 4: Tile(64, 32, 32, 8, 3)},
         sketch_softcap={2: Tile(64, 64, 64, 4, 3, True), 4: Tile(64, 32, 32, 8, 3)},
         sketch_smoothing={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(64, 32, 32, 8, 3)},
         gram={2: Tile(128, 128, 64, 8, 4, True), 4: Tile(64, 64, 32, 4, 3)},
