@@ -22,7 +22,7 @@ from typing import Any
 try:
     from lightning.pytorch import Callback
 except ImportError:  # the package's older name
-    from pytorch_lightning import Callback  # type: ignore[import-not-found, no-redef, unused-ignore]
+    from pytorch_lightning import Callback  # type: ignore[import-not-found, no-redef, assignment, unused-ignore]
 
 from selbp.cut.insert import InsertedCut
 from selbp.cut.module import BackwardCut
