@@ -61,17 +61,17 @@ def soft_cap(z, softcap):
     the odd polynomial of Cephes' tanhf. Eager torch's 1 - tanh^2 loses everything for logits near the cap.
     """
     x = z / softcap
-    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
-    share = 2.0 / (1.0 + e)
-    fraction = e * share
-    large = softcap - softcap * fraction
+    e = tl.exp2(tl.abs(x) * -2.0 * LOG2E)
+    fraction = e / (1.0 + e)
+    large = 1.0 - 2.0 * fraction
     s = x * x
     p = s * -5.70498872745e-3 + 2.06390887954e-2
     p = p * s - 5.37397155531e-2
     p = p * s + 1.33314422036e-1
     p = p * s - 3.33332819422e-1
-    small = z + z * (s * p)
-    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0.0, -large, large)), fraction * share
+    small = x + x * (s * p)
+    t = tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0.0, -large, large))
+    return softcap * t, 4.0 * fraction / (1.0 + e)
 
 
 @triton.jit

@@ -28,45 +28,27 @@ class Tile:
     stages: int = 3
     descriptor: bool = False  # tensor descriptors (TMA) instead of pointers; needs 16-byte strides
     group: int = 8  # row tiles that walk the classes together
-    slices: int = 1  # of the columns, taken one after the other where a whole tile's epilogue has too few registers
-    programs: int = 1  # that a multiprocessor holds at once
-    pointers: int = 128  # most columns of what serves rows that no descriptor can address
 
     def with_pointers(self) -> Tile:
-        """What serves rows that no descriptor can address: masks and addresses need registers, so fewer columns."""
-        return replace(self, columns=min(self.columns, self.pointers), descriptor=False, programs=1)
+        """What serves rows that no descriptor can address: masks and addresses need registers, so 128 columns."""
+        return replace(self, columns=min(self.columns, 128), descriptor=False)
 
 
 def _rows(**kernels: dict[int, Tile]) -> dict[str, dict[int, Tile]]:
     shared = {
         "logits": {2: Tile(4, 1024, 0, 4, 1), 4: Tile(4, 512, 0, 4, 1)},
-        "logits_softcap": {2: Tile(4, 512, 0, 4, 1), 4: Tile(4, 512, 0, 4, 1)},
         "logits_smoothing": {2: Tile(4, 1024, 0, 4, 1), 4: Tile(2, 1024, 0, 4, 1)},  # Triton 3.6 spills at (4, 512)
         "residual": {2: Tile(2, 512, 0, 4, 1), 4: Tile(2, 512, 0, 4, 1)},
     }
-    defaults = {
-        "statistics_everything": kernels["statistics_smoothing"],
-        "sketch_softcap": kernels["sketch_smoothing"],
-    }
-    found = {**shared, **defaults, **kernels}
-    ragged = {f"{name}_ragged": tiles for name, tiles in found.items() if name.startswith("statistics")}
-    return {**ragged, **found}
+    defaults = {"statistics_ragged": kernels["statistics"], "sketch_softcap": kernels["sketch_smoothing"]}
+    return {**shared, **defaults, **kernels}
 
 
 TABLE: dict[str, dict[str, dict[int, Tile]]] = {
     "sm_90": _rows(
         statistics={2: Tile(128, 256, 64, 8, 3, True), 4: Tile(128, 128, 32, 8, 3)},
-        statistics_softcap={2: Tile(128, 256, 64, 8, 3, True, slices=4), 4: Tile(128, 128, 32, 8, 3, slices=4)},
-        statistics_softcap_ragged={
-            2: Tile(128, 128, 64, 8, 3, True, slices=4),
-            4: Tile(128, 128, 32, 8, 3, slices=4),
-        },
-        statistics_smoothing={2: Tile(128, 256, 64, 8, 3, True), 4: Tile(128, 128, 32, 8, 3)},
-        statistics_everything={2: Tile(128, 256, 64, 8, 3, True, slices=4), 4: Tile(128, 64, 32, 8, 3, slices=4)},
-        statistics_everything_ragged={
-            2: Tile(128, 128, 64, 8, 3, True, slices=4),
-            4: Tile(128, 64, 32, 8, 3, slices=4),
-        },
+        statistics_softcap={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
+        statistics_smoothing={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(128, 32, 32, 8, 3)},
         chunk={2: Tile(128, 128, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
         sketch={2: Tile(128, 128, 64, 8, 3, True), 4: Tile(64, 32, 32, 4, 3)},
         sketch_smoothing={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(64, 16, 32, 8, 3)},
@@ -76,22 +58,10 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
     "sm_100": _rows(
         statistics={2: Tile(256, 128, 64, 8, 4, True), 4: Tile(128, 128, 32, 8, 3)},
         statistics_ragged={2: Tile(128, 128, 64, 8, 4, True), 4: Tile(128, 128, 32, 8, 3)},
-        statistics_softcap={2: Tile(256, 128, 64, 8, 4, True, slices=8), 4: Tile(128, 64, 32, 8, 3, slices=2)},
-        statistics_softcap_ragged={
-            2: Tile(128, 128, 64, 8, 3, True, slices=4, programs=2),
-            4: Tile(128, 64, 32, 8, 3, slices=2),
-        },
-        statistics_smoothing={2: Tile(256, 128, 64, 8, 4, True), 4: Tile(128, 128, 32, 8, 3, slices=4)},
-        statistics_smoothing_ragged={
-            2: Tile(128, 128, 64, 8, 3, True, slices=4, programs=2),
-            4: Tile(128, 128, 32, 8, 3, slices=4),
-        },
-        statistics_everything={
-            2: Tile(128, 128, 64, 8, 3, True, slices=8, programs=2),
-            4: Tile(128, 64, 32, 8, 3, slices=4),
-        },
+        statistics_softcap={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
+        statistics_smoothing={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(128, 32, 32, 8, 3)},
         chunk={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
-        sketch={2: Tile(128, 128, 64, 8, 3, True, pointers=64), 4: Tile(64, 32, 32, 8, 3)},
+        sketch={2: Tile(128, 128, 64, 8, 3, True), 4: Tile(64, 32, 32, 8, 3)},
         sketch_softcap={2: Tile(64, 64, 64, 4, 3, True), 4: Tile(64, 32, 32, 8, 3)},
         sketch_smoothing={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(64, 32, 32, 8, 3)},
         gram={2: Tile(128, 128, 64, 8, 4, True), 4: Tile(64, 64, 32, 4, 3)},
@@ -99,9 +69,8 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
     ),
     "sm_80": _rows(
         statistics={2: Tile(128, 128, 32, 8, 4), 4: Tile(128, 64, 32, 8, 3)},
-        statistics_softcap={2: Tile(128, 128, 32, 8, 4, slices=2), 4: Tile(128, 64, 32, 8, 3, slices=2)},
-        statistics_smoothing={2: Tile(128, 128, 32, 8, 4, slices=2), 4: Tile(128, 64, 32, 8, 3, slices=2)},
-        statistics_everything={2: Tile(128, 128, 32, 8, 4, slices=8), 4: Tile(128, 64, 32, 8, 3, slices=2)},
+        statistics_softcap={2: Tile(128, 64, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
+        statistics_smoothing={2: Tile(128, 32, 64, 8, 3), 4: Tile(64, 32, 32, 4, 3)},
         chunk={2: Tile(128, 64, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
         sketch={2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 32, 32, 4, 3)},
         sketch_smoothing={2: Tile(64, 32, 64, 8, 3), 4: Tile(32, 32, 32, 8, 3)},
@@ -184,17 +153,15 @@ def statistics_tile(
     bias: bool,
     softcap: bool,
     smooth: bool,
-    weighted: bool = False,  # classes, with smoothing
     projected: bool = False,
 ) -> Tile:
     """The configuration of ``statistics``: sums of a projection, options, a bias and a ragged end need registers."""
     if projected:
         return tile("sketch_smoothing" if smooth else "sketch_softcap" if softcap else "sketch", device, dtype)
-    kind = "statistics"
     if smooth or softcap:
-        kind += "_softcap" if not smooth else "_everything" if softcap or weighted else "_smoothing"
-    exact = tile(kind, device, dtype)
-    return tile(f"{kind}_ragged", device, dtype) if bias or n_classes % exact.columns else exact
+        return tile("statistics_smoothing" if smooth else "statistics_softcap", device, dtype)
+    exact = tile("statistics", device, dtype)
+    return tile("statistics_ragged", device, dtype) if bias or n_classes % exact.columns else exact
 
 
 def tile(kernel: str, device: torch.device, dtype: torch.dtype) -> Tile:

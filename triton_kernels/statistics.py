@@ -1,6 +1,22 @@
 """Online statistics of the classes other than the target, in one pass over the classes; logits are not stored.
 
-online.py says what is kept of each row, and how a tile is added to it.
+For row i with target y, over c != y (the reference c of arithmetic.py, here called ref, is an integer):
+
+    m   = max z_c          s = sum e_c          s2 = sum (g_c e_c)^2          e_c = 2^(z_c log2 e - ref)
+
+g_c = 1 - tanh^2 is the slope of the soft cap (1 without one). combine.py joins these with z_y into
+
+    loss = log(1 + e^(m' - z_y) s)      ||r||^2 = (p_rest g_y)^2 + sum_c (g_c p_c)^2    p_rest = sum_{c != y} p_c
+
+so that nothing cancels where p_y is close to 1. Label smoothing gives every class a share a_c = (eps / C) w_c of the
+target, and sum_c g_c^2 (T p_c - a_c)^2 must not be expanded: a trained model has T p_c close to a_c. It is a least-
+squares fit of e by w instead, kept as Welford and Chan do: with E = g e, V = g w over the classes seen so far
+
+    amount = sum w     spread = sum w (ref - z log2 e)     rho = E.V / V.V     square = V.V     s2 = ||E - rho V||^2
+
+and ||x E - k V||^2 = x^2 s2 + (x rho - k)^2 square for every x, k. Without smoothing V is 0, and s2 the sum of squares
+above. Two parts merge with delta = rho' - rho: s2 + s2' + delta^2 square square' / (square + square'). C++ keeps the
+same sums under the same names, relative to m and in natural logarithms.
 
 Tile picture: program (row tile, split) keeps ROWS rows and walks its share of the class tiles.
 
@@ -15,9 +31,7 @@ are no atomics: each (split, row) is written by one program, and finalize adds t
 
 Flops 2 n C d. Bytes from DRAM at least (n + C) d item; requested from the cache by the programs (as counted by the
 interpreter guard) per row tile and class tile (ROWS + COLUMNS) d item. Epilogue on sm_90: at most 11.5 instructions a
-logit (17 with smoothing, 38 with a soft cap, 54 with both and class weights) against 4096 flops a cycle, so at
-d >= 4096 the product dominates. A smaller tile for the options' sake would ask the L2 for more than it gives. So where
-a whole tile's epilogue has too few registers beside the products, it takes SLICES of their columns one after the other.
+logit against 4096 flops a cycle, so at d >= 4096 the product dominates.
 
 ``logits_statistics_kernel`` is the same pass where the logits are stored already: it reads each once, n C item bytes.
 
@@ -36,11 +50,72 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .arithmetic import grouped_tile, soft_cap
-from .matmul_tile import capped_logits, dot_precision, operands, product, slices
-from .online import FIELDS, absorb, empty_state
+from .arithmetic import FLOOR, LOG2E, MINUS_INFINITY, grouped_tile, reference_exponent, soft_cap
+from .matmul_tile import dot_precision, logits_tile, operands
 
+FIELDS = {False: 3, True: 7}  # of the partials: m, s, s2; smoothed m, s, s2, amount, spread, rho, square
 WIDTH = 64  # columns of P that one launch projects onto
+
+
+@triton.jit
+def empty_state(ROWS: tl.constexpr, SMOOTH: tl.constexpr):
+    """Of rows of which no class has been seen: m, ref, and the sums in the order of FIELDS."""
+    zero = tl.zeros((ROWS,), tl.float32)
+    state = tl.full((ROWS,), MINUS_INFINITY, tl.float32), tl.full((ROWS,), FLOOR, tl.float32) * LOG2E, zero, zero
+    if SMOOTH:
+        state = state + (zero, zero, zero, zero)
+    return state
+
+
+@triton.jit
+def absorb(z, g, w, state, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr):
+    """The state after the tile z (excluded entries -inf), then the tile's g e and g w and the sums' change of scale.
+
+    g is the cap's slope; w holds the class weights, 0 where a class is excluded, and is read with smoothing only.
+    """
+    ref, s = state[1], state[2]
+    m = tl.maximum(state[0], tl.max(z, 1))
+    new = reference_exponent(m)
+    scale = tl.exp2(ref - new)
+    exponent = tl.fma(z, LOG2E, -new[:, None])
+    e = tl.exp2(exponent)
+    s = s * scale + tl.sum(e, 1)
+    if SMOOTH:
+        spread = state[5] + state[4] * (new - ref) + tl.sum(tl.where(w == 0.0, 0.0, -w * exponent), 1)
+        amount = state[4] + tl.sum(w, 1)
+    if SOFTCAP:
+        e = e * g
+        w = w * g
+    if SMOOTH:
+        square = tl.sum(w * w, 1)
+        rho = tl.sum(e * w, 1) / tl.where(square > 0.0, square, 1.0)
+        left = e - rho[:, None] * w
+        rho, s2, square = merge_fit(
+            state[6] * scale, state[3] * (scale * scale), state[7], rho, tl.sum(left * left, 1), square
+        )
+        state = m, new, s, s2, amount, spread, rho, square
+    else:
+        state = m, new, s, state[3] * (scale * scale) + tl.sum(e * e, 1)
+    return state, e, w, scale
+
+
+@triton.jit
+def merge_fit(rho, s2, square, rho_, s2_, square_):
+    """Least-squares fits of two disjoint sets of classes, joined: (rho, s2, square)."""
+    total = square + square_
+    share = tl.where(total > 0.0, square_ / tl.where(total > 0.0, total, 1.0), 0.0)
+    delta = rho_ - rho
+    return rho + delta * share, s2 + s2_ + delta * delta * (square * share), total
+
+
+@triton.jit
+def class_weights(class_weight, columns, n_classes, excluded, HAS_WEIGHT: tl.constexpr):
+    """The weights of a tile's classes, 0 where a row excludes them."""
+    if HAS_WEIGHT:
+        w = tl.load(class_weight + columns, mask=columns < n_classes, other=0.0).to(tl.float32)[None, :]
+    else:
+        w = 1.0
+    return tl.where(excluded, 0.0, w)
 
 
 @triton.jit
@@ -75,7 +150,6 @@ def statistics_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    SLICES: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
@@ -98,6 +172,7 @@ def statistics_kernel(
     inside = rows < n
     y = tl.load(target + rows, mask=inside, other=0)
     y = tl.where((y >= 0) & (y < n_classes), y, 0).to(tl.int32)
+    offset = tl.arange(0, COLUMNS)
     state = empty_state(ROWS, SMOOTH)
     if WIDTH:
         width = tl.arange(0, WIDTH)
@@ -107,19 +182,19 @@ def statistics_kernel(
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(n_classes, COLUMNS))
     for tile in range(first, last):
-        z = tl.zeros((ROWS, COLUMNS), tl.float32)
-        z = product(
-            features, weight, z, row_tile, tile, n, n_classes, d, stride_h, stride_w,
-            ROWS, COLUMNS, DEPTH, DESCRIPTOR, EVEN_COLUMNS, EVEN_DEPTH, PRECISION,
+        z, g = logits_tile(
+            features, weight, bias, row_tile, tile, n, n_classes, d, stride_h, stride_w, softcap,
+            ROWS, COLUMNS, DEPTH, DESCRIPTOR, EVEN_COLUMNS, EVEN_DEPTH, HAS_BIAS, SOFTCAP, PRECISION,
         )  # fmt: skip
-        parts = slices(z, SLICES)
-        for part in tl.static_range(SLICES):
-            at = tile * COLUMNS + part * (COLUMNS // SLICES)
-            columns = at + tl.arange(0, COLUMNS // SLICES)
-            z, g = capped_logits(parts[part], bias, columns, n_classes, softcap, EVEN_COLUMNS, HAS_BIAS, SOFTCAP)
-            state, e, w, scale = absorb(
-                z, g, y, at, n_classes, class_weight, state, EVEN_COLUMNS, SOFTCAP, SMOOTH, HAS_WEIGHT
-            )
+        excluded = offset[None, :] == (y - tile * COLUMNS)[:, None]
+        if not EVEN_COLUMNS:
+            excluded = excluded | (offset >= n_classes - tile * COLUMNS)[None, :]
+        z = tl.where(excluded, MINUS_INFINITY, z)
+        columns = tile * COLUMNS + offset
+        w = z
+        if SMOOTH:
+            w = class_weights(class_weight, columns, n_classes, excluded, HAS_WEIGHT)
+        state, e, w, scale = absorb(z, g, w, state, SOFTCAP, SMOOTH)
         if WIDTH:
             within = (columns < n_classes)[:, None] & (width < p)[None, :]
             values = projection + columns.to(tl.int64)[:, None] * stride_p + width[None, :]
@@ -127,7 +202,7 @@ def statistics_kernel(
             projected = projected * scale[:, None]
             projected = tl.dot(e.to(values.dtype), values, projected, input_precision=PRECISION)
             if SMOOTH and SOFTCAP:
-                weighted = tl.dot((w * g).to(values.dtype), values, weighted, input_precision=PRECISION)
+                weighted = tl.dot(w.to(values.dtype), values, weighted, input_precision=PRECISION)
     store_state(partials, state, rows, inside, split, n, n_splits)
     if WIDTH:
         place = sums + (split.to(tl.int64) * n + rows)[:, None] * p + width[None, :]
@@ -174,9 +249,12 @@ def logits_statistics_kernel(
         g = z
         if SOFTCAP:
             z, g = soft_cap(z, softcap)
-        state, _, _, _ = absorb(
-            z, g, y, tile * COLUMNS, n_classes, class_weight, state, False, SOFTCAP, SMOOTH, HAS_WEIGHT
-        )
+        excluded = (columns[None, :] == y[:, None]) | (columns >= n_classes)[None, :]
+        z = tl.where(excluded, MINUS_INFINITY, z)
+        w = z
+        if SMOOTH:
+            w = class_weights(class_weight, columns, n_classes, excluded, HAS_WEIGHT)
+        state, _, _, _ = absorb(z, g, w, state, SOFTCAP, SMOOTH)
     store_state(partials, state, rows, inside, split, n, n_splits)
 
 
@@ -206,15 +284,13 @@ def statistics(
         bias=bias is not None,
         softcap=bool(softcap),
         smooth=smooth,
-        weighted=class_weight is not None,
         projected=projection is not None,
     )
     descriptor, pair = operands(tile.descriptor, (features, tile.rows, tile.depth), (weight, tile.columns, tile.depth))
     if tile.descriptor and not descriptor:
         tile = tile.with_pointers()
     row_tiles, class_tiles = triton.cdiv(n, tile.rows), triton.cdiv(n_classes, tile.columns)
-    slots = tile.programs * configs.processors(features.device)
-    count, per_split = configs.class_splits(row_tiles, class_tiles, slots, splits)
+    count, per_split = configs.class_splits(row_tiles, class_tiles, configs.processors(features.device), splits)
     partials = torch.empty(FIELDS[smooth], count, n, dtype=torch.float32, device=features.device)
     sums = None if projection is None else partials.new_empty(1 + (smooth and softcap != 0.0), count, n, p)
     if n == 0:
@@ -239,7 +315,6 @@ def statistics(
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         DEPTH=tile.depth,
-        SLICES=tile.slices,
         WIDTH=0 if projection is None else WIDTH,
         GROUP=tile.group,
         DESCRIPTOR=descriptor,
@@ -268,8 +343,7 @@ def logits_statistics(
 ) -> torch.Tensor:
     """Partials [fields, splits, n] in float32 for :func:`finalize`, from stored logits."""
     n, n_classes = logits.shape
-    kind = "logits_smoothing" if smooth else "logits_softcap" if softcap else "logits"
-    tile = tile or configs.tile(kind, logits.device, logits.dtype)
+    tile = tile or configs.tile("logits_smoothing" if smooth else "logits", logits.device, logits.dtype)
     row_tiles, class_tiles = triton.cdiv(n, tile.rows), triton.cdiv(n_classes, tile.columns)
     count, per_split = configs.class_splits(row_tiles, class_tiles, 4 * configs.processors(logits.device), splits)
     partials = torch.empty(FIELDS[smooth], count, n, dtype=torch.float32, device=logits.device)

@@ -1,7 +1,7 @@
 """Statistics and residuals of stored logits with few classes, each logit read once: two launches for a minibatch.
 
 Up to MOST_CLASSES classes fit in one program's registers. So ``stored_rows_kernel`` needs no partial sums, no second
-pass and no finishing launch: online.py's sums of the one tile, combine.py's outcome, and, where it is asked for,
+pass and no finishing launch: statistics.py's sums of the one tile, combine.py's outcome, and, where it is asked for,
 residual.py's entries of the same registers and the features in float32, both 0 in rows that are not valid.
 
 What a minibatch adds is one number over its rows, the unit s = n / (sum of the valid rows' masses), by which losses and
@@ -22,9 +22,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .arithmetic import exponential, mean_unit, soft_cap
+from .arithmetic import MINUS_INFINITY, exponential, mean_unit, soft_cap
 from .combine import outcome
-from .online import absorb, empty_state
+from .statistics import absorb, class_weights, empty_state
 
 MOST_CLASSES = 4096  # that a program holds in registers
 MOST_ROWS = 4096  # whose masses every program of in_units_kernel sums
@@ -99,9 +99,12 @@ def stored_rows_kernel(
     if SOFTCAP:
         z, g = soft_cap(z, softcap)
         z_y, g_y = soft_cap(z_y, softcap)
-    state, _, w, _ = absorb(
-        z, g, y, 0, n_classes, class_weight, empty_state(ROWS, SMOOTH), False, SOFTCAP, SMOOTH, HAS_WEIGHT
-    )
+    excluded = (columns[None, :] == y[:, None]) | (columns >= n_classes)[None, :]
+    z = tl.where(excluded, MINUS_INFINITY, z)
+    w = z
+    if SMOOTH:
+        w = class_weights(class_weight, columns, n_classes, excluded, HAS_WEIGHT)
+    state, _, _, _ = absorb(z, g, w, empty_state(ROWS, SMOOTH), SOFTCAP, SMOOTH)
     square = tl.full((ROWS,), 1.0, tl.float32)
     if HAS_FEATURES:
         square = squared_norms(features, rows, inside, d, stride_h, ROWS, DEPTH) + plus

@@ -40,14 +40,7 @@ SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 6
 # In PTX, where each is one machine instruction (HMMA, HGMMA, UTC..MMA), and in AMD's assembly.
 MATRIX = {90: r"wgmma\.mma_async", 100: r"tcgen05\.mma", "gfx942": "v_mfma"}
 WARP_MATRIX = r"mma\.sync"  # of the others
-REGISTERS = 65536  # of a multiprocessor, given to a thread in eights
-PER_LOGIT_LIMIT = {  # of the epilogue on sm_90, exact tiles
-    "statistics bf16 plain": 11.5,
-    "statistics bf16 softcap": 38.5,
-    "statistics bf16 smoothing": 17.0,
-    "statistics bf16 everything": 54.5,
-    "sketch bf16 plain": 16.5,
-}
+PER_LOGIT_LIMIT = {"statistics": 11.5, "sketch": 16.5}  # of the epilogue on sm_90, exact tiles, no options
 
 
 def compile_variant(variant: Variant, target: GPUTarget):
@@ -130,18 +123,16 @@ def inspect(variant: Variant, target: GPUTarget) -> dict:
         found["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
         found["stack"] = int(re.search(r"STACK:(\d+)", usage)[1])
         found["matrix"] = len(matrix.findall(compiled.asm["ptx"]))
-        limit = PER_LOGIT_LIMIT.get(variant.name.removesuffix(" exact")) if target.arch == 90 else None
+        limited = variant.logits_per_program and target.arch == 90
         # A spill needs a stack, so that most variants need not be disassembled, which takes as long as compiling.
-        sass = tool("nvdisasm", "-c", cubin=compiled.asm["cubin"]) if limit or found["stack"] else ""
+        sass = tool("nvdisasm", "-c", cubin=compiled.asm["cubin"]) if limited or found["stack"] else ""
         counts = collections.Counter(instructions(sass)[0])
         found["spills"] = counts["LDL"] + counts["STL"]
-        if limit:
+        if limited:
             found["per_logit"] = epilogue_per_logit(sass, variant.logits_per_program / (32 * variant.warps))
+            limit = PER_LOGIT_LIMIT[variant.name.split()[0]]
             if not found["per_logit"] <= limit:
                 failures.append(f"{found['per_logit']:.1f} instructions per logit, the limit is {limit}")
-        threads = 32 * variant.warps * variant.programs
-        if -(-found["registers"] // 8) * 8 * threads > REGISTERS:
-            failures.append(f"{found['registers']} registers of each of {threads} threads, there are {REGISTERS}")
     else:
         text = compiled.asm["amdgcn"]
 
@@ -153,11 +144,8 @@ def inspect(variant: Variant, target: GPUTarget) -> dict:
         found["matrix"] = len(matrix.findall(text))
     if found["spills"]:
         failures.append(f"{found['spills']} spills")
-    block = SHARED_LIMIT[target.arch] * 1024
-    if variant.programs > 1:
-        block = (block + 1024) // variant.programs - 1024  # of each program's share 1 KiB is the system's
-    if found["shared"] > block:
-        failures.append(f"{found['shared']} bytes of shared memory, the limit is {block}")
+    if found["shared"] > SHARED_LIMIT[target.arch] * 1024:
+        failures.append(f"{found['shared']} bytes of shared memory, the limit is {SHARED_LIMIT[target.arch]} KiB")
     if variant.matrix and not found["matrix"]:
         failures.append(f"no {matrix.pattern} instruction")
     return {**found, "failures": failures}

@@ -33,8 +33,7 @@ class Variant:
     warps: int
     stages: int = 3
     matrix: bool = False
-    logits_per_program: int = 0
-    programs: int = 1  # that a multiprocessor holds at once
+    logits_per_program: int = 0  # set where the instructions per logit are held to the limit
 
 
 def _integers(*names: str) -> dict[str, str]:
@@ -55,10 +54,6 @@ VARIANTS = {
     "softcap": _options(SOFTCAP=True),
     "smoothing": _options(SMOOTH=True),
     "everything": _options(SOFTCAP=True, SMOOTH=True, HAS_WEIGHT=True),
-}
-PAIRS = {
-    "smoothing, softcap": _options(SMOOTH=True, SOFTCAP=True),
-    "smoothing, weight": _options(SMOOTH=True, HAS_WEIGHT=True),
 }
 
 
@@ -81,17 +76,14 @@ def statistics_variants(arch: str, target: GPUTarget, tile: configs.Tile | None 
         for name, options in VARIANTS.items():
             if name == "weight":
                 continue  # it is read with smoothing only
-            key = f"statistics_{name}" if name != "plain" else "statistics"
-            for table, exact in ((key, True), (f"{key}_ragged", False)):
+            key = {"plain": "statistics", "softcap": "statistics_softcap"}.get(name, "statistics_smoothing")
+            ragged = "statistics_ragged" if name == "plain" else key
+            for table, exact in ((key, True), (ragged, False)):
                 shape = tile or configs.TABLE[arch][table][itemsize]
                 found.append(_statistics(name, options, shape, exact, element, itemsize, target))
             if shape.descriptor:
                 shape = shape.with_pointers()
                 found.append(_statistics(name, options, shape, False, element, itemsize, target))
-        # With smoothing, a cap without weights and weights without a cap have their tile from "everything".
-        for name, options in PAIRS.items():
-            shape = tile or configs.TABLE[arch]["statistics_everything"][itemsize]
-            found.append(_statistics(name, options, shape, True, element, itemsize, target))
     return found
 
 
@@ -115,7 +107,6 @@ def sketch_variants(arch: str, target: GPUTarget) -> list[Variant]:
 def _statistics(name, options, shape, exact, element, itemsize, target, width=0) -> Variant:
     constants = {
         **{"ROWS": shape.rows, "COLUMNS": shape.columns, "DEPTH": shape.depth, "WIDTH": width, "GROUP": shape.group},
-        "SLICES": shape.slices,
         **{"DESCRIPTOR": shape.descriptor, "EVEN_COLUMNS": exact, "EVEN_DEPTH": exact, "HAS_BIAS": not exact},
         "PRECISION": _precision(itemsize, target),
         **options,
@@ -132,6 +123,7 @@ def _statistics(name, options, shape, exact, element, itemsize, target, width=0)
         "softcap": "fp32",
         **_integers("n", "n_classes", "d", "p", "stride_h", "stride_w", "stride_p", "tiles_per_split"),
     }
+    limited = name == "plain" and exact and itemsize == 2
     kind = "sketch" if width else "statistics"
     label = f"{kind} {element} {name} {'exact' if exact else 'ragged'}{'' if shape.descriptor else ' pointers'}"
     return Variant(
@@ -142,8 +134,7 @@ def _statistics(name, options, shape, exact, element, itemsize, target, width=0)
         shape.warps,
         shape.stages,
         True,
-        shape.rows * shape.columns,
-        shape.programs,
+        shape.rows * shape.columns if limited else 0,
     )
 
 
@@ -171,8 +162,7 @@ def row_variants(arch: str) -> list[Variant]:
             found.append(Variant(f"target_logit {element} {kind}", kernel, types | given, constants | flags, 4))
         rows = configs.TABLE[arch]["residual"][itemsize]
         for name, options in VARIANTS.items():
-            kind = "logits_smoothing" if options["SMOOTH"] else "logits_softcap" if options["SOFTCAP"] else "logits"
-            stored = configs.TABLE[arch][kind][itemsize]
+            stored = configs.TABLE[arch]["logits_smoothing" if options["SMOOTH"] else "logits"][itemsize]
             types = {
                 "logits": f"*{element}",
                 "target": "*i64",

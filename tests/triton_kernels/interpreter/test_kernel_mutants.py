@@ -26,10 +26,6 @@ def linear(option="plain"):
     check.check_linear(cases.make(37, 24, 203, torch.float32, option, bias=True), check.POINTER, 3)
 
 
-def sliced(option="plain"):
-    check.check_linear(cases.make(37, 24, 203, torch.float32, option, bias=True), check.SLICED, 3)
-
-
 def described():
     check.check_linear(cases.make(37, 24, 203, torch.float32, bias=True), check.DESCRIPTOR, 3)
 
@@ -79,7 +75,7 @@ def confident():
 DOT = "acc = tl.dot(x, y, acc, input_precision=PRECISION)"
 CLAMP = "columns = tl.where(columns < n_b, columns, 0)"
 MUTANTS = {
-    "off by one: ragged classes counted": ("online", "(columns >= n_classes)[", "(columns > n_classes)[", linear),
+    "off by one: ragged classes counted": ("statistics", "offset >= n_classes -", "offset > n_classes -", linear),
     "off by one: ragged classes read": ("matmul_tile", CLAMP, CLAMP.replace("<", "<="), linear),
     "off by one: stored logits": (
         "statistics",
@@ -102,42 +98,28 @@ MUTANTS = {
     ),
     "product accumulated in float16": ("matmul_tile", DOT, f"{DOT}.to(tl.float16).to(tl.float32)", linear),
     "sum accumulated in float16": (
-        "online",
-        "s = state[2] * scale + total",
-        "s = (state[2] * scale + total).to(tl.float16).to(tl.float32)",
+        "statistics",
+        "s = s * scale + tl.sum(e, 1)",
+        "s = (s * scale + tl.sum(e, 1)).to(tl.float16).to(tl.float32)",
         stored,
     ),
-    "target not excluded": ("online", "(y - first)[:, None] ^", "(0 * y - 1)[:, None] ^", linear),
-    "target excluded from the first tile alone": ("online", "(y - first)[:, None] ^", "y[:, None] ^", stored),
-    "slices: all at the tile's first class": ("statistics", "+ part * (COLUMNS", "+ 0 * (COLUMNS", sliced),
-    "slices: out of order": (
-        "matmul_tile",
-        "slices(left, COUNT // 2) + slices(right, COUNT // 2)",
-        "slices(right, COUNT // 2) + slices(left, COUNT // 2)",
-        sliced,
+    "target not excluded": (
+        "statistics",
+        "offset[None, :] == (y - tile * COLUMNS)[:, None]",
+        "offset[None, :] == (0 * y - 1)[:, None]",
+        linear,
     ),
-    "slices: an amount below 0": (
-        "online",
-        "tl.maximum(tl.minimum(n_classes - first, z.shape[1]), 0)",
-        "tl.minimum(n_classes - first, z.shape[1])",
-        lambda: sliced("smoothing"),
-    ),
-    "the target's class in its own amount": (
-        "online",
-        "known - own.to(tl.int32)",
-        "known",
-        lambda: linear("smoothing"),
-    ),
+    "target not excluded from stored logits": ("statistics", "(columns[None, :] == y[:, None]) | ", "", stored),
     "tile offset ignored": ("matmul_tile", "b.load([j * COLUMNS, k])", "b.load([0, k])", described),
-    "sums not rescaled": ("online", "state[3] * (scale * scale) + tl.sum", "state[3] * scale + tl.sum", linear),
+    "sums not rescaled": ("statistics", "state[3] * (scale * scale) + tl.sum", "state[3] * scale + tl.sum", linear),
     "fits not rescaled": ("combine", "rho * scale,", "rho,", lambda: linear("smoothing")),
     "projection not rescaled": ("statistics", "projected * scale[:, None]", "projected", projection),
     "projection without the target": ("sketch", "own = rest - mass * p_rest", "own = rest", projection),
     "projection: splits at one reference": ("sketch", "torch.exp2(reference - reference.amax(0))", "1.0", projection),
     "projection: share of the target under a cap": ("sketch", "share * sums[1]", "0.0 * sums[1]", capped),
     "spread not moved to the new reference": (
-        "online",
-        " + state[4] * (new - ref)",
+        "statistics",
+        "state[4] * (new - ref) + ",
         "",
         lambda: stored("smoothing", 1),
     ),
@@ -156,7 +138,7 @@ MUTANTS = {
         lambda: stored("weight"),
     ),
     "bias forgotten in the target": ("target_logit", "z += tl.load(bias + y", "z += 0.0 * tl.load(bias + y", linear),
-    "slope of the cap forgotten": ("online", "e = e * g", "e = e", lambda: linear("softcap")),
+    "slope of the cap forgotten": ("statistics", "e = e * g", "e = e", lambda: linear("softcap")),
     "residual's target from its probability": (
         "residual",
         "rest - (t_y + rest) * p_rest",
@@ -180,7 +162,13 @@ MUTANTS = {
         test_kernel_gram.test_broken_rows_count_as_zero,
     ),
     "gram: off by one": ("matmul_tile", "rows < n_a, rows", "rows <= n_a, rows", gradients),
-    "stored rows: classes beyond the last": ("stored_rows", "SMOOTH), False, SOFTCAP", "SMOOTH), True, SOFTCAP", few),
+    "stored rows: the target not excluded": ("stored_rows", "(columns[None, :] == y[:, None]) | ", "", few),
+    "stored rows: classes beyond the last": (
+        "stored_rows",
+        "(columns >= n_classes)[None, :]",
+        "(columns > n_classes)[None, :]",
+        few,
+    ),
     "stored rows: smoothing's share forgotten": (
         "stored_rows",
         "r - (label_smoothing / n_classes) * w",
@@ -311,9 +299,8 @@ def test_planted_bug_is_caught(name, plant):
 
 
 def test_the_copy_without_a_bug_passes(plant):
-    plant("online", "zero = tl.zeros", "zero = tl.zeros")
+    plant("statistics", "zero = tl.zeros", "zero = tl.zeros")
     linear()
-    sliced("everything")
     described()
     stored("everything")
     residual()

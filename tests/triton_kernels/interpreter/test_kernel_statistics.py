@@ -1,7 +1,6 @@
 """target_logit, statistics and finalize against the specification, in the interpreter."""
 
 import mmap
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +8,8 @@ from support import kernel_cases as cases
 
 from selbp import reference
 from selbp.triton_kernels.configs import TABLE, Tile
-from selbp.triton_kernels.statistics import statistics
 
 POINTER, DESCRIPTOR, STORED = Tile(32, 64, 32), Tile(32, 64, 32, descriptor=True), Tile(4, 128, 0)
-SLICED = Tile(32, 64, 32, slices=4)
 # (n, d, C): ragged in all, exact tiles, one class, one row, more classes than fit one split
 SHAPES = [(37, 24, 203), (64, 64, 128), (5, 16, 1), (1, 8, 2), (3, 8, 517)]
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice")
@@ -46,7 +43,6 @@ def check_logits(case, splits=None):
 def test_every_option(dtype, option):
     case = cases.make(37, 24, 203, dtype, option, bias=True)
     check_linear(case, POINTER)
-    check_linear(case, SLICED)
     check_linear(case, DESCRIPTOR)
     check_logits(case)
 
@@ -64,13 +60,6 @@ def test_every_shape_and_option(dtype, shape, option, splits, bias):
     check_logits(case, splits)
 
 
-def test_programs_that_run_at_once_share_the_classes():
-    case = cases.make(3, 8, 16 * POINTER.columns)
-    tensors = case.features, case.weight, None, case.target
-    splits = [statistics(*tensors, tile=replace(POINTER, programs=programs))[0].shape[1] for programs in (1, 2)]
-    assert splits == [8, 16]  # of the interpreter's 8 processors
-
-
 @pytest.mark.parametrize("option", ["plain", "everything"])
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s != (37, 24, 203)] + [(2, 3, 7)])
 def test_odd_shapes(shape, option):
@@ -83,10 +72,9 @@ def test_odd_shapes(shape, option):
 @pytest.mark.parametrize("option", ["plain", "everything"])
 @pytest.mark.parametrize("arch", TABLE)
 def test_shipped_tiles(arch, option):
-    kernel = "statistics" if option == "plain" else "statistics_everything"
     for dtype in cases.DTYPES:
         case = cases.make(130, 72, 523, dtype, option, bias=True)
-        check_linear(case, TABLE[arch][kernel][dtype.itemsize])
+        check_linear(case, TABLE[arch]["statistics"][dtype.itemsize])
 
 
 @pytest.mark.parametrize("option", ["plain", "smoothing"])
