@@ -61,11 +61,11 @@ class Sampled:
 
     @property
     def table(self) -> ScoreTable:
-        """Of the loader that was made last."""
+        """The table of the loader that was made last."""
         return self._step.table
 
     def control(self, step: SelectiveBackprop) -> AutoSelect:
-        """What runs ``step`` from now on."""
+        """Run ``step`` from now on, by the controller that is returned."""
         self._step.made, self._used = step, True
         return self.controller
 
