@@ -11,11 +11,15 @@ from torch.utils.data import DataLoader
 
 from selbp._checks import shown
 from selbp.sampling import AutoSelect, ScoreTable
-from selbp.training.automatic import drawn
+from selbp.training.automatic import auto_select, drawn
 from selbp.training.step import SelectiveBackprop
 
-DRAWN = frozenset(inspect.signature(drawn).parameters) - {"dataset"}
-CONTROLLED = frozenset({"random_k", "prices", "every", "trial", "margin"})  # of AutoSelect
+DRAWN = {  # what auto_select draws by, and its defaults
+    name: parameter.default
+    for name, parameter in inspect.signature(auto_select).parameters.items()
+    if name in inspect.signature(drawn).parameters and name != "dataset"
+}
+CONTROLLED = set(inspect.signature(AutoSelect).parameters) - {"step", "sampler", "others"}
 
 
 class _Step:
@@ -38,12 +42,13 @@ class Sampled:
     """
 
     def __init__(self, options: Any, rows: int, steps: int | None) -> None:
-        unknown = sorted(set(options) - DRAWN - CONTROLLED) if isinstance(options, Mapping) else None
+        unknown = sorted(set(options) - set(DRAWN) - CONTROLLED) if isinstance(options, Mapping) else None
         if unknown is None or unknown:
-            known = ", ".join(sorted(DRAWN | CONTROLLED))
+            known = ", ".join(sorted({*DRAWN, *CONTROLLED}))
             got = shown(options) if unknown is None else ", ".join(map(str, unknown))
             raise TypeError(f"sampling must be a dict with some of {known}, got {got}")
-        self._drawn = {"k": rows, "steps": steps, **{name: options[name] for name in DRAWN & set(options)}}
+        given = {name: options[name] for name in DRAWN if name in options}
+        self._drawn = {**DRAWN, "k": rows, "steps": steps, **given}
         self._controlled = {name: options[name] for name in CONTROLLED & set(options)}
         self._used = True  # by a training, or there is none yet
         self.step_options: dict[str, Any] = {}

@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from selbp.training.report import StepReport
+from selbp.training.report import OF_THE_TABLE, StepReport
 
-OF_THE_TABLE = ("headroom", "price", "noise_share", "coverage")
 FIGURES = ("relative_residual", "gain", "weight_sum", "effective_sample_size", *OF_THE_TABLE)
 PHASES = ("score", "select", "forward", "backward")
 

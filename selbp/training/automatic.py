@@ -108,15 +108,15 @@ def auto_select(
 def drawn(
     dataset: Any,
     *,
-    classes: int | None = None,
-    k: int = 48,
-    pool: int = 256,
-    features: Any = "auto",
-    noise: str = "auto",
-    proxy: bool = True,
-    steps: int | None = None,
-    step_seconds: float | None = None,
-    seed: int = 0,
+    classes: int | None,
+    k: int,
+    pool: int,
+    features: Any,
+    noise: str,
+    proxy: bool,
+    steps: int | None,
+    step_seconds: float | None,
+    seed: int,
 ) -> tuple[ScoredBatchSampler, dict[str, Any]]:
     """The sampler of :func:`auto_select` and the options of its step."""
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):

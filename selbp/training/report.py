@@ -20,7 +20,7 @@ _FIGURES = (
     *("n", "k", "step", "selected", "scored", "backward", "backward_reason", "loss", "accuracy"),
     *("weight_sum", "weight_max", "effective_sample_size", "relative_residual", "gain", "gain_at_cost", "seconds"),
 )
-_OF_THE_TABLE = ("headroom", "price", "noise_share", "coverage")
+OF_THE_TABLE = ("headroom", "price", "noise_share", "coverage")
 
 
 @dataclass
@@ -138,5 +138,5 @@ class StepReport(SelectionFigures):
 
     def as_dict(self) -> dict[str, Any]:
         """Every figure by name, ready for a log line."""
-        table = () if self.table is None else _OF_THE_TABLE
+        table = () if self.table is None else OF_THE_TABLE
         return {name: getattr(self, name) for name in (*_FIGURES, *table)}
