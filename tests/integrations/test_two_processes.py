@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def trainer_check(rank: int) -> None:
     assert torch.equal(weights(resumed.model), weights(whole.model))
 
 
-def sampling_check(rank: int) -> None:
+def sampling_check(rank: int, scope: str) -> None:
     import transformers
     from support.hf_kit import arguments, bert, classes
 
@@ -116,6 +117,7 @@ def sampling_check(rank: int) -> None:
 
     prices = {"random": 1.0, "drawn": 1.1}  # known, so that no clock decides
     sampling = {"classes": 4, "pool": 8, "seed": 5, "prices": prices, "every": 2}
+    among_all = {"selector": selbp.TopLoss(), "keep": 0.5, "scope": "global"} if scope == "global" else {}
     folder = shared_folder()
 
     def trainer_of(place: Path, **args: Any) -> Any:
@@ -124,7 +126,7 @@ def sampling_check(rank: int) -> None:
             model=bert(),
             args=arguments(place, **(common | args)),
             train_dataset=classes(),
-            selective={"sampling": sampling},
+            selective={"sampling": sampling, **among_all},
         )
 
     whole = trainer_of(folder / "whole", max_steps=5)
@@ -208,10 +210,11 @@ def test_the_trainer():
     launched(trainer_check)
 
 
-def test_a_trainer_whose_batches_are_drawn():
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_a_trainer_whose_batches_are_drawn(scope):
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     pytest.importorskip("transformers", reason="transformers is not installed")
-    launched(sampling_check)
+    launched(functools.partial(sampling_check, scope=scope))
 
 
 def test_accelerate():
