@@ -157,16 +157,23 @@ class StepKinds:
         return loss, m.report(StepReport, self._step, way.name, way.reason, scored=True)
 
     def _by_rows(self, m: Minibatch, trained: Context) -> Tensor:
-        """(k,) losses of the scoring forward; their backward runs the chosen rows of it only."""
+        """(k,) losses of the scoring forward; their backward runs the chosen rows of it only.
+
+        Where cross-entropy is fused, its graph begins at the chosen rows' logits.
+        """
         way = self._strategy
         with trained():
             self._choose(m, self._score(m.batch, m.watch, keep_graph=True))
-            assert m.losses is not None, "the scoring forward was asked to keep its graph"
+            assert m.trains is not None, "the scoring forward was asked to keep its graph"
 
             def forward(rows: Batch) -> Tensor:
                 return self._forward(m, rows)
 
-            return row_losses(m.losses, m.batch, m.selection, forward, way.batchnorm, way.dense)
+            def of_logits(logits: Tensor, indices: Tensor) -> Tensor:
+                return self._criterion.losses(logits, m.batch.target.index_select(0, indices), len(indices))
+
+            to_losses = of_logits if m.by_logits else None
+            return row_losses(m.trains, m.batch, m.selection, forward, to_losses, way.batchnorm, way.dense)
 
     def _by_recompute(self, m: Minibatch, trained: Context) -> Tensor:
         """(k,) losses of a second forward, of the chosen rows. The first such step compares it with the scoring one."""

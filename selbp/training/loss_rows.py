@@ -31,65 +31,64 @@ class LossRows(NamedTuple):
     feature_sq: Tensor  # (n,) averaged over positions with weights residual_sq
     correct: Tensor  # (n,)
     valid: Tensor  # (n,)
-    residual: Callable[[], Tensor] | None  # () -> (n, T, C)
+    residual: Callable[[slice], Tensor] | None  # (t, C) of some of the n T positions
     features: Tensor | None  # (n, T, d)
     hits: tuple[Tensor, Tensor] | None
+    classes: int = 0  # of residual
     streamed: HeadFactors | None = None  # of a head whose logits are not stored, in place of residual and features
 
 
 def operands(
     criterion: CrossEntropy, logits: Tensor, features: Tensor | None, target: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Logits (n, T, C) and the head's input (n, T, d), the entries that predict the labels (n, T)."""
-    z = criterion.tokens(logits, target)
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The head's output (n, T, C), the labels (n, T) that it predicts, and its input (n, T, d)."""
+    z, y = criterion.pairs(logits, target)
     criterion.check_classes(z.shape[-1], "the model")
-    h = None if features is None else criterion.positions(features.reshape(*logits.shape[:-1], -1), target)
-    return z, h
+    return z, y, None if features is None else features.reshape(*y.shape, features.shape[-1])
 
 
 def from_logits(
     criterion: CrossEntropy, logits: Tensor, features: Tensor | None, target: Tensor, bias: bool
 ) -> LossRows:
     """Cross-entropy of the head's output, by the fused operator over all tokens."""
-    z, h = operands(criterion, logits, features, target)
-    n, length, _ = z.shape
-    y, flat = criterion.labels(target).reshape(-1), z.flatten(0, 1)
+    z, y, h = operands(criterion, logits, features, target)
+    flat, labels = z.flatten(0, 1), y.reshape(-1)
     options = criterion.options(z.device)
-    tokens = ops.cross_entropy_statistics(flat, y, None if h is None else h.flatten(0, 1), bias=bias, **options)
-    ignored = y == criterion.ignore_index
+    tokens = ops.cross_entropy_statistics(flat, labels, None if h is None else h.flatten(0, 1), bias=bias, **options)
 
-    def residual() -> Tensor:
-        return ops.residual(flat, y, tokens.lse, **options).view(z.shape)
+    def residual(part: slice) -> Tensor:
+        return ops.residual(flat[part], labels[part], tokens.lse[part], **options)
 
     hits = tokens.correct.sum(), tokens.valid.sum()
-    return LossRows(*_by_sample(tokens, ignored, n, length), residual, h, hits)
+    predicted = criterion.labels(target).shape[1]
+    return LossRows(*_by_sample(tokens, y == criterion.ignore_index, predicted), residual, h, hits, z.shape[2])
 
 
-def _by_sample(tokens: BatchStatistics, ignored: Tensor, n: int, length: int) -> BatchStatistics:
-    """The statistics of n samples, of those of their (n length,) tokens."""
-    if length == 1:
+def _by_sample(tokens: BatchStatistics, ignored: Tensor, predicted: int) -> BatchStatistics:
+    """The statistics of n samples, of those of their tokens; ``ignored`` is (n, T), T >= ``predicted``."""
+    if predicted == ignored.shape[1] == 1:
         return tokens
-    shape = (n, length)
-    loss, lse = tokens.loss.view(shape).sum(1), tokens.lse.view(shape).mean(1)
+    shape = ignored.shape
+    loss, lse = tokens.loss.view(shape).sum(1), tokens.lse.view(shape)[:, :predicted].mean(1)
     residual_sq = tokens.residual_sq.view(shape).sum(1)
     feature_sq = (tokens.residual_sq * tokens.feature_sq).view(shape).sum(1) / residual_sq.clamp(min=1e-30)
-    valid = tokens.valid.view(shape).any(1) & (tokens.valid | ignored).view(shape).all(1)
-    correct = valid & (tokens.correct | ignored).view(shape).all(1)
+    valid = tokens.valid.view(shape).any(1) & (tokens.valid.view(shape) | ignored).all(1)
+    correct = valid & (tokens.correct.view(shape) | ignored).all(1)
     return BatchStatistics(loss, lse, residual_sq, feature_sq, correct, valid)
 
 
 def from_features(criterion: LinearCausalLM, output: Any, target: Tensor, gradients: bool) -> LossRows:
     """Cross-entropy of the head's input and weight, without the logits."""
     found, y = criterion.by_token(output, target), criterion.tokens.labels(target)
-    stats, (n, length) = found.stats, y.shape
+    stats = found.stats
     hits = stats.correct.sum(), stats.valid.sum()
-    rows = _by_sample(stats, y.reshape(-1) == criterion.tokens.ignore_index, n, length)
+    rows = _by_sample(stats, y == criterion.tokens.ignore_index, y.shape[1])
     if not gradients:
         return LossRows(*rows, None, None, hits)
     weight = criterion.tokens.weight_on(y.device)
     smoothing = criterion.tokens.label_smoothing
     factors = HeadFactors(*criterion.operands(found.features), y, stats.lse, stats.valid, weight, smoothing)
-    return LossRows(*rows, None, None, hits, factors)
+    return LossRows(*rows, None, None, hits, streamed=factors)
 
 
 def from_losses(
@@ -124,4 +123,7 @@ def from_losses(
     residual_sq, h_sq = squares.sum(1), h.to(loss.dtype).square().sum(2) + float(bias)
     feature_sq = h_sq[:, 0] if h.shape[1] == 1 else (squares * h_sq).sum(1) / residual_sq.clamp(min=1e-30)
     valid = valid & torch.isfinite(residual_sq) & torch.isfinite(feature_sq)
-    return LossRows(loss, unknown, residual_sq, feature_sq, never, valid, lambda: residual, h, hits)
+    flat = residual.flatten(0, 1)
+    return LossRows(
+        loss, unknown, residual_sq, feature_sq, never, valid, lambda part: flat[part], h, hits, flat.shape[1]
+    )

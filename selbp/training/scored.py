@@ -26,7 +26,8 @@ class Scored:
     stats: BatchStatistics  # loss as the criterion gives it, comparable between minibatches; residual_sq scaled by s^2
     scale: Tensor  # () s = n / total mass of the valid samples
     proxies: HeadProxies | None = None
-    losses: Tensor | None = None  # (n,) unscaled, with their graph, where the forward recorded one
+    trains: Tensor | None = None  # with its graph, where the forward recorded one: (n,) losses, unscaled, or logits
+    by_logits: bool = False  # ``trains`` is (n, ..., C) logits, whose loss is cross-entropy
     hits: tuple[Tensor, Tensor] | None = None  # () correct entries and () all entries, for a loss with classes
     auxiliary: Tensor | None = None  # () the model's own further loss, of all n rows, where a graph is kept
     mass: Tensor | None = None  # (n,) what each sample counts in torch's mean: its targets, or their class weights
@@ -52,28 +53,26 @@ def in_units(
     scale = (scale_of(mass, valid) if unit is None else unit).to(rows.loss.dtype)
     proxies = None
     if residual is not None and rows.features is not None:
-        compute, live = residual, valid[:, None, None]
-        h = rows.features
+        h, of_positions, live = rows.features, residual, valid[:, None, None]
+        n, positions, _ = h.shape
 
         def left() -> Tensor:
-            return torch.where(live, compute() * scale, 0.0)
+            return torch.where(live, of_positions(slice(None)).view(n, positions, -1) * scale, 0.0)
 
         def right() -> Tensor:
             return torch.where(live, h.to(rows.loss.dtype), 0.0)
 
-        if sketch is not None and h.shape[1] > 1:
-            made = sketch(left(), right(), bias)[:, None]
-            proxies = _of_sketches(made, reduce)
+        if sketch is not None and positions > 1:
+            proxies = _of_sketches(sketch(residual, rows.classes, h.to(rows.loss.dtype), bias), scale, valid, reduce)
         else:
-            proxies = HeadProxies(left, right, positions=h.shape[1], bias=bias, reduce=reduce)
-        if gradients and h.shape[1] > 1:  # a sum over positions: its norm needs the factors of every position
+            proxies = HeadProxies(left, right, positions=positions, bias=bias, reduce=reduce)
+        if gradients and positions > 1:  # a sum over positions: its norm needs the factors of every position
             exact = sequence_norm_sq(proxies.token_residual, proxies.token_features, bias=proxies.bias)
             feature_sq = exact / (rows.residual_sq * scale.square()).clamp(min=1e-30)
     if rows.streamed is not None:
         if sketch is not None and rows.streamed.labels.shape[1] > 1:
-            made = torch.where(valid[:, None], sketch.of_head(rows.streamed) * scale, 0.0)[:, None]
-            proxies = _of_sketches(made, reduce)
-            norm_sq = made.square().sum((1, 2))
+            proxies = _of_sketches(sketch.of_head(rows.streamed), scale, valid, reduce)
+            norm_sq = proxies.token_residual.square().sum((1, 2))
         else:
             proxies = streamed = StreamedProxies(rows.streamed, scale, valid, reduce=reduce)
             norm_sq = streamed.norm_sq()
@@ -82,8 +81,9 @@ def in_units(
     return Scored(stats, scale, proxies, hits=rows.hits, mass=mass)
 
 
-def _of_sketches(made: Tensor, reduce: Reduce | None) -> HeadProxies:
-    """Proxies whose gradients are the sketches (n, 1, p q)."""
+def _of_sketches(sketches: Tensor, scale: Tensor, valid: Tensor, reduce: Reduce | None) -> HeadProxies:
+    """Proxies whose gradients are the ``sketches`` (n, p q) in the units of torch's mean, 0 where not ``valid``."""
+    made = torch.where(valid[:, None], sketches * scale, 0.0)[:, None]
     return HeadProxies(lambda: made, lambda: made.new_ones(len(made), 1, 1), positions=1, bias=False, reduce=reduce)
 
 

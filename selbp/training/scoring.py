@@ -40,7 +40,7 @@ class _Forward:
     features: Tensor | None  # the head's input (n, ..., d)
     fused: bool  # the loss is cross-entropy of what the head gave, as it gave it
     auxiliary: Tensor | None
-    losses: Tensor | None  # (n,) with their graph, where that is kept
+    losses: Tensor | None  # (n,) with their graph, where that is kept; None too where they are fused
     read: Tensor | None  # (n,) the losses in whose graph gradients may be read
 
 
@@ -91,7 +91,8 @@ class Scorer:
                 scored = in_units(rows, mass, bias, self.gradients, self.reduce, self.sketch, unit)
         scored.auxiliary = seen.auxiliary
         if keep_graph:
-            scored.losses = seen.losses
+            scored.by_logits = seen.losses is None
+            scored.trains = logits_of(seen.output) if seen.losses is None else seen.losses
         if self.keep_output:
             scored.output = seen.output
         return scored
@@ -123,10 +124,10 @@ class Scorer:
         )
         auxiliary = self.auxiliary(output) if keep_graph else None  # here, where a gradient is recorded
         losses = read = None
-        if keep_graph or not (fused or linear):
+        if not fused and (keep_graph or not linear):
             with torch.set_grad_enabled(keep_graph or self.gradients):
                 losses = read = criterion.losses(output, batch.target, batch.n)
-                if inner and self.gradients and not (fused or linear):
+                if inner and self.gradients and not linear:
                     read = criterion.losses(returned, batch.target, batch.n)
         return _Forward(output, returned, captured, features, fused, auxiliary, losses, read)
 
@@ -165,8 +166,8 @@ class Scorer:
         """Cross-entropy of the head's output with one label a sample, by one operator; see :func:`in_units`."""
         criterion = self.criterion
         assert isinstance(criterion, CrossEntropy)
-        z, h = operands(criterion, logits_of(seen.returned).detach(), seen.features, target)
-        z, y, h = z[:, 0], criterion.labels(target)[:, 0], None if h is None else h[:, 0]
+        z, y, h = operands(criterion, logits_of(seen.returned).detach(), seen.features, target)
+        z, y, h = z[:, 0], y[:, 0], None if h is None else h[:, 0]
         options = criterion.options(z.device)
         found = score_minibatch(z, y, h, bias=bias, factors=factors, **options)
         stats, scale = found.stats, found.scale

@@ -7,6 +7,8 @@ unbiased inner products, see :mod:`selbp.ops.sketch`, for n T C p.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,8 @@ from selbp import ops
 from selbp.training.linear_proxies import HeadFactors
 
 IGNORED = -100
+TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # of residuals: a CPU's stay in its cache
+LEAST = 64  # positions in a tile, so that reading P does not take most of the time
 DIMENSIONS = (64, 64)  # p and q: the variance of <S_i, S_j> is at most .064 |g_i|^2 |g_j|^2
 
 
@@ -24,14 +28,23 @@ class Sketcher:
         self._drawn: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
-    def __call__(self, residual: Tensor, features: Tensor, bias: bool) -> Tensor:
-        """(n, p q) sketches of residual (n, T, C) and features (n, T, d)."""
-        left, right = self._projections(residual.shape[-1], features.shape[-1] + bias, residual)
-        low = residual @ left
-        hidden = features @ right[: features.shape[-1]]
+    def __call__(self, residual: Callable[[slice], Tensor], classes: int, features: Tensor, bias: bool) -> Tensor:
+        """(n, p q) sketches of features (n, T, d) and the residuals (t, C) that ``residual`` gives of some positions.
+
+        Few at a time: all residuals are as large as the logits.
+        """
+        n, length, width = features.shape
+        left, right = self._projections(classes, width + bias, features)
+        tile = TILE_BYTES.get(features.device.type, TILE_BYTES["cuda"])
+        rows = max(LEAST, tile // max(1, classes * features.itemsize))
+        low = features.new_empty(n * length, left.shape[1])
+        for first in range(0, n * length, rows):
+            part = slice(first, first + rows)
+            torch.mm(residual(part), left, out=low[part])
+        hidden = features @ right[:width]
         if bias:
             hidden = hidden + right[-1]
-        return torch.bmm(low.transpose(1, 2), hidden).flatten(1)
+        return torch.bmm(low.view(n, length, -1).transpose(1, 2), hidden).flatten(1)
 
     @torch.no_grad()
     def of_head(self, factors: HeadFactors) -> Tensor:

@@ -33,14 +33,15 @@ def may_ask(device: torch.device) -> bool:
 
 
 def row_losses(
-    losses: Tensor,  # (n,) of the scoring forward, with their graph
+    trains: Tensor,  # (n,) losses of the scoring forward, or its logits (n, ..., C), with their graph
     batch: Batch,
     selection: Selection,
     forward: Callable[[Batch], Tensor],
+    to_losses: Callable[[Tensor, Tensor], Tensor] | None = None,  # of chosen rows' logits and their indices
     batchnorm: BatchNormPolicy = "exact",
     dense: Counter[str] | None = None,
 ) -> Tensor:
-    """(k,) of ``losses``, whose backward runs the chosen rows only.
+    """(k,) losses, whose backward runs the chosen rows of ``trains`` only.
 
     A slot of weight 0 may name a row that holds NaN, and 0 * NaN would reach every parameter. Such a slot repeats a row
     that has a weight. Where no row has one, a forward on zeros gives gradients of 0. On a GPU asking whether any row
@@ -53,8 +54,12 @@ def row_losses(
     spare = selection.indices.index_select(0, live.to(torch.int8).argmax(0, keepdim=True))
     indices = torch.where(live, selection.indices, spare)
     any_valid = None if asked else live.any()
-    chosen: Tensor = select(losses, indices, batchnorm=batchnorm, densified=dense, any_valid=any_valid)
-    return chosen
+    chosen: Tensor = select(trains, indices, batchnorm=batchnorm, densified=dense, any_valid=any_valid)
+    if to_losses is None:
+        return chosen
+    if any_valid is not None:  # where no row has a weight, the loss's gradient is 0 * NaN
+        chosen = torch.where(any_valid, chosen, 0)
+    return to_losses(chosen, indices)
 
 
 class Strategy:

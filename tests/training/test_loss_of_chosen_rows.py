@@ -1,0 +1,111 @@
+"""On rows the loss that trains is formed of the chosen rows' logits; no step copies or stores those of all rows."""
+
+import pytest
+import torch
+from support.training_kit import TokenModel, assert_same, gradients, mlp, samples
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import selbp
+from selbp.training import sketched
+
+VIEWS = {"view", "_unsafe_view", "detach", "alias", "slice", "select", "transpose", "t", "unsqueeze", "expand"}
+
+
+class Made(TorchDispatchMode):
+    """Names and numbers of entries of what operators that are no views gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if isinstance(result, torch.Tensor) and name not in VIEWS:
+            self.found.append((name, result.numel()))
+        return result
+
+
+def sequences(n=16, length=9):
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, 11, (n, length), generator=generator)
+    labels = ids.clone()
+    labels[::3, 4:6] = -100
+    return ids, labels
+
+
+def token_step(model, backward="rows", **options):
+    options = {"selector": selbp.GradientMatching(), "proxy": "sketch", **options}
+    return selbp.SelectiveBackprop(model, keep=0.25, loss="causal_lm", backward=backward, **options)
+
+
+@pytest.mark.parametrize("rule", [selbp.TopLoss(), selbp.GradientMatching()], ids=["loss", "gradients"])
+@pytest.mark.parametrize("backward", ["rows", "recompute"])
+def test_logits_of_all_rows_are_made_once(rule, backward, monkeypatch):
+    monkeypatch.setattr(sketched, "TILE_BYTES", {"cpu": 0, "cuda": 0})
+    model = nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 600, bias=False))
+    ids, labels = sequences(n=64)
+    step = token_step(model, backward, selector=rule)
+    step(ids, labels)
+    with Made() as made:
+        step(ids, labels)
+    logits = 64 * 9 * 600
+    assert [name for name, entries in made.found if entries >= logits * 8 // 9] == ["mm"]  # the head
+    assert [entries for name, entries in made.found if name == "_log_softmax"] == [logits // 4]
+
+
+@pytest.mark.parametrize("rule", [selbp.TopLoss(), selbp.GradientMatching()], ids=["loss", "gradients"])
+def test_one_label_a_sample(rule):
+    model, (x, y) = mlp(), samples()
+    step = selbp.SelectiveBackprop(model, selector=rule, keep=0.25, backward="rows")
+    with Made() as made:
+        step(x, y)
+    assert [entries for name, entries in made.found if name == "_log_softmax"] == [len(x) // 4 * 5]
+
+
+@pytest.mark.parametrize("tile", [0, 11 * 8 * 70, 1 << 20], ids=["least", "some", "all at once"])
+def test_sketches_of_tiles_are_those_of_all_positions(tile, monkeypatch):
+    monkeypatch.setattr(sketched, "LEAST", 5)
+    monkeypatch.setattr(sketched, "TILE_BYTES", {"cpu": tile, "cuda": tile})
+    seen = []
+
+    class Spy(selbp.GradientMatching):
+        def select(self, stats, k, *, proxies=None, extras=None, generator=None):
+            seen.append(proxies.gram())
+            return super().select(stats, k, proxies=proxies, extras=extras, generator=generator)
+
+    torch.manual_seed(0)
+    model, (ids, labels) = TokenModel().double(), sequences()
+    token_step(model, selector=Spy())(ids, labels)
+    monkeypatch.setattr(sketched, "LEAST", 1 << 20)
+    token_step(model, selector=Spy())(ids, labels)
+    torch.testing.assert_close(*seen, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["plain", "smoothed"])
+@pytest.mark.parametrize("backward", ["rows", "recompute"])
+def test_the_position_that_predicts_nothing_counts_for_nothing(backward, smoothing):
+    """Whatever its logits are."""
+
+    class Odd(TokenModel):
+        def forward(self, ids):
+            z = super().forward(ids)
+            last = torch.arange(ids.shape[1])[None, :, None] == ids.shape[1] - 1
+            return torch.where(last, torch.nan, z)
+
+    torch.manual_seed(0)
+    model, (ids, labels) = Odd().double(), sequences()
+    options = {"class_weight": torch.arange(1, 12) / 8, "label_smoothing": smoothing}
+    step = token_step(model, backward, selector=selbp.Full(), proxy="exact", **options)
+    got = step(ids, labels)
+    assert step.report._stats.valid.all() and torch.isfinite(got)
+    torch.manual_seed(0)
+    plain = TokenModel().double()
+    weight = options["class_weight"].double()
+    z, y = plain(ids)[:, :-1].transpose(1, 2), labels[:, 1:]
+    entries = F.cross_entropy(z, y, weight, reduction="none", label_smoothing=smoothing)
+    want = entries.sum() / weight[y.clamp(min=0)][y != -100].sum()
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    assert_same(gradients(model, got), gradients(plain, want), 1e-10)
