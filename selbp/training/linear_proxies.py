@@ -43,7 +43,7 @@ class HeadFactors(NamedTuple):
         inside = (y >= first) & (y < last)
         entry = torch.where(inside, own, 0.0)
         r.scatter_add_(1, (y - first).clamp(0, r.shape[1] - 1)[:, None], -entry[:, None])
-        return torch.where(self.live[:, None], r, 0.0).view(*self.labels.shape, -1)
+        return r.masked_fill_(~self.live[:, None], 0.0).view(*self.labels.shape, -1)
 
 
 class StreamedProxies(HeadProxies):
@@ -62,8 +62,8 @@ class StreamedProxies(HeadProxies):
     ) -> None:
         live, wide = valid[:, None, None], factors.lse.dtype
         self._classes: int = len(factors.weight)
-        self._part: Callable[[int, int], Tensor] | None = lambda first, last: torch.where(
-            live, factors.residual(first, last) * scale, 0.0
+        self._part: Callable[[int, int], Tensor] | None = lambda first, last: (
+            factors.residual(first, last).mul_(scale).masked_fill_(~live, 0.0)  # in place: a block is large
         )
         hidden = torch.where(live & factors.live.view(*factors.labels.shape, 1), factors.features.to(wide), 0.0)
         bias = factors.bias is not None
