@@ -65,7 +65,10 @@ def from_logits(
 
 
 def _by_sample(tokens: BatchStatistics, ignored: Tensor, predicted: int) -> BatchStatistics:
-    """The statistics of n samples, of those of their tokens; ``ignored`` is (n, T), T >= ``predicted``."""
+    """The statistics of n samples, of those of their tokens; ``ignored`` is (n, T), T >= ``predicted``.
+
+    A NaN at a token with an ignored label spoils the sample's gradient, as 0 * NaN: the sample is not valid.
+    """
     if predicted == ignored.shape[1] == 1:
         return tokens
     shape = ignored.shape
@@ -73,6 +76,7 @@ def _by_sample(tokens: BatchStatistics, ignored: Tensor, predicted: int) -> Batc
     residual_sq = tokens.residual_sq.view(shape).sum(1)
     feature_sq = (tokens.residual_sq * tokens.feature_sq).view(shape).sum(1) / residual_sq.clamp(min=1e-30)
     valid = tokens.valid.view(shape).any(1) & (tokens.valid.view(shape) | ignored).all(1)
+    valid = valid & torch.isfinite(lse) & torch.isfinite(feature_sq)
     correct = valid & (tokens.correct.view(shape) | ignored).all(1)
     return BatchStatistics(loss, lse, residual_sq, feature_sq, correct, valid)
 

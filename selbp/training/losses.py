@@ -61,6 +61,23 @@ class Criterion(Protocol):
         ...
 
 
+class _LastIdle(torch.autograd.Function):
+    """The identity on logits (n, T, C). The last position's gradient is 0, where log-probabilities are NaN too."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        gradient = grads[0]
+        if type(gradient) is not Tensor or torch.is_grad_enabled():
+            last = torch.arange(1 - gradient.shape[1], 1, device=gradient.device) == 0
+            return gradient.masked_fill(last[:, None], 0)
+        gradient[:, -1] = 0  # in place: a copy is as large as the logits, and the loss has just made this tensor
+        return gradient
+
+
 @dataclass(frozen=True)
 class CrossEntropy:
     """Cross-entropy of logits (n, C), or of token logits (n, ..., C) with targets (n, ...) summed over tokens.
@@ -154,7 +171,7 @@ class CrossEntropy:
         """
         labels = self.labels(target)
         if self.shift and logits.dim() == 3 and logits.shape[:2] == target.shape:
-            return logits, F.pad(labels, (0, 1), value=self.ignore_index)
+            return _LastIdle.apply(logits), F.pad(labels, (0, 1), value=self.ignore_index)
         return self.tokens(logits, target), labels
 
     def positions(self, x: Tensor, target: Tensor) -> Tensor:

@@ -37,8 +37,8 @@ def sequences(n=16, length=9):
 
 
 def token_step(model, backward="rows", **options):
-    options = {"selector": selbp.GradientMatching(), "proxy": "sketch", **options}
-    return selbp.SelectiveBackprop(model, keep=0.25, loss="causal_lm", backward=backward, **options)
+    options = {"selector": selbp.GradientMatching(), "proxy": "sketch", "keep": 0.25, **options}
+    return selbp.SelectiveBackprop(model, loss="causal_lm", backward=backward, **options)
 
 
 @pytest.mark.parametrize("rule", [selbp.TopLoss(), selbp.GradientMatching()], ids=["loss", "gradients"])
@@ -109,3 +109,35 @@ def test_the_position_that_predicts_nothing_counts_for_nothing(backward, smoothi
     want = entries.sum() / weight[y.clamp(min=0)][y != -100].sum()
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
     assert_same(gradients(model, got), gradients(plain, want), 1e-10)
+
+
+@pytest.mark.parametrize(
+    "rule, proxy",
+    [(selbp.TopLoss(), "exact"), (selbp.GradientMatching(), "exact"), (selbp.GradientMatching(), "sketch")],
+    ids=["loss", "gradients", "sketches"],
+)
+@pytest.mark.parametrize("backward", ["rows", "recompute"])
+@pytest.mark.parametrize("position", [8, 3], ids=["last", "label ignored"])
+@pytest.mark.parametrize("spoilt", ["features", "logits"])
+def test_what_is_not_finite_where_nothing_is_predicted(spoilt, position, backward, rule, proxy):
+    """A sample whose gradient is not finite is not chosen; the last position's logits are no part of the gradient."""
+    torch.manual_seed(0)
+    model, (ids, labels) = nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 11, bias=False)).double(), sequences()
+    model[0].requires_grad_(False)
+    with torch.no_grad():
+        model[0].weight[:, 0] = 0
+        model[0].weight[10, 0] = torch.nan if spoilt == "features" else 1e150
+        model[1].weight[3, 0] = 1e160
+    ids.clamp_(max=9)[2, position] = 10
+    labels[2, position + 1 :] = -100
+    trains = spoilt == "logits" and position == 8
+    step = token_step(model, backward, selector=rule, proxy=proxy, keep=1.0)
+    got = gradients(model, step(ids, labels))
+    valid = [row for row in range(16) if row != 2 or trains]
+    assert step.report._stats.valid.nonzero().flatten().tolist() == valid
+    indices, weights = step.report.selection
+    trained = set(indices[weights != 0].tolist())
+    assert trained and trained <= set(valid) and (rule.needs == "gradients" or len(trained) == len(valid))
+    entries = F.cross_entropy(model(ids[indices])[:, :-1].mT, labels[indices, 1:], reduction="none").sum(1)
+    want = 16 / (labels[valid, 1:] != -100).sum() * (entries * weights).sum()
+    assert_same(got, gradients(model, want), 1e-10)
