@@ -35,6 +35,7 @@ class LossRows(NamedTuple):
     features: Tensor | None  # (n, T, d)
     hits: tuple[Tensor, Tensor] | None
     classes: int = 0  # of residual
+    predicted: int = 0  # positions that may have a label: the first ones
     streamed: HeadFactors | None = None  # of a head whose logits are not stored, in place of residual and features
 
 
@@ -61,7 +62,8 @@ def from_logits(
 
     hits = tokens.correct.sum(), tokens.valid.sum()
     predicted = criterion.labels(target).shape[1]
-    return LossRows(*_by_sample(tokens, y == criterion.ignore_index, predicted), residual, h, hits, z.shape[2])
+    rows = _by_sample(tokens, y == criterion.ignore_index, predicted)
+    return LossRows(*rows, residual, h, hits, z.shape[2], predicted)
 
 
 def _by_sample(tokens: BatchStatistics, ignored: Tensor, predicted: int) -> BatchStatistics:
@@ -128,6 +130,5 @@ def from_losses(
     feature_sq = h_sq[:, 0] if h.shape[1] == 1 else (squares * h_sq).sum(1) / residual_sq.clamp(min=1e-30)
     valid = valid & torch.isfinite(residual_sq) & torch.isfinite(feature_sq)
     flat = residual.flatten(0, 1)
-    return LossRows(
-        loss, unknown, residual_sq, feature_sq, never, valid, lambda part: flat[part], h, hits, flat.shape[1]
-    )
+    sizes = flat.shape[1], h.shape[1]
+    return LossRows(loss, unknown, residual_sq, feature_sq, never, valid, lambda part: flat[part], h, hits, *sizes)

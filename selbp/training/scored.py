@@ -54,13 +54,13 @@ def in_units(
     proxies = None
     if residual is not None and rows.features is not None:
         h, of_positions, live = rows.features, residual, valid[:, None, None]
-        n, positions, _ = h.shape
+        shape, positions = h.shape[:2], rows.predicted
 
         def left() -> Tensor:
-            return torch.where(live, of_positions(slice(None)).view(n, positions, -1) * scale, 0.0)
+            return torch.where(live, of_positions(slice(None)).view(*shape, -1)[:, :positions] * scale, 0.0)
 
         def right() -> Tensor:
-            return torch.where(live, h.to(rows.loss.dtype), 0.0)
+            return torch.where(live, h[:, :positions].to(rows.loss.dtype), 0.0)
 
         if sketch is not None and positions > 1:
             proxies = _of_sketches(sketch(residual, rows.classes, h.to(rows.loss.dtype), bias), scale, valid, reduce)

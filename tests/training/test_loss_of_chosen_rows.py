@@ -141,3 +141,23 @@ def test_what_is_not_finite_where_nothing_is_predicted(spoilt, position, backwar
     entries = F.cross_entropy(model(ids[indices])[:, :-1].mT, labels[indices, 1:], reduction="none").sum(1)
     want = 16 / (labels[valid, 1:] != -100).sum() * (entries * weights).sum()
     assert_same(got, gradients(model, want), 1e-10)
+
+
+@pytest.mark.parametrize("length", [2, 9])
+def test_a_rule_sees_the_positions_that_predict(length):
+    seen = []
+
+    class Spy(selbp.GradientMatching):
+        def select(self, stats, k, *, proxies=None, extras=None, generator=None):
+            seen.append((proxies.positions, proxies.features, proxies.gram()))
+            return super().select(stats, k, proxies=proxies, extras=extras, generator=generator)
+
+    torch.manual_seed(0)
+    model, (ids, labels) = TokenModel().double(), sequences(length=length)
+    token_step(model, selector=Spy(), proxy="exact")(ids, labels)
+    positions, features, gram = seen[0]
+    assert positions == length - 1
+    torch.testing.assert_close(features, model.mix(model.embed(ids))[0][:, :-1].mean(1))
+    if length == 2:  # samples with one position each are compared exactly
+        token_step(model, selector=Spy(), proxy="sketch")(ids, labels)
+        torch.testing.assert_close(seen[1][2], gram)
