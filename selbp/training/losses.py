@@ -167,9 +167,11 @@ class CrossEntropy:
         """Logits (n, T, C) and the labels (n, T) that they predict.
 
         The last position of a causal model predicts nothing. It stays, with an ignored label: to leave it out would
-        copy the logits of all others.
+        copy the logits of all others. Raises ValueError for logits of another number of samples.
         """
         labels = self.labels(target)
+        if logits.dim() < 2 or logits.shape[0] != len(target):
+            raise ValueError(f"logits must have n = {len(target)} rows of classes, got {tuple(logits.shape)}")
         if self.shift and logits.dim() == 3 and logits.shape[:2] == target.shape:
             return _LastIdle.apply(logits), F.pad(labels, (0, 1), value=self.ignore_index)
         return self.tokens(logits, target), labels
@@ -197,10 +199,7 @@ class CrossEntropy:
             logits = logits_of(output)
             return soft_losses(logits, target, self.weight_on(logits.device), self.label_smoothing, self.class_dim)
         self.labels(target)  # raises what is wrong with the target first
-        logits = logits_of(output)
-        if logits.dim() < 2 or logits.shape[0] != len(target):
-            raise ValueError(f"logits must have n = {len(target)} rows of classes, got {tuple(logits.shape)}")
-        logits, labels = self.pairs(logits, target)
+        logits, labels = self.pairs(logits_of(output), target)
         self.check_classes(logits.shape[-1], "the model")
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         weight = self.weight_on(logits.device)

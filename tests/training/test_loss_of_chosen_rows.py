@@ -161,3 +161,12 @@ def test_a_rule_sees_the_positions_that_predict(length):
     if length == 2:  # samples with one position each are compared exactly
         token_step(model, selector=Spy(), proxy="sketch")(ids, labels)
         torch.testing.assert_close(seen[1][2], gram)
+
+
+@pytest.mark.parametrize("shape", [(-1, 5), (8, -1, 5), (1, -1, 5)], ids=["positions first", "pairs", "one sample"])
+@pytest.mark.parametrize("backward", ["rows", "recompute"])
+def test_logits_of_another_number_of_samples_are_refused(backward, shape):
+    model = nn.Sequential(nn.Linear(12, 5), nn.Flatten(0, -2), nn.Unflatten(0, shape[:-1]))
+    step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=0.25, backward=backward)
+    with pytest.raises(ValueError, match="logits must have n = 16 rows of classes, got"):
+        step(torch.randn(16, 3, 12), torch.zeros(16, 3, dtype=torch.int64))
