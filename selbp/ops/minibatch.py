@@ -76,9 +76,9 @@ def _check_unscored(target: Tensor, finite: Tensor, class_weight: Tensor | None,
 def _unscored(
     target: Tensor, finite: Tensor, class_weight: Tensor | None, ignore_index: int, double: bool
 ) -> _Unscored:
-    mass = label_mass(target, class_weight, ignore_index, torch.float32)
+    mass = label_mass(target, class_weight, ignore_index, torch.float64 if double else torch.float32)
     valid = (target != ignore_index) & finite
-    unknown = torch.full_like(mass, torch.nan, dtype=torch.float64 if double else torch.float32)
+    unknown = torch.full_like(mass, torch.nan)
     return mass, valid, torch.zeros_like(valid), unknown, scale_of(mass, valid).to(unknown.dtype)
 
 
@@ -95,12 +95,12 @@ def _unscored_cuda(
 def _unscored_fake(
     target: Tensor, finite: Tensor, class_weight: Tensor | None, ignore_index: int, double: bool
 ) -> _Unscored:
-    mass, unknown = (target.new_empty(target.shape, dtype=torch.float32) for _ in range(2))
-    unknown = unknown.double() if double else unknown
+    dtype = torch.float64 if double else torch.float32
+    mass, unknown = (target.new_empty(target.shape, dtype=dtype) for _ in range(2))
     return mass, torch.empty_like(finite), torch.empty_like(finite), unknown, unknown.new_empty(())
 
 
-# (n,) mass, (n,) valid, (n,) False, (n,) NaN, and () the unit of the mean over the valid rows, the last two float64
+# (n,) mass, (n,) valid, (n,) False, (n,) NaN, and () the unit of the mean over the valid rows; the numbers are float64
 # where `double` says so.
 unscored = define(
     "unscored(Tensor target, Tensor finite, Tensor? class_weight, SymInt ignore_index, bool double)"

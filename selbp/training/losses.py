@@ -50,7 +50,7 @@ class Criterion(Protocol):
         ...
 
     def mass(self, target: Any, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(n,) float32 weight of each sample in torch's mean, and (n,) bool whether it has a target at all."""
+        """(n,) weight of each sample in torch's mean, and (n,) bool whether it has a target at all."""
         ...
 
     def hits(self, output: Any, target: Any, live: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -218,7 +218,9 @@ class CrossEntropy:
         if self.soft(target):
             return soft_mass(target, self.class_dim)
         labels = self.labels(target)
-        mass = label_mass(labels, self.weight_on(labels.device), self.ignore_index, torch.float32)
+        weight = self.weight_on(labels.device)
+        exact = torch.float32 if weight is None or labels.device.type == "mps" else torch.float64  # for a float64 loss
+        mass = label_mass(labels, weight, self.ignore_index, exact)
         return mass.sum(1), (labels != self.ignore_index).any(1)
 
     def hits(self, output: Any, target: Any, live: Tensor) -> tuple[Tensor, Tensor] | None:

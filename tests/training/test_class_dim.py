@@ -86,7 +86,7 @@ def test_the_targets_shape_tells(shape, last, how):
     got = gradients(model, step(*batch))
     options = {"weight": weight, "label_smoothing": 0.1}
     want = gradients(model, by_hand(model, batch, step.report.selection, last, **options))
-    assert_same(got, want, rtol=3e-7)  # n / mass is taken in float32
+    assert_same(got, want, rtol=1e-12)
     predicted = model(batch[0]).argmax(-1 if last else 1)
     rows = slice(None) if step.report.scored else step.report.selection.indices
     known = (batch[1] != -100)[rows]
