@@ -110,7 +110,7 @@ double once(const Inputs& in) {
   std::vector<float> inner(kRows), head(kClasses * kWidth), head_bias(kClasses);
   float target_sq = 0;
   if (!SELBP_PICK(mean_gradient_f32)({r.data(), in.features.data(), kRows, kClasses, kWidth, true},
-                                     {inner.data(), &target_sq, head.data(), head_bias.data()}, 2))
+                                     {inner.data(), &target_sq, head.data(), head_bias.data()}, 1))
     std::abort();
   std::vector<double> weights(kKept, 1.0 / kKept);
   std::vector<double> scratch_sq(std::size_t(residual_scratch(kKept, kClasses, kClasses)));
