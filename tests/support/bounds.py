@@ -82,6 +82,7 @@ def statistics(ours, logits, target, features, options, bias, eps, delta=None):
         valid &= field.abs() < 1e37
     norm = exact.residual_sq.clamp(min=0).sqrt()
     change = 2 * total * shift * (1 + (z.abs().amax(1) / cap if cap else 0))
+    change = change + 2 * total * unit(torch.float64) * exact.lse.abs()  # what exp(z - lse) rounds in the exact ones
     squares = exact.residual_sq + (total**2 + t.square().sum(1) if options["label_smoothing"] or cap else 0)
     square = 4 * eps * terms * squares + 2 * norm * change + change**2
     held = torch.where(valid, 0.0, INF)
@@ -231,6 +232,9 @@ def gradient_gram(a, ours):
     size = (rd.abs() @ rd.abs().T) * (hd.abs() @ hd.abs().T + bias)
     inner = torch.maximum(rd.abs() @ rd.abs().T, hd.abs() @ hd.abs().T)  # what overflows before the product may not
     bound = unit(dtype) * (rd.shape[1] + hd.shape[1] + 8) * size + 1e-35 * inner
+    if dtype == torch.bfloat16:  # AVX512-BF16 takes a subnormal input, below 1.2e-38, for 0
+        (lost_r, lost_h) = (1.2e-38 * (x.abs().sum(1)[:, None] + x.abs().sum(1)) for x in (rd, hd))
+        bound += lost_r * (hd.abs() @ hd.abs().T + bias) + lost_h * (rd.abs() @ rd.abs().T)
     decided = (inner < 1e37) & (size < 1e37)
     near("gram", ours, (rd @ rd.T) * (hd @ hd.T + bias), torch.where(decided, bound, INF))
     assert torch.equal(ours.nan_to_num(3.0), ours.T.nan_to_num(3.0)), "gram: not symmetric"
