@@ -129,7 +129,7 @@ def choose(solve, residual, features, k):
 
 
 def is_right(solve, residual, features, k):
-    """Whether the choice is the specification's."""
+    """Return whether the choice is the specification's."""
     _, indices, weights = choose(solve, residual, features, k)
     gram = (residual @ residual.T) * (features @ features.T + 1.0)
     spec = reference.match(gram, gram.mean(1), gram.mean(), k, ridge=1e-3)
@@ -137,7 +137,7 @@ def is_right(solve, residual, features, k):
 
 
 def guesses_well(solve):
-    """Whether there are few passes for each row that is chosen: 0.5 where every guess comes true, 1 where none does.
+    """Return whether a chosen row takes few passes: 0.5 where every guess comes true, 1 where none does.
 
     0.555 is what there are; a guess at a row that is there already makes it 0.60.
     """

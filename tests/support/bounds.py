@@ -229,12 +229,12 @@ def gradient_gram(a, ours):
     rd, hd, _ = finite_factors(a)
     bias, dtype = a["bias"], a["residual"].dtype
     output_dtype("gram", ours, a["residual"])
-    size = (rd.abs() @ rd.abs().T) * (hd.abs() @ hd.abs().T + bias)
-    inner = torch.maximum(rd.abs() @ rd.abs().T, hd.abs() @ hd.abs().T)  # what overflows before the product may not
+    rr, hh = rd.abs() @ rd.abs().T, hd.abs() @ hd.abs().T
+    size, inner = rr * (hh + bias), torch.maximum(rr, hh)  # what overflows before the product may not
     bound = unit(dtype) * (rd.shape[1] + hd.shape[1] + 8) * size + 1e-35 * inner
     if dtype == torch.bfloat16:  # AVX512-BF16 takes a subnormal input, below 1.2e-38, for 0
-        (lost_r, lost_h) = (1.2e-38 * (x.abs().sum(1)[:, None] + x.abs().sum(1)) for x in (rd, hd))
-        bound += lost_r * (hd.abs() @ hd.abs().T + bias) + lost_h * (rd.abs() @ rd.abs().T)
+        lost_r, lost_h = (1.2e-38 * (x.abs().sum(1)[:, None] + x.abs().sum(1)) for x in (rd, hd))
+        bound += lost_r * (hh + bias) + lost_h * rr
     decided = (inner < 1e37) & (size < 1e37)
     near("gram", ours, (rd @ rd.T) * (hd @ hd.T + bias), torch.where(decided, bound, INF))
     assert torch.equal(ours.nan_to_num(3.0), ours.T.nan_to_num(3.0)), "gram: not symmetric"
