@@ -172,7 +172,7 @@ class StepKinds:
             def of_logits(logits: Tensor, indices: Tensor) -> Tensor:
                 return self._criterion.losses(logits, m.batch.target.index_select(0, indices), len(indices))
 
-            to_losses = of_logits if m.by_logits else None
+            to_losses = None if m.trains.dim() == 1 else of_logits
             return row_losses(m.trains, m.batch, m.selection, forward, to_losses, way.batchnorm, way.dense)
 
     def _by_recompute(self, m: Minibatch, trained: Context) -> Tensor:

@@ -33,8 +33,7 @@ class Minibatch:
     # From the scoring, or from what is known without one:
     stats: BatchStatistics = field(init=False)  # losses scaled as the report averages them
     unscaled: Tensor = field(init=False)  # (n,) losses as the criterion gives them
-    trains: Tensor | None = field(init=False)  # (n,) the same, or (n, ..., C) logits, with the graph that is kept
-    by_logits: bool = field(init=False)  # which of the two
+    trains: Tensor | None = field(init=False)  # (n,) the same, or the logits (n, ..., C), with the graph that is kept
     scale: Tensor = field(init=False)  # ()
     share: Tensor | None = field(init=False)  # () of an accumulated loss
     auxiliary: Tensor | None = field(init=False)  # () the model's own further loss
@@ -52,8 +51,7 @@ class Minibatch:
     def take(self, scored: Scored) -> None:
         """Keep what the rest of the step needs of ``scored``: not its factors, which are large."""
         stats = scored.stats
-        self.unscaled, self.scale = stats.loss, scored.scale
-        self.trains, self.by_logits = scored.trains, scored.by_logits
+        self.unscaled, self.scale, self.trains = stats.loss, scored.scale, scored.trains
         self.stats = stats._replace(loss=stats.loss * scored.scale if scored.scaled is None else scored.scaled)
         self.auxiliary, self.hits = scored.auxiliary, scored.hits
         self.share = self.call.share(scored, self.batch.n)

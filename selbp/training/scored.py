@@ -26,8 +26,7 @@ class Scored:
     stats: BatchStatistics  # loss as the criterion gives it, comparable between minibatches; residual_sq scaled by s^2
     scale: Tensor  # () s = n / total mass of the valid samples
     proxies: HeadProxies | None = None
-    trains: Tensor | None = None  # with its graph, where the forward recorded one: (n,) losses, unscaled, or logits
-    by_logits: bool = False  # ``trains`` is (n, ..., C) logits, whose loss is cross-entropy
+    trains: Tensor | None = None  # with its graph, where that is kept: (n,) losses, or the logits (n, ..., C) for them
     hits: tuple[Tensor, Tensor] | None = None  # () correct entries and () all entries, for a loss with classes
     auxiliary: Tensor | None = None  # () the model's own further loss, of all n rows, where a graph is kept
     mass: Tensor | None = None  # (n,) what each sample counts in torch's mean: its targets, or their class weights

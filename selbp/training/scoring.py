@@ -91,7 +91,6 @@ class Scorer:
                 scored = in_units(rows, mass, bias, self.gradients, self.reduce, self.sketch, unit)
         scored.auxiliary = seen.auxiliary
         if keep_graph:
-            scored.by_logits = seen.losses is None
             scored.trains = logits_of(seen.output) if seen.losses is None else seen.losses
         if self.keep_output:
             scored.output = seen.output
