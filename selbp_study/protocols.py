@@ -249,6 +249,25 @@ PROTOCOLS: dict[str, Protocol] = {
                 ("duplicates", "+duplicates=0.3", "with 30 % duplicates"),
             )
         ),
+        # Do larger networks say the same? Fixed before they ran, on fresh seeds; each network is a family of its own.
+        *(
+            Protocol(
+                f"confirm-auto-2-{model}",
+                f"choosing by a table in {title}, clean and with 20 % wrong labels, second round",
+                tuple(Cell(data, model, 800, (keeps[1],), batch_size=n) for data in (CLEAN, NOISY)),
+                **{
+                    **SECOND_ROUND,
+                    "seeds": tuple(range(2200, 2210)),
+                    "own_keeps": keeps,
+                    "note": f"The budget of time is what 800 steps of random on {keeps[1]} samples take. The "
+                    "seconds of the small network that first fills the table are paid out of it.",
+                },
+            )
+            for model, title, n, keeps in (
+                ("wide-cnn", "a wide network of convolutions", 64, (16, 24, 32)),
+                ("resnet", "a small residual network", 128, (32, 48, 64)),
+            )
+        ),
         # A curve's inner points run at a rate that has not decayed yet, so the time until a curve has random's final
         # accuracy is too long. Here "auto" is a training of its own, made for less time. Fixed before it ran, on fresh
         # seeds; random and its keep are those of the second round.
