@@ -28,6 +28,7 @@ class Tile:
     stages: int = 3
     descriptor: bool = False  # tensor descriptors (TMA) instead of pointers; needs 16-byte strides
     group: int = 8  # row tiles that walk the classes together
+    slices: int = 1  # of the columns, taken one after the other where a whole tile's epilogue has too few registers
 
     def with_pointers(self) -> Tile:
         """What serves rows that no descriptor can address: masks and addresses need registers, so 128 columns."""
@@ -40,15 +41,19 @@ def _rows(**kernels: dict[int, Tile]) -> dict[str, dict[int, Tile]]:
         "logits_smoothing": {2: Tile(4, 1024, 0, 4, 1), 4: Tile(2, 1024, 0, 4, 1)},  # Triton 3.6 spills at (4, 512)
         "residual": {2: Tile(2, 512, 0, 4, 1), 4: Tile(2, 512, 0, 4, 1)},
     }
-    defaults = {"statistics_ragged": kernels["statistics"], "sketch_softcap": kernels["sketch_smoothing"]}
-    return {**shared, **defaults, **kernels}
+    exact = ("statistics", "statistics_softcap", "statistics_smoothing")
+    defaults = {"sketch_softcap": kernels["sketch_smoothing"], **{f"{name}_ragged": kernels[name] for name in exact}}
+    found = {**shared, **defaults, **kernels}
+    return {**found, "statistics_everything": found["statistics_smoothing_ragged"]}
 
 
 TABLE: dict[str, dict[str, dict[int, Tile]]] = {
     "sm_90": _rows(
         statistics={2: Tile(128, 256, 64, 8, 3, True), 4: Tile(128, 128, 32, 8, 3)},
-        statistics_softcap={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
-        statistics_smoothing={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(128, 32, 32, 8, 3)},
+        statistics_softcap={2: Tile(128, 256, 64, 8, 3, True, slices=4), 4: Tile(128, 64, 32, 8, 3)},
+        statistics_softcap_ragged={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
+        statistics_smoothing={2: Tile(128, 256, 64, 8, 3, True, slices=4), 4: Tile(128, 32, 32, 8, 3)},
+        statistics_smoothing_ragged={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(128, 32, 32, 8, 3)},
         chunk={2: Tile(128, 128, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
         sketch={2: Tile(128, 128, 64, 8, 3, True), 4: Tile(64, 32, 32, 4, 3)},
         sketch_smoothing={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(64, 16, 32, 8, 3)},
@@ -153,15 +158,17 @@ def statistics_tile(
     bias: bool,
     softcap: bool,
     smooth: bool,
+    weighted: bool = False,  # classes, with smoothing
     projected: bool = False,
 ) -> Tile:
     """The configuration of ``statistics``: sums of a projection, options, a bias and a ragged end need registers."""
     if projected:
         return tile("sketch_smoothing" if smooth else "sketch_softcap" if softcap else "sketch", device, dtype)
-    if smooth or softcap:
-        return tile("statistics_smoothing" if smooth else "statistics_softcap", device, dtype)
-    exact = tile("statistics", device, dtype)
-    return tile("statistics_ragged", device, dtype) if bias or n_classes % exact.columns else exact
+    if smooth and (softcap or weighted):
+        return tile("statistics_everything", device, dtype)
+    kind = "statistics_smoothing" if smooth else "statistics_softcap" if softcap else "statistics"
+    exact = tile(kind, device, dtype)
+    return tile(f"{kind}_ragged", device, dtype) if bias or n_classes % exact.columns else exact
 
 
 def tile(kernel: str, device: torch.device, dtype: torch.dtype) -> Tile:

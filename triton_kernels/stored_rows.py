@@ -1,7 +1,7 @@
 """Statistics and residuals of stored logits with few classes, each logit read once: two launches for a minibatch.
 
 Up to MOST_CLASSES classes fit in one program's registers. So ``stored_rows_kernel`` needs no partial sums, no second
-pass and no finishing launch: statistics.py's sums of the one tile, combine.py's outcome, and, where it is asked for,
+pass and no finishing launch: online.py's sums of the one tile, combine.py's outcome, and, where it is asked for,
 residual.py's entries of the same registers and the features in float32, both 0 in rows that are not valid.
 
 What a minibatch adds is one number over its rows, the unit s = n / (sum of the valid rows' masses), by which losses and
@@ -24,7 +24,7 @@ import triton.language as tl
 
 from .arithmetic import MINUS_INFINITY, exponential, mean_unit, soft_cap
 from .combine import outcome
-from .statistics import absorb, class_weights, empty_state
+from .online import absorb, class_weights, empty_state
 
 MOST_CLASSES = 4096  # that a program holds in registers
 MOST_ROWS = 4096  # whose masses every program of in_units_kernel sums

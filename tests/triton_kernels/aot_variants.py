@@ -76,8 +76,8 @@ def statistics_variants(arch: str, target: GPUTarget, tile: configs.Tile | None 
         for name, options in VARIANTS.items():
             if name == "weight":
                 continue  # it is read with smoothing only
-            key = {"plain": "statistics", "softcap": "statistics_softcap"}.get(name, "statistics_smoothing")
-            ragged = "statistics_ragged" if name == "plain" else key
+            key = "statistics" if name == "plain" else f"statistics_{name}"
+            ragged = key if name == "everything" else f"{key}_ragged"
             for table, exact in ((key, True), (ragged, False)):
                 shape = tile or configs.TABLE[arch][table][itemsize]
                 found.append(_statistics(name, options, shape, exact, element, itemsize, target))
@@ -107,6 +107,7 @@ def sketch_variants(arch: str, target: GPUTarget) -> list[Variant]:
 def _statistics(name, options, shape, exact, element, itemsize, target, width=0) -> Variant:
     constants = {
         **{"ROWS": shape.rows, "COLUMNS": shape.columns, "DEPTH": shape.depth, "WIDTH": width, "GROUP": shape.group},
+        "SLICES": shape.slices,
         **{"DESCRIPTOR": shape.descriptor, "EVEN_COLUMNS": exact, "EVEN_DEPTH": exact, "HAS_BIAS": not exact},
         "PRECISION": _precision(itemsize, target),
         **options,
@@ -123,7 +124,7 @@ def _statistics(name, options, shape, exact, element, itemsize, target, width=0)
         "softcap": "fp32",
         **_integers("n", "n_classes", "d", "p", "stride_h", "stride_w", "stride_p", "tiles_per_split"),
     }
-    limited = name == "plain" and exact and itemsize == 2
+    limited = (name == "plain" or shape.slices > 1) and exact and itemsize == 2
     kind = "sketch" if width else "statistics"
     label = f"{kind} {element} {name} {'exact' if exact else 'ragged'}{'' if shape.descriptor else ' pointers'}"
     return Variant(
