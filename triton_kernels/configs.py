@@ -38,7 +38,8 @@ class Tile:
 def _rows(**kernels: dict[int, Tile]) -> dict[str, dict[int, Tile]]:
     shared = {
         "logits": {2: Tile(4, 1024, 0, 4, 1), 4: Tile(4, 512, 0, 4, 1)},
-        "logits_smoothing": {2: Tile(4, 1024, 0, 4, 1), 4: Tile(2, 1024, 0, 4, 1)},  # Triton 3.6 spills at (4, 512)
+        # On 4 warps Triton 3.6 spills at (4, 512), and 3.9 at (2, 1024).
+        "logits_smoothing": {2: Tile(4, 1024, 0, 4, 1), 4: Tile(2, 1024, 0, 8, 1)},
         "residual": {2: Tile(2, 512, 0, 4, 1), 4: Tile(2, 512, 0, 4, 1)},
     }
     exact = ("statistics", "statistics_softcap", "statistics_smoothing")
