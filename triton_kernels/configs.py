@@ -65,6 +65,7 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
         statistics={2: Tile(256, 128, 64, 8, 4, True), 4: Tile(128, 128, 32, 8, 3)},
         statistics_ragged={2: Tile(128, 128, 64, 8, 4, True), 4: Tile(128, 128, 32, 8, 3)},
         statistics_softcap={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
+        statistics_softcap_ragged={2: Tile(128, 64, 32, 8, 4, True), 4: Tile(128, 64, 32, 8, 3)},
         statistics_smoothing={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(128, 32, 32, 8, 3)},
         chunk={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
         sketch={2: Tile(128, 128, 64, 8, 3, True), 4: Tile(64, 32, 32, 8, 3)},
@@ -100,8 +101,8 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
         chunk={2: Tile(128, 64, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
         sketch={2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 32, 32, 4, 3)},
         sketch_smoothing={2: Tile(64, 32, 64, 8, 3), 4: Tile(32, 32, 32, 8, 2)},
-        gram={2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 16, 8, 3)},
-        gram_small={2: Tile(64, 64, 32, 4, 3), 4: Tile(64, 64, 16, 8, 3)},
+        gram={2: Tile(128, 128, 32, 8, 3), 4: Tile(32, 32, 32, 4, 3)},  # sm_120 spills a float32 tile of 64 rows
+        gram_small={2: Tile(64, 64, 32, 4, 3), 4: Tile(32, 32, 32, 4, 3)},
     ),
 }
 CONSERVATIVE_SHARED_BYTES = 99 * 1024

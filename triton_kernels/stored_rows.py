@@ -190,6 +190,14 @@ def row_tile(n_classes: int) -> tuple[int, int, int]:
     return max(1, min(16, 2048 // columns)), columns, 4 if columns <= 2048 else 16
 
 
+def register_limit(columns: int, warps: int) -> dict[str, int]:
+    """A launch option for long rows: all the registers that a thread of ``warps`` warps can have.
+
+    Without it the assembler spills a word or two, so that one program more has room beside the others.
+    """
+    return {} if columns <= 1024 or torch.version.hip else {"maxnreg": min(255, 2048 // warps)}
+
+
 def stored_rows(
     logits: torch.Tensor,  # (n, C), C <= MOST_CLASSES, last dimension contiguous
     target: torch.Tensor,  # (n,) int64
@@ -242,6 +250,7 @@ def stored_rows(
             MASS=mass,
             FACTORS=factors and features is not None,
             num_warps=warps,
+            **register_limit(columns, warps),
         )
     found = (*floats[:4], flags[0].view(torch.bool), flags[1].view(torch.bool))
     return (*found, floats[4], *wide) if mass else found

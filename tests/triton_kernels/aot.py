@@ -66,7 +66,8 @@ def compile_variant(variant: Variant, target: GPUTarget):
         or ((name.startswith("stride_") or name == "d") and not kernel.params[index].do_not_specialize)
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=target, options={"num_warps": variant.warps, "num_stages": variant.stages})
+    options = {"num_warps": variant.warps, "num_stages": variant.stages, **variant.options}
+    return triton.compile(source, target=target, options=options)
 
 
 def tool(name: str, *options: str, cubin: bytes) -> str:

@@ -34,6 +34,7 @@ class Variant:
     stages: int = 3
     matrix: bool = False
     logits_per_program: int = 0  # set where the instructions per logit are held to the limit
+    options: dict[str, int] = dataclasses.field(default_factory=dict)  # further ones of the launch
 
 
 def _integers(*names: str) -> dict[str, str]:
@@ -190,7 +191,7 @@ def row_variants(arch: str) -> list[Variant]:
     return found
 
 
-def stored_variants() -> list[Variant]:
+def stored_variants(target: GPUTarget) -> list[Variant]:
     """Few classes and the most, with and without residuals; and a minibatch's unit."""
     found = []
     for element in NAMES.values():
@@ -214,6 +215,8 @@ def stored_variants() -> list[Variant]:
                 constants = tile | {"HAS_FEATURES": True, "MASS": factors, "FACTORS": factors, **options}
                 label = f"stored_rows {element} {name} {columns} columns{' factors' if factors else ''}"
                 found.append(Variant(label, stored_rows.stored_rows_kernel, types, constants, warps))
+                if target.backend == "cuda":
+                    found[-1].options.update(stored_rows.register_limit(columns, warps))
     for columns in (0, stored_rows.UNIT_COLUMNS):
         types = {
             **_floats("mass", "loss", "residual_sq", "scaled_out", "residual_sq_out", "scale_out"),
@@ -330,8 +333,8 @@ def mean_variants(target: GPUTarget) -> list[Variant]:
         tile = {"ROWS": mean.ROWS, "CLASSES": mean.CLASSES, "WIDTH": mean.WIDTH}
         constants = tile | {"BIAS": True, "MASKED": True, "PRECISION": _precision(4, target)}
         label = f"{NAMES[size_r]} {NAMES[size_h]}"
-        found.append(Variant(f"mean {label}", mean.mean_kernel, types, constants, 4))
-        found.append(Variant(f"inner {label}", mean.inner_kernel, types, constants, 4))
+        found.append(Variant(f"mean {label}", mean.mean_kernel, types, constants, mean.MEAN_WARPS))
+        found.append(Variant(f"inner {label}", mean.inner_kernel, types, constants, mean.INNER_WARPS))
         flags = {"ROWS": mean.FLAG_ROWS, "DEPTH": mean.FLAG_DEPTH}
         found.append(Variant(f"finite_rows {label}", mean.finite_rows_kernel, types, flags, 4))
     return found
@@ -366,7 +369,7 @@ def variants(arch: str, target: GPUTarget) -> list[Variant]:
     return [
         *statistics_variants(arch, target),
         *row_variants(arch),
-        *stored_variants(),
+        *stored_variants(target),
         *gram_variants(arch, target),
         *mean_variants(target),
         *minibatch_variants(),
