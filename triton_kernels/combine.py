@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import FLOOR, LN2, LOG2E, MINUS_INFINITY, log1p, reference_exponent, soft_cap
-from .statistics import merge_fit
+from .online import merge_fit
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def outcome(state, z, g, w_y, ignored, present, square_h, n_classes, label_smoot
     """From a row's sums over the other classes and its target's logit to what is known of the row.
 
     Returns (loss, lse, ||r||^2, p_rest, leads, valid, own, T).
-    ``state`` as statistics.py keeps it; z and g are the target's logit and slope, w_y its class weight. ``own`` is the
+    ``state`` as online.py keeps it; z and g are the target's logit and slope, w_y its class weight. ``own`` is the
     target's entry of r, and T what the other probabilities count in it.
     """
     m, ref, s = state[0], state[1], state[2]

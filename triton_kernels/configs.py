@@ -28,6 +28,7 @@ class Tile:
     stages: int = 3
     descriptor: bool = False  # tensor descriptors (TMA) instead of pointers; needs 16-byte strides
     group: int = 8  # row tiles that walk the classes together
+    slices: int = 1  # of the columns, taken one after the other where a whole tile's epilogue has too few registers
 
     def with_pointers(self) -> Tile:
         """What serves rows that no descriptor can address: masks and addresses need registers, so 128 columns."""
@@ -37,18 +38,23 @@ class Tile:
 def _rows(**kernels: dict[int, Tile]) -> dict[str, dict[int, Tile]]:
     shared = {
         "logits": {2: Tile(4, 1024, 0, 4, 1), 4: Tile(4, 512, 0, 4, 1)},
-        "logits_smoothing": {2: Tile(4, 1024, 0, 4, 1), 4: Tile(2, 1024, 0, 4, 1)},  # Triton 3.6 spills at (4, 512)
+        # On 4 warps Triton 3.6 spills at (4, 512), and 3.9 at (2, 1024).
+        "logits_smoothing": {2: Tile(4, 1024, 0, 4, 1), 4: Tile(2, 1024, 0, 8, 1)},
         "residual": {2: Tile(2, 512, 0, 4, 1), 4: Tile(2, 512, 0, 4, 1)},
     }
-    defaults = {"statistics_ragged": kernels["statistics"], "sketch_softcap": kernels["sketch_smoothing"]}
-    return {**shared, **defaults, **kernels}
+    exact = ("statistics", "statistics_softcap", "statistics_smoothing")
+    defaults = {"sketch_softcap": kernels["sketch_smoothing"], **{f"{name}_ragged": kernels[name] for name in exact}}
+    found = {**shared, **defaults, **kernels}
+    return {**found, "statistics_everything": found["statistics_smoothing_ragged"]}
 
 
 TABLE: dict[str, dict[str, dict[int, Tile]]] = {
     "sm_90": _rows(
         statistics={2: Tile(128, 256, 64, 8, 3, True), 4: Tile(128, 128, 32, 8, 3)},
-        statistics_softcap={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
-        statistics_smoothing={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(128, 32, 32, 8, 3)},
+        statistics_softcap={2: Tile(128, 256, 64, 8, 3, True, slices=4), 4: Tile(128, 64, 32, 8, 3)},
+        statistics_softcap_ragged={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
+        statistics_smoothing={2: Tile(128, 256, 64, 8, 3, True, slices=4), 4: Tile(128, 32, 32, 8, 3)},
+        statistics_smoothing_ragged={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(128, 32, 32, 8, 3)},
         chunk={2: Tile(128, 128, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
         sketch={2: Tile(128, 128, 64, 8, 3, True), 4: Tile(64, 32, 32, 4, 3)},
         sketch_smoothing={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(64, 16, 32, 8, 3)},
@@ -59,6 +65,7 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
         statistics={2: Tile(256, 128, 64, 8, 4, True), 4: Tile(128, 128, 32, 8, 3)},
         statistics_ragged={2: Tile(128, 128, 64, 8, 4, True), 4: Tile(128, 128, 32, 8, 3)},
         statistics_softcap={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
+        statistics_softcap_ragged={2: Tile(128, 64, 32, 8, 4, True), 4: Tile(128, 64, 32, 8, 3)},
         statistics_smoothing={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(128, 32, 32, 8, 3)},
         chunk={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
         sketch={2: Tile(128, 128, 64, 8, 3, True), 4: Tile(64, 32, 32, 8, 3)},
@@ -94,8 +101,8 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
         chunk={2: Tile(128, 64, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
         sketch={2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 32, 32, 4, 3)},
         sketch_smoothing={2: Tile(64, 32, 64, 8, 3), 4: Tile(32, 32, 32, 8, 2)},
-        gram={2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 16, 8, 3)},
-        gram_small={2: Tile(64, 64, 32, 4, 3), 4: Tile(64, 64, 16, 8, 3)},
+        gram={2: Tile(128, 128, 32, 8, 3), 4: Tile(32, 32, 32, 4, 3)},  # sm_120 spills a float32 tile of 64 rows
+        gram_small={2: Tile(64, 64, 32, 4, 3), 4: Tile(32, 32, 32, 4, 3)},
     ),
 }
 CONSERVATIVE_SHARED_BYTES = 99 * 1024
@@ -153,15 +160,17 @@ def statistics_tile(
     bias: bool,
     softcap: bool,
     smooth: bool,
+    weighted: bool = False,  # classes, with smoothing
     projected: bool = False,
 ) -> Tile:
     """The configuration of ``statistics``: sums of a projection, options, a bias and a ragged end need registers."""
     if projected:
         return tile("sketch_smoothing" if smooth else "sketch_softcap" if softcap else "sketch", device, dtype)
-    if smooth or softcap:
-        return tile("statistics_smoothing" if smooth else "statistics_softcap", device, dtype)
-    exact = tile("statistics", device, dtype)
-    return tile("statistics_ragged", device, dtype) if bias or n_classes % exact.columns else exact
+    if smooth and (softcap or weighted):
+        return tile("statistics_everything", device, dtype)
+    kind = "statistics_smoothing" if smooth else "statistics_softcap" if softcap else "statistics"
+    exact = tile(kind, device, dtype)
+    return tile(f"{kind}_ragged", device, dtype) if bias or n_classes % exact.columns else exact
 
 
 def tile(kernel: str, device: torch.device, dtype: torch.dtype) -> Tile:

@@ -88,8 +88,23 @@ def logits_tile(
         features, weight, z, row_tile, tile, n, n_classes, d, stride_h, stride_w,
         ROWS, COLUMNS, DEPTH, DESCRIPTOR, EVEN_COLUMNS, EVEN_DEPTH, PRECISION,
     )  # fmt: skip
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    return capped_logits(z, bias, columns, n_classes, softcap, EVEN_COLUMNS, HAS_BIAS, SOFTCAP)
+
+
+@triton.jit
+def capped_logits(
+    z,
+    bias,
+    columns,
+    n_classes,
+    softcap,
+    EVEN_COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """(z, g): the products z with their columns' bias and the cap, and the cap's slope, not read without a cap."""
     if HAS_BIAS:
-        columns = tile * COLUMNS + tl.arange(0, COLUMNS)
         if not EVEN_COLUMNS:
             columns = tl.where(columns < n_classes, columns, 0)
         z += tl.load(bias + columns).to(tl.float32)[None, :]
@@ -97,6 +112,17 @@ def logits_tile(
     if SOFTCAP:
         z, g = soft_cap(z, softcap)
     return z, g
+
+
+@triton.jit
+def slices(x, COUNT: tl.constexpr):
+    """A tuple of COUNT slices of the columns of x, in order. COUNT is a power of two."""
+    if COUNT == 1:
+        return (x,)
+    else:
+        halves = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
+        left, right = tl.split(tl.permute(halves, (0, 2, 1)))
+        return slices(left, COUNT // 2) + slices(right, COUNT // 2)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

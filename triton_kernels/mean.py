@@ -25,6 +25,7 @@ from .gram import broken_entries
 from .matmul_tile import dot_precision
 
 ROWS, CLASSES, WIDTH, FLAG_ROWS, FLAG_DEPTH = 32, 32, 32, 8, 256
+MEAN_WARPS, INNER_WARPS = 4, 8  # Triton 3.8 spills at 4 in the second
 MOST = 1 << 24  # n C d up to which two launches of small tiles are taken
 
 
@@ -190,11 +191,13 @@ def mean_gradient(
     squares = torch.empty(grid[0] * grid[1], dtype=torch.float64, device=residual.device)
     shared = {
         "ROWS": ROWS, "CLASSES": CLASSES, "WIDTH": WIDTH, "BIAS": bias, "MASKED": finite is not None,
-        "PRECISION": dot_precision(torch.float32), "num_warps": 4,
+        "PRECISION": dot_precision(torch.float32),
     }  # fmt: skip
     column = mean_bias if bias else None
     factors = residual, features, finite, mean, column, squares
     strides = residual.stride(0), features.stride(0)
-    mean_kernel[grid](*factors, n, n_classes, d, *strides, **shared)
-    inner_kernel[(triton.cdiv(n, ROWS),)](*factors, inner, target_sq, n, n_classes, d, len(squares), *strides, **shared)
+    mean_kernel[grid](*factors, n, n_classes, d, *strides, **shared, num_warps=MEAN_WARPS)
+    inner_kernel[(triton.cdiv(n, ROWS),)](
+        *factors, inner, target_sq, n, n_classes, d, len(squares), *strides, **shared, num_warps=INNER_WARPS
+    )
     return inner, target_sq, mean, mean_bias

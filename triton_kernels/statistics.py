@@ -1,22 +1,6 @@
 """Online statistics of the classes other than the target, in one pass over the classes; logits are not stored.
 
-For row i with target y, over c != y (the reference c of arithmetic.py, here called ref, is an integer):
-
-    m   = max z_c          s = sum e_c          s2 = sum (g_c e_c)^2          e_c = 2^(z_c log2 e - ref)
-
-g_c = 1 - tanh^2 is the slope of the soft cap (1 without one). combine.py joins these with z_y into
-
-    loss = log(1 + e^(m' - z_y) s)      ||r||^2 = (p_rest g_y)^2 + sum_c (g_c p_c)^2    p_rest = sum_{c != y} p_c
-
-so that nothing cancels where p_y is close to 1. Label smoothing gives every class a share a_c = (eps / C) w_c of the
-target, and sum_c g_c^2 (T p_c - a_c)^2 must not be expanded: a trained model has T p_c close to a_c. It is a least-
-squares fit of e by w instead, kept as Welford and Chan do: with E = g e, V = g w over the classes seen so far
-
-    amount = sum w     spread = sum w (ref - z log2 e)     rho = E.V / V.V     square = V.V     s2 = ||E - rho V||^2
-
-and ||x E - k V||^2 = x^2 s2 + (x rho - k)^2 square for every x, k. Without smoothing V is 0, and s2 the sum of squares
-above. Two parts merge with delta = rho' - rho: s2 + s2' + delta^2 square square' / (square + square'). C++ keeps the
-same sums under the same names, relative to m and in natural logarithms.
+online.py says what is kept of each row, and how a tile is added to it.
 
 Tile picture: program (row tile, split) keeps ROWS rows and walks its share of the class tiles.
 
@@ -31,7 +15,9 @@ are no atomics: each (split, row) is written by one program, and finalize adds t
 
 Flops 2 n C d. Bytes from DRAM at least (n + C) d item; requested from the cache by the programs (as counted by the
 interpreter guard) per row tile and class tile (ROWS + COLUMNS) d item. Epilogue on sm_90: at most 11.5 instructions a
-logit against 4096 flops a cycle, so at d >= 4096 the product dominates.
+logit (21.5 with smoothing alone, 44.5 with a soft cap alone) against 4096 flops a cycle, so at d >= 4096 the product
+dominates. A smaller tile for the options' sake would ask the L2 for more than it gives. So where a whole tile's
+epilogue has too few registers beside the products, it takes SLICES of their columns one after the other.
 
 ``logits_statistics_kernel`` is the same pass where the logits are stored already: it reads each once, n C item bytes.
 
@@ -45,77 +31,18 @@ modelled on an H100 at 8192 x 32000 x 4096 in bfloat16, 3.1 of them the product.
 beside it, or a rescaling pass, and a second kernel for residuals in every option: not worth 4 %.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 
 from . import configs
-from .arithmetic import FLOOR, LOG2E, MINUS_INFINITY, grouped_tile, reference_exponent, soft_cap
-from .matmul_tile import dot_precision, logits_tile, operands
+from .arithmetic import MINUS_INFINITY, grouped_tile, soft_cap
+from .matmul_tile import dot_precision, operands, product, slices
+from .online import FIELDS, absorb, absorb_products, class_weights, empty_state
 
-FIELDS = {False: 3, True: 7}  # of the partials: m, s, s2; smoothed m, s, s2, amount, spread, rho, square
 WIDTH = 64  # columns of P that one launch projects onto
-
-
-@triton.jit
-def empty_state(ROWS: tl.constexpr, SMOOTH: tl.constexpr):
-    """Of rows of which no class has been seen: m, ref, and the sums in the order of FIELDS."""
-    zero = tl.zeros((ROWS,), tl.float32)
-    state = tl.full((ROWS,), MINUS_INFINITY, tl.float32), tl.full((ROWS,), FLOOR, tl.float32) * LOG2E, zero, zero
-    if SMOOTH:
-        state = state + (zero, zero, zero, zero)
-    return state
-
-
-@triton.jit
-def absorb(z, g, w, state, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr):
-    """The state after the tile z (excluded entries -inf), then the tile's g e and g w and the sums' change of scale.
-
-    g is the cap's slope; w holds the class weights, 0 where a class is excluded, and is read with smoothing only.
-    """
-    ref, s = state[1], state[2]
-    m = tl.maximum(state[0], tl.max(z, 1))
-    new = reference_exponent(m)
-    scale = tl.exp2(ref - new)
-    exponent = tl.fma(z, LOG2E, -new[:, None])
-    e = tl.exp2(exponent)
-    s = s * scale + tl.sum(e, 1)
-    if SMOOTH:
-        spread = state[5] + state[4] * (new - ref) + tl.sum(tl.where(w == 0.0, 0.0, -w * exponent), 1)
-        amount = state[4] + tl.sum(w, 1)
-    if SOFTCAP:
-        e = e * g
-        w = w * g
-    if SMOOTH:
-        square = tl.sum(w * w, 1)
-        rho = tl.sum(e * w, 1) / tl.where(square > 0.0, square, 1.0)
-        left = e - rho[:, None] * w
-        rho, s2, square = merge_fit(
-            state[6] * scale, state[3] * (scale * scale), state[7], rho, tl.sum(left * left, 1), square
-        )
-        state = m, new, s, s2, amount, spread, rho, square
-    else:
-        state = m, new, s, state[3] * (scale * scale) + tl.sum(e * e, 1)
-    return state, e, w, scale
-
-
-@triton.jit
-def merge_fit(rho, s2, square, rho_, s2_, square_):
-    """Least-squares fits of two disjoint sets of classes, joined: (rho, s2, square)."""
-    total = square + square_
-    share = tl.where(total > 0.0, square_ / tl.where(total > 0.0, total, 1.0), 0.0)
-    delta = rho_ - rho
-    return rho + delta * share, s2 + s2_ + delta * delta * (square * share), total
-
-
-@triton.jit
-def class_weights(class_weight, columns, n_classes, excluded, HAS_WEIGHT: tl.constexpr):
-    """The weights of a tile's classes, 0 where a row excludes them."""
-    if HAS_WEIGHT:
-        w = tl.load(class_weight + columns, mask=columns < n_classes, other=0.0).to(tl.float32)[None, :]
-    else:
-        w = 1.0
-    return tl.where(excluded, 0.0, w)
 
 
 @triton.jit
@@ -150,6 +77,7 @@ def statistics_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    SLICES: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
@@ -172,7 +100,6 @@ def statistics_kernel(
     inside = rows < n
     y = tl.load(target + rows, mask=inside, other=0)
     y = tl.where((y >= 0) & (y < n_classes), y, 0).to(tl.int32)
-    offset = tl.arange(0, COLUMNS)
     state = empty_state(ROWS, SMOOTH)
     if WIDTH:
         width = tl.arange(0, WIDTH)
@@ -182,20 +109,28 @@ def statistics_kernel(
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(n_classes, COLUMNS))
     for tile in range(first, last):
-        z, g = logits_tile(
-            features, weight, bias, row_tile, tile, n, n_classes, d, stride_h, stride_w, softcap,
-            ROWS, COLUMNS, DEPTH, DESCRIPTOR, EVEN_COLUMNS, EVEN_DEPTH, HAS_BIAS, SOFTCAP, PRECISION,
+        z = tl.zeros((ROWS, COLUMNS), tl.float32)
+        z = product(
+            features, weight, z, row_tile, tile, n, n_classes, d, stride_h, stride_w,
+            ROWS, COLUMNS, DEPTH, DESCRIPTOR, EVEN_COLUMNS, EVEN_DEPTH, PRECISION,
         )  # fmt: skip
-        excluded = offset[None, :] == (y - tile * COLUMNS)[:, None]
-        if not EVEN_COLUMNS:
-            excluded = excluded | (offset >= n_classes - tile * COLUMNS)[None, :]
-        z = tl.where(excluded, MINUS_INFINITY, z)
-        columns = tile * COLUMNS + offset
-        w = z
-        if SMOOTH:
-            w = class_weights(class_weight, columns, n_classes, excluded, HAS_WEIGHT)
-        state, e, w, scale = absorb(z, g, w, state, SOFTCAP, SMOOTH)
+        if SLICES == 1:
+            state, e, w, scale = absorb_products(
+                z, bias, class_weight, y, tile * COLUMNS, n_classes, softcap, state,
+                EVEN_COLUMNS, HAS_BIAS, SOFTCAP, SMOOTH, HAS_WEIGHT, False,
+            )  # fmt: skip
+        else:
+            parts = slices(z, SLICES)
+            for part in tl.static_range(SLICES):
+                at = tile * COLUMNS + part * (COLUMNS // SLICES)
+                # Never false in an exact tile; a branch keeps a slice's work from starting before the last one's ends.
+                if at < n_classes:
+                    state, _, _, _ = absorb_products(
+                        parts[part], bias, class_weight, y, at, n_classes, softcap, state,
+                        EVEN_COLUMNS, HAS_BIAS, SOFTCAP, SMOOTH, HAS_WEIGHT, True,
+                    )  # fmt: skip
         if WIDTH:
+            columns = tile * COLUMNS + tl.arange(0, COLUMNS)
             within = (columns < n_classes)[:, None] & (width < p)[None, :]
             values = projection + columns.to(tl.int64)[:, None] * stride_p + width[None, :]
             values = tl.load(values, mask=within, other=0.0)
@@ -277,18 +212,20 @@ def statistics(
     cap bends the smoothing's share of the target, of the weighted slopes w g P.
     """
     (n, d), (n_classes, p) = features.shape, (len(weight), 0) if projection is None else projection.shape
-    tile = tile or configs.statistics_tile(
+    pick = partial(
+        configs.statistics_tile,
         features.device,
         features.dtype,
         n_classes,
-        bias=bias is not None,
         softcap=bool(softcap),
         smooth=smooth,
+        weighted=class_weight is not None,
         projected=projection is not None,
     )
+    given, tile = tile, tile or pick(bias=bias is not None)
     descriptor, pair = operands(tile.descriptor, (features, tile.rows, tile.depth), (weight, tile.columns, tile.depth))
     if tile.descriptor and not descriptor:
-        tile = tile.with_pointers()
+        tile = (given or pick(bias=True)).with_pointers()  # an exact tile has too many registers for addresses
     row_tiles, class_tiles = triton.cdiv(n, tile.rows), triton.cdiv(n_classes, tile.columns)
     count, per_split = configs.class_splits(row_tiles, class_tiles, configs.processors(features.device), splits)
     partials = torch.empty(FIELDS[smooth], count, n, dtype=torch.float32, device=features.device)
@@ -315,6 +252,7 @@ def statistics(
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         DEPTH=tile.depth,
+        SLICES=tile.slices,
         WIDTH=0 if projection is None else WIDTH,
         GROUP=tile.group,
         DESCRIPTOR=descriptor,

@@ -1,7 +1,7 @@
 """Statistics and residuals of stored logits with few classes, each logit read once: two launches for a minibatch.
 
 Up to MOST_CLASSES classes fit in one program's registers. So ``stored_rows_kernel`` needs no partial sums, no second
-pass and no finishing launch: statistics.py's sums of the one tile, combine.py's outcome, and, where it is asked for,
+pass and no finishing launch: online.py's sums of the one tile, combine.py's outcome, and, where it is asked for,
 residual.py's entries of the same registers and the features in float32, both 0 in rows that are not valid.
 
 What a minibatch adds is one number over its rows, the unit s = n / (sum of the valid rows' masses), by which losses and
@@ -24,7 +24,7 @@ import triton.language as tl
 
 from .arithmetic import MINUS_INFINITY, exponential, mean_unit, soft_cap
 from .combine import outcome
-from .statistics import absorb, class_weights, empty_state
+from .online import absorb, class_weights, empty_state
 
 MOST_CLASSES = 4096  # that a program holds in registers
 MOST_ROWS = 4096  # whose masses every program of in_units_kernel sums
@@ -190,6 +190,14 @@ def row_tile(n_classes: int) -> tuple[int, int, int]:
     return max(1, min(16, 2048 // columns)), columns, 4 if columns <= 2048 else 16
 
 
+def register_limit(columns: int, warps: int) -> dict[str, int]:
+    """A launch option for long rows: all the registers that a thread of ``warps`` warps can have.
+
+    Without it the assembler spills a word or two, so that one program more has room beside the others.
+    """
+    return {} if columns <= 1024 or torch.version.hip else {"maxnreg": min(255, 2048 // warps)}
+
+
 def stored_rows(
     logits: torch.Tensor,  # (n, C), C <= MOST_CLASSES, last dimension contiguous
     target: torch.Tensor,  # (n,) int64
@@ -242,6 +250,7 @@ def stored_rows(
             MASS=mass,
             FACTORS=factors and features is not None,
             num_warps=warps,
+            **register_limit(columns, warps),
         )
     found = (*floats[:4], flags[0].view(torch.bool), flags[1].view(torch.bool))
     return (*found, floats[4], *wide) if mass else found

@@ -34,6 +34,7 @@ class Variant:
     stages: int = 3
     matrix: bool = False
     logits_per_program: int = 0  # set where the instructions per logit are held to the limit
+    options: dict[str, int] = dataclasses.field(default_factory=dict)  # further ones of the launch
 
 
 def _integers(*names: str) -> dict[str, str]:
@@ -76,8 +77,8 @@ def statistics_variants(arch: str, target: GPUTarget, tile: configs.Tile | None 
         for name, options in VARIANTS.items():
             if name == "weight":
                 continue  # it is read with smoothing only
-            key = {"plain": "statistics", "softcap": "statistics_softcap"}.get(name, "statistics_smoothing")
-            ragged = "statistics_ragged" if name == "plain" else key
+            key = "statistics" if name == "plain" else f"statistics_{name}"
+            ragged = key if name == "everything" else f"{key}_ragged"
             for table, exact in ((key, True), (ragged, False)):
                 shape = tile or configs.TABLE[arch][table][itemsize]
                 found.append(_statistics(name, options, shape, exact, element, itemsize, target))
@@ -107,6 +108,7 @@ def sketch_variants(arch: str, target: GPUTarget) -> list[Variant]:
 def _statistics(name, options, shape, exact, element, itemsize, target, width=0) -> Variant:
     constants = {
         **{"ROWS": shape.rows, "COLUMNS": shape.columns, "DEPTH": shape.depth, "WIDTH": width, "GROUP": shape.group},
+        "SLICES": shape.slices,
         **{"DESCRIPTOR": shape.descriptor, "EVEN_COLUMNS": exact, "EVEN_DEPTH": exact, "HAS_BIAS": not exact},
         "PRECISION": _precision(itemsize, target),
         **options,
@@ -123,7 +125,7 @@ def _statistics(name, options, shape, exact, element, itemsize, target, width=0)
         "softcap": "fp32",
         **_integers("n", "n_classes", "d", "p", "stride_h", "stride_w", "stride_p", "tiles_per_split"),
     }
-    limited = name == "plain" and exact and itemsize == 2
+    limited = (name == "plain" or shape.slices > 1) and exact and itemsize == 2
     kind = "sketch" if width else "statistics"
     label = f"{kind} {element} {name} {'exact' if exact else 'ragged'}{'' if shape.descriptor else ' pointers'}"
     return Variant(
@@ -189,7 +191,7 @@ def row_variants(arch: str) -> list[Variant]:
     return found
 
 
-def stored_variants() -> list[Variant]:
+def stored_variants(target: GPUTarget) -> list[Variant]:
     """Few classes and the most, with and without residuals; and a minibatch's unit."""
     found = []
     for element in NAMES.values():
@@ -213,6 +215,8 @@ def stored_variants() -> list[Variant]:
                 constants = tile | {"HAS_FEATURES": True, "MASS": factors, "FACTORS": factors, **options}
                 label = f"stored_rows {element} {name} {columns} columns{' factors' if factors else ''}"
                 found.append(Variant(label, stored_rows.stored_rows_kernel, types, constants, warps))
+                if target.backend == "cuda":
+                    found[-1].options.update(stored_rows.register_limit(columns, warps))
     for columns in (0, stored_rows.UNIT_COLUMNS):
         types = {
             **_floats("mass", "loss", "residual_sq", "scaled_out", "residual_sq_out", "scale_out"),
@@ -329,8 +333,8 @@ def mean_variants(target: GPUTarget) -> list[Variant]:
         tile = {"ROWS": mean.ROWS, "CLASSES": mean.CLASSES, "WIDTH": mean.WIDTH}
         constants = tile | {"BIAS": True, "MASKED": True, "PRECISION": _precision(4, target)}
         label = f"{NAMES[size_r]} {NAMES[size_h]}"
-        found.append(Variant(f"mean {label}", mean.mean_kernel, types, constants, 4))
-        found.append(Variant(f"inner {label}", mean.inner_kernel, types, constants, 4))
+        found.append(Variant(f"mean {label}", mean.mean_kernel, types, constants, mean.MEAN_WARPS))
+        found.append(Variant(f"inner {label}", mean.inner_kernel, types, constants, mean.INNER_WARPS))
         flags = {"ROWS": mean.FLAG_ROWS, "DEPTH": mean.FLAG_DEPTH}
         found.append(Variant(f"finite_rows {label}", mean.finite_rows_kernel, types, flags, 4))
     return found
@@ -365,7 +369,7 @@ def variants(arch: str, target: GPUTarget) -> list[Variant]:
     return [
         *statistics_variants(arch, target),
         *row_variants(arch),
-        *stored_variants(),
+        *stored_variants(target),
         *gram_variants(arch, target),
         *mean_variants(target),
         *minibatch_variants(),

@@ -26,6 +26,10 @@ def linear(option="plain"):
     check.check_linear(cases.make(37, 24, 203, torch.float32, option, bias=True), check.POINTER, 3)
 
 
+def sliced(option="smoothing"):
+    check.check_linear(cases.make(37, 24, 203, torch.float32, option, bias=True), check.SLICED, 3)
+
+
 def described():
     check.check_linear(cases.make(37, 24, 203, torch.float32, bias=True), check.DESCRIPTOR, 3)
 
@@ -75,7 +79,7 @@ def confident():
 DOT = "acc = tl.dot(x, y, acc, input_precision=PRECISION)"
 CLAMP = "columns = tl.where(columns < n_b, columns, 0)"
 MUTANTS = {
-    "off by one: ragged classes counted": ("statistics", "offset >= n_classes -", "offset > n_classes -", linear),
+    "off by one: ragged classes counted": ("online", "offset >= n_classes -", "offset > n_classes -", linear),
     "off by one: ragged classes read": ("matmul_tile", CLAMP, CLAMP.replace("<", "<="), linear),
     "off by one: stored logits": (
         "statistics",
@@ -98,27 +102,44 @@ MUTANTS = {
     ),
     "product accumulated in float16": ("matmul_tile", DOT, f"{DOT}.to(tl.float16).to(tl.float32)", linear),
     "sum accumulated in float16": (
-        "statistics",
+        "online",
         "s = s * scale + tl.sum(e, 1)",
         "s = (s * scale + tl.sum(e, 1)).to(tl.float16).to(tl.float32)",
         stored,
     ),
     "target not excluded": (
-        "statistics",
-        "offset[None, :] == (y - tile * COLUMNS)[:, None]",
+        "online",
+        "offset[None, :] == (y - first)[:, None]",
         "offset[None, :] == (0 * y - 1)[:, None]",
         linear,
     ),
     "target not excluded from stored logits": ("statistics", "(columns[None, :] == y[:, None]) | ", "", stored),
+    "slices: all at the tile's first class": ("statistics", "+ part * (COLUMNS", "+ 0 * (COLUMNS", sliced),
+    "slices: out of order": (
+        "matmul_tile",
+        "slices(left, COUNT // 2) + slices(right, COUNT // 2)",
+        "slices(right, COUNT // 2) + slices(left, COUNT // 2)",
+        sliced,
+    ),
+    "slices: the ragged one left out": ("statistics", "if at < n_classes:", "if at + 16 <= n_classes:", sliced),
+    "slices: counted past the last class": ("statistics", "if at < n_classes:", "if at < n_classes + 64:", sliced),
+    "the target counted in the amount": ("online", " - own.to(tl.int32)", "", sliced),
+    "sums of a slice not rescaled": (
+        "online",
+        "state[3] * (scale * scale), state[4]",
+        "state[3] * scale, state[4]",
+        sliced,
+    ),
+    "spread of a slice not moved": ("online", "state[4] * (new - ref) - tl", "-tl", sliced),
     "tile offset ignored": ("matmul_tile", "b.load([j * COLUMNS, k])", "b.load([0, k])", described),
-    "sums not rescaled": ("statistics", "state[3] * (scale * scale) + tl.sum", "state[3] * scale + tl.sum", linear),
+    "sums not rescaled": ("online", "state[3] * (scale * scale) + tl.sum", "state[3] * scale + tl.sum", linear),
     "fits not rescaled": ("combine", "rho * scale,", "rho,", lambda: linear("smoothing")),
     "projection not rescaled": ("statistics", "projected * scale[:, None]", "projected", projection),
     "projection without the target": ("sketch", "own = rest - mass * p_rest", "own = rest", projection),
     "projection: splits at one reference": ("sketch", "torch.exp2(reference - reference.amax(0))", "1.0", projection),
     "projection: share of the target under a cap": ("sketch", "share * sums[1]", "0.0 * sums[1]", capped),
     "spread not moved to the new reference": (
-        "statistics",
+        "online",
         "state[4] * (new - ref) + ",
         "",
         lambda: stored("smoothing", 1),
@@ -138,7 +159,7 @@ MUTANTS = {
         lambda: stored("weight"),
     ),
     "bias forgotten in the target": ("target_logit", "z += tl.load(bias + y", "z += 0.0 * tl.load(bias + y", linear),
-    "slope of the cap forgotten": ("statistics", "e = e * g", "e = e", lambda: linear("softcap")),
+    "slope of the cap forgotten": ("online", "e = e * g", "e = e", lambda: linear("softcap")),
     "residual's target from its probability": (
         "residual",
         "rest - (t_y + rest) * p_rest",
@@ -299,8 +320,9 @@ def test_planted_bug_is_caught(name, plant):
 
 
 def test_the_copy_without_a_bug_passes(plant):
-    plant("statistics", "zero = tl.zeros", "zero = tl.zeros")
+    plant("online", "zero = tl.zeros", "zero = tl.zeros")
     linear()
+    sliced()
     described()
     stored("everything")
     residual()

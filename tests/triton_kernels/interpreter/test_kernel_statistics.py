@@ -7,9 +7,11 @@ import torch
 from support import kernel_cases as cases
 
 from selbp import reference
+from selbp.triton_kernels import configs
 from selbp.triton_kernels.configs import TABLE, Tile
 
 POINTER, DESCRIPTOR, STORED = Tile(32, 64, 32), Tile(32, 64, 32, descriptor=True), Tile(4, 128, 0)
+SLICED = Tile(32, 64, 32, slices=4)
 # (n, d, C): ragged in all, exact tiles, one class, one row, more classes than fit one split
 SHAPES = [(37, 24, 203), (64, 64, 128), (5, 16, 1), (1, 8, 2), (3, 8, 517)]
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice")
@@ -43,6 +45,7 @@ def check_logits(case, splits=None):
 def test_every_option(dtype, option):
     case = cases.make(37, 24, 203, dtype, option, bias=True)
     check_linear(case, POINTER)
+    check_linear(case, SLICED)
     check_linear(case, DESCRIPTOR)
     check_logits(case)
 
@@ -56,6 +59,7 @@ def test_every_option(dtype, option):
 def test_every_shape_and_option(dtype, shape, option, splits, bias):
     case = cases.make(*shape, dtype, option, bias=bias)
     check_linear(case, POINTER, splits)
+    check_linear(case, SLICED, splits)
     check_linear(case, DESCRIPTOR, splits)
     check_logits(case, splits)
 
@@ -68,13 +72,34 @@ def test_odd_shapes(shape, option):
     check_logits(case, splits=2)
 
 
+@pytest.mark.parametrize("option", ["smoothing", "softcap"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_slices_in_odd_shapes(shape, option):
+    check_linear(cases.make(*shape, torch.float32, option), SLICED, splits=2)
+
+
+@pytest.mark.parametrize("option", ["smoothing", "softcap"])
+@pytest.mark.parametrize("d", [8, 9])
+def test_rows_without_alignment_have_the_tile_of_ragged_classes(d, option, monkeypatch):
+    """Rows of 9 numbers of 2 bytes allow no descriptor; a sliced tile is compiled with descriptors alone."""
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
+    seen = []
+    split = configs.class_splits
+    monkeypatch.setattr(configs, "class_splits", lambda *sizes: seen.append(sizes[1]) or split(*sizes))
+    check_linear(cases.make(20, d, 512, torch.bfloat16, option), None)
+    assert seen == [2 if d == 8 else 8]  # tiles of 256 classes, of 64
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["plain", "everything"])
+@pytest.mark.parametrize("option", ["plain", "softcap", "smoothing", "everything"])
 @pytest.mark.parametrize("arch", TABLE)
 def test_shipped_tiles(arch, option):
+    kernel = "statistics" if option == "plain" else f"statistics_{option}"
     for dtype in cases.DTYPES:
         case = cases.make(130, 72, 523, dtype, option, bias=True)
-        check_linear(case, TABLE[arch]["statistics"][dtype.itemsize])
+        check_linear(case, TABLE[arch][kernel][dtype.itemsize])
+        case = cases.make(130, 72, 512, dtype, option)
+        check_linear(case, TABLE[arch][kernel][dtype.itemsize])
 
 
 @pytest.mark.parametrize("option", ["plain", "smoothing"])
