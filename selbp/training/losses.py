@@ -159,22 +159,19 @@ class CrossEntropy:
             )
         return self._last[0]
 
-    def tokens(self, logits: Tensor, target: Tensor) -> Tensor:
-        """(n, T, C) the entries of ``logits``, (n, ..., C) or (n, C, ...), that predict :meth:`labels`."""
-        return self.positions(logits if self.classes_last(logits, target) else logits.movedim(1, -1), target)
-
-    def pairs(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (n, T, C) and the labels (n, T) that they predict.
+    def pairs(self, output: Any, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (n, T, C) of ``output``'s (n, ..., C) or (n, C, ...), and the labels (n, T) that they predict.
 
         The last position of a causal model predicts nothing. It stays, with an ignored label: to leave it out would
         copy the logits of all others. Raises ValueError for logits of another number of samples.
         """
-        labels = self.labels(target)
+        labels, logits = self.labels(target), logits_of(output)
         if logits.dim() < 2 or logits.shape[0] != len(target):
             raise ValueError(f"logits must have n = {len(target)} rows of classes, got {tuple(logits.shape)}")
         if self.shift and logits.dim() == 3 and logits.shape[:2] == target.shape:
             return _LastIdle.apply(logits), F.pad(labels, (0, 1), value=self.ignore_index)
-        return self.tokens(logits, target), labels
+        logits = logits if self.classes_last(logits, target) else logits.movedim(1, -1)
+        return self.positions(logits, target), labels
 
     def positions(self, x: Tensor, target: Tensor) -> Tensor:
         """(n, T, .) the entries of ``x`` (n, ..., .), logits or the head's input, that predict :meth:`labels`."""
@@ -198,8 +195,7 @@ class CrossEntropy:
         if self.soft(target):
             logits = logits_of(output)
             return soft_losses(logits, target, self.weight_on(logits.device), self.label_smoothing, self.class_dim)
-        self.labels(target)  # raises what is wrong with the target first
-        logits, labels = self.pairs(logits_of(output), target)
+        logits, labels = self.pairs(output, target)
         self.check_classes(logits.shape[-1], "the model")
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         weight = self.weight_on(logits.device)
@@ -227,7 +223,7 @@ class CrossEntropy:
         """See :class:`Criterion`."""
         if self.soft(target):
             return soft_hits(logits_of(output), target, live, self.class_dim)
-        logits, labels = self.pairs(logits_of(output), target)
+        logits, labels = self.pairs(output, target)
         if saves_launches(logits.device) and labels.shape[1] == 1:
             correct, total = count_hits(logits[:, 0], labels[:, 0], live, self.ignore_index)
             return correct, total
