@@ -28,7 +28,7 @@ class Tile:
     stages: int = 3
     descriptor: bool = False  # tensor descriptors (TMA) instead of pointers; needs 16-byte strides
     group: int = 8  # row tiles that walk the classes together
-    slices: int = 1  # of the columns, taken one after the other where a whole tile's epilogue has too few registers
+    quarters: bool = False  # of the columns, one after the other: a whole tile's epilogue has too few registers
 
     def with_pointers(self) -> Tile:
         """What serves rows that no descriptor can address: masks and addresses need registers, so 128 columns."""
@@ -51,9 +51,9 @@ def _rows(**kernels: dict[int, Tile]) -> dict[str, dict[int, Tile]]:
 TABLE: dict[str, dict[str, dict[int, Tile]]] = {
     "sm_90": _rows(
         statistics={2: Tile(128, 256, 64, 8, 3, True), 4: Tile(128, 128, 32, 8, 3)},
-        statistics_softcap={2: Tile(128, 256, 64, 8, 3, True, slices=4), 4: Tile(128, 64, 32, 8, 3)},
+        statistics_softcap={2: Tile(128, 256, 64, 8, 3, True, quarters=True), 4: Tile(128, 64, 32, 8, 3)},
         statistics_softcap_ragged={2: Tile(128, 64, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
-        statistics_smoothing={2: Tile(128, 256, 64, 8, 3, True, slices=4), 4: Tile(128, 32, 32, 8, 3)},
+        statistics_smoothing={2: Tile(128, 256, 64, 8, 3, True, quarters=True), 4: Tile(128, 32, 32, 8, 3)},
         statistics_smoothing_ragged={2: Tile(64, 64, 64, 8, 3, True), 4: Tile(128, 32, 32, 8, 3)},
         chunk={2: Tile(128, 128, 64, 8, 3, True), 4: Tile(128, 64, 32, 8, 3)},
         sketch={2: Tile(128, 128, 64, 8, 3, True), 4: Tile(64, 32, 32, 4, 3)},

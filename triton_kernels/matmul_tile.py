@@ -115,14 +115,18 @@ def capped_logits(
 
 
 @triton.jit
-def slices(x, COUNT: tl.constexpr):
-    """A tuple of COUNT slices of the columns of x, in order. COUNT is a power of two."""
-    if COUNT == 1:
-        return (x,)
-    else:
-        halves = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
-        left, right = tl.split(tl.permute(halves, (0, 2, 1)))
-        return slices(left, COUNT // 2) + slices(right, COUNT // 2)
+def halves(x):
+    """The left and the right columns of x."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def quarters(x):
+    """Four slices of the columns of x, in order."""
+    left, right = halves(x)
+    a, b = halves(left)
+    c, d = halves(right)
+    return a, b, c, d
 
 
 def dot_precision(dtype: torch.dtype) -> str:

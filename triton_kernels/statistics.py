@@ -17,7 +17,7 @@ Flops 2 n C d. Bytes from DRAM at least (n + C) d item; requested from the cache
 interpreter guard) per row tile and class tile (ROWS + COLUMNS) d item. Epilogue on sm_90: at most 11.5 instructions a
 logit (21.5 with smoothing alone, 44.5 with a soft cap alone) against 4096 flops a cycle, so at d >= 4096 the product
 dominates. A smaller tile for the options' sake would ask the L2 for more than it gives. So where a whole tile's
-epilogue has too few registers beside the products, it takes SLICES of their columns one after the other.
+epilogue has too few registers beside the products, it takes QUARTERS of their columns one after the other.
 
 ``logits_statistics_kernel`` is the same pass where the logits are stored already: it reads each once, n C item bytes.
 
@@ -39,7 +39,7 @@ import triton.language as tl
 
 from . import configs
 from .arithmetic import MINUS_INFINITY, grouped_tile, soft_cap
-from .matmul_tile import dot_precision, operands, product, slices
+from .matmul_tile import dot_precision, operands, product, quarters
 from .online import FIELDS, absorb, absorb_products, class_weights, empty_state
 
 WIDTH = 64  # columns of P that one launch projects onto
@@ -77,7 +77,7 @@ def statistics_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    SLICES: tl.constexpr,
+    QUARTERS: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
@@ -114,21 +114,21 @@ def statistics_kernel(
             features, weight, z, row_tile, tile, n, n_classes, d, stride_h, stride_w,
             ROWS, COLUMNS, DEPTH, DESCRIPTOR, EVEN_COLUMNS, EVEN_DEPTH, PRECISION,
         )  # fmt: skip
-        if SLICES == 1:
-            state, e, w, scale = absorb_products(
-                z, bias, class_weight, y, tile * COLUMNS, n_classes, softcap, state,
-                EVEN_COLUMNS, HAS_BIAS, SOFTCAP, SMOOTH, HAS_WEIGHT, False,
-            )  # fmt: skip
-        else:
-            parts = slices(z, SLICES)
-            for part in tl.static_range(SLICES):
-                at = tile * COLUMNS + part * (COLUMNS // SLICES)
+        if QUARTERS:
+            parts = quarters(z)
+            for part in tl.static_range(4):
+                at = tile * COLUMNS + part * (COLUMNS // 4)
                 # Never false in an exact tile; a branch keeps a slice's work from starting before the last one's ends.
                 if at < n_classes:
                     state, _, _, _ = absorb_products(
                         parts[part], bias, class_weight, y, at, n_classes, softcap, state,
-                        EVEN_COLUMNS, HAS_BIAS, SOFTCAP, SMOOTH, HAS_WEIGHT, True,
+                        EVEN_COLUMNS, HAS_BIAS, SOFTCAP, SMOOTH, HAS_WEIGHT, QUARTERS,
                     )  # fmt: skip
+        else:
+            state, e, w, scale = absorb_products(
+                z, bias, class_weight, y, tile * COLUMNS, n_classes, softcap, state,
+                EVEN_COLUMNS, HAS_BIAS, SOFTCAP, SMOOTH, HAS_WEIGHT, QUARTERS,
+            )  # fmt: skip
         if WIDTH:
             columns = tile * COLUMNS + tl.arange(0, COLUMNS)
             within = (columns < n_classes)[:, None] & (width < p)[None, :]
@@ -252,7 +252,7 @@ def statistics(
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         DEPTH=tile.depth,
-        SLICES=tile.slices,
+        QUARTERS=tile.quarters,
         WIDTH=0 if projection is None else WIDTH,
         GROUP=tile.group,
         DESCRIPTOR=descriptor,

@@ -108,7 +108,7 @@ def sketch_variants(arch: str, target: GPUTarget) -> list[Variant]:
 def _statistics(name, options, shape, exact, element, itemsize, target, width=0) -> Variant:
     constants = {
         **{"ROWS": shape.rows, "COLUMNS": shape.columns, "DEPTH": shape.depth, "WIDTH": width, "GROUP": shape.group},
-        "SLICES": shape.slices,
+        "QUARTERS": shape.quarters,
         **{"DESCRIPTOR": shape.descriptor, "EVEN_COLUMNS": exact, "EVEN_DEPTH": exact, "HAS_BIAS": not exact},
         "PRECISION": _precision(itemsize, target),
         **options,
@@ -125,7 +125,7 @@ def _statistics(name, options, shape, exact, element, itemsize, target, width=0)
         "softcap": "fp32",
         **_integers("n", "n_classes", "d", "p", "stride_h", "stride_w", "stride_p", "tiles_per_split"),
     }
-    limited = (name == "plain" or shape.slices > 1) and exact and itemsize == 2
+    limited = (name == "plain" or shape.quarters) and exact and itemsize == 2
     kind = "sketch" if width else "statistics"
     label = f"{kind} {element} {name} {'exact' if exact else 'ragged'}{'' if shape.descriptor else ' pointers'}"
     return Variant(

@@ -117,8 +117,8 @@ MUTANTS = {
     "slices: all at the tile's first class": ("statistics", "+ part * (COLUMNS", "+ 0 * (COLUMNS", sliced),
     "slices: out of order": (
         "matmul_tile",
-        "slices(left, COUNT // 2) + slices(right, COUNT // 2)",
-        "slices(right, COUNT // 2) + slices(left, COUNT // 2)",
+        "return a, b, c, d",
+        "return c, d, a, b",
         sliced,
     ),
     "slices: the ragged one left out": ("statistics", "if at < n_classes:", "if at + 16 <= n_classes:", sliced),

@@ -11,7 +11,7 @@ from selbp.triton_kernels import configs
 from selbp.triton_kernels.configs import TABLE, Tile
 
 POINTER, DESCRIPTOR, STORED = Tile(32, 64, 32), Tile(32, 64, 32, descriptor=True), Tile(4, 128, 0)
-SLICED = Tile(32, 64, 32, slices=4)
+SLICED = Tile(32, 64, 32, quarters=True)
 # (n, d, C): ragged in all, exact tiles, one class, one row, more classes than fit one split
 SHAPES = [(37, 24, 203), (64, 64, 128), (5, 16, 1), (1, 8, 2), (3, 8, 517)]
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice")
