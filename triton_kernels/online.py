@@ -30,12 +30,21 @@ FIELDS = {False: 3, True: 7}  # of the partials: m, s, s2; smoothed m, s, s2, am
 
 @triton.jit
 def empty_state(ROWS: tl.constexpr, SMOOTH: tl.constexpr):
-    """Of rows of which no class has been seen: m, ref, and the sums in the order of FIELDS."""
+    """Return m, ref and the sums, in the order of FIELDS, of rows that have seen no class."""
     zero = tl.zeros((ROWS,), tl.float32)
     state = tl.full((ROWS,), MINUS_INFINITY, tl.float32), tl.full((ROWS,), FLOOR, tl.float32) * LOG2E, zero, zero
     if SMOOTH:
         state = state + (zero, zero, zero, zero)
     return state
+
+
+@triton.jit
+def moved(z, state):
+    """Return the state's m and ref after the tile z, the sums' change of scale, and the tile's log2 e and e."""
+    m = tl.maximum(state[0], tl.max(z, 1))
+    new = reference_exponent(m)
+    exponent = tl.fma(z, LOG2E, -new[:, None])
+    return m, new, tl.exp2(state[1] - new), exponent, tl.exp2(exponent)
 
 
 @triton.jit
@@ -45,11 +54,7 @@ def absorb(z, g, w, state, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr):
     g is the cap's slope; w holds the class weights, 0 where a class is excluded, and is read with smoothing only.
     """
     ref, s = state[1], state[2]
-    m = tl.maximum(state[0], tl.max(z, 1))
-    new = reference_exponent(m)
-    scale = tl.exp2(ref - new)
-    exponent = tl.fma(z, LOG2E, -new[:, None])
-    e = tl.exp2(exponent)
+    m, new, scale, exponent, e = moved(z, state)
     s = s * scale + tl.sum(e, 1)
     if SMOOTH:
         spread = state[5] + state[4] * (new - ref) + tl.sum(tl.where(w == 0.0, 0.0, -w * exponent), 1)
@@ -74,11 +79,7 @@ def absorb(z, g, w, state, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr):
 def absorb_unweighted(z, excluded, amount, state):
     """``absorb`` with label smoothing alone, where all w and g are 1: of the classes ``amount`` are not excluded."""
     ref = state[1]
-    m = tl.maximum(state[0], tl.max(z, 1))
-    new = reference_exponent(m)
-    scale = tl.exp2(ref - new)
-    exponent = tl.fma(z, LOG2E, -new[:, None])
-    e = tl.exp2(exponent)
+    m, new, scale, exponent, e = moved(z, state)
     total = tl.sum(e, 1)
     spread = state[5] + state[4] * (new - ref) - tl.sum(tl.where(excluded, 0.0, exponent), 1)
     rho = total / tl.maximum(amount, 1.0)
@@ -125,7 +126,7 @@ def absorb_products(
     HAS_WEIGHT: tl.constexpr,
     SLICED: tl.constexpr,
 ):
-    """What ``absorb`` gives for the products z of features and the classes from ``first`` on.
+    """Return what ``absorb`` gives for the products z of features and the classes from ``first`` on.
 
     SLICED, only the state is of use, and the sums of smoothing alone take fewer registers.
     """

@@ -214,9 +214,8 @@ def stored_variants(target: GPUTarget) -> list[Variant]:
                 tile = {"ROWS": rows, "COLUMNS": columns, "DEPTH": max(128, 2048 // rows)}
                 constants = tile | {"HAS_FEATURES": True, "MASS": factors, "FACTORS": factors, **options}
                 label = f"stored_rows {element} {name} {columns} columns{' factors' if factors else ''}"
-                found.append(Variant(label, stored_rows.stored_rows_kernel, types, constants, warps))
-                if target.backend == "cuda":
-                    found[-1].options.update(stored_rows.register_limit(columns, warps))
+                limit = stored_rows.register_limit(columns, warps) if target.backend == "cuda" else {}
+                found.append(Variant(label, stored_rows.stored_rows_kernel, types, constants, warps, options=limit))
     for columns in (0, stored_rows.UNIT_COLUMNS):
         types = {
             **_floats("mass", "loss", "residual_sq", "scaled_out", "residual_sq_out", "scale_out"),

@@ -115,12 +115,7 @@ MUTANTS = {
     ),
     "target not excluded from stored logits": ("statistics", "(columns[None, :] == y[:, None]) | ", "", stored),
     "slices: all at the tile's first class": ("statistics", "+ part * (COLUMNS", "+ 0 * (COLUMNS", sliced),
-    "slices: out of order": (
-        "matmul_tile",
-        "return a, b, c, d",
-        "return c, d, a, b",
-        sliced,
-    ),
+    "slices: out of order": ("matmul_tile", "return a, b, c, d", "return c, d, a, b", sliced),
     "slices: the ragged one left out": ("statistics", "if at < n_classes:", "if at + 16 <= n_classes:", sliced),
     "slices: counted past the last class": ("statistics", "if at < n_classes:", "if at < n_classes + 64:", sliced),
     "the target counted in the amount": ("online", " - own.to(tl.int32)", "", sliced),
