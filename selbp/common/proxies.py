@@ -125,7 +125,8 @@ class HeadProxies(GradientProxies):
     @property
     def flat(self) -> tuple[Tensor, Tensor]:
         """Residual (n T, C) and features (n T, d)."""
-        return self.token_residual.flatten(0, 1), self.token_features.flatten(0, 1)
+        residual, features = self.token_residual, self.token_features  # both before either is flattened
+        return residual.flatten(0, 1), features.flatten(0, 1)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """See :meth:`GradientProxies.factors`; None for several positions, or where M is that of all ranks."""

@@ -76,8 +76,8 @@ def _check_unscored(target: Tensor, finite: Tensor, class_weight: Tensor | None,
 def _unscored(
     target: Tensor, finite: Tensor, class_weight: Tensor | None, ignore_index: int, double: bool
 ) -> _Unscored:
-    mass = label_mass(target, class_weight, ignore_index, torch.float64 if double else torch.float32)
-    valid = (target != ignore_index) & finite
+    mass, present = label_mass(target, class_weight, ignore_index, torch.float64 if double else torch.float32)
+    valid = present & finite
     unknown = torch.full_like(mass, torch.nan)
     return mass, valid, torch.zeros_like(valid), unknown, scale_of(mass, valid).to(unknown.dtype)
 

@@ -80,7 +80,7 @@ def _composed(
 ) -> _Outputs:
     dtype, named = accumulate_dtype(logits.dtype), options._asdict()
     stats = statistics_operator.cross_entropy_statistics(logits, target, features, bias=bias, **named)
-    mass = label_mass(target, options.class_weight, options.ignore_index, dtype)
+    mass, _ = label_mass(target, options.class_weight, options.ignore_index, dtype)
     scale = scale_of(mass, stats.valid).to(dtype)
     both = [logits.new_empty(0, 0, dtype=dtype) for _ in range(2)]
     if factors and features is not None:

@@ -22,12 +22,19 @@ def soft_target(
     return (1.0 - label_smoothing) * onehot * w + label_smoothing / n_classes * w
 
 
-def label_mass(target: Tensor, class_weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    """What each label counts in torch's mean, in its shape: its class weight, 1 without, and 0 where it is ignored."""
+def label_mass(
+    target: Tensor, class_weight: Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(n,) what the labels (n,) or (n, T) of each sample count in torch's mean, and (n,) bool whether it has any.
+
+    A label counts its class weight, 1 where there are none, and 0 where it is ignored.
+    """
     present = target != ignore_index
     if class_weight is None:
-        return present.to(dtype)
-    return torch.where(present, class_weight.to(dtype)[target.clamp(0, len(class_weight) - 1)], 0.0)
+        mass = present.to(dtype)
+    else:
+        mass = torch.where(present, class_weight.to(dtype)[target.clamp(0, len(class_weight) - 1)], 0.0)
+    return (mass, present) if target.dim() == 1 else (mass.sum(1), present.any(1))
 
 
 def scale_of(mass: Tensor, valid: Tensor) -> Tensor:

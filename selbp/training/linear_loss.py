@@ -151,28 +151,20 @@ class LinearCausalLM:
             if found is not None and found.output is given and (found.loss.requires_grad or not wanted):
                 return found
             again = found is not None and found.output is given
-            features = found.features if again and found else self.tokens.positions(self._take(given), target)
+            labels = self.tokens.labels(target)
+            features = found.features if again and found else self.tokens.positions(self._take(given), target, labels)
             with nullcontext() if self._mode is None else self._mode.within():
                 loss, stats = ops.linear_cross_entropy(
                     features.flatten(0, 1),
                     head.weight,
                     head.bias,
-                    self.tokens.labels(target).reshape(-1),
-                    **self.options(given.device),
+                    labels.reshape(-1),
+                    **self.tokens.options(given.device),
                     memory_limit=0,
                     return_statistics=True,
                 )
         self._found = ByToken(given, features, loss, stats)
         return self._found
-
-    def options(self, device: torch.device) -> dict[str, Any]:
-        """The loss's options, as the operators have them."""
-        tokens = self.tokens
-        return {
-            "class_weight": tokens.weight_on(device),
-            "ignore_index": tokens.ignore_index,
-            "label_smoothing": tokens.label_smoothing,
-        }
 
     def operands(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """``features``, weight and bias, detached and in the type in which the head would have run."""

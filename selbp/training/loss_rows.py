@@ -61,7 +61,7 @@ def from_logits(
         return ops.residual(flat[part], labels[part], tokens.lse[part], **options)
 
     hits = tokens.correct.sum(), tokens.valid.sum()
-    predicted = criterion.labels(target).shape[1]
+    predicted = target.shape[1] - 1 if criterion.shift else y.shape[1]
     rows = _by_sample(tokens, y == criterion.ignore_index, predicted)
     return LossRows(*rows, residual, h, hits, z.shape[2], predicted)
 

@@ -122,6 +122,10 @@ class CrossEntropy:
 
     def labels(self, target: Any) -> Tensor:
         """(n, T) class indices, after the shift; T is 1 for one class per sample."""
+        return self._indices(target).reshape(len(target), -1)
+
+    def _indices(self, target: Any) -> Tensor:
+        """The class indices (n,) or (n, ...), after the shift. Raises TypeError or ValueError for anything else."""
         if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.dim() < 1:
             got = f"{target.dtype} {tuple(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
             raise TypeError(
@@ -132,7 +136,7 @@ class CrossEntropy:
             if target.dim() != 2 or target.shape[1] < 2:
                 raise ValueError(f"causal_lm needs target (n, T) with T > 1, got {tuple(target.shape)}")
             return target[:, 1:]
-        return target.reshape(len(target), -1)
+        return target
 
     def soft(self, target: Any) -> bool:
         """Whether ``target`` holds class probabilities, for which there is no shift."""
@@ -171,14 +175,14 @@ class CrossEntropy:
         if self.shift and logits.dim() == 3 and logits.shape[:2] == target.shape:
             return _LastIdle.apply(logits), F.pad(labels, (0, 1), value=self.ignore_index)
         logits = logits if self.classes_last(logits, target) else logits.movedim(1, -1)
-        return self.positions(logits, target), labels
+        return self.positions(logits, target, labels), labels
 
-    def positions(self, x: Tensor, target: Tensor) -> Tensor:
-        """(n, T, .) the entries of ``x`` (n, ..., .), logits or the head's input, that predict :meth:`labels`."""
+    def positions(self, x: Tensor, target: Tensor, labels: Tensor) -> Tensor:
+        """(n, T, .) the entries of ``x`` (n, ..., .), logits or the head's input, that predict ``target``'s labels."""
         shape = tuple(x.shape)
         if self.shift and x.dim() == 3 and x.shape[1] == target.shape[1]:
             x = x[:, :-1]
-        x, labels = x.reshape(len(target), -1, x.shape[-1]), self.labels(target)
+        x = x.reshape(len(target), -1, x.shape[-1])
         if x.shape[1] != labels.shape[1]:
             if shape == tuple(target.shape):
                 raise ValueError(
@@ -213,11 +217,10 @@ class CrossEntropy:
         """See :class:`Criterion`: the class weights of the sample's targets that are not ignored."""
         if self.soft(target):
             return soft_mass(target, self.class_dim)
-        labels = self.labels(target)
+        labels = self._indices(target)
         weight = self.weight_on(labels.device)
         exact = torch.float32 if weight is None or labels.device.type == "mps" else torch.float64  # for a float64 loss
-        mass = label_mass(labels, weight, self.ignore_index, exact)
-        return mass.sum(1), (labels != self.ignore_index).any(1)
+        return label_mass(labels if labels.dim() == 1 else labels.flatten(1), weight, self.ignore_index, exact)
 
     def hits(self, output: Any, target: Any, live: Tensor) -> tuple[Tensor, Tensor] | None:
         """See :class:`Criterion`."""
