@@ -268,6 +268,26 @@ PROTOCOLS: dict[str, Protocol] = {
                 ("resnet", "a small residual network", 128, (32, 48, 64)),
             )
         ),
+        # The proxy's price is paid once: is more left of the gain in a longer training, or has random caught up? Fixed
+        # before they ran, on fresh seeds; each length and kind of label is a family of its own.
+        *(
+            Protocol(
+                f"confirm-auto-2-{length}{name}",
+                f"choosing by a table {title}, {times} times as long, second round",
+                (Cell(CLEAN + change, "cnn", 600 * many, (48,)),),
+                **{
+                    **SECOND_ROUND,
+                    "seeds": tuple(range(2300, 2310)),
+                    "note": f"The budget of time is what {600 * many} steps of random on 48 samples take. The seconds "
+                    "of the small network that first fills the table are paid out of it.",
+                },
+            )
+            for length, times, many in (("long", "four", 4), ("very-long", "eight", 8))
+            for name, change, title in (
+                ("", "", "with clean labels"),
+                ("-noise", "+noise=0.2", "with 20 % wrong labels"),
+            )
+        ),
         # A curve's inner points run at a rate that has not decayed yet, so the time until a curve has random's final
         # accuracy is too long. Here "auto" is a training of its own, made for less time. Fixed before it ran, on fresh
         # seeds; random and its keep are those of the second round.
