@@ -8,7 +8,8 @@ Sums of exponentials are kept relative to a power of two. For a row whose greate
 An integer reference makes rescaling (2^(c - c')) exact, and no contraction of multiplications into fused ones can
 change it: the row's sums always mean the same thing. ``tl.fma`` is written out because z log2 e must not be rounded
 before c is subtracted (that costs 2^-24 |z| in the exponent). FLOOR keeps c finite: a logit below -1e38 counts as
-masked out, as -inf does.
+masked out, as -inf does. Every launch asks for ``enable_fp_fusion``: elsewhere a product and a sum may take one
+instruction, and from Triton 3.10 on they take two by default.
 
 No libdevice: it does not exist in the interpreter, so log1p and the soft cap are written in ``tl``.
 """

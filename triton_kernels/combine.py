@@ -206,5 +206,6 @@ def finalize(
             SMOOTH=fields == 7,
             HAS_WEIGHT=class_weight is not None,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return loss, lse, residual_sq, p_rest, correct.view(torch.bool), valid.view(torch.bool)

@@ -175,6 +175,7 @@ def gram(
         PRECISION_H=dot_precision(features.dtype),
         FLAGS="none" if flags is None else "find" if finite is False else "clear",
         num_warps=tile.warps,
+        enable_fp_fusion=True,
         num_stages=tile.stages,
     )
     if finite is not False:
@@ -191,7 +192,8 @@ def gram(
         ROWS=CONFIRM_ROWS,
         DEPTH=CONFIRM_DEPTH,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     clear = triton.cdiv(n, CLEAR_ROWS)
-    gram_clear_kernel[(clear, clear)](out, flags, n, out.stride(0), ROWS=CLEAR_ROWS, num_warps=4)
+    gram_clear_kernel[(clear, clear)](out, flags, n, out.stride(0), ROWS=CLEAR_ROWS, num_warps=4, enable_fp_fusion=True)
     return out

@@ -183,6 +183,7 @@ def residual_chunk(
         HAS_WEIGHT=share != 0.0 and class_weight is not None,
         PRECISION=dot_precision(features.dtype),
         num_warps=tile.warps,
+        enable_fp_fusion=True,
         num_stages=tile.stages,
     )
 

@@ -172,6 +172,7 @@ def finite_rows(residual: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
             ROWS=FLAG_ROWS,
             DEPTH=FLAG_DEPTH,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return finite
 
@@ -196,8 +197,18 @@ def mean_gradient(
     column = mean_bias if bias else None
     factors = residual, features, finite, mean, column, squares
     strides = residual.stride(0), features.stride(0)
-    mean_kernel[grid](*factors, n, n_classes, d, *strides, **shared, num_warps=MEAN_WARPS)
+    mean_kernel[grid](*factors, n, n_classes, d, *strides, **shared, num_warps=MEAN_WARPS, enable_fp_fusion=True)
     inner_kernel[(triton.cdiv(n, ROWS),)](
-        *factors, inner, target_sq, n, n_classes, d, len(squares), *strides, **shared, num_warps=INNER_WARPS
+        *factors,
+        inner,
+        target_sq,
+        n,
+        n_classes,
+        d,
+        len(squares),
+        *strides,
+        **shared,
+        num_warps=INNER_WARPS,
+        enable_fp_fusion=True,
     )
     return inner, target_sq, mean, mean_bias

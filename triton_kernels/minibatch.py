@@ -137,6 +137,7 @@ def unscored(
         BLOCK=BLOCK,
         HAS_WEIGHT=class_weight is not None,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return mass, valid, never, unknown, scale
 
@@ -163,6 +164,7 @@ def hits(
         ROWS=LOOKED_AT // columns,
         COLUMNS=columns,
         num_warps=8,
+        enable_fp_fusion=True,
     )
     return found
 
@@ -174,5 +176,7 @@ def weighted_sum(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """() float32 sum of w s l, and (k,) float32 s l."""
     loss, scaled = losses.new_empty(()), torch.empty_like(losses)
-    weighted_sum_kernel[(1,)](losses, scale, weights, loss, scaled, len(losses), BLOCK=BLOCK, num_warps=4)
+    weighted_sum_kernel[(1,)](
+        losses, scale, weights, loss, scaled, len(losses), BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
+    )
     return loss, scaled

@@ -212,6 +212,7 @@ def residual(
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         num_warps=tile.warps,
+        enable_fp_fusion=True,
         num_stages=tile.stages,
         **options,
     )
@@ -233,6 +234,7 @@ def residual(
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         num_warps=4,
+        enable_fp_fusion=True,
         **options,
     )
     return out

@@ -264,6 +264,7 @@ def statistics(
         HAS_WEIGHT=smooth and class_weight is not None,
         PRECISION=dot_precision(features.dtype),
         num_warps=tile.warps,
+        enable_fp_fusion=True,
         num_stages=tile.stages,
     )
     return partials, sums
@@ -302,6 +303,7 @@ def logits_statistics(
             SMOOTH=smooth,
             HAS_WEIGHT=smooth and class_weight is not None,
             num_warps=tile.warps,
+            enable_fp_fusion=True,
             num_stages=tile.stages,
         )
     return partials

@@ -250,6 +250,7 @@ def stored_rows(
             MASS=mass,
             FACTORS=factors and features is not None,
             num_warps=warps,
+            enable_fp_fusion=True,
             **register_limit(columns, warps),
         )
     found = (*floats[:4], flags[0].view(torch.bool), flags[1].view(torch.bool))
@@ -288,5 +289,6 @@ def in_units(
         COLUMNS=UNIT_COLUMNS if residual.numel() else 0,
         BLOCK=UNIT_BLOCK,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return scale, hits, scaled, squares

@@ -111,5 +111,6 @@ def target_logit(
             HAS_LOGITS=logits is not None,
             HAS_BIAS=bias is not None,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return z, feature_sq

@@ -66,7 +66,7 @@ def compile_variant(variant: Variant, target: GPUTarget):
         or ((name.startswith("stride_") or name == "d") and not kernel.params[index].do_not_specialize)
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": variant.warps, "num_stages": variant.stages, **variant.options}
+    options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": True, **variant.options}
     return triton.compile(source, target=target, options=options)
 
 

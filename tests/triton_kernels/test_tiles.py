@@ -44,5 +44,17 @@ def test_no_kernel_calls_itself():
                 assert function.name not in called, f"{path.name}: {function.name}"
 
 
+def test_every_launch_fuses_products_and_sums():
+    """Triton 3.10 turns that off by default, with which no tile's registers and no roofline were measured."""
+    launches = 0
+    for path in pathlib.Path(configs.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                launches += 1
+                said = {option.arg: ast.unparse(option.value) for option in node.keywords}
+                assert said.get("enable_fp_fusion") == "True", f"{path.name}: {ast.unparse(node.func)}"
+    assert launches >= 18
+
+
 def _is_plain_call(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
