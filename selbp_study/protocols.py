@@ -352,6 +352,19 @@ PROTOCOLS: dict[str, Protocol] = {
             clock="random",
             note="An exploration: the best of so many arms looks better than it is.",
         ),
+        # On five seeds the proxy alone was ahead of the whole: by chance? Fixed before it ran, on fresh seeds.
+        Protocol(
+            "confirm-parts",
+            "which part of the table helps, on fresh seeds",
+            (Cell(CLEAN, "cnn", 600, (48,)), Cell(NOISY, "cnn", 600, (48,))),
+            ("random", "scored", "scored-proxy", "scored-plain-loss"),
+            tuple(range(2400, 2420)),
+            budgets=("time",),
+            own_keeps=(32, 48, 64),
+            clock="random",
+            claim=True,
+            curves=0,
+        ),
         Protocol(
             "explore",
             "what else was tried, every arm in bfloat16, and whether the matching matters below the head",
