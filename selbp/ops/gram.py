@@ -52,6 +52,12 @@ def gradient_gram(
     ValueError
         An input is not a matrix, or their rows or devices differ.
 
+    See Also
+    --------
+    selbp.ops.mean_gradient : the gradients' mean, from the same factors.
+    selbp.ops.sketch_gram : estimates the products of sequences.
+    selbp.ops.match : reads inner products only.
+
     Examples
     --------
     >>> import torch, selbp

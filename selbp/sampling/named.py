@@ -29,6 +29,10 @@ class InfoBatchSampler(TableSampler):
     TypeError, ValueError
         An argument is of the wrong type or out of range; several ranks.
 
+    See Also
+    --------
+    selbp.sampling.info_batch : makes one with its table.
+
     Examples
     --------
     >>> import torch

@@ -43,6 +43,10 @@ class Proxy:
     losses : Tensor
         (N,) float32, each sample's cross-entropy.
 
+    See Also
+    --------
+    selbp.sampling.fit_proxy : returns one.
+
     Examples
     --------
     >>> data = torch.utils.data.TensorDataset(torch.randn(200, 4), torch.randint(0, 2, (200,)))

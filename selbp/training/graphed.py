@@ -58,7 +58,12 @@ class Recorder:
 
 
 class GraphedStep:
-    """What :func:`cuda_graph` returns; call it as the step is called."""
+    """What :func:`cuda_graph` returns; call it as the step is called.
+
+    See Also
+    --------
+    selbp.cuda_graph : returns one, and shows how to use it.
+    """
 
     def __init__(
         self,
@@ -250,12 +255,6 @@ def cuda_graph(
 ) -> GraphedStep:
     """Capture a step, its backward and the optimizer's step as one CUDA graph; speed is unmeasured.
 
-    ::
-
-        graphed = selbp.cuda_graph(step, inputs, target, optimizer=optimizer)
-        for inputs, target in loader:
-            graphed(inputs, target)  # forward, choice, backward and, where one is given, optimizer.step()
-
     Nothing is trained here: ``inputs`` and ``target`` give shapes. The first 3 calls run as they are and the fourth is
     captured; later ones are replayed. Each trains on its minibatch, once.
 
@@ -272,6 +271,11 @@ def cuda_graph(
     **per_sample
         As for a call of the step.
 
+    Returns
+    -------
+    GraphedStep
+        Called with a minibatch, it runs forward, choice, backward and, with an ``optimizer``, that one's step.
+
     Raises
     ------
     TypeError
@@ -279,6 +283,16 @@ def cuda_graph(
     ValueError
         For what a graph cannot hold, with the reason: tensors that are not on a GPU, lists of samples, a rule that
         remembers, a cut, ``scoring="eval"``, a schedule that does not always choose, several processes.
+
+    See Also
+    --------
+    selbp.SelectiveBackprop : the step that is captured.
+
+    Examples
+    --------
+    >>> graphed = selbp.cuda_graph(step, inputs, target, optimizer=optimizer)  # doctest: +SKIP
+    >>> for inputs, target in loader:  # doctest: +SKIP
+    ...     graphed(inputs, target)
     """
     batch = (inputs, target, per_sample)
     _check(step, batch, optimizer)

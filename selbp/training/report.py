@@ -49,6 +49,16 @@ class StepReport(SelectionFigures):
     selection : Selection
         Rows and weights.
 
+    Raises
+    ------
+    RuntimeError
+        By a figure of the choice, where a cut chooses in the backward and that has not run.
+
+    See Also
+    --------
+    selbp.SelectiveBackprop : its ``report`` is one.
+    selbp.CutReport : what a cut reports.
+
     Examples
     --------
     >>> import torch, selbp
