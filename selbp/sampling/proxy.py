@@ -81,7 +81,7 @@ def fit_proxy(
     probabilities then leave no noise to be found.
 
     One pass over Fashion-MNIST and its scan take about a third of a second on one core; its losses rank the samples
-    much as the trained network's own do. Charge it: ``seconds`` of the result says what it took.
+    much as the trained network's own do. Count that time as training: the result's ``seconds`` has it.
 
     Parameters
     ----------
@@ -107,8 +107,8 @@ def fit_proxy(
         Of the training that follows: passes beyond the first are made only while the proxy's minibatches are at most a
         twentieth of them, for ``passes=None``.
     halves : bool
-        Train two, each on every other sample, and score by the one that has not seen the sample: scores that nothing
-        was learned by heart for, from half as much data each.
+        Train two, each on half of the samples, and score each sample by the one that has not seen it. No score is of a
+        sample learned by heart, but each network has half of the data.
     seed : int
         Of the weights and the order; torch's global generator is left alone.
 

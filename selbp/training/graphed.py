@@ -1,8 +1,8 @@
 """``cuda_graph``: a whole selective step, captured once as a CUDA graph and replayed.
 
-A step of a small model launches more kernels than it computes for: the host's time is what it costs. A graph replays
-scoring, choice, backward and the optimizer's step with one launch. It repeats addresses, so inputs are copied into
-buffers that it reads, and what Python decides is decided once: what would make that wrong is refused.
+In a small model the host takes longer to launch a step's kernels than the device takes to run them. A graph replays
+scoring, choice, backward and the optimizer's step with one launch. It reads and writes fixed addresses, so inputs are
+copied into its buffers. Python decides once, at the capture; a step that could decide differently later is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ Work = Callable[[], None]
 class Recorder:
     """Captures work as a CUDA graph, on the stream on which the steps before it ran.
 
-    Nodes that add up gradients remember the stream that they were made on; one of another would end the capture.
+    Autograd's nodes that add up gradients keep the stream on which they were made. A node of another stream would end
+    the capture.
     """
 
     def __init__(self) -> None:
@@ -85,7 +86,7 @@ class GraphedStep:
         self._report: StepReport | None = None
 
     def __call__(self, inputs: Any, target: Any = None, **per_sample: Tensor) -> Tensor:
-        """Train on one minibatch; returns its loss without a graph, for a log that bears its weights.
+        """Train on one minibatch. Returns the weighted loss without a graph; ``report.loss`` is the one to log.
 
         Gradients are those of this minibatch alone: they replace what ``.grad`` held. A minibatch of other shapes than
         those that were given to :func:`cuda_graph` runs as an ordinary step.
@@ -93,7 +94,7 @@ class GraphedStep:
         Raises
         ------
         ValueError
-            Where something that the graph holds fast has changed, such as a learning rate that is a number.
+            If a value has changed that is fixed in the graph, such as a learning rate that is a Python number.
         RuntimeError
             Where the step could not be captured; says why.
         """
