@@ -90,9 +90,16 @@ class LossPercentile(BaseSelector):
             self._losses = loss.new_full((self.history,), torch.nan, dtype=torch.float64)
         least = max(self.p_min, _LEAST)
         indices, weights, self._losses = choose_by_percentile(
-            loss, valid, self._losses.to(loss.device), uniform(rows.n + 1, loss, rows.generator), k, self.weights,
-            self.beta, least, loss.dtype == torch.float32,
-        )  # fmt: skip
+            loss,
+            valid,
+            self._losses.to(loss.device),
+            uniform(rows.n + 1, loss, rows.generator),
+            k,
+            self.weights,
+            self.beta,
+            least,
+            loss.dtype == torch.float32,
+        )
         return Selection(indices, in_dtype(weights, loss.dtype))
 
     def state_dict(self) -> dict[str, Any]:
