@@ -46,7 +46,9 @@ class InfoBatchSampler(TableSampler):
     def __init__(self, table: ScoreTable, k: int, ratio: float, epochs: int, anneal: float, seed: int) -> None:
         super().__init__(table, seed, None, None)
         if self.world_size > 1:
-            raise ValueError(f"info_batch is for one rank, got {self.world_size}: ranks would prune differently many")
+            raise ValueError(
+                f"info_batch is for one rank, got {self.world_size}: ranks would leave out different numbers of samples"
+            )
         self.k, self.epochs = check_int("k", k, 1), check_int("epochs", epochs, 1)
         self.ratio = check_number("ratio", ratio, 0.0, 1.0)
         if self.ratio == 1.0:
