@@ -20,6 +20,7 @@ PUBLIC = {
     for name in room.__all__
     if inspect.isclass(thing := getattr(room, name)) or inspect.isfunction(thing)
 }
+PUBLIC["selbp.selectors.Candidates"] = selbp.selectors.Candidates  # what a rule of the user's own is given
 WITHOUT = ("selbp.GraphedStep",)  # needs a GPU; its example is that of selbp.cuda_graph
 
 
