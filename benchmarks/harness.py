@@ -173,7 +173,7 @@ class _Prepared:
     calls: int  # a sample
     seconds: float  # a sample
     reads: int
-    results: list[Any]  # of its first calls, for the case's quality
+    results: list[Any]  # of its first calls, from which the case's quality is computed
 
 
 def _prepare(call: Callable[[], object], clock: Clock, keep: bool) -> _Prepared:
