@@ -1,7 +1,7 @@
-"""Everything that a step reads of a minibatch's logits: statistics, the unit of its mean, and the gradients' factors.
+"""What a step reads of a minibatch's logits, at once: statistics, the unit of its mean, and the gradients' factors.
 
-On a GPU it takes two launches (``triton_kernels/stored_rows.py``); the single operators, and torch's between them, take
-twenty. Elsewhere the single operators run.
+On a GPU two launches (``triton_kernels/stored_rows.py``) where the operators one by one, and torch's between them, take
+twenty; elsewhere those operators.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class CountedStep(StepKinds):
             report.table = table
         if self._auto_advance and call.given is None:
             self._step += 1
-        if not self._pace.done:  # comes last: if its warning is an error, the step has been counted
+        if not self._pace.done:  # last: where a warning is an error, the step is counted
             self._pace.add(report, self._strategy.full_over_forward)
         return loss
 
