@@ -254,10 +254,10 @@ def modelled_h100_us(k: int, barriers: int = 2) -> float:
 
 
 def batches() -> str:
-    """Batches of 32 and 1024 problems (64, 16) on one thread and on two, wall time, and how far from linear that is.
+    """Wall time of batches of 32 and 1024 problems (64, 16) on one thread and on two, and how far from linear it is.
 
-    The call itself, which no thread shares, takes as long whatever is in it: what 32 problems take beyond 32 of the
-    problems that tell 32 from 1024. Linear in the threads is about the rest.
+    A call has a fixed cost, which threads do not share: t(32) - 32 (t(1024) - t(32)) / (1024 - 32). What is said of the
+    number of threads leaves that cost out.
     """
     few, many = 32, 1024
     inputs, took = {batch: _batch_inputs(batch, 64, torch.device("cpu"))[0] for batch in (few, many)}, {}

@@ -173,7 +173,7 @@ class _Prepared:
     calls: int  # a sample
     seconds: float  # a sample
     reads: int
-    results: list[Any]  # of its first calls, for the case's quality
+    results: list[Any]  # of its first calls, from which the case's quality is computed
 
 
 def _prepare(call: Callable[[], object], clock: Clock, keep: bool) -> _Prepared:
@@ -252,7 +252,7 @@ def _interleaved(
         for name, entry in ready.items()
     }
     shuffle = random.Random(seed)
-    # The first sample of what fills one by a single call is the one that told so.
+    # If one call is long enough to be a sample, the timing that found this out is kept as the first sample.
     samples = {name: [entry.seconds] if entry.calls == 1 else list[float]() for name, entry in ready.items()}
     gc.collect()
     gc.disable()

@@ -25,12 +25,24 @@ from selbp.training.stopwatch import AHEAD, Stopwatch
 
 # Operators that launch more than one kernel, or none though they are no views.
 LAUNCHES = {
-    "aten.where.ScalarOther": 2, "aten.where.ScalarSelf": 2, "aten.where.Scalar": 3, "aten.sort.stable": 2,
-    "aten.sort.default": 2, "aten.argsort.stable": 2, "aten.linalg_qr.default": 12, "aten._lazy_clone.default": 0,
-    "aten.empty_like.default": 0, "aten.new_empty.default": 0, "aten.empty.memory_format": 0,
-    "aten.lift_fresh.default": 0, "aten.empty_strided.default": 0, "aten.new_empty_strided.default": 0,
-    "aten._unsafe_view.default": 0, "aten.detach.default": 0, "aten.alias.default": 0,
-}  # fmt: skip
+    "aten.where.ScalarOther": 2,
+    "aten.where.ScalarSelf": 2,
+    "aten.where.Scalar": 3,
+    "aten.sort.stable": 2,
+    "aten.sort.default": 2,
+    "aten.argsort.stable": 2,
+    "aten.linalg_qr.default": 12,
+    "aten._lazy_clone.default": 0,
+    "aten.empty_like.default": 0,
+    "aten.new_empty.default": 0,
+    "aten.empty.memory_format": 0,
+    "aten.lift_fresh.default": 0,
+    "aten.empty_strided.default": 0,
+    "aten.new_empty_strided.default": 0,
+    "aten._unsafe_view.default": 0,
+    "aten.detach.default": 0,
+    "aten.alias.default": 0,
+}
 
 
 class Counting(TorchDispatchMode):
@@ -140,9 +152,15 @@ def step_launches(
 
 
 RULES = (
-    "Random", "TopLoss", "LossRank", "LossPercentile", "GradNormImportance", "GradientMatching", "DivBS",
+    "Random",
+    "TopLoss",
+    "LossRank",
+    "LossPercentile",
+    "GradNormImportance",
+    "GradientMatching",
+    "DivBS",
     "CubeSampling",
-)  # fmt: skip
+)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ import torch
 from benchmarks import peers
 from benchmarks.harness import NAN, Row
 from selbp import __version__, _native
+from selbp.info import processor
 
 START, END = "<!-- benchmarks/results/bench.md -->", "<!-- end of benchmarks/results/bench.md -->"
 Results = Mapping[str, Sequence[Row]]
@@ -28,15 +29,8 @@ Results = Mapping[str, Sequence[Row]]
 
 def machine(device: torch.device, threads: int, clock: str, kept: bool = False, quick: bool = False) -> dict[str, Any]:
     """What a reader must know to compare two runs."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
     return {
-        "cpu": model,
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "cpu_level": _native.level(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -246,22 +240,6 @@ def load(file: Path) -> tuple[dict[str, Any], dict[str, list[Row]]]:
             Row(**{key: NAN if value is None and key in numbers else value for key, value in entry.items()})
         )
     return whole["machine"], results
-
-
-def inconsistencies(results: Results) -> list[str]:
-    """Rows whose ratio is not their median over ours, or whose percentiles do not enclose it: edited or mixed up."""
-    found = []
-    for suite, rows in results.items():
-        for group in _by_case(rows).values():
-            for row in group:
-                exact = row.median / group[0].median
-                if exact > 0 and not math.isclose(row.ratio, exact, rel_tol=1e-9):
-                    found.append(
-                        f"{suite}: {row.case}: {row.contender}: ratio {row.ratio:.4g}, its times say {exact:.4g}"
-                    )
-                if not math.isnan(row.median) and not row.p20 <= row.median <= row.p80:
-                    found.append(f"{suite}: {row.case}: {row.contender}: a median outside its percentiles")
-    return found
 
 
 def _without_nan(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A head and its loss in one: the logits of a large vocabulary need not be stored, for scoring neither.
+"""A head and its loss in one: the logits of a large vocabulary need not be stored, not even for scoring.
 
 Run as ``python examples/04_fused_head.py``.
 """

@@ -78,4 +78,5 @@ __all__ = [
     "sampling",
     "select",
     "selective_backward",
+    "selectors",
 ]

@@ -30,6 +30,10 @@ def keep_freed_memory() -> bool:
     bool
         Whether the allocator took it; False where it is not glibc's.
 
+    See Also
+    --------
+    selbp.diagnose : models seconds by whether freed memory is kept.
+
     Examples
     --------
     >>> import selbp

@@ -20,14 +20,15 @@ def machine() -> dict[str, str]:
     """The machine and the versions, in words, for a report."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
-        "processor": f"{_processor()}, {os.cpu_count()} logical cores{gpu}",
+        "processor": f"{processor()}, {os.cpu_count()} logical cores{gpu}",
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "versions": f"selbp {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         "threads": f"{torch.get_num_threads()} (torch), kernels of level {native.level()}",
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name, as the system tells it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

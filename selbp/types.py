@@ -32,6 +32,11 @@ class BatchStatistics(NamedTuple):
     valid : Tensor
         (n,) bool: the target is not ignored and everything above is finite.
 
+    See Also
+    --------
+    selbp.ops.cross_entropy_statistics : the statistics of logits.
+    selbp.ops.linear_cross_entropy_statistics : those of a head's input and weight.
+
     Examples
     --------
     >>> import torch, selbp
@@ -86,6 +91,10 @@ class MeanGradient(NamedTuple):
     head_bias : Tensor or None
         (C,) and of its bias, where it has one.
 
+    See Also
+    --------
+    selbp.ops.mean_gradient : returns one.
+
     Examples
     --------
     >>> import torch, selbp
@@ -105,6 +114,10 @@ class MatchStatus(enum.IntEnum):
     ``FULL``: k rows were chosen. ``OPTIMAL``: no further row can lower the objective (the KKT conditions hold).
     ``TOLERANCE``: the relative residual fell below the tolerance. ``INVALID``: an input of this problem was not finite,
     nothing was chosen. ``ITERATIONS``: the iteration limit was reached; the selection is feasible, not optimal.
+
+    See Also
+    --------
+    selbp.ops.Matching : has one for each problem.
 
     Examples
     --------
@@ -137,6 +150,11 @@ class Matching(NamedTuple):
     status : Tensor
         (...) uint8, a :class:`selbp.ops.MatchStatus`.
 
+    See Also
+    --------
+    selbp.ops.match : returns one.
+    selbp.ops.matching_residual : certifies its residual in float64.
+
     Examples
     --------
     >>> import torch, selbp
@@ -164,6 +182,11 @@ class Selection(NamedTuple):
         (k,) int64.
     weights : Tensor
         (k,) floating.
+
+    See Also
+    --------
+    selbp.Selector : returns one.
+    selbp.StepReport : keeps the one that a step trained on.
 
     Examples
     --------

@@ -94,7 +94,7 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """What tells it from other arms, its rate and title aside: the same text that :meth:`parse` reads."""
+        """The arm as the text that :meth:`parse` reads, without rate and title. No two arms have the same."""
         own = [f"{name}={getattr(self, name)}" for name in OWN if getattr(self, name) is not None]
         return "@".join(filter(None, (self.selector, ",".join([*own, *filter(None, [self.options])]))))
 

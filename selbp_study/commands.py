@@ -151,7 +151,7 @@ def _train(arguments: argparse.Namespace, arm: Arm, together: Together) -> int:
             f"{'going on at step ' + str(done) if done else 'training'} in {folder}: {config.steps} steps, "
             f"{config.kept()} of {config.batch_size} samples run backward{among}"
         )
-        bar = Bar(config.selector, arguments.quiet or not together.leads).add(config, done)
+        bar = Bar(arguments.selector, arguments.quiet or not together.leads).add(config, done)
         try:
             result = run.execute(bar)
         except KeyboardInterrupt:

@@ -108,7 +108,7 @@ def run_all(
     def outcomes() -> list[Outcome]:
         return [of_arm(arm, found[key]) for arm, key in keys if key in found]
 
-    def heard(run: Finished) -> None:
+    def on_end(run: Finished) -> None:
         key = run.config.key()
         found[key] = run
         finished(outcomes(), of_arm(arms[key], run))
@@ -118,7 +118,7 @@ def run_all(
 
     turns = Turns(data, lambda config: run_folder(folder, arms[config.key()], config), progress)
     with closing(turns):
-        drive({"comparison": job()}, turns, heard=heard)
+        drive({"comparison": job()}, turns, on_end=on_end)
     return outcomes()
 
 

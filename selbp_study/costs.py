@@ -28,7 +28,8 @@ from selbp_study.sampled import SampledOrder
 from selbp_study.storage import checked, read_object, write_text
 
 WARM = 30  # steps of each arm before the first that counts
-BLOCK = 6  # steps of one arm before the next arm's turn; the first of them is not counted: its caches are another's
+# Consecutive steps of an arm. The first is not counted, because it runs with the previous arm's data in the caches.
+BLOCK = 6
 ROUNDS = 20
 TOTAL = PHASES.index("total")
 ONCE = "once"
@@ -123,9 +124,9 @@ def wrong_costs(content: dict[str, Any]) -> str | None:
 
 
 class Costs:
-    """The measured costs of a study, kept in ``path``: what is there is not measured again.
+    """The measured costs of a study, kept in ``path``. A cost that is in the file is not measured again.
 
-    What is measured later is brought to the scale of what was there by the steps that were measured both times.
+    Costs that a later session adds are rescaled so that the steps which both sessions measured agree.
     """
 
     def __init__(self, path: Path) -> None:

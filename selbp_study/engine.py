@@ -85,12 +85,12 @@ def drive(
     runner: Runner,
     *,
     progress: Callable[[int, int], None] = lambda done, known: None,
-    heard: Callable[[Finished], None] = lambda finished: None,
+    on_end: Callable[[Finished], None] = lambda finished: None,
     say: Say = lambda text: None,
 ) -> dict[str, T | str]:
     """Carry all jobs to their end; a job that raises ValueError yields its error as text.
 
-    ``progress`` counts runs; ``heard`` is told of each run that ends, or that was finished before.
+    ``progress`` counts runs; ``on_end`` is told of each run that ends, or that was finished before.
     """
     results: dict[str, Finished] = {}
     waiting: dict[str, tuple[Job[T], list[RunConfig]]] = {}
@@ -118,7 +118,7 @@ def drive(
                         runner.submit(config)
                     else:
                         results[key] = found
-                        heard(found)
+                        on_end(found)
             if any(config.key() not in results for config in configs):
                 waiting[name] = (job, configs)
                 return
@@ -130,7 +130,7 @@ def drive(
         progress(len(results), len(asked))
         finished = runner.next()
         results[finished.config.key()] = finished
-        heard(finished)
+        on_end(finished)
         for name, (job, configs) in list(waiting.items()):
             if all(config.key() in results for config in configs):
                 del waiting[name]

@@ -19,7 +19,7 @@ RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65
 
 
 def resident_peak(call: Callable[[], object], times: int = 3) -> int:
-    """Bytes by which the resident set of this process rises at most; a fresh process tells most."""
+    """Bytes by which the resident set of this process rises at most. Call it in a fresh process."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = status_bytes("VmRSS")
     for _ in range(times):

@@ -12,7 +12,10 @@ from selbp_study.data import Split
 
 
 def channels_last(images: Tensor) -> Tensor:
-    """(n, 1, rows, columns) images in that layout; one channel satisfies both: the strides say which one is meant."""
+    """Return (n, 1, rows, columns) images with the strides of channels-last.
+
+    With one channel both layouts are the same memory, and torch chooses its kernels by the strides.
+    """
     _, _, rows, columns = images.shape
     return images.as_strided(images.shape, (rows * columns, 1, columns, 1)) if images.is_contiguous() else images
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +21,8 @@ from selbp_study.arguments import (
 )
 from selbp_study.protocols import PROTOCOLS
 from selbp_study.rules import ARMS, RULES
+
+SELECTORS = {name: rule.summary for name, rule in RULES.items()}
 
 
 def _training_options(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +109,8 @@ def build_parser() -> argparse.ArgumentParser:
         "  selbp train --selector top-loss:weights=refit --epochs 2 --out runs/top\n"
         "  selbp train --selector top-loss:weights=refit --epochs 2 --out runs/top --resume\n"
         "  torchrun --nproc-per-node 4 -m selbp_study train --selector matching    # each minibatch in four parts\n\n"
-        f"selectors (options as name:option=value,...):\n{_selector_help()}",
+        f"selectors (options as name:option=value,...):\n{_lines(SELECTORS)}\n\n"
+        "An arm, such as auto, is a selector with training options of its own: selbp compare --help lists them.",
     )
     train.add_argument(
         "--selector", default="matching", metavar="RULE", help="a selector or an arm, see below (default: %(default)s)"
@@ -168,7 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
         "  selbp study --protocol main --workers 2 --results benchmarks/results\n"
         "  selbp study --protocol main --name explore --arms random,matching,matching@cut=2 --seeds 0-2\n"
         "  selbp study --render benchmarks/results --out docs/measurements/study.md\n\n"
-        f"protocols:\n{_protocol_help()}",
+        f"protocols:\n{_lines({name: protocol.title for name, protocol in PROTOCOLS.items()})}",
     )
     study.add_argument(
         "--protocol",
@@ -225,18 +229,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _selector_help() -> str:
-    return "\n".join(f"  {name:<16} {rule.summary}" for name, rule in RULES.items())
-
-
-def _protocol_help() -> str:
-    return "\n".join(f"  {name:<16} {protocol.title}" for name, protocol in PROTOCOLS.items())
+def _lines(texts: Mapping[str, str]) -> str:
+    """A line for each name, with the texts below each other."""
+    width = max(map(len, texts))
+    return "\n".join(f"  {name:<{width}} {text}" for name, text in texts.items())
 
 
 def _arm_help() -> str:
-    named = "\n".join(f"  {name:<16} {title}: {text}" for name, (title, text) in ARMS.items())
+    named = {name: f"{title}: {text}" for name, (title, text) in ARMS.items()}
     return (
-        f"{_selector_help()}\n{named}\n\nAn arm is written rule:option=value,...@option=value,..., the rule's options "
+        f"{_lines(SELECTORS | named)}\n\nAn arm is written rule:option=value,...@option=value,..., the rule's options "
         "after the colon and\nthe arm's own training after the @: keep, cut, head_gradient, backward, scoring, "
         "batch_size, lr, title;\nin a list, write ; for the comma between options."
     )

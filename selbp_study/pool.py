@@ -26,7 +26,7 @@ def folder_of(folder: Path, config: RunConfig) -> Path:
     return folder / "runs" / config.key()
 
 
-def carry_out(config: RunConfig, data: Dataset, folder: Path) -> Finished:
+def run_to_end(config: RunConfig, data: Dataset, folder: Path) -> Finished:
     """Carry one run to its end in this process, from where it stands; what it raises becomes the error."""
     home = folder_of(folder, config)
     try:
@@ -46,7 +46,7 @@ def carry_out(config: RunConfig, data: Dataset, folder: Path) -> Finished:
     return Finished(config, result)
 
 
-class Sets:
+class DatasetCache:
     """The data sets by name, each read once; ``folder`` is Fashion-MNIST's."""
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -67,14 +67,14 @@ def _work(pipe: Connection, folder: Path, data_folder: Path | None) -> None:
 
     torch.set_num_threads(1)
     keep_freed_memory()
-    sets = Sets(data_folder)
+    sets = DatasetCache(data_folder)
     while True:
         try:
             config = pipe.recv()
         except EOFError:  # the parent is gone
             return
         try:
-            finished = carry_out(config, sets(config.dataset), folder)
+            finished = run_to_end(config, sets(config.dataset), folder)
         except DataError as error:
             finished = Finished(config, None, str(error))
         try:
@@ -92,7 +92,7 @@ class Pool:
         self.busy: dict[Connection, tuple[RunConfig, int]] = {}
         self.idle: list[Connection] = []
         self.processes: dict[Connection, Any] = {}
-        self.sets = Sets(data_folder)
+        self.sets = DatasetCache(data_folder)
 
     def cached(self, config: RunConfig) -> Finished | None:
         """The run, if it was finished before."""
@@ -109,7 +109,7 @@ class Pool:
         """The next run that is finished. Call it only while ``len(self)`` is positive."""
         if self.workers == 0:
             config, _ = self.queue.popleft()
-            return carry_out(config, self.sets(config.dataset), self.folder)
+            return run_to_end(config, self.sets(config.dataset), self.folder)
         while True:
             while self.queue and len(self.busy) < self.workers:
                 pipe = self.idle.pop() if self.idle else self._start()

@@ -1,4 +1,4 @@
-"""The selection rules by the names that the command line and the tables use; names and words only, no torch."""
+"""The selection rules and arms by the names that the command line and the tables use."""
 
 from __future__ import annotations
 

@@ -24,11 +24,21 @@ from selbp_study.folder import check_log, is_number, read_config, read_result, s
 from selbp_study.kept import KeptRun
 from selbp_study.models import build_model
 from selbp_study.sampled import SampledOrder, Sampling, order_of
-from selbp_study.samples import Order, evaluate
+from selbp_study.samples import BatchOrder, evaluate
 from selbp_study.storage import write_bytes, write_text
 from selbp_study.timing import CLOCKS, PHASES, clock_for, phases_of, thread_limit, typical, wrapper_of
 
-__all__ = ["PHASES", "Diverged", "Order", "Run", "evaluate", "read_config", "read_result", "thread_limit", "typical"]
+__all__ = [
+    "PHASES",
+    "Diverged",
+    "BatchOrder",
+    "Run",
+    "evaluate",
+    "read_config",
+    "read_result",
+    "thread_limit",
+    "typical",
+]
 
 WINDOW = 50  # steps a log row sums up
 TURN = 10  # steps of a run before the next run's turn, where several go side by side

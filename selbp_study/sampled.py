@@ -17,7 +17,7 @@ from selbp import AutoSelect, NoiseAwareCrossEntropy, SelectiveBackprop
 from selbp.sampling import ScoredBatchSampler, ScoreTable, TableSampler, fit_proxy, info_batch, rho_loss
 from selbp_study.config import RunConfig
 from selbp_study.data import Split
-from selbp_study.samples import Order
+from selbp_study.samples import BatchOrder
 
 WAYS = ("scored", "uniform", "auto", "info-batch", "rho")
 
@@ -51,7 +51,7 @@ class Sampling:
 
 
 class SampledOrder:
-    """The samples of each step, drawn by a table; stands where :class:`selbp_study.samples.Order` does.
+    """The samples of each step, drawn by a table; stands where :class:`selbp_study.samples.BatchOrder` does.
 
     Unlike there, what a step reads depends on the steps before it: steps are asked for one after the other, and the
     state is a part of the run's. ``clock`` times the proxy, which the run is charged for.
@@ -150,8 +150,8 @@ class SampledOrder:
 
 def order_of(
     options: Sampling | None, config: RunConfig, split: Split, n_classes: int, clock: Callable[[], float]
-) -> Order | SampledOrder:
+) -> BatchOrder | SampledOrder:
     """Whole minibatches in a random order, or samples drawn by a table."""
     if options is None:
-        return Order(len(split), config.batch_size, config.seed)
+        return BatchOrder(len(split), config.batch_size, config.seed)
     return SampledOrder(options, config, split, n_classes, clock)

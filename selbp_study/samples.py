@@ -26,7 +26,7 @@ def evaluate(model: nn.Module, split: Split, device: torch.device, rows: int = 2
     return 100.0 * correct / labels, loss / labels
 
 
-class Order:
+class BatchOrder:
     """Which samples step t reads: a fresh permutation each epoch, drawn from (seed, epoch) alone.
 
     The position in the data is a function of the step, so a resumed run needs no more than its number. The last,

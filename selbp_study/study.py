@@ -16,13 +16,13 @@ from selbp_study.config import RunConfig
 from selbp_study.costs import Costs, cost_name, measure, steps_of
 from selbp_study.data import Dataset
 from selbp_study.engine import Finished, Job, Say, drive, searched
-from selbp_study.pool import Pool, Sets
+from selbp_study.pool import DatasetCache, Pool
 from selbp_study.protocols import OWN_KEEP, Cell, Protocol
-from selbp_study.tuning import Choice, climb, tuning_config
+from selbp_study.tuning import Choice, search_rates, tuning_config
 
 FORMAT = 1
 POINTS = 4  # of a curve, its end included
-ALIKE = 1.5  # budgets whose numbers of steps differ by no more than this share a rate
+ALIKE = 1.5  # two budgets share one tuned rate if their numbers of steps differ by at most this factor
 OWN_KEEP_ARM = Arm("random", title="random, own keep")
 Lines = list[dict[str, Any]]
 
@@ -52,7 +52,7 @@ class Plan:
         return steps_of(budget, replace(self.base, keep=keep), config, self.costs, self.milliseconds, arm.share)
 
 
-def plan_cell(cell: Cell, protocol: Protocol, sets: Sets, costs: Costs, advance: Callable[[], None]) -> Plan:
+def plan_cell(cell: Cell, protocol: Protocol, sets: DatasetCache, costs: Costs) -> Plan:
     """Read the cell's data, measure what is not measured yet, and set its budget of time."""
     data = sets(cell.dataset)
     base = RunConfig(
@@ -71,7 +71,7 @@ def plan_cell(cell: Cell, protocol: Protocol, sets: Sets, costs: Costs, advance:
     configs = [plan.config(Arm.parse(name), keep) for keep in cell.keeps for name in protocol.arms]
     own = plan.own_keeps()
     clean = sets(cell.dataset.partition("+")[0])
-    costs.add([*configs, *own], lambda wanted: measure(wanted, clean, advance=advance))
+    costs.add([*configs, *own], lambda wanted: measure(wanted, clean))
     arms = [Arm.parse(protocol.clock)] if protocol.clock in protocol.arms else []
     clock = [plan.config(arm, keep) for arm in arms for keep in cell.keeps]
     plan.milliseconds = cell.steps * max(costs[config].median for config in clock or configs)
@@ -85,7 +85,8 @@ def tuned(plan: Plan, configs: Sequence[RunConfig], start: float) -> Job[Choice]
     """The best of ``configs``, which differ by their keeps, and its best rate, on held-out data."""
     by_keep = {config.keep: config for config in configs}
     return searched(
-        climb(list(by_keep), start), lambda keep, lr, seed: tuning_config(by_keep[keep], plan.held_out, keep, lr, seed)
+        search_rates(list(by_keep), start),
+        lambda keep, lr, seed: tuning_config(by_keep[keep], plan.held_out, keep, lr, seed),
     )
 
 
@@ -187,12 +188,11 @@ def run_study(
     *,
     progress: Callable[[int, int], None] = lambda done, known: None,
     say: Say = lambda text: None,
-    measuring: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Run what is missing of ``protocol`` and return the whole result."""
     pool.folder.mkdir(parents=True, exist_ok=True)
     costs = Costs(pool.folder / "costs.json")
-    plans = [plan_cell(cell, protocol, pool.sets, costs, measuring) for cell in protocol.cells]
+    plans = [plan_cell(cell, protocol, pool.sets, costs) for cell in protocol.cells]
     jobs: dict[str, Job[Lines]] = {}
     for plan in plans:
         where = f"{plan.cell.dataset}, {plan.cell.model}, n={plan.cell.batch_size}"
@@ -205,11 +205,11 @@ def run_study(
             for name in (name for name in protocol.arms if name not in protocol.tuned_keeps):
                 jobs[f"{where}, keep {keep}: {name}"] = arm_job(plan, Arm.parse(name), keep, protocol.budgets)
 
-    def heard(run: Finished) -> None:
+    def on_end(run: Finished) -> None:
         if run.error is not None:
             say(f"{run.config.selector}, rate {run.config.lr:g}, seed {run.config.seed}: failed: {run.error}")
 
-    ended = drive(jobs, pool, progress=progress, heard=heard, say=say)
+    ended = drive(jobs, pool, progress=progress, on_end=on_end, say=say)
     asked = [
         plan.config(arm, keep) for plan in plans for keep in plan.cell.keeps for arm in map(Arm.parse, protocol.arms)
     ]

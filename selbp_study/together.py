@@ -21,7 +21,7 @@ from selbp_study.data import Dataset
 from selbp_study.journal import Journal
 from selbp_study.run import Run
 from selbp_study.sampled import SampledOrder
-from selbp_study.samples import Order
+from selbp_study.samples import BatchOrder
 from selbp_study.storage import JsonLines, Lock
 from selbp_study.timing import wrapper_of
 
@@ -93,10 +93,10 @@ class Together:
         return own[0] if own else make()
 
 
-class Part(Order):
+class Part(BatchOrder):
     """The part of each minibatch that one process reads."""
 
-    def __init__(self, whole: Order, together: Together) -> None:
+    def __init__(self, whole: BatchOrder, together: Together) -> None:
         super().__init__(whole.n, whole.batch_size, whole.seed)
         self._together = together
 

@@ -49,7 +49,7 @@ def nearest(rate: float, rates: Sequence[float] = RATES) -> int:
     return min(range(len(rates)), key=lambda index: abs(math.log(rates[index] / rate)))
 
 
-def climb(
+def search_rates(
     keeps: Sequence[float | int], start: float, rates: Sequence[float] = RATES, seeds: Sequence[int] = SEEDS
 ) -> Search:
     """For each keep, up the hill of the first seed's accuracies from ``start``; then the other seeds for the best two.

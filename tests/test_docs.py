@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from selbp_study.arms import Arm
+from selbp_study.parsers import build_parser
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)  # "```python notest" is shown and not run
+COMMAND = re.compile(r"^(?:torchrun .* -m selbp_study|selbp) ((?:train|compare|study|info)\b[^#\n]*)", re.M)
 FRAGMENTS = {  # pages whose blocks are parts of a program of the reader's
     "rows.md",
     "guides/backward_through_rows.md",
@@ -39,6 +44,16 @@ def test_its_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.S | re.M)
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / link).exists(), f"{name_of(page)}: {link}"
+
+
+def test_its_commands_are_understood() -> None:
+    pages = [*PAGES, ROOT / "README.md"]
+    commands = [command for page in pages for command in COMMAND.findall(page.read_text())]
+    assert len(commands) >= 4
+    for command in commands:
+        arguments = build_parser().parse_args(shlex.split(command))  # exits where it is not understood
+        for arm in getattr(arguments, "arms", None) or []:
+            Arm.parse(arm)
 
 
 def test_the_benchmarks_are_those_that_were_published() -> None:

@@ -105,7 +105,6 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
         gram_small={2: Tile(64, 64, 32, 4, 3), 4: Tile(32, 32, 32, 4, 3)},
     ),
 }
-CONSERVATIVE_SHARED_BYTES = 99 * 1024
 
 
 @cache

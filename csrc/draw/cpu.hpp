@@ -1,5 +1,5 @@
-// Drawing rows by the odds of a table of scores, and writing fresh scores back; selbp/sampling/specified.py specifies
-// it.
+// Drawing rows by the odds of a table of scores, and writing fresh scores back. `specified` in selbp/sampling/draw.py
+// and record.py are the specifications.
 #pragma once
 
 #include <cstdint>

@@ -32,8 +32,8 @@ SELBP_DECLARE_LEVELS(
                   int n_threads);
     bool gram_f64(double* out, double* packed, const double* r, const double* h, GramShape shape, double bias,
                   int n_threads);
-    // Fills `packed`, which is what of.packed points to, and the diagonal of `out` (n, n). Whether every entry of the
-    // matrix is finite: by Cauchy-Schwarz, where none of the diagonal exceeds half of the largest number.
+    // Fills `packed`, which is what of.packed points to, and the diagonal of `out` (n, n). Returns whether every entry
+    // is known to be finite: by Cauchy-Schwarz it is if no diagonal entry exceeds half of the largest number.
     bool gram_diagonal_f32(float* out, const GramRows<float>& of, float* packed);
     bool gram_diagonal_f64(double* out, const GramRows<double>& of, double* packed);
     // Row `row`, and row `other` where it is not -1, in their places in `out` (n, n): the numbers that `gram` gives.

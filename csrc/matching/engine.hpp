@@ -129,9 +129,10 @@ class Engine {
 
   SELBP_HD int live_columns() const { return shape_.main + live_slots_; }
 
-  // Row i of [G | I], scaled: the entries of rows that may not be chosen read as 0, whatever stands there. The ridge in
-  // the pivot's own entry is left out: only the pivot's column sees it, which is masked while the row is chosen, and on
-  // removal is given back what was taken, since rotations keep sums of products of rows.
+  // Row i of [G | I], scaled. The entries of rows that may not be chosen read as 0, whatever stands there. The ridge is
+  // left out of the pivot's diagonal entry: only the pivot's own column would change, and that column is masked while
+  // the row is in S. When the row is removed, exactly what was subtracted is added back, because Givens rotations keep
+  // the column's inner products.
   template <class Columns>
   SELBP_HD typename Columns::Value pivot_row(Columns j, int pivot) const {
     if (j.first >= shape_.main) return j.fill(T(0));

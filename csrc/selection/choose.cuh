@@ -113,8 +113,8 @@ SELBP_HD bool by_norm(Block& block, const selection::Choose& p, E eligible, S sc
   return any && (p.threshold < 0 || running > p.threshold);
 }
 
-// Rule `percentile`: the valid rows' finite losses enter behind the last ones, of which `length` stay, NaN before them
-// where there are fewer; then every row's odds, 0 where its loss is none.
+// Rule `percentile`: appends the valid rows' finite losses to the last ones and keeps `length` of them, with NaN in
+// front if there are fewer. Then sets every row's odds, 0 for a row without such a loss.
 template <class L>
 SELBP_HD void by_percentile(Block& block, const selection::Choose& p, const Columns& c, L loss) {
   const auto seen = [&](int i) { return i < p.length ? p.before[i] : loss(i - p.length); };

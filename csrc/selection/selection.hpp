@@ -12,9 +12,9 @@ constexpr int kMostRows = 4096;  // that one block sorts in its shared memory
 enum class Rule : std::int32_t { top = 0, odds = 1, rank = 2, norm = 3, percentile = 4 };
 enum class Weights : std::int32_t { mean = 0, batch = 1, unbiased = 2 };
 
-// selbp/ops/choose_rows.py and choose_gradients.py. Rule `norm` draws by the root of score (times the second one), all
-// alike where none is above 0 or where the running mean of tau does not exceed `threshold` (below 0: always by norm).
-// Rule `percentile` draws by the share of the last losses below the own one, to the `power`, at least `least`.
+// selbp/ops/choose_rows.py and choose_gradients.py. Rule `norm` draws with odds sqrt(score), or sqrt(score * second).
+// All odds are equal if no score is above 0, or if the running mean of tau does not exceed `threshold` (below 0: no
+// such test). Rule `percentile` draws with odds max(least, share^power), share that of the last losses below the row's.
 struct Choose {
   const void* score;           // (n,)
   const void* second;          // (n,) or null

@@ -153,8 +153,8 @@ class SimdTeam {
  private:
   static constexpr int kLanes = Simd<T>::kLanes;
 
-  // The best row of the last arg max that is not formed, apart from `row`; or -1. What is like `row` will do less when
-  // that has joined.
+  // The best row of the last arg max that is neither `row` nor formed; -1 for none. Rows like `row` count for less,
+  // since they will lower the objective less once `row` has joined.
   SELBP_METHOD int likely(int row) const {
     int best = -1;
     T score = T(0);

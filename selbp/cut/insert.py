@@ -51,7 +51,31 @@ class _Hook:
 
 
 class InsertedCut:
-    """A cut that :func:`insert_cut` has placed: its report, its state, and how it is taken out again."""
+    """A cut that :func:`insert_cut` has placed: its report, its state, and how it is taken out again.
+
+    Attributes
+    ----------
+    name : str
+        The name of the module in the model.
+    report : CutReport
+        What the last backward chose.
+
+    See Also
+    --------
+    selbp.insert_cut : returns one.
+
+    Examples
+    --------
+    >>> import torch, selbp
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    >>> cut = selbp.insert_cut(model, "1", keep=4)
+    >>> cut.name
+    '1'
+    >>> model(torch.randn(16, 8)).square().mean().backward()
+    >>> cut.report.k
+    4
+    >>> cut.remove()  # the next backward runs all 16 rows
+    """
 
     def __init__(self, name: str, cut: BackwardCut, undo: list[Callable[[], None]]) -> None:
         self.name = name
@@ -125,6 +149,11 @@ def insert_cut(
     ------
     TypeError, ValueError
         For a place that the model has not, or an option that could not work.
+
+    See Also
+    --------
+    selbp.BackwardCut : the cut as a module of your model.
+    selbp.SelectiveBackprop : ``cut=`` places one in a step.
 
     Examples
     --------

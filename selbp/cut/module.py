@@ -62,7 +62,7 @@ def backward_cut(
 
     See Also
     --------
-    BackwardCut : the module, which has a report and a state.
+    selbp.BackwardCut : the module, which has a report and a state.
 
     Examples
     --------

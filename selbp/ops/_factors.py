@@ -24,14 +24,14 @@ def check_factors(residual: Tensor, features: Tensor, *_: object) -> None:
 
 
 def autocast_factors(a: Tensor, b: Tensor, *others: Any) -> tuple[Any, ...]:
-    """Two tensors of different 16- and 32-bit types as float32: what an operator here accumulates in anyway."""
+    """Cast two factors of different 16- and 32-bit types to float32, in which the operators accumulate anyway."""
     if a.dtype != b.dtype and all(x.is_floating_point() and x.dtype != torch.float64 for x in (a, b)):
         a, b = a.float(), b.float()
     return a, b, *others
 
 
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in ``dtype``; itself where it is: ``to`` takes a microsecond to find that out."""
+    """Return ``x`` in ``dtype``. Does not call ``to`` if it has that dtype: ``to`` takes a microsecond to see it."""
     return x if x.dtype == dtype else x.to(dtype)
 
 

@@ -21,11 +21,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 HEADERS = (
-    "matching/matching.hpp", "matching/engine.hpp", "matching/workspace.hpp", "matching/feasible.hpp",
-    "matching/setup.hpp", "matching/lookahead.hpp", "matching/kernels.cuh", "team/team.hpp", "team/block_team.cuh",
-    "selection/selection.hpp", "selection/block.cuh", "selection/choose.cuh", "selection/balanced.cuh",
-    "selection/diverse.cuh", "selection/kernels.cuh",
-)  # fmt: skip
+    "matching/matching.hpp",
+    "matching/engine.hpp",
+    "matching/workspace.hpp",
+    "matching/feasible.hpp",
+    "matching/setup.hpp",
+    "matching/lookahead.hpp",
+    "matching/kernels.cuh",
+    "team/team.hpp",
+    "team/block_team.cuh",
+    "selection/selection.hpp",
+    "selection/block.cuh",
+    "selection/choose.cuh",
+    "selection/balanced.cuh",
+    "selection/diverse.cuh",
+    "selection/kernels.cuh",
+)
 STAND_INS = {
     "math.h": "",  # built in
     "cstddef": "namespace std { using size_t = decltype(sizeof(0)); }",
@@ -137,8 +148,11 @@ class Compiler:
         made, count = ctypes.c_void_p(), len(headers)
         texts = (ctypes.c_char_p * count)(*(text.encode() for text in headers.values()))
         names = (ctypes.c_char_p * count)(*(name.encode() for name in headers))
-        self._check(self._library.nvrtcCreateProgram(
-            ctypes.byref(made), program(unit).encode(), b"selbp.cu", count, texts, names))  # fmt: skip
+        self._check(
+            self._library.nvrtcCreateProgram(
+                ctypes.byref(made), program(unit).encode(), b"selbp.cu", count, texts, names
+            )
+        )
         try:
             wanted = expressions(unit)
             for expression in wanted.values():

@@ -26,10 +26,15 @@ class Options(ctypes.Structure):
     """``matching::Options``."""
 
     _fields_ = [
-        ("n", ctypes.c_int), ("k", ctypes.c_int), ("rule", ctypes.c_int), ("nonnegative", ctypes.c_bool),
-        ("ridge", ctypes.c_double), ("tolerance", ctypes.c_double), ("near_bytes", ctypes.c_size_t),
+        ("n", ctypes.c_int),
+        ("k", ctypes.c_int),
+        ("rule", ctypes.c_int),
+        ("nonnegative", ctypes.c_bool),
+        ("ridge", ctypes.c_double),
+        ("tolerance", ctypes.c_double),
+        ("near_bytes", ctypes.c_size_t),
         ("fill", ctypes.c_bool),
-    ]  # fmt: skip
+    ]
 
 
 class Problem(ctypes.Structure):
@@ -136,17 +141,31 @@ class Core(Loaded):
         return 0 if wanted.arrays + wanted.tableau <= self._shared else batch * wanted.spacing
 
     def match(
-        self, buffers: Sequence[int], is_double: bool, batch: int, n: int, k: int, rule: int, nonnegative: bool,
-        ridge: float, tolerance: float, fill: bool, workspace: int, device: int, stream: int,
-    ) -> None:  # fmt: skip
+        self,
+        buffers: Sequence[int],
+        is_double: bool,
+        batch: int,
+        n: int,
+        k: int,
+        rule: int,
+        nonnegative: bool,
+        ridge: float,
+        tolerance: float,
+        fill: bool,
+        workspace: int,
+        device: int,
+        stream: int,
+    ) -> None:
         """Solve ``batch`` problems at these addresses on ``stream``."""
         wanted = sizes(n, k, is_double)
         shared = wanted.arrays + wanted.tableau <= self._shared
         size = wanted.arrays + (wanted.tableau if shared else 0)
         arguments: list[Any] = [
-            Options(n, k, rule, nonnegative, ridge, tolerance, 64 << 10, fill), Problem(*buffers[:4]),
-            Answer(*buffers[4:]), ctypes.c_void_p(None if shared else workspace),
-        ]  # fmt: skip
+            Options(n, k, rule, nonnegative, ridge, tolerance, 64 << 10, fill),
+            Problem(*buffers[:4]),
+            Answer(*buffers[4:]),
+            ctypes.c_void_p(None if shared else workspace),
+        ]
         addresses = (ctypes.addressof(argument) for argument in arguments)
         self._launch("shared" if shared else "global", batch, wanted.threads, size, stream, *addresses)
 

@@ -1,7 +1,7 @@
 """Choosing k rows on the device: by rank, and at random with known inclusion probabilities.
 
-The specification is in ``selbp.reference.sampling``; it would be eighty small operators, so csrc/choose_rows does the
-same in one call on a CPU, and csrc/selection in one launch on a GPU.
+The specification, ``selbp.reference.sampling``, runs about eighty small operators. On a CPU csrc/choose_rows does the
+same in one call, on a GPU csrc/selection in one launch.
 """
 
 from __future__ import annotations

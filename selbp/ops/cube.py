@@ -48,6 +48,10 @@ def cube_sample(
     ValueError
         Shapes or devices do not fit.
 
+    See Also
+    --------
+    selbp.CubeSampling : the rule that draws so.
+
     Examples
     --------
     >>> import torch, selbp

@@ -1,8 +1,8 @@
 """``gradient_gram``: the inner products of all per-sample last-layer gradients, K = (R R^T) o (H H^T + 1).
 
-On the CPU one native kernel computes one triangle block by block: both products, the bias's one, their product, and the
-write to the block's place and to its mirror image, so K is symmetric bit for bit. Where the processor multiplies
-bfloat16 pairs, such factors are multiplied as they are.
+On the CPU a native kernel computes the blocks of one triangle. It forms both products of a block, adds the bias's 1,
+multiplies, and writes the block to its place and to its mirror image. So K is symmetric bit for bit. If the processor
+multiplies pairs of bfloat16, bfloat16 factors are not widened first.
 """
 
 from __future__ import annotations
@@ -51,6 +51,12 @@ def gradient_gram(
         An input is not a floating tensor, or their dtypes differ.
     ValueError
         An input is not a matrix, or their rows or devices differ.
+
+    See Also
+    --------
+    selbp.ops.mean_gradient : the gradients' mean, from the same factors.
+    selbp.ops.sketch_gram : estimates the products of sequences.
+    selbp.ops.match : reads inner products only.
 
     Examples
     --------

@@ -136,6 +136,11 @@ def linear_cross_entropy(
         A shape, device or option is wrong, or (CPU) a target lies outside [0, C) or an entry of ``rows`` outside
         [0, n).
 
+    See Also
+    --------
+    selbp.ops.linear_cross_entropy_statistics : the statistics alone, without a gradient.
+    selbp.select : lets the layers below the head run backward on the chosen rows as well.
+
     Examples
     --------
     >>> import torch, selbp

@@ -1,7 +1,7 @@
 """From the factors of the per-sample gradients of a small minibatch to rows and weights, on the CPU in one native call.
 
-There the calls themselves take longer than the sums. Where few rows are chosen, the call forms only these rows of the
-Gram matrix, so it hands on none: :mod:`selbp.ops.match_gradients` does.
+For a small minibatch, separate calls take longer than the sums in them. If few rows are chosen, only their rows of the
+Gram matrix are formed, so no Gram matrix is returned; :mod:`selbp.ops.match_gradients` returns one.
 """
 
 from __future__ import annotations

@@ -235,6 +235,12 @@ def match(
     TypeError, ValueError
         Naming the argument, for a wrong type, shape or range.
 
+    See Also
+    --------
+    selbp.GradientMatching : the rule that chooses so.
+    selbp.ops.nnls : the same solver without a limit on the rows.
+    selbp.ops.matching_residual : certifies the residual in float64.
+
     Examples
     --------
     >>> import torch, selbp

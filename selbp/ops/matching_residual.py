@@ -66,6 +66,10 @@ def matching_residual(
     ValueError
         A shape or a device does not fit; on the CPU also an index outside [-1, n).
 
+    See Also
+    --------
+    selbp.ops.match : chooses the rows and weights.
+
     Examples
     --------
     >>> import torch, selbp

@@ -61,6 +61,11 @@ def mean_gradient(
     ValueError
         An input is not a matrix, or their rows or devices differ.
 
+    See Also
+    --------
+    selbp.ops.gradient_gram : the gradients' inner products with each other.
+    selbp.ops.residual : the first factor.
+
     Examples
     --------
     >>> import torch, selbp

@@ -1,4 +1,4 @@
-"""What a step does with the vectors of a minibatch, each an operator: on a GPU one launch instead of five to twelve.
+"""A step's operators on the vectors of a minibatch. On a GPU each is one launch instead of torch's five to twelve.
 
 On other devices the step calls torch's operators instead.
 """

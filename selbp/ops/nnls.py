@@ -49,6 +49,11 @@ def nnls(
     TypeError, ValueError
         Naming the argument, for a wrong type, shape or range.
 
+    See Also
+    --------
+    selbp.ops.nnls_gram : the same from inner products.
+    selbp.ops.match : at most k terms.
+
     Examples
     --------
     >>> import torch, selbp
@@ -103,6 +108,10 @@ def nnls_gram(
     ------
     TypeError, ValueError
         Naming the argument, for a wrong type, shape or range.
+
+    See Also
+    --------
+    selbp.ops.nnls : the same from the matrix and the right-hand side.
 
     Examples
     --------

@@ -65,6 +65,11 @@ def residual(
     ValueError
         A shape, device or option is wrong, or (CPU) a target lies outside [0, C).
 
+    See Also
+    --------
+    selbp.ops.cross_entropy_statistics : gives the ``lse``.
+    selbp.ops.gradient_gram : what the residuals are factors of.
+
     Examples
     --------
     >>> import torch, selbp

@@ -84,6 +84,10 @@ def sketch_projections(
     ValueError
         ``kind`` is not one of the two, or a size is negative or a dimension below 1.
 
+    See Also
+    --------
+    selbp.ops.sketch : projects by them.
+
     Examples
     --------
     >>> import selbp
@@ -164,6 +168,11 @@ def sketch(
     ValueError
         A shape, device or option is wrong, or (CPU) a target lies outside [0, C).
 
+    See Also
+    --------
+    selbp.ops.sketch_projections : draws the two matrices.
+    selbp.ops.sketch_gram : the inner products of sketches.
+
     Examples
     --------
     >>> import torch, selbp
@@ -230,6 +239,11 @@ def sketch_gram(sketches: Tensor) -> Tensor:
         ``sketches`` is not a floating tensor.
     ValueError
         ``sketches`` is not (n, p, q).
+
+    See Also
+    --------
+    selbp.ops.sketch : makes the sketches.
+    selbp.ops.gradient_gram : the exact inner products.
 
     Examples
     --------

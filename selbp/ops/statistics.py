@@ -77,6 +77,12 @@ def cross_entropy_statistics(
     ValueError
         A shape, device or option is wrong, or (CPU) a target lies outside [0, C).
 
+    See Also
+    --------
+    selbp.ops.linear_cross_entropy_statistics : the same of a head's input and weight; stores no logits.
+    selbp.ops.residual : the gradients with respect to the logits.
+    selbp.BatchStatistics : what is returned.
+
     Examples
     --------
     >>> import torch, selbp
@@ -135,6 +141,11 @@ def linear_cross_entropy_statistics(
         An argument has the wrong type, or the dtypes differ.
     ValueError
         A shape, device or option is wrong, or (CPU) a target lies outside [0, C).
+
+    See Also
+    --------
+    selbp.ops.linear_cross_entropy : returns these statistics beside a loss that has a gradient.
+    selbp.ops.cross_entropy_statistics : the same of logits.
 
     Examples
     --------

@@ -34,9 +34,9 @@ class AutoSelect:
             optimizer.step(); optimizer.zero_grad()
 
     *Headroom* h = mean(g^2) / mean(g)^2 over uniform rows (:attr:`selbp.sampling.ScoreTable.headroom`) is the factor by
-    which the best odds could multiply the batch; it needs no row that would not run anyway. *Price* is what a
-    candidate's step takes over random's, from call to call, so with backward, optimizer and the loader's part:
-    processor time, or on a GPU the clock's. A candidate is worth ``h * (its rows / random's rows) / price``, random 1.
+    which the best odds could multiply the batch; it needs no row that would not run anyway. *Price* is the time of a
+    candidate's step over that of random's. A step is timed from call to call, with backward, optimizer and loading: in
+    processor time, on a GPU by the clock. A candidate is worth ``h * (its rows / random's rows) / price``, random 1.
     Every ``every`` steps the most valuable one takes over if it is worth ``1 + margin`` times the one in use; the one
     in use is left for random as soon as it is worth less than 1. In the beginning each candidate makes ``trial`` steps,
     for its price.

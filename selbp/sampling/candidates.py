@@ -17,6 +17,10 @@ class Candidate(NamedTuple):
     scored : bool
         Whether they are drawn by the table's odds.
 
+    See Also
+    --------
+    selbp.AutoSelect : times candidates and takes the best.
+
     Examples
     --------
     >>> import torch, selbp
@@ -48,6 +52,10 @@ class Decision(NamedTuple):
         Of each candidate, over random's.
     why : str
         The reason, in words.
+
+    See Also
+    --------
+    selbp.AutoSelect : its ``log`` holds decisions.
 
     Examples
     --------

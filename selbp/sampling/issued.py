@@ -27,6 +27,10 @@ class Draw(NamedTuple):
     recorded : bool
         Whether the step writes what it sees of them to the table.
 
+    See Also
+    --------
+    selbp.sampling.TableSampler : keeps the draws of batches that no step has seen.
+
     Examples
     --------
     >>> import torch, selbp

@@ -28,6 +28,10 @@ class Suspects(NamedTuple):
     probability : Tensor
         (n,) float32, of being mislabelled.
 
+    See Also
+    --------
+    selbp.sampling.ScoreTable : its ``suspects`` returns them.
+
     Examples
     --------
     >>> import torch, selbp

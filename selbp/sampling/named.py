@@ -1,4 +1,4 @@
-"""Others' ways of choosing before or beside the forward, on the same table: to compare with."""
+"""Published rules on the same table of scores, to compare with: InfoBatch and RHO-LOSS."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from selbp.selectors import ReducibleLoss
 
 
 class InfoBatchSampler(TableSampler):
-    """Epochs that leave out a part of the easy samples; the easy ones that stay count for those too.
+    """Epochs that leave out a part of the easy samples. Those easy samples that stay are weighted for both.
 
     Parameters
     ----------
@@ -28,6 +28,10 @@ class InfoBatchSampler(TableSampler):
     ------
     TypeError, ValueError
         An argument is of the wrong type or out of range; several ranks.
+
+    See Also
+    --------
+    selbp.sampling.info_batch : makes one with its table.
 
     Examples
     --------
@@ -42,7 +46,9 @@ class InfoBatchSampler(TableSampler):
     def __init__(self, table: ScoreTable, k: int, ratio: float, epochs: int, anneal: float, seed: int) -> None:
         super().__init__(table, seed, None, None)
         if self.world_size > 1:
-            raise ValueError(f"info_batch is for one rank, got {self.world_size}: ranks would prune differently many")
+            raise ValueError(
+                f"info_batch is for one rank, got {self.world_size}: ranks would leave out different numbers of samples"
+            )
         self.k, self.epochs = check_int("k", k, 1), check_int("epochs", epochs, 1)
         self.ratio = check_number("ratio", ratio, 0.0, 1.0)
         if self.ratio == 1.0:
@@ -76,8 +82,8 @@ def info_batch(
 ) -> InfoBatchSampler:
     """InfoBatch (Qin et al. 2024): each epoch leaves out a share ``ratio`` of the samples below the mean loss.
 
-    Those below it that are kept count 1 / (1 - ratio) times, so that the expectation over the draw of an epoch is the
-    whole data set's; the last ``1 - anneal`` of the ``epochs`` see everything. A sample's loss is the one that it had
+    A sample below the mean that stays is weighted by 1 / (1 - ratio). So an epoch's expected gradient is that of the
+    whole data set. The last ``1 - anneal`` of the ``epochs`` leave nothing out. A sample's loss is the one that it had
     when it was last trained on.
 
     Parameters

@@ -1,8 +1,8 @@
 """Losses for labels of which a share is wrong, and the share's estimate by expectation-maximisation.
 
-The label that is given is taken for a draw from a mixture: with the chance 1 - eps the true one, which the model gives
-the probability p, else any of the C classes. Its likelihood is (1 - eps) p + eps / C. More generally, with
-T[y', y] = P(given y | true y'), it is sum_y' T[y', y] p_y' (the forward correction of Patrini et al. 2017).
+The given label is modelled as a draw from a mixture. With probability 1 - eps it is the true label, which has the
+probability p under the model; else it is any of the C classes. Its likelihood is (1 - eps) p + eps / C. More generally,
+with T[y', y] = P(given y | true y'), it is sum_y' T[y', y] p_y' (the forward correction of Patrini et al. 2017).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,10 @@ from selbp.sampling.noise import anchored_transition, noise_aware, undone
 from selbp.sampling.record import FEW
 from selbp.sampling.table import ScoreTable
 
-LEAST = 100  # minibatches, from which the noise is seen
-MOST = 10  # passes that are made for them
-SHARE = 0.05  # minibatches beyond the first pass, of the steps of the training that follows
-HALF = 0.5  # of a pass: one that was ended before has scores to no use
+LEAST = 100  # minibatches: fewer do not show the noise
+MOST = 10  # passes, to reach LEAST on a small data set
+SHARE = 0.05  # of the steps of the training that follows: as many minibatches beyond the first pass at most
+HALF = 0.5  # of a pass: the scores of a training that ended earlier are of no use
 RATE, BATCH = 0.01, 128  # of Adam
 START, PACE = 0.2, 0.05  # eps before the first minibatch, and how far each one moves it
 FOR_TRANSITION = 20_000  # samples that a transition matrix is learned from
@@ -42,6 +42,10 @@ class Proxy:
         On the given labels, of the samples as they were scored.
     losses : Tensor
         (N,) float32, each sample's cross-entropy.
+
+    See Also
+    --------
+    selbp.sampling.fit_proxy : returns one.
 
     Examples
     --------
@@ -77,7 +81,7 @@ def fit_proxy(
     probabilities then leave no noise to be found.
 
     One pass over Fashion-MNIST and its scan take about a third of a second on one core; its losses rank the samples
-    much as the trained network's own do. Charge it: ``seconds`` of the result says what it took.
+    much as the trained network's own do. Count that time as training: the result's ``seconds`` has it.
 
     Parameters
     ----------
@@ -103,8 +107,8 @@ def fit_proxy(
         Of the training that follows: passes beyond the first are made only while the proxy's minibatches are at most a
         twentieth of them, for ``passes=None``.
     halves : bool
-        Train two, each on every other sample, and score by the one that has not seen the sample: scores that nothing
-        was learned by heart for, from half as much data each.
+        Train two, each on half of the samples, and score each sample by the one that has not seen it. No score is of a
+        sample learned by heart, but each network has half of the data.
     seed : int
         Of the weights and the order; torch's global generator is left alone.
 
@@ -145,10 +149,8 @@ def fit_proxy(
     limit = None if seconds is None else check_number("seconds", seconds, 0.0)
     x, y = _read(dataset, features, n, table.classes)
     read = time.process_time()
-    noisy = table.noise != "none"
-    logits, done, epsilon = _fitted(
-        x, y, table.classes, hidden, passes, limit, check_flag("halves", halves), seed, noisy
-    )
+    plan = _Plan(table.classes, hidden, passes, noisy=table.noise != "none")
+    logits, done, epsilon = _fitted(x, y, plan, limit, check_flag("halves", halves), seed)
     if done >= HALF:
         _fill(table, logits, y, epsilon, seed)
     losses = F.cross_entropy(logits, y, reduction="none")
@@ -221,27 +223,28 @@ def _read(dataset: Any, features: Features, n: int, classes: int) -> tuple[Tenso
     return x / x.square().mean().sqrt().clamp(min=1e-12), y
 
 
+class _Plan(NamedTuple):
+    """What a perceptron is trained for."""
+
+    classes: int
+    hidden: int
+    passes: int
+    noisy: bool  # whether some labels may be wrong
+
+
 def _fitted(
-    x: Tensor,
-    y: Tensor,
-    classes: int,
-    hidden: int,
-    passes: int,
-    seconds: float | None,
-    halves: bool,
-    seed: int,
-    noisy: bool,
+    x: Tensor, y: Tensor, plan: _Plan, seconds: float | None, halves: bool, seed: int
 ) -> tuple[Tensor, float, float]:
     """(N, C) logits, how many passes were made, and eps."""
     n, end = len(x), None if seconds is None else time.process_time() + seconds
     if not halves:
-        model, done, epsilon = _trained(x, y, torch.arange(n), classes, hidden, passes, end, seed, noisy)
+        model, done, epsilon = _trained(x, y, torch.arange(n), plan, end, seed)
         return _scores(model, x), done, epsilon
-    logits, done, epsilon = torch.empty(n, classes), 0.0, 0.0
+    logits, done, epsilon = torch.empty(n, plan.classes), 0.0, 0.0
     for part in (0, 1):
         middle = None if end is None or seconds is None or part else end - seconds / 2
         mine = torch.arange(part, n, 2)
-        model, made, found = _trained(x, y, mine, classes, hidden, passes, middle or end, seed + part, noisy)
+        model, made, found = _trained(x, y, mine, plan, middle or end, seed + part)
         logits[1 - part :: 2] = _scores(model, x[1 - part :: 2])
         done, epsilon = done + made / 2, epsilon + found / 2
     return logits, done, epsilon
@@ -253,17 +256,10 @@ def _scores(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _trained(
-    x: Tensor,
-    y: Tensor,
-    ids: Tensor,
-    classes: int,
-    hidden: int,
-    passes: int,
-    end: float | None,
-    seed: int,
-    noisy: bool,
+    x: Tensor, y: Tensor, ids: Tensor, plan: _Plan, end: float | None, seed: int
 ) -> tuple[nn.Module, float, float]:
     """A perceptron trained on the samples ``ids`` at a rate that falls to 0, the passes made, and eps."""
+    classes, hidden, passes, noisy = plan
     epsilon = torch.tensor(START if noisy else 0.0, dtype=torch.float64)
     generator = _generator(seed)
     with torch.random.fork_rng(devices=[]):  # layers draw weights when they are made

@@ -1,4 +1,4 @@
-"""The table of scores: what is known of each sample of a data set, for nothing, from the steps that train anyway."""
+"""The table of scores: what the steps of a training tell of each sample of a data set, at no further cost."""
 
 from __future__ import annotations
 
@@ -143,13 +143,13 @@ class ScoreTable(WrittenScores):
 
     @property
     def shown_epsilon(self) -> Tensor | float:
-        """Eps where uniform rows show that more than a few labels are wrong, else 0: what a loss should reckon with.
+        """The eps that a loss should use: the estimate once uniform rows show that labels are wrong, else 0.
 
-        It is shown where the lower 99 % bound of what the rows say, the first guess taken out, is above .05, as if a
-        row's responsibility were an observation. A clean data set's network is surely wrong of some samples too, and a
-        loss that held their labels for wrong would learn nothing from them. 0 too where a proxy found the transition:
-        trained by that one, networks diverged. A number where the table is on the CPU; on a GPU () float64, which
-        nothing waits for: there eps is as it is.
+        They show it if the lower 99 % bound of eps is above .05. The bound takes each row's responsibility for an
+        observation, and leaves the first guess out. Below .05 the result is 0: a network on clean data is sure of some
+        wrong samples too, and a loss that believed it would learn nothing from them. It is 0 as well if a proxy found a
+        transition, because networks trained by that transition diverged. The result is a number if the table is on the
+        CPU. On a GPU it is :attr:`epsilon`, () float64, without a test: a test would wait for the device.
         """
         if self.adaptive and self.noise == "class":
             return 0.0

@@ -29,6 +29,11 @@ class Selector(Protocol):
         What the rule reads, so that nothing else is computed. ``"nothing"``: chosen before the forward, which then
         runs k rows only. ``"statistics"``: losses and gradient norms. ``"gradients"``: the ``proxies`` as well.
 
+    See Also
+    --------
+    selbp.BaseSelector : has all but the choice.
+    selbp.SelectiveBackprop : calls the rule.
+
     Examples
     --------
     >>> import selbp
@@ -98,6 +103,11 @@ class BaseSelector:
     ----------
     needs : {"nothing", "loss", "statistics", "gradients"}
         What the rule reads, see :class:`selbp.Selector`.
+
+    Raises
+    ------
+    TypeError
+        By ``needs`` of a class that does not say what it reads.
 
     See Also
     --------

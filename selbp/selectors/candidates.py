@@ -34,6 +34,11 @@ class Candidates:
     rule : object
         Who chooses: for messages.
 
+    Raises
+    ------
+    ValueError
+        By ``gradients`` or ``extra``, where the rule was given none.
+
     See Also
     --------
     selbp.BaseSelector : whose ``choose`` is given them.

@@ -31,6 +31,16 @@ class CubeSampling(BaseSelector):
     probabilities : {"gradnorm", "uniform"}
         Inclusion probabilities: proportional to the gradient's norm up to 1, or all alike.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For an option of another type, or a value that is not allowed.
+
+    See Also
+    --------
+    selbp.ops.cube_sample : the draw on its own.
+    selbp.GradientMatching : draws nothing; its error is smaller, and it is biased.
+
     Examples
     --------
     >>> import torch, selbp

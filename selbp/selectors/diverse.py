@@ -29,6 +29,15 @@ class DivBS(BaseSelector):
     weights : {"mean", "batch"}
         ``"mean"`` (1 / k, the source's) or ``"batch"`` (1 / n).
 
+    Raises
+    ------
+    ValueError
+        For other ``weights``.
+
+    See Also
+    --------
+    selbp.GradientMatching : the same pursuit without chance, and with weights.
+
     Examples
     --------
     >>> import torch, selbp

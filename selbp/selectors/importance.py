@@ -43,6 +43,16 @@ class GradNormImportance(BaseSelector):
     momentum : float
         In [0, 1], of the running mean of tau, which starts at 0.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For an option of another type, or a value that is not allowed.
+
+    See Also
+    --------
+    selbp.TopGradNorm : takes the greatest norms, without chance.
+    selbp.CubeSampling : draws by the norm as well, and balances the sample.
+
     Examples
     --------
     >>> import torch, selbp

@@ -43,6 +43,16 @@ class LossPercentile(BaseSelector):
         ``"mean"`` (1 / k: the source does not reweight), ``"batch"`` (1 / n) or ``"unbiased"``, which needs ``p_min``
         > 0: without it the least loss has no chance.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For an option of another type or a value that is not allowed. ``weights="unbiased"`` needs ``p_min`` > 0.
+
+    See Also
+    --------
+    selbp.LossRank : compares the losses of one minibatch only.
+    selbp.TopLoss : takes the largest losses, without chance.
+
     Examples
     --------
     >>> import torch, selbp
@@ -80,9 +90,16 @@ class LossPercentile(BaseSelector):
             self._losses = loss.new_full((self.history,), torch.nan, dtype=torch.float64)
         least = max(self.p_min, _LEAST)
         indices, weights, self._losses = choose_by_percentile(
-            loss, valid, self._losses.to(loss.device), uniform(rows.n + 1, loss, rows.generator), k, self.weights,
-            self.beta, least, loss.dtype == torch.float32,
-        )  # fmt: skip
+            loss,
+            valid,
+            self._losses.to(loss.device),
+            uniform(rows.n + 1, loss, rows.generator),
+            k,
+            self.weights,
+            self.beta,
+            least,
+            loss.dtype == torch.float32,
+        )
         return Selection(indices, in_dtype(weights, loss.dtype))
 
     def state_dict(self) -> dict[str, Any]:
@@ -107,6 +124,15 @@ class LossRank(BaseSelector):
     ----------
     weights : {"mean", "batch", "unbiased"}
         ``"mean"`` (1 / k), ``"batch"`` (1 / n) or ``"unbiased"``.
+
+    Raises
+    ------
+    ValueError
+        For other ``weights``.
+
+    See Also
+    --------
+    selbp.LossPercentile : compares with the losses of earlier minibatches as well.
 
     Examples
     --------

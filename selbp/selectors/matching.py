@@ -41,6 +41,17 @@ class GradientMatching(BaseSelector):
         Above 0 it adds ``unit_sum * mean(diag K) * (sum w - v / n)^2`` to the objective (v valid rows of n): weights
         that sum to about 1, solved jointly with the match, which gets worse for it.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For an option of another type, or a value that is not allowed.
+
+    See Also
+    --------
+    selbp.ops.match : the solver on its own.
+    selbp.CubeSampling : unbiased; matching is not.
+    selbp.BackwardCut : matches gradients at a layer of the model.
+
     Examples
     --------
     >>> import torch, selbp

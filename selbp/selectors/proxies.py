@@ -24,6 +24,12 @@ class GradientProxies:
     bias : bool
         Whether the head has a bias (the 1 above).
 
+    See Also
+    --------
+    selbp.selectors.Candidates : hands the proxies to a rule as ``gradients``.
+    selbp.ops.gradient_gram : the inner products.
+    selbp.ops.mean_gradient : the mean and its inner products.
+
     Examples
     --------
     >>> import torch, selbp

@@ -57,6 +57,16 @@ class TopLoss(_Top):
         ``"sample"`` compares the sum of a sample's tokens, which long sequences win. ``"tokens"`` compares their mean,
         weighted by class where there are class weights.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For an option of another type, or a value that is not allowed.
+
+    See Also
+    --------
+    selbp.ReducibleLoss : the largest losses above those that any model has.
+    selbp.LossRank : draws rows with odds that grow with the loss.
+
     Examples
     --------
     >>> import torch, selbp
@@ -105,6 +115,16 @@ class TopGradNorm(_Top):
     ridge : float
         As in :class:`selbp.TopLoss`.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For an option of another type, or a value that is not allowed.
+
+    See Also
+    --------
+    selbp.TopLoss : reads losses only.
+    selbp.GradNormImportance : draws by the norm, without bias.
+
     Examples
     --------
     >>> import torch, selbp
@@ -139,6 +159,16 @@ class ReducibleLoss(_Top):
         As in :class:`selbp.TopLoss`.
     irreducible : str
         The name under which the step is given the tensor.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an option of another type, or a value that is not allowed.
+
+    See Also
+    --------
+    selbp.TopLoss : the same without irreducible losses.
+    selbp.sampling.rho_loss : a table of scores that chooses by reducible losses.
 
     Examples
     --------

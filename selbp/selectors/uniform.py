@@ -19,6 +19,10 @@ class Full(BaseSelector):
 
     Rows that are not valid keep their place with weight 0, so that the forward sees the minibatch as it came.
 
+    See Also
+    --------
+    selbp.Random : k rows drawn uniformly; the forward runs on those only.
+
     Examples
     --------
     >>> import torch, selbp
@@ -41,6 +45,11 @@ class Random(BaseSelector):
     """k valid rows without replacement, each with the same chance; weights 1 / k.
 
     Of v < n valid rows min(k, v) are drawn, with weight v / (n min(k, v)): unbiased for (1/n) sum_valid g_i.
+
+    See Also
+    --------
+    selbp.GradNormImportance : unbiased as well, with odds by the gradient's norm.
+    selbp.CubeSampling : unbiased as well; balances the sample on the gradients.
 
     Examples
     --------

@@ -136,5 +136,5 @@ def _allowed(steps: int | None, step_seconds: float | None) -> float | None:
     if step_seconds is None:
         return None
     if steps is None:
-        raise ValueError("step_seconds goes with steps, of which there are none")
+        raise ValueError("step_seconds needs steps, got steps=None")
     return FOR_PROXY * check_int("steps", steps, 1) * check_number("step_seconds", step_seconds, 0.0)

@@ -57,6 +57,10 @@ class Diagnosis:
     recommendation : {"rows", "recompute"}
         The strategy with the lower time, measured or else modelled.
 
+    See Also
+    --------
+    selbp.diagnose : returns one.
+
     Examples
     --------
     >>> import torch, selbp

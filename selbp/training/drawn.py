@@ -80,7 +80,7 @@ def _check_shards(shards: list[tuple[int, int]]) -> None:
     if len(set(own)) < len(own) or len({world for _, world in own}) > 1:
         said = ", ".join(f"rank={rank} of world_size={world}" for rank, world in own)
         raise ValueError(
-            f'scope="global" needs samplers whose ranks own other samples each, got {said}: make the sampler after '
+            f'scope="global" needs samplers whose ranks own different samples, got {said}: make the sampler after '
             "torch.distributed.init_process_group(), or pass it rank= and world_size="
         )
 

@@ -1,6 +1,6 @@
-"""What scoring found of samples that are not scored by one forward: in micro-batches, or on several ranks.
+"""What scoring found, where several forwards score the samples: micro-batches, or the ranks of one choice.
 
-A part is scored in units of its own, its losses unscaled. Which factor makes them torch's mean is known of the whole.
+Each part is scored with unscaled losses. The factor that makes them torch's mean follows from all parts together.
 """
 
 from __future__ import annotations

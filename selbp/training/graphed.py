@@ -1,8 +1,8 @@
 """``cuda_graph``: a whole selective step, captured once as a CUDA graph and replayed.
 
-A step of a small model launches more kernels than it computes for: the host's time is what it costs. A graph replays
-scoring, choice, backward and the optimizer's step with one launch. It repeats addresses, so inputs are copied into
-buffers that it reads, and what Python decides is decided once: what would make that wrong is refused.
+In a small model the host takes longer to launch a step's kernels than the device takes to run them. A graph replays
+scoring, choice, backward and the optimizer's step with one launch. It reads and writes fixed addresses, so inputs are
+copied into its buffers. Python decides once, at the capture; a step that could decide differently later is refused.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from selbp.common.guards import without_autocast_cache
 from selbp.common.proxies import HeadProxies
+from selbp.training.graph_checks import check_graph
 from selbp.training.report import StepReport
 from selbp.training.step import SelectiveBackprop
 
@@ -29,7 +30,8 @@ Work = Callable[[], None]
 class Recorder:
     """Captures work as a CUDA graph, on the stream on which the steps before it ran.
 
-    Nodes that add up gradients remember the stream that they were made on; one of another would end the capture.
+    Autograd's nodes that add up gradients keep the stream on which they were made. A node of another stream would end
+    the capture.
     """
 
     def __init__(self) -> None:
@@ -58,7 +60,12 @@ class Recorder:
 
 
 class GraphedStep:
-    """What :func:`cuda_graph` returns; call it as the step is called."""
+    """What :func:`cuda_graph` returns; call it as the step is called.
+
+    See Also
+    --------
+    selbp.cuda_graph : returns one, and shows how to use it.
+    """
 
     def __init__(
         self,
@@ -80,7 +87,7 @@ class GraphedStep:
         self._report: StepReport | None = None
 
     def __call__(self, inputs: Any, target: Any = None, **per_sample: Tensor) -> Tensor:
-        """Train on one minibatch; returns its loss without a graph, for a log that bears its weights.
+        """Train on one minibatch. Returns the weighted loss without a graph; ``report.loss`` is the one to log.
 
         Gradients are those of this minibatch alone: they replace what ``.grad`` held. A minibatch of other shapes than
         those that were given to :func:`cuda_graph` runs as an ordinary step.
@@ -88,7 +95,7 @@ class GraphedStep:
         Raises
         ------
         ValueError
-            Where something that the graph holds fast has changed, such as a learning rate that is a number.
+            If a value has changed that is fixed in the graph, such as a learning rate that is a Python number.
         RuntimeError
             Where the step could not be captured; says why.
         """
@@ -250,12 +257,6 @@ def cuda_graph(
 ) -> GraphedStep:
     """Capture a step, its backward and the optimizer's step as one CUDA graph; speed is unmeasured.
 
-    ::
-
-        graphed = selbp.cuda_graph(step, inputs, target, optimizer=optimizer)
-        for inputs, target in loader:
-            graphed(inputs, target)  # forward, choice, backward and, where one is given, optimizer.step()
-
     Nothing is trained here: ``inputs`` and ``target`` give shapes. The first 3 calls run as they are and the fourth is
     captured; later ones are replayed. Each trains on its minibatch, once.
 
@@ -272,6 +273,11 @@ def cuda_graph(
     **per_sample
         As for a call of the step.
 
+    Returns
+    -------
+    GraphedStep
+        Called with a minibatch, it runs forward, choice, backward and, with an ``optimizer``, that one's step.
+
     Raises
     ------
     TypeError
@@ -279,46 +285,17 @@ def cuda_graph(
     ValueError
         For what a graph cannot hold, with the reason: tensors that are not on a GPU, lists of samples, a rule that
         remembers, a cut, ``scoring="eval"``, a schedule that does not always choose, several processes.
+
+    See Also
+    --------
+    selbp.SelectiveBackprop : the step that is captured.
+
+    Examples
+    --------
+    >>> graphed = selbp.cuda_graph(step, inputs, target, optimizer=optimizer)  # doctest: +SKIP
+    >>> for inputs, target in loader:  # doctest: +SKIP
+    ...     graphed(inputs, target)
     """
     batch = (inputs, target, per_sample)
-    _check(step, batch, optimizer)
+    check_graph(step, batch, optimizer)
     return GraphedStep(step, batch, optimizer, Recorder())
-
-
-def _check(step: Any, batch: tuple[Any, ...], optimizer: Any) -> None:
-    if not isinstance(step, SelectiveBackprop):
-        raise TypeError(f"step must be a selbp.SelectiveBackprop, got {type(step).__name__}")
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
-    _check_step(step)
-    leaves = pytree.tree_leaves(batch)
-    others = [type(x).__name__ for x in leaves if not (x is None or isinstance(x, (Tensor, bool, int, float)))]
-    if others:
-        raise ValueError(f"inputs must hold tensors for a CUDA graph, which reads no list on the host: got {others[0]}")
-    devices = {str(x.device) for x in leaves if isinstance(x, Tensor)}
-    if len(devices) != 1 or not next(iter(devices)).startswith("cuda"):
-        raise ValueError(f"inputs and target must be on one CUDA device for a CUDA graph, got {sorted(devices)}")
-    for group in optimizer.param_groups if optimizer is not None else ():
-        if group.get("capturable") is False:
-            name = type(optimizer).__name__
-            raise ValueError(f"optimizer must be made with capturable=True for a CUDA graph, got {name} without it")
-
-
-def _check_step(step: SelectiveBackprop) -> None:
-    """Raise ValueError for what makes each step of Python's own."""
-    schedule, rule = step.schedule, step.selector
-    if schedule.every != 1 or schedule.end is not None or schedule.start > step.optimizer_step:
-        raise ValueError(f"step must choose at every step from now on for a CUDA graph, got {schedule!r}")
-    if step._cut is not None:
-        raise ValueError("step must have no cut for a CUDA graph: a choice in the backward is not supported there")
-    if step._pooled is not None:
-        raise ValueError("step must have neither micro_batch nor scope='global' for a CUDA graph: the host takes part")
-    if rule.state_dict():
-        raise ValueError(
-            f"step's selector must not remember earlier minibatches for a CUDA graph, which would show it the same "
-            f"memory at each replay: got {rule!r}"
-        )
-    if step._scoring == "eval":
-        raise ValueError('step must have scoring="same" for a CUDA graph: "eval" saves and restores random states')
-    if isinstance(step.model, nn.parallel.DistributedDataParallel) or step._reduce is not None:
-        raise ValueError("step must train in one process for a CUDA graph: captured collectives are not supported")

@@ -25,10 +25,10 @@ def listed_candidates(model: nn.Module) -> str:
 
 
 def find_head(model: nn.Module, head: nn.Module | str | None) -> nn.Module:
-    """The head as given, by name, or the last ``nn.Linear`` where no layer with parameters follows it.
+    """Return the head: ``head``, a module or its name. For None, the last layer that has parameters, if it is linear.
 
-    The last 1x1 convolution is taken as well, and an adapter such as LoRA's as the layer that it adapts.
-    Raises ValueError that lists the candidates where it is ambiguous, absent, or not of this model.
+    ``nn.Linear`` and 1x1 convolutions are linear. Of a linear layer inside an adapter such as LoRA's, the adapter is
+    the head. Raises ValueError that lists the candidates if the head is ambiguous, absent, or not of this model.
     """
     inner = unwrap(model)
     names = dict(inner.named_modules())
@@ -72,7 +72,10 @@ def find_head(model: nn.Module, head: nn.Module | str | None) -> nn.Module:
 
 
 def _beside(names: dict[str, nn.Module], candidates: list[str]) -> str | None:
-    """A linear layer before the last one that reads what the last one reads, and cannot be what it reads."""
+    """Return the name of the linear layer before the last one if it looks like a second head, else None.
+
+    It does if both have the same parent and the same input width, and its output cannot be the last layer's input.
+    """
     if len(candidates) < 2:
         return None
     before, last = (names[name] for name in candidates[-2:])
@@ -83,7 +86,7 @@ def _beside(names: dict[str, nn.Module], candidates: list[str]) -> str | None:
 
 
 def find_clear_head(model: nn.Module) -> nn.Module | None:
-    """The head where it is unambiguous: a rule that reads only losses does without, and its report with less."""
+    """Return the head if it can be found, else None: a rule that reads only losses runs without, and reports less."""
     try:
         return find_head(model, None)
     except ValueError:

@@ -29,7 +29,7 @@ def widths(module: nn.Module) -> tuple[int, int]:
 
 
 def is_adapter(module: nn.Module | None) -> bool:
-    """Whether ``module`` wraps a linear layer as ``base_layer`` and adds to its output, as LoRA's do."""
+    """Whether ``module`` wraps a linear layer, its ``base_layer``, and adds to the layer's output, as LoRA does."""
     base = getattr(module, "base_layer", None)
     weight = getattr(base, "weight", None)
     return isinstance(base, nn.Module) and isinstance(weight, Tensor) and weight.dim() == 2
@@ -46,10 +46,11 @@ def through_adapter(names: dict[str, nn.Module], name: str) -> str:
 
 
 def raw_parameter_after(names: dict[str, nn.Module], name: str) -> str | None:
-    """A bare parameter that the output of the linear layer ``name`` may be multiplied with, as ArcFace's weight is.
+    """Return the name of a bare parameter that may be the model's real head, such as ArcFace's weight; else None.
 
-    One with as many columns or rows as ``name`` has outputs, which the model itself, a container around the layer, or a
-    module beside such a container holds. torch's own modules, and their heirs, say what they do with theirs.
+    The parameter has as many rows or columns as the linear layer ``name`` has outputs, so the layer's output may be
+    multiplied with it. It belongs to the model, to a container around the layer, or to a module beside such a
+    container. Parameters of torch's own modules and their subclasses are no candidates: their use is known.
     """
     around = {"", *(name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1))}
     around = {outer for outer in around if outer in names}

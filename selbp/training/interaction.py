@@ -1,9 +1,9 @@
 """Losses in which samples interact: a second forward of the chosen rows alone would train another loss.
 
-Contrastive and ranking losses, in-batch negatives and attention across samples do. So the first step that runs a second
-forward compares: the chosen rows must lose alone what they lost among all n. It compares the step's own two forwards
-where nothing else makes them differ, else, with dropout or batch norm, two of a few samples in evaluation mode.
-BatchNorm in training mode is the coupling that everyone knows and accepts: it is not looked at.
+Examples are contrastive and ranking losses, in-batch negatives, and attention across samples. The first step with a
+second forward checks that the chosen rows have the same losses alone as among all n. It compares the step's own two
+forwards. If dropout or batch norm makes those differ, it compares two forwards of a few samples in evaluation mode
+instead. The coupling by BatchNorm in training mode is known and accepted, and is not checked.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Losses = Callable[[Batch], tuple[Tensor, Any]]  # rows of a batch -> their (k,) 
 
 
 class SamplesInteractError(ValueError):
-    """The chosen rows have other losses alone than among all rows."""
+    """Raised where the chosen rows' losses differ between a forward of these rows and one of all rows."""
 
 
 class Surroundings:
-    """What two forwards may differ by beside their rows: random draws, and buffers that a forward changes."""
+    """What else can make two forwards differ: random draws, and buffers that a forward changes."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._model, self._device = model, device
@@ -95,7 +95,7 @@ def _bound(model: nn.Module, device: torch.device, alone: Tensor, output: Any) -
 
 
 class Forwards(NamedTuple):
-    """What two forwards, of n samples and of k of them, gave."""
+    """The results of two forwards: of n samples, and of k of them."""
 
     place: Tensor  # (k,) the k samples' rows among the n
     live: Tensor  # (k,) bool: whether they count
@@ -106,9 +106,10 @@ class Forwards(NamedTuple):
 
 @torch.no_grad()
 def _interact(model: nn.Module, losses: Losses, everyone: Batch, few: Batch, found: Forwards) -> bool:
-    """Whether the losses ``alone`` of ``few`` are not theirs ``among`` ``everyone``, and stay so.
+    """Whether the losses of ``few`` differ alone and among ``everyone``, and differ again in repeated forwards.
 
-    Both forwards must give the same again: a model that counts its calls, or draws by itself, is not to be judged.
+    False if a repeated forward gives other losses than before, as in a model that counts its calls or draws by itself:
+    the difference may then have that cause.
     """
     place, live = found.place, found.live
     among, alone = found.among.detach().double(), found.alone.detach().double()

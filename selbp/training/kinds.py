@@ -224,7 +224,7 @@ class StepKinds:
     # ---------------------------------------------------------------------------------------- what they are made of
 
     def _score(self, batch: Batch, watch: Stopwatch, *, keep_graph: bool, unit: Tensor | None = None) -> Scored:
-        """What a forward of all rows says of each; with ``unit``, of a part of them in that unit."""
+        """Run the forward that scores ``batch``. With ``unit``, ``batch`` is a part and its losses are in that unit."""
         model = self.model
         if isinstance(model, nn.parallel.DistributedDataParallel) and not keep_graph:
             model = model.module  # its reducer must not see a forward that no backward follows

@@ -1,8 +1,8 @@
 """``loss="linear_causal_lm"``: the causal loss of the head's input and weight; the logits are never stored.
 
-While a step's forwards run, the head is the identity: the model returns the head's input where it returns logits
-otherwise. The loss then is :func:`selbp.ops.linear_cross_entropy` of that and the head's weight. A model that does more
-to its logits, such as scaling or capping them, would do it to the features: it is refused.
+While a step's forwards run, the head is the identity, so the model returns the head's input in place of logits. The
+loss is :func:`selbp.ops.linear_cross_entropy` of that input and the head's weight. A model that does more to its
+logits, such as scaling or capping them, is refused, because it would scale or cap the head's input.
 """
 
 from __future__ import annotations

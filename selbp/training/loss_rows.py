@@ -1,4 +1,4 @@
-"""What a loss says of each sample of a forward, unscaled.
+"""The loss, gradient norm and correctness of each sample of a forward, unscaled.
 
 Cross-entropy of the head's own output goes through the fused operator. Every other loss, and a model that does more
 to its logits before it returns them, gets its residual from autograd at the head's output, cut off from the layers

@@ -1,4 +1,4 @@
-"""Per-sample losses: what each ``loss=`` of the contract is for one sample, and how a minibatch mean weighs it.
+"""Per-sample losses: what each ``loss=`` of a step is for one sample, and how the mean of a minibatch weighs it.
 
 A criterion gives l_i unscaled, summed over the tokens of a sample. The step multiplies it by ``n / sum mass`` over
 valid samples, so that (1/n) sum l_i is what torch calls ``reduction="mean"``.
@@ -33,7 +33,7 @@ HINT = 'one loss per sample, (n,): use reduction="none" and sum or average over 
 
 @contextmanager
 def of_some(k: int, n: int) -> Iterator[None]:
-    """An error about shapes that is raised inside says that it is of k of the n samples."""
+    """Add to an error about shapes that is raised inside that it is about k of the n samples."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -83,8 +83,8 @@ class CrossEntropy:
     """Cross-entropy of logits (n, C), or of token logits (n, ..., C) with targets (n, ...) summed over tokens.
 
     A floating target of the logits' shape holds class probabilities, as torch's ``cross_entropy`` has them.
-    Logits may be (n, C, ...) as well, as torch's ``cross_entropy`` has them: the target's shape tells which.
-    ``class_dim``, 1 or -1, does where both fit, and so does an earlier minibatch. ``shift`` makes it the causal
+    Logits may be (n, C, ...) as well, as torch's ``cross_entropy`` has them: the target's shape tells which. If both
+    shapes fit, ``class_dim``, 1 or -1, tells, or an earlier minibatch does. ``shift`` makes it the causal
     language-modelling loss: logits (n, T, C) at position t predict the label at t + 1.
     """
 
@@ -276,7 +276,7 @@ def criterion_of(
     label_smoothing: float = 0.0,
     class_dim: int | None = None,
 ) -> Criterion:
-    """The criterion for a ``loss=`` of the contract. Raises TypeError or ValueError for what cannot give (n,)."""
+    """The criterion for a step's ``loss=``. Raises TypeError or ValueError for what cannot give (n,)."""
     if isinstance(loss, str) and loss in ("cross_entropy", *CAUSAL):
         if class_weight is not None:
             _check_class_weight(class_weight)

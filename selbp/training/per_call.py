@@ -1,4 +1,4 @@
-"""What one call of a step may ask for beside its batch: another unit of the loss, and rows that are chosen already."""
+"""The options of one call of a step: another normalizer of the loss, and rows that were chosen before."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from selbp.types import BatchStatistics, Selection
 
 @dataclass(frozen=True)
 class Given:
-    """The rule that returns a selection made before, whatever the minibatch says."""
+    """A rule that returns the selection it was given, and reads nothing of the minibatch."""
 
     selection: Selection
     needs: Literal["nothing"] = "nothing"

@@ -264,7 +264,7 @@ class Training:
         return loss
 
     def _averaged(self, last: bool) -> AbstractContextManager[None]:
-        """Inside, a wrapper averages the gradients over ranks only where they are whole."""
+        """Have a wrapper average over the ranks with the ``last`` micro-batch only, when the gradients are whole."""
         parallel = parallel_in(self._step.model)
         context: AbstractContextManager[None] = nullcontext() if last or parallel is None else parallel.no_sync()
         return context

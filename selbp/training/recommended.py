@@ -60,6 +60,11 @@ def recommended(
     TypeError
         ``cut`` is neither of the three, or an argument goes with the other form.
 
+    See Also
+    --------
+    selbp.auto_select : what is recommended for a data set.
+    selbp.SelectiveBackprop : takes the arguments that are recommended for minibatches.
+
     Examples
     --------
     >>> import torch, selbp

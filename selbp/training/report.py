@@ -45,9 +45,19 @@ class StepReport(SelectionFigures):
     backward : str
         The strategy used.
     backward_reason : str
-        And why.
+        Why this strategy was used.
     selection : Selection
         Rows and weights.
+
+    Raises
+    ------
+    RuntimeError
+        By a figure of the choice, where a cut chooses in the backward and that has not run.
+
+    See Also
+    --------
+    selbp.SelectiveBackprop : its ``report`` is one.
+    selbp.CutReport : what a cut reports.
 
     Examples
     --------
@@ -67,7 +77,7 @@ class StepReport(SelectionFigures):
     selected: bool  # whether the rule chose; False outside the schedule: a full step, or rows drawn at random
     scored: bool  # whether a forward on all rows was paid for scoring
     backward: str  # the strategy used
-    backward_reason: str  # and why
+    backward_reason: str  # why this strategy
     selection: Selection = field(repr=False)  # rows and weights
     _stats: BatchStatistics = field(repr=False)
     _proxies: HeadProxies | None = field(repr=False)

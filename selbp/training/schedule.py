@@ -27,6 +27,15 @@ class Schedule:
     between : {"full", "random"}
         What the steps in between do.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For an option of another type, or a value that is not allowed.
+
+    See Also
+    --------
+    selbp.SelectiveBackprop : takes a schedule, and counts optimizer steps.
+
     Examples
     --------
     >>> import selbp

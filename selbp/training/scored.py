@@ -43,10 +43,10 @@ def in_units(
     sketch: Sketcher | None,
     unit: Tensor | None,
 ) -> Scored:
-    """Gradients in the units of torch's mean, 0 for a sample that is not valid; losses stay as they are.
+    """Scale the gradients by s, to the units of torch's mean; 0 for a sample that is not valid. Losses stay unscaled.
 
-    s differs between minibatches with their class weights and valid targets, and a rule may compare a loss with those
-    of other minibatches or with one known beforehand.
+    s depends on the minibatch's class weights and valid targets. A rule may compare a loss with losses of other
+    minibatches, or with one known beforehand, so losses must not contain s.
     """
     valid, residual, feature_sq = rows.valid, rows.residual, rows.feature_sq
     scale = (scale_of(mass, valid) if unit is None else unit).to(rows.loss.dtype)

@@ -49,10 +49,10 @@ class SelectiveBackprop(CountedStep):
         loss, of a model whose logits are its head's output as it is: the head does not run, its logits are never
         stored, and ``output.logits`` is the head's input) or a callable (output, target) -> (n,).
     backward : {"auto", "rows", "recompute"}
-        ``"rows"`` differentiates the chosen rows of the forward that scored; ``"recompute"`` runs a second forward on
-        them, and refuses a loss in which samples interact, such as a contrastive one: their losses would be others
-        alone, which its first step looks at. ``"auto"`` models both on the first minibatch and takes the cheaper, see
-        :func:`diagnose`, and rows where samples interact.
+        ``"rows"`` differentiates the chosen rows of the forward that scored. ``"recompute"`` runs a second forward on
+        them. It refuses a loss in which samples interact, such as a contrastive one, because the chosen rows alone
+        have another loss; the first step checks this. ``"auto"`` models both on the first minibatch and takes the
+        cheaper, see :func:`diagnose`; where samples interact it takes rows.
     scoring : {"same", "eval"}
         ``"same"`` scores with the forward as it trains: dropout is active, and batch norm updates its running
         statistics there and not in the forward of the chosen rows, which draws its own dropout masks. ``"eval"`` scores
@@ -97,19 +97,19 @@ class SelectiveBackprop(CountedStep):
         The model is called with those entries too, as one that derives decoder inputs from them needs.
     aux_weight : float or None
         What the model's ``output.aux_loss``, such as the load balancing of a mixture of experts, counts beside a
-        built-in loss. None for the model's ``router_aux_loss_coef`` where it has one, else 1; 0 leaves it out. A second
-        forward has that of the chosen rows, rows of the forward that scored that of all.
+        built-in loss. None for the model's ``router_aux_loss_coef`` where it has one, else 1; 0 leaves it out. With
+        ``"recompute"`` it is the auxiliary loss of the chosen rows, with ``"rows"`` that of all rows.
     proxy : {"exact", "sketch"}
         ``"sketch"`` compares the head gradients of sequences by random projections with unbiased inner products, see
         :func:`selbp.ops.sketch`, in place of the ``"exact"`` ones, which may cost more than the choice saves. Norms,
-        and what the report says of gradients, are of the projections then. Samples with one position each are compared
-        exactly.
+        and the report's figures of gradients, are then those of the projections. Samples with one position each are
+        compared exactly.
     class_dim : {1, -1} or None
         Where the classes of ``"cross_entropy"`` are in the logits: 1 as in torch, (n, C, ...), or -1, (n, ..., C). By
         default the target's shape (n, ...) tells, and where both fit an earlier minibatch's.
     table : ScoreTable or None
         A :class:`selbp.sampling.ScoreTable`, to which each step writes what it saw of its samples. Their numbers come
-        from the table's sampler, in its order, or from ``ids=`` at the call. State: the table has its own.
+        from the table's sampler, in its order, or from ``ids=`` at the call. Save the table's own ``state_dict`` too.
     micro_batch : int or None
         How many samples are in memory at a time: a minibatch of any size is scored without a graph, and the rows chosen
         among all of it run forward and backward, so many at a time, in :meth:`backward`. The gradients are those of one

@@ -28,7 +28,7 @@ UNDECIDED = "not decided yet"
 
 
 def may_ask(device: torch.device) -> bool:
-    """Whether reading a tensor's value on ``device`` makes nobody wait."""
+    """Whether a tensor's value on ``device`` can be read without a synchronisation."""
     return device.type == "cpu"
 
 

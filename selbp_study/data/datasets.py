@@ -1,4 +1,4 @@
-"""The data sets of the main job, in memory, with the test part kept apart from everything that learns or tunes."""
+"""The study's data sets, in memory, with the test part kept apart from everything that learns or tunes."""
 
 from __future__ import annotations
 

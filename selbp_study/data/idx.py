@@ -53,17 +53,6 @@ def read_idx(path: Path, ndim: int) -> Tensor:
     return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(shape) if body else torch.empty(shape).byte()
 
 
-def write_idx(path: Path, tensor: Tensor) -> None:
-    """Write a uint8 tensor as an IDX file, gzipped when the path ends in ``.gz``; atomically."""
-    if tensor.dtype != torch.uint8:
-        raise TypeError(f"tensor must be uint8, got {tensor.dtype}")
-    header = struct.pack(f">HBB{tensor.ndim}I", 0, UNSIGNED_BYTE, tensor.ndim, *tensor.shape)
-    data = header + tensor.contiguous().numpy().tobytes()
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
-    partial.replace(path)
-
-
 def find_idx(folder: Path, stem: str) -> Path:
     """The file ``stem.gz`` or ``stem`` in ``folder``; DataError when neither is there."""
     for name in (f"{stem}.gz", stem):

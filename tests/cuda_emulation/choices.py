@@ -172,9 +172,12 @@ def diverse_cases(sizes):
 
 
 CASES = {
-    "rows": rows_cases, "norm": norm_cases, "percentile": percentile_cases, "balanced": balanced_cases,
+    "rows": rows_cases,
+    "norm": norm_cases,
+    "percentile": percentile_cases,
+    "balanced": balanced_cases,
     "diverse": diverse_cases,
-}  # fmt: skip
+}
 
 
 def differing(core, operator, sizes):

@@ -91,38 +91,59 @@ def test_what_a_block_does_not_hold_is_left_to_the_reference(built, n, shared):
 
 PLANTED = {
     "no barrier in the sort": (
-        "rows", "block.cuh", "        sync();\n        each(size / 2", "        each(size / 2",
+        "rows",
+        "block.cuh",
+        "        sync();\n        each(size / 2",
+        "        each(size / 2",
     ),
     "no barrier before the totals are added": (
-        "rows", "block.cuh", "    totals_[thread()] = sum;\n    sync();", "    totals_[thread()] = sum;",
+        "rows",
+        "block.cuh",
+        "    totals_[thread()] = sum;\n    sync();",
+        "    totals_[thread()] = sum;",
     ),
     "ties by the higher row": ("rows", "block.cuh", "rows[low] > rows[high])", "rows[low] < rows[high])"),
     "the offset forgotten": ("rows", "choose.cuh", "offset = draws[n];", "offset = 0.0;"),
     "invalid rows drawn": ("rows", "choose.cuh", "return p.valid[row] != 0 && is_finite", "return is_finite"),
     "spare slots weighted": (
-        "rows", "choose.cuh", "slot < chosen ? slot_weight(mode", "chosen ? slot_weight(mode",
+        "rows",
+        "choose.cuh",
+        "slot < chosen ? slot_weight(mode",
+        "chosen ? slot_weight(mode",
     ),
     "the old mean of tau": ("norm", "choose.cuh", "*p.after = running;", "*p.after = tau;"),
     "the threshold forgotten": ("norm", "choose.cuh", "(p.threshold < 0 || running > p.threshold)", "true"),
     "the oldest losses stay": ("percentile", "choose.cuh", "p.length - finite + int(before)", "int(before)"),
     "no losses but finite ones counted": ("percentile", "choose.cuh", "known > 1 ? known : 1", "p.length"),
     "equal losses count as below": (
-        "percentile", "choose.cuh", "keys[middle] < key_of(own)", "keys[middle] <= key_of(own)",
+        "percentile",
+        "choose.cuh",
+        "keys[middle] < key_of(own)",
+        "keys[middle] <= key_of(own)",
     ),
     "an invalid row's loss enters": ("percentile", "choose.cuh", "return p.valid[row] ? read(", "return true ? read("),
     "no barrier after the pivot row": (
-        "balanced", "balanced.cuh", "current[j] * scale; });\n    block.sync();", "current[j] * scale; });",
+        "balanced",
+        "balanced.cuh",
+        "current[j] * scale; });\n    block.sync();",
+        "current[j] * scale; });",
     ),
     "either end of a walk alike": (
-        "balanced", "balanced.cuh", "draw * (up + down) < down ? up : -down", "draw < 0.5 ? up : -down",
+        "balanced",
+        "balanced.cuh",
+        "draw * (up + down) < down ? up : -down",
+        "draw < 0.5 ? up : -down",
     ),
     "a column left in": ("balanced", "balanced.cuh", "(r < rank || r > row) && j != column", "r > row && j != column"),
     "drawn rows stay": ("diverse", "diverse.cuh", "if (j == pick) free[j] = 0;", ""),
     "the span forgotten": ("diverse", "diverse.cuh", "s < step; ++s)", "s < step - 1; ++s)"),
     "no barrier before the sweep": (
-        "diverse", "diverse.cuh", ": 0.0;\n    block.sync();\n", ": 0.0;\n",
+        "diverse",
+        "diverse.cuh",
+        ": 0.0;\n    block.sync();\n",
+        ": 0.0;\n",
     ),
-}  # fmt: skip
+}
 
 
 SEEN_FAST = ("no barrier in the sort", "the offset forgotten", "a column left in")
@@ -137,7 +158,10 @@ def test_a_planted_bug_is_seen(tmp_path, name):
     script = Path(__file__).with_name("choices.py")
     done = subprocess.run(
         [sys.executable, str(script), str(found), operator, "34"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode in (0, -signal.SIGSEGV), done.stderr
     assert done.stdout.strip() or done.returncode, "no schedule shows it"

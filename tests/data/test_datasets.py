@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.images import write_idx
 
 from selbp_study.data import DataError, load, resolve
 from selbp_study.data import datasets as module
 from selbp_study.data.debian import apt_options, download_command, fetch_package, update_command
-from selbp_study.data.idx import write_idx
 
 PACKAGE, INSIDE = "dataset-fashion-mnist", "usr/share/datasets/fashion-mnist"
 

@@ -73,7 +73,7 @@ def test_the_price_of_the_proxy_is_a_share_of_the_training():
     assert bool(never.sampler.table.probability.isnan().all())
     always = selbp.auto_select(model, data, classes=3, k=16, pool=64, steps=100, step_seconds=1e6)
     assert not bool(always.sampler.table.probability.isnan().any())
-    with pytest.raises(ValueError, match="step_seconds goes with steps"):
+    with pytest.raises(ValueError, match="step_seconds needs steps"):
         selbp.auto_select(model, data, classes=3, step_seconds=1.0)
 
 

@@ -58,12 +58,12 @@ def test_arms_and_budgets(comparison: Comparison) -> None:
 def test_a_failed_arm_takes_no_other_with_it(
     tmp_path: Path, dataset: Dataset, comparison: Comparison, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    carry_out = Run.train_step
+    run_to_end = Run.train_step
 
     def fails(self: Run):
         if self.config.selector == "random" and self.config.seed == 0:
             raise RuntimeError("bad luck")
-        return carry_out(self)
+        return run_to_end(self)
 
     monkeypatch.setattr(Run, "train_step", fails)
     outcomes = run_all(comparison, dataset, tmp_path)
@@ -72,7 +72,7 @@ def test_a_failed_arm_takes_no_other_with_it(
     assert "bad luck" in (failed / "error.txt").read_text() and "Traceback" in (failed / "error.txt").read_text()
     page, table = write_report(comparison, dataset, outcomes, tmp_path, "selbp compare")
     assert "1 of 2 seeds failed" in table and "bad luck" in page.read_text()
-    monkeypatch.setattr(Run, "train_step", carry_out)
+    monkeypatch.setattr(Run, "train_step", run_to_end)
     again = run_all(comparison, dataset, tmp_path)  # the failed run is tried again, the others are read
     assert [outcome.cached for outcome in again] == [True, False, True, True, True, True]
     assert all(outcome.result for outcome in again)

@@ -15,7 +15,7 @@ import pytest
 from selbp_study.cli import main
 from selbp_study.config import RunConfig
 from selbp_study.data import load
-from selbp_study.pool import carry_out, folder_of
+from selbp_study.pool import folder_of, run_to_end
 from selbp_study.storage import Lock, LockedError, StorageError
 
 FAST = ["--dataset", "digits", "--model", "mlp", "--steps", "5", "--threads", "1", "--quiet"]
@@ -84,10 +84,10 @@ def test_a_worker_waits_for_the_one_that_is_still_at_its_run(tmp_path: Path) -> 
     home.mkdir(parents=True)
     found = []
     with Lock(home):
-        waiting = threading.Thread(target=lambda: found.append(carry_out(config, digits, tmp_path)))
+        waiting = threading.Thread(target=lambda: found.append(run_to_end(config, digits, tmp_path)))
         waiting.start()
         assert found == [] and not (home / "config.json").exists()
     waiting.join()
     assert found[0].error is None and found[0].result["steps"] == 5
-    again = carry_out(dataclasses.replace(config), digits, tmp_path)
+    again = run_to_end(dataclasses.replace(config), digits, tmp_path)
     assert again.result == found[0].result  # read, not run: its times are the same

@@ -15,7 +15,7 @@ from selbp_study import pool as module
 from selbp_study.config import RunConfig
 from selbp_study.data import Dataset, resolve
 from selbp_study.journal import Journal
-from selbp_study.pool import Pool, carry_out, pool
+from selbp_study.pool import Pool, pool, run_to_end
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_a_run_that_kills_every_worker_is_a_failure(
 
 
 def test_other_data_than_planned_is_refused(tmp_path: Path, run: RunConfig, data: Dataset) -> None:
-    finished = carry_out(dataclasses.replace(run, fingerprint="0" * 16), data, tmp_path)
+    finished = run_to_end(dataclasses.replace(run, fingerprint="0" * 16), data, tmp_path)
     assert "not the data" in (finished.error or "")
     assert (tmp_path / "runs" / finished.config.key() / "error.txt").exists()
 

@@ -22,7 +22,7 @@ from selbp_study import journal
 from selbp_study.cli import main
 from selbp_study.config import RunConfig
 from selbp_study.data import Dataset, Split
-from selbp_study.run import PHASES, Diverged, Order, Run, evaluate, read_config, read_result
+from selbp_study.run import PHASES, BatchOrder, Diverged, Run, evaluate, read_config, read_result
 from selbp_study.storage import JsonLines
 
 RULES = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching")
@@ -162,13 +162,13 @@ def test_arms_of_a_seed_start_alike(tmp_path: Path, dataset: Dataset, config: Ru
 
 
 def test_epochs_see_every_sample_once() -> None:
-    order = Order(100, 10, seed=3)
+    order = BatchOrder(100, 10, seed=3)
     epochs = [torch.cat([order.indices(step) for step in range(start, start + 10)]) for start in (0, 10)]
     assert all(torch.equal(epoch.sort().values, torch.arange(100)) for epoch in epochs)
     assert not torch.equal(*epochs)
-    assert torch.equal(Order(100, 10, seed=3).indices(17), order.indices(17))
+    assert torch.equal(BatchOrder(100, 10, seed=3).indices(17), order.indices(17))
     with pytest.raises(ValueError, match="100 training samples"):
-        Order(100, 101, seed=0)
+        BatchOrder(100, 101, seed=0)
 
 
 def other_test_part(data: Dataset) -> Dataset:

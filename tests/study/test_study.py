@@ -16,7 +16,7 @@ from selbp_study.costs import Cost
 from selbp_study.data import HELD_OUT, Dataset, Split
 from selbp_study.document import costs_table, document, read_result_file, reading_of, result_files, section, study_page
 from selbp_study.findings import Findings, Row, direct_table
-from selbp_study.pool import Pool, Sets
+from selbp_study.pool import DatasetCache, Pool
 from selbp_study.protocols import OWN_KEEP, PROTOCOLS, Cell, Protocol
 from selbp_study.study import plan_cell, run_study
 from selbp_study.study_command import dumps
@@ -70,9 +70,9 @@ def test_budgets_tuning_cache_and_document(runs: Pool, tmp_path: Path, monkeypat
         assert len({rate for _, rate, _, _ in entry["tuning"]}) >= 2
     # The same again runs nothing; one seed more runs that seed alone.
     asked = []
-    carry_out = pool_module.carry_out
+    run_to_end = pool_module.run_to_end
     monkeypatch.setattr(
-        pool_module, "carry_out", lambda config, *rest: asked.append(config) or carry_out(config, *rest)
+        pool_module, "run_to_end", lambda config, *rest: asked.append(config) or run_to_end(config, *rest)
     )
     assert run_study(PROTOCOL, Pool(0, runs.folder)) == result and asked == []
     more = run_study(dataclasses.replace(PROTOCOL, seeds=(0, 1, 2)), Pool(0, runs.folder))
@@ -124,18 +124,18 @@ def test_gains_are_a_column_where_they_were_recorded(runs: Pool) -> None:
 
 def test_the_tuner_cannot_see_test_data(runs: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run of the search is on the held-out split, and goes through with the test part out of reach."""
-    carry_out = pool_module.carry_out
+    run_to_end = pool_module.run_to_end
     seen: list[tuple[str, int]] = []
 
     def blind(config, data: Dataset, folder):
         seen.append((config.dataset, config.seed))
         if config.seed not in SEEDS:
-            return carry_out(config, data, folder)
+            return run_to_end(config, data, folder)
         whole = runs.sets("digits")
         guarded = dataclasses.replace(whole, test=Forbidden(*dataclasses.astuple(whole.test)))
-        return carry_out(config, guarded.held_out(), folder)
+        return run_to_end(config, guarded.held_out(), folder)
 
-    monkeypatch.setattr(pool_module, "carry_out", blind)
+    monkeypatch.setattr(pool_module, "run_to_end", blind)
     protocol = dataclasses.replace(PROTOCOL, arms=("random",), budgets=("steps",))
     result = run_study(protocol, runs)
     assert result["failed"] == {} and all(entry["errors"] == {} for entry in result["entries"])
@@ -147,23 +147,23 @@ def test_the_tuner_cannot_see_test_data(runs: Pool, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_tunes_is_none_of_the_test_data(runs: Pool) -> None:
-    plan = plan_cell(PROTOCOL.cells[0], PROTOCOL, Sets(), module.Costs(runs.folder.parent / "none.json"), lambda: None)
-    test = {image.numpy().tobytes() for image in Sets()("digits").test.inputs}
-    train = {image.numpy().tobytes() for image in Sets()("digits").train.inputs}
+    plan = plan_cell(PROTOCOL.cells[0], PROTOCOL, DatasetCache(), module.Costs(runs.folder.parent / "none.json"))
+    test = {image.numpy().tobytes() for image in DatasetCache()("digits").test.inputs}
+    train = {image.numpy().tobytes() for image in DatasetCache()("digits").train.inputs}
     held = {image.numpy().tobytes() for image in plan.held_out.test.inputs}
     learned = {image.numpy().tobytes() for image in plan.held_out.train.inputs}
     assert held <= train and learned <= train and not held & learned and not (held | learned) & (test - train)
 
 
 def test_a_failing_arm_is_a_line(runs: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    carry_out = pool_module.carry_out
+    run_to_end = pool_module.run_to_end
 
     def fails(config, data, folder):
         if config.selector == "matching" and config.seed in (1, *(SEEDS if config.lr == 0.1 else ())):
             return pool_module.Finished(config, None, "out of luck")
-        return carry_out(config, data, folder)
+        return run_to_end(config, data, folder)
 
-    monkeypatch.setattr(pool_module, "carry_out", fails)
+    monkeypatch.setattr(pool_module, "run_to_end", fails)
     said: list[str] = []
     result = run_study(PROTOCOL, runs, say=said.append)
     entry = by_place(result)["matching", "steps"]
@@ -171,11 +171,11 @@ def test_a_failing_arm_is_a_line(runs: Pool, monkeypatch: pytest.MonkeyPatch) ->
     assert "(1 failed)" in section(result) and any("out of luck" in line for line in said)
     monkeypatch.setattr(
         pool_module,
-        "carry_out",
+        "run_to_end",
         lambda config, data, folder: (
             pool_module.Finished(config, None, "no")
             if config.selector == "matching"
-            else carry_out(config, data, folder)
+            else run_to_end(config, data, folder)
         ),
     )
     result = run_study(PROTOCOL, Pool(0, runs.folder / "other"))

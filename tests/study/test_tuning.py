@@ -8,12 +8,12 @@ import pytest
 
 from selbp_study.config import RunConfig
 from selbp_study.data import Dataset
-from selbp_study.tuning import RATES, SEEDS, climb, nearest, tuning_config
+from selbp_study.tuning import RATES, SEEDS, nearest, search_rates, tuning_config
 
 
 def search(accuracy, keeps=(0.25,), start=0.05):
     """Run a search against a function of (keep, rate, seed); returns its choice and what it asked."""
-    trials, asked = (found := climb(keeps, start)).send(None), []
+    trials, asked = (found := search_rates(keeps, start)).send(None), []
     while True:
         asked += trials
         try:

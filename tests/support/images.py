@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import struct
 from pathlib import Path
 
 import torch
 
 from selbp_study.data import Dataset, make_dataset
-from selbp_study.data.idx import write_idx
+from selbp_study.data.idx import UNSIGNED_BYTE
 
 
 def images_and_labels(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,6 +24,13 @@ def images_and_labels(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def small_dataset() -> Dataset:
     """300 images to train on and 100 to test on."""
     return make_dataset("small", images_and_labels(300, 0), images_and_labels(100, 1), 10, "made on the fly")
+
+
+def write_idx(path: Path, tensor: torch.Tensor) -> None:
+    """Write a uint8 tensor as an IDX file, gzipped when the path ends in ``.gz``."""
+    header = struct.pack(f">HBB{tensor.ndim}I", 0, UNSIGNED_BYTE, tensor.ndim, *tensor.shape)
+    data = header + tensor.contiguous().numpy().tobytes()
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
 def write_set(folder: Path, data: Dataset) -> Path:

@@ -94,8 +94,10 @@ def test_a_minibatch_at_once(option, factors):
         return function(*scored._pack(logits.to(dtype), c.target, c.features, *flat.values(), True, factors))
 
     got, spec, eager = (
-        run(scored._cuda, torch.float32), run(scored._composed, torch.float64), run(scored._composed, torch.float32)
-    )  # fmt: skip
+        run(scored._cuda, torch.float32),
+        run(scored._composed, torch.float64),
+        run(scored._composed, torch.float32),
+    )
     cases.assert_statistics(got[:6], spec[:6], eager[:6])
     for index, name in ((6, "mass"), (7, "scaled"), (8, "scale")):
         cases.assert_close(name, got[index], spec[index], eager[index])

@@ -99,8 +99,9 @@ def test_strided_rows_and_other_ignored_labels():
     wide, features = torch.randn(7, 80), torch.randn(7, 9)
     target = torch.tensor([0, 1, 2, 3, 4, 5, 6])
     found = stored_rows(wide[:, :33], target, features[:, :5], ignore_index=4, mass=True, factors=True)
-    spec = reference.cross_entropy_statistics(wide[:, :33].double(), target, features[:, :5].double(), bias=False,
-                                              ignore_index=4)  # fmt: skip
+    spec = reference.cross_entropy_statistics(
+        wide[:, :33].double(), target, features[:, :5].double(), bias=False, ignore_index=4
+    )
     assert torch.equal(found[5], spec.valid) and found[6].tolist() == [1, 1, 1, 1, 0, 1, 1]
     assert torch.allclose(found[0].double(), spec.loss, rtol=1e-6) and (found[7][4] == 0).all()
 
