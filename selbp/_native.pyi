@@ -160,6 +160,26 @@ def head_statistics(
     correct: int,
     valid: int,
 ) -> int: ...
+def score_minibatch(
+    logits: int,
+    type: int,
+    row_stride: int,
+    rows: int,
+    classes: int,
+    features: int,
+    feature_type: int,
+    feature_stride: int,
+    n_features: int,
+    feature_bias: bool,
+    target: int,
+    class_weight: int,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    weight_sum: float,
+    out: tuple[int, ...],
+    n_threads: int,
+) -> int: ...
 def residual(
     out: int,
     logits: int,
