@@ -152,9 +152,10 @@ void bind_matching(py::module_& m) {
   m.def(
       "match",
       [](const std::array<std::uintptr_t, 9>& buffers, bool is_double, std::int64_t batch, int n, int k, int rule,
-         bool nonnegative, double ridge, double tolerance, int n_threads, std::int64_t near_bytes) {
+         bool nonnegative, double ridge, double tolerance, int n_threads, std::int64_t near_bytes, bool fill) {
         const py::gil_scoped_release released;
         selbp::matching::Options options{n, k, static_cast<selbp::matching::Rule>(rule), nonnegative, ridge, tolerance};
+        options.fill = fill;
         if (near_bytes >= 0) options.near_bytes = static_cast<std::size_t>(near_bytes);
         if (is_double)
           match<double>(SELBP_PICK(match_f64), options, buffers, batch, n_threads);
@@ -163,6 +164,7 @@ void bind_matching(py::module_& m) {
       },
       py::arg("buffers"), py::arg("is_double"), py::arg("batch"), py::arg("n"), py::arg("k"), py::arg("rule"),
       py::arg("nonnegative"), py::arg("ridge"), py::arg("tolerance"), py::arg("n_threads"), py::arg("near_bytes") = -1,
+      py::arg("fill") = false,
       "buffers: gram, inner, target_sq, valid (0: all), indices, weights, count, residual, status.");
 }
 

@@ -108,6 +108,7 @@ def match(
     tolerance: float,
     n_threads: int,
     near_bytes: int = -1,
+    fill: bool = False,
 ) -> None: ...
 
 STATISTICS_STATE: int  # float64 values that carry one row from tile to tile
