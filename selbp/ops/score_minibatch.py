@@ -6,6 +6,7 @@ twenty; on a CPU one native call, where these calls take longer than a small min
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,6 @@ from selbp.ops._logit_pass import (
     TYPE_CODE,
     address,
     contiguous_rows,
-    empty_statistics,
     native_options,
     weight_sum,
 )
@@ -103,10 +103,11 @@ def _cpu(
     (n, n_classes), dtype = logits.shape, accumulate_dtype(logits.dtype)
     z, y, options = contiguous_rows(logits), target.contiguous(), native_options(options, dtype)
     h = None if features is None else contiguous_rows(features)
-    stats = empty_statistics(logits, n, dtype)
-    mass, scaled, scale = torch.empty_like(stats[0]), torch.empty_like(stats[0]), z.new_empty((), dtype=dtype)
-    hits = y.new_empty(2)
-    r = z.new_empty((0, 0) if factors == "none" else (n, n_classes), dtype=dtype)
+    # One kind of allocation: after a forward each kind of call takes 30 us once, until its code is in the cache.
+    empty = partial(z.new_empty, dtype=dtype)
+    stats = (*(empty(n) for _ in range(4)), *(z.new_empty(n, dtype=torch.bool) for _ in range(2)))
+    mass, scaled, scale, hits = empty(n), empty(n), empty(()), z.new_empty(2, dtype=torch.int64)
+    r = empty((0, 0) if factors == "none" else (n, n_classes))
     class_weight, ignore_index, label_smoothing, softcap = options
     bad = _native.score_minibatch(
         z.data_ptr(),
@@ -137,7 +138,7 @@ def _cpu(
     )
     if bad >= 0:
         raise_bad_target(y, bad, n_classes, ignore_index)
-    kept = z.new_empty((0, 0), dtype=dtype)
+    kept = empty((0, 0))
     if factors == "both" and features is not None:
         kept = features.to(dtype, copy=True).masked_fill_(~stats[5][:, None], 0.0)
     return *stats, mass, scaled, scale, hits, r, kept

@@ -166,7 +166,9 @@ class Scorer:
         """Cross-entropy of the head's output with one label a sample, by one operator; see :func:`in_units`."""
         criterion = self.criterion
         assert isinstance(criterion, CrossEntropy)
-        z, y, h = _one_a_sample(criterion, logits_of(seen.returned).detach(), seen.features, target)
+        logits = logits_of(seen.returned)
+        logits = logits.detach() if logits.requires_grad else logits
+        z, y, h = _one_a_sample(criterion, logits, seen.features, target)
         options = criterion.options(z.device)
         wanted = "none" if not factors else "both" if saves_launches(z.device) else "residual"
         found = score_minibatch(z, y, h, bias=bias, factors=wanted, **options)
@@ -178,15 +180,15 @@ class Scorer:
 
             def left() -> Tensor:
                 if found.residual is not None:
-                    return found.residual.unsqueeze(1)
-                return torch.where(stats.valid[:, None], ops.residual(z, y, stats.lse, **options) * scale, 0.0)[:, None]
+                    return found.residual
+                return torch.where(stats.valid[:, None], ops.residual(z, y, stats.lse, **options) * scale, 0.0)
 
             def right() -> Tensor:
                 if found.features is not None:
-                    return found.features.unsqueeze(1)
+                    return found.features
                 if may_ask(z.device) and inputs.dtype == stats.loss.dtype and total.item() == len(inputs):
-                    return inputs.unsqueeze(1)  # not copied: that would take as long as the scores
-                return torch.where(stats.valid[:, None], inputs.to(stats.loss.dtype), 0.0)[:, None]
+                    return inputs  # not copied: that would take as long as the scores
+                return torch.where(stats.valid[:, None], inputs.to(stats.loss.dtype), 0.0)
 
             proxies = HeadProxies(left, right, positions=1, bias=bias, reduce=self.reduce, finite=True)
         return Scored(stats, scale, proxies, hits=(correct, total), mass=found.mass, scaled=found.scaled)
@@ -234,7 +236,8 @@ def _has_one_label_each(criterion: Criterion, target: Any) -> bool:
     """
     if not isinstance(criterion, CrossEntropy) or criterion.soft(target):
         return False
-    return criterion.labels(target).shape[1] == 1
+    plain = isinstance(target, Tensor) and target.dtype == torch.int64 and target.dim() == 1 and not criterion.shift
+    return plain or criterion.labels(target).shape[1] == 1
 
 
 def _is_head_output(output: Any, logits: Tensor) -> bool:
