@@ -19,6 +19,7 @@
 #include "matching/gradients.hpp"
 #include "mean_gradient/cpu.hpp"
 #include "statistics/cpu.hpp"
+#include "statistics/minibatch.hpp"
 
 namespace py = pybind11;
 
@@ -151,9 +152,10 @@ void bind_matching(py::module_& m) {
   m.def(
       "match",
       [](const std::array<std::uintptr_t, 9>& buffers, bool is_double, std::int64_t batch, int n, int k, int rule,
-         bool nonnegative, double ridge, double tolerance, int n_threads, std::int64_t near_bytes) {
+         bool nonnegative, double ridge, double tolerance, int n_threads, std::int64_t near_bytes, bool fill) {
         const py::gil_scoped_release released;
         selbp::matching::Options options{n, k, static_cast<selbp::matching::Rule>(rule), nonnegative, ridge, tolerance};
+        options.fill = fill;
         if (near_bytes >= 0) options.near_bytes = static_cast<std::size_t>(near_bytes);
         if (is_double)
           match<double>(SELBP_PICK(match_f64), options, buffers, batch, n_threads);
@@ -162,6 +164,7 @@ void bind_matching(py::module_& m) {
       },
       py::arg("buffers"), py::arg("is_double"), py::arg("batch"), py::arg("n"), py::arg("k"), py::arg("rule"),
       py::arg("nonnegative"), py::arg("ridge"), py::arg("tolerance"), py::arg("n_threads"), py::arg("near_bytes") = -1,
+      py::arg("fill") = false,
       "buffers: gram, inner, target_sq, valid (0: all), indices, weights, count, residual, status.");
 }
 
@@ -220,6 +223,13 @@ void bind_mean_gradient(py::module_& m) {
       "False where a number is not finite; indices and weights are then unset.");
 }
 
+template <typename A>
+selbp::MinibatchOutput<A> minibatch_output(const std::array<std::uintptr_t, 11>& out) {
+  return {at<A>(out[0]),    at<A>(out[1]), at<A>(out[2]), at<A>(out[3]), at<bool>(out[4]),
+          at<bool>(out[5]), at<A>(out[6]), at<A>(out[7]), at<A>(out[8]), at<std::int64_t>(out[9]),
+          at<A>(out[10])};
+}
+
 void bind_statistics(py::module_& m) {
   using Address = std::uintptr_t;
   using Size = std::int64_t;
@@ -258,6 +268,23 @@ void bind_statistics(py::module_& m) {
         return SELBP_PICK(head_statistics)(h, w, at<float>(bias), options, out, scratch.data());
       },
       Released());
+  m.def(
+      "score_minibatch",
+      [](Address logits, int type, Size row_stride, Size rows, Size classes, Address features, int feature_type,
+         Size feature_stride, Size n_features, bool feature_bias, Address target, Address class_weight,
+         Size ignore_index, double label_smoothing, double softcap, double weight_sum,
+         const std::array<Address, 11>& out, int n_threads) {
+        const py::gil_scoped_release released;
+        const selbp::Matrix z{at<void>(logits), selbp::Type(type), row_stride, rows, classes};
+        const selbp::Matrix h{at<void>(features), selbp::Type(feature_type), feature_stride, rows, n_features};
+        const selbp::LossOptions options{at<Size>(target), at<void>(class_weight), ignore_index, label_smoothing,
+                                         softcap};
+        if (z.type == selbp::Type::f64)
+          return selbp::score_minibatch(z, h, feature_bias, options, weight_sum, minibatch_output<double>(out),
+                                        n_threads);
+        return selbp::score_minibatch(z, h, feature_bias, options, weight_sum, minibatch_output<float>(out), n_threads);
+      },
+      "out: loss, lse, residual_sq, feature_sq, correct, valid, mass, scaled, scale, hits, residual (0: not wanted).");
   m.def(
       "residual",
       [](Address out, Address logits, int type, Size row_stride, Size rows, Size columns, Size first_class,

@@ -108,6 +108,7 @@ def match(
     tolerance: float,
     n_threads: int,
     near_bytes: int = -1,
+    fill: bool = False,
 ) -> None: ...
 
 STATISTICS_STATE: int  # float64 values that carry one row from tile to tile
@@ -159,6 +160,26 @@ def head_statistics(
     others: int,
     correct: int,
     valid: int,
+) -> int: ...
+def score_minibatch(
+    logits: int,
+    type: int,
+    row_stride: int,
+    rows: int,
+    classes: int,
+    features: int,
+    feature_type: int,
+    feature_stride: int,
+    n_features: int,
+    feature_bias: bool,
+    target: int,
+    class_weight: int,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    weight_sum: float,
+    out: tuple[int, ...],
+    n_threads: int,
 ) -> int: ...
 def residual(
     out: int,

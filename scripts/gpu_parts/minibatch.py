@@ -33,7 +33,7 @@ def scored(n: int, n_classes: int, d: int, dtype: torch.dtype) -> Iterator[Call]
     logits[3::11, 0], features[5::13, 0] = torch.nan, torch.inf
     weight = torch.rand(n_classes, generator=generator)
     for name, (weighted, smoothing, cap) in OPTIONS:
-        for factors in (True, False):
+        for factors in ("none", "residual", "both"):
             arguments = (target, features, weight if weighted else None, -100, smoothing, cap, True, factors)
             yield f"minibatch {name} factors={factors}", _score_minibatch, (logits, *arguments)
     live = torch.rand(n, generator=generator) > 0.1

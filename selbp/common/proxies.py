@@ -78,8 +78,8 @@ class HeadProxies(GradientProxies):
 
     def __init__(
         self,
-        residual: Callable[[], Tensor],  # () -> (n, T, C), 0 where a sample is not valid
-        features: Callable[[], Tensor],  # () -> (n, T, d), finite
+        residual: Callable[[], Tensor],  # () -> (n, T, C), or (n, C) where T is 1; 0 where a sample is not valid
+        features: Callable[[], Tensor],  # () -> (n, T, d), or (n, d); finite
         *,
         positions: int,  # T
         bias: bool = True,
@@ -99,7 +99,7 @@ class HeadProxies(GradientProxies):
         """With the factors computed, unless they have been released: what computes them may be a closure."""
         known: dict[str, Any] = {"_residual": None, "_features": None, "_factors": None}
         if self._factors is not None:
-            known |= {"token_residual": self.token_residual, "token_features": self.token_features}
+            known |= {"_left": self._left, "_right": self._right}
         return {**self.__dict__, **known}
 
     @cached_property
@@ -113,20 +113,28 @@ class HeadProxies(GradientProxies):
         return self.token_features.mean(1)
 
     @cached_property
-    def token_residual(self) -> Tensor:
-        """(n, T, C)."""
+    def _left(self) -> Tensor:
         return self._factor(0)
 
     @cached_property
+    def _right(self) -> Tensor:
+        return self._factor(1)
+
+    @property
+    def token_residual(self) -> Tensor:
+        """(n, T, C)."""
+        return self._left if self._left.dim() == 3 else self._left.unsqueeze(1)
+
+    @property
     def token_features(self) -> Tensor:
         """(n, T, d)."""
-        return self._factor(1)
+        return self._right if self._right.dim() == 3 else self._right.unsqueeze(1)
 
     @property
     def flat(self) -> tuple[Tensor, Tensor]:
         """Residual (n T, C) and features (n T, d)."""
-        residual, features = self.token_residual, self.token_features  # both before either is flattened
-        return residual.flatten(0, 1), features.flatten(0, 1)
+        left, right = self._left, self._right
+        return left if left.dim() == 2 else left.flatten(0, 1), right if right.dim() == 2 else right.flatten(0, 1)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """See :meth:`GradientProxies.factors`; None for several positions, or where M is that of all ranks."""
@@ -181,7 +189,7 @@ class HeadProxies(GradientProxies):
     def release(self) -> None:
         """Let go of the factors."""
         self._factors = None
-        for name in ("residual", "features", "token_residual", "token_features"):
+        for name in ("residual", "features", "_left", "_right"):
             self.__dict__.pop(name, None)
 
     @property

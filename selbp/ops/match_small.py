@@ -74,7 +74,7 @@ def _cpu(residual: Tensor, features: Tensor, valid: Tensor, bias: bool, search: 
         (n, n_classes), width = residual.shape, features.shape[1]
         dtype = accumulate_dtype(residual.dtype)
         r, h, rows = contiguous_in(residual, dtype), contiguous_in(features, dtype), valid.contiguous()
-        indices, weights = torch.empty(k, dtype=torch.int64), torch.empty(k, dtype=dtype)
+        indices, weights = r.new_empty(k, dtype=torch.int64), r.new_empty(k)  # as score_minibatch allocates
         problem = (dtype == torch.float64, (n, n_classes, width), bias, k, RULES.index(rule), nonnegative, ridge)
         places = (rows.data_ptr(), indices.data_ptr(), weights.data_ptr())
         if _native.match_gradients(r.data_ptr(), h.data_ptr(), *problem, *places):

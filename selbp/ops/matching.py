@@ -85,14 +85,14 @@ def _cpu(
     nonnegative: bool,
     valid: Tensor | None,
     tolerance: float,
+    fill: bool = False,
 ) -> _Outputs:
     buffers = _buffers(gram, inner, target_sq, k, valid)
     outputs, n, problems, is_double = buffers[4:], inner.shape[-1], target_sq.numel(), gram.dtype == torch.float64
     if problems:
         threads = min(problems, native_threads(problems * n * min(n, k) ** 2, grain=_GRAIN))
-        _native.match(
-            _addresses(buffers), is_double, problems, n, k, RULES.index(rule), nonnegative, ridge, tolerance, threads
-        )
+        problem = (is_double, problems, n, k, RULES.index(rule), nonnegative, ridge, tolerance)
+        _native.match(_addresses(buffers), *problem, threads, fill=fill)
     return outputs
 
 

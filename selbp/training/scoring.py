@@ -27,6 +27,7 @@ from selbp.training.loss_rows import LossRows, from_features, from_logits, from_
 from selbp.training.losses import Criterion, CrossEntropy
 from selbp.training.scored import Reduce, Scored, in_units
 from selbp.training.sketched import Sketcher
+from selbp.training.strategies import may_ask
 from selbp.types import BatchStatistics, real_dtype
 
 
@@ -77,7 +78,7 @@ class Scorer:
         and the losses, before scoring.
         """
         criterion = self.criterion
-        at_once = unit is None and _has_one_label_each(criterion, batch)
+        at_once = unit is None and scores_at_once(batch.device) and _has_one_label_each(criterion, batch.target)
         known = None if at_once else criterion.mass(batch.target, batch.n, batch.device)  # raises before the forward
         seen = self._forward(batch, model, feed, keep_graph)
         ran()
@@ -165,33 +166,50 @@ class Scorer:
         """Cross-entropy of the head's output with one label a sample, by one operator; see :func:`in_units`."""
         criterion = self.criterion
         assert isinstance(criterion, CrossEntropy)
-        z, y, h = operands(criterion, logits_of(seen.returned).detach(), seen.features, target)
-        z, y, h = z[:, 0], y[:, 0], None if h is None else h[:, 0]
+        logits = logits_of(seen.returned)
+        logits = logits.detach() if logits.requires_grad else logits
+        z, y, h = _one_a_sample(criterion, logits, seen.features, target)
         options = criterion.options(z.device)
-        found = score_minibatch(z, y, h, bias=bias, factors=factors, **options)
+        wanted = "none" if not factors else "both" if saves_launches(z.device) else "residual"
+        found = score_minibatch(z, y, h, bias=bias, factors=wanted, **options)
         stats, scale = found.stats, found.scale
+        correct, total = found.hits.unbind()
         proxies = None
         if h is not None:
-            live, inputs = stats.valid[:, None], h
+            inputs = h
 
             def left() -> Tensor:
                 if found.residual is not None:
-                    return found.residual[:, None]
-                return torch.where(live, ops.residual(z, y, stats.lse, **options) * scale, 0.0)[:, None]
+                    return found.residual
+                return torch.where(stats.valid[:, None], ops.residual(z, y, stats.lse, **options) * scale, 0.0)
 
             def right() -> Tensor:
                 if found.features is not None:
-                    return found.features[:, None]
-                return torch.where(live, inputs.to(stats.loss.dtype), 0.0)[:, None]
+                    return found.features
+                if may_ask(z.device) and inputs.dtype == stats.loss.dtype and total.item() == len(inputs):
+                    return inputs  # not copied: that would take as long as the scores
+                return torch.where(stats.valid[:, None], inputs.to(stats.loss.dtype), 0.0)
 
             proxies = HeadProxies(left, right, positions=1, bias=bias, reduce=self.reduce, finite=True)
-        return Scored(stats, scale, proxies, hits=(found.hits[0], found.hits[1]), mass=found.mass, scaled=found.scaled)
+        return Scored(stats, scale, proxies, hits=(correct, total), mass=found.mass, scaled=found.scaled)
+
+
+def _one_a_sample(
+    criterion: CrossEntropy, logits: Tensor, features: Tensor | None, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The head's output (n, C), the labels (n,) and the head's input (n, d) of samples with one label each."""
+    plain = logits.dim() == 2 and target.dim() == 1 and logits.shape[0] == target.shape[0]
+    if plain and (features is None or features.dim() == 2):  # as nearly always; the long way takes 15 us
+        criterion.check_classes(logits.shape[1], "the model")
+        return logits, target, features
+    z, y, h = operands(criterion, logits, features, target)
+    return z[:, 0], y[:, 0], None if h is None else h[:, 0]
 
 
 def unscored(batch: Batch, criterion: Criterion, model: nn.Module) -> Scored:
     """What is known without a forward: which samples have a target and are finite."""
     first = next((p.dtype for p in model.parameters() if p.is_floating_point() or p.is_complex()), torch.float32)
-    if _has_one_label_each(criterion, batch):
+    if saves_launches(batch.device) and _has_one_label_each(criterion, batch.target):
         assert isinstance(criterion, CrossEntropy)
         labels, weight = criterion.labels(batch.target)[:, 0], criterion.weight_on(batch.device)
         double = real_dtype(first) == torch.float64
@@ -206,14 +224,20 @@ def unscored(batch: Batch, criterion: Criterion, model: nn.Module) -> Scored:
     return Scored(stats, scale_of(mass, valid), mass=mass)
 
 
-def _has_one_label_each(criterion: Criterion, batch: Batch) -> bool:
-    """Whether the samples have a class each and are where one operator scores them in fewer launches.
+def scores_at_once(device: torch.device) -> bool:
+    """Whether one operator scores a minibatch of one label a sample on ``device`` in less time than several do."""
+    return device.type == "cpu" or saves_launches(device)
+
+
+def _has_one_label_each(criterion: Criterion, target: Any) -> bool:
+    """Whether the loss is the cross-entropy, and the samples have a class each.
 
     Raises what :meth:`CrossEntropy.labels` raises: before the forward, as the mass does elsewhere.
     """
-    if not (saves_launches(batch.device) and isinstance(criterion, CrossEntropy)) or criterion.soft(batch.target):
+    if not isinstance(criterion, CrossEntropy) or criterion.soft(target):
         return False
-    return criterion.labels(batch.target).shape[1] == 1
+    plain = isinstance(target, Tensor) and target.dtype == torch.int64 and target.dim() == 1 and not criterion.shift
+    return plain or criterion.labels(target).shape[1] == 1
 
 
 def _is_head_output(output: Any, logits: Tensor) -> bool:

@@ -36,6 +36,20 @@ def test_is_the_three_in_turn(name, dtype, bias):
         assert wanted is None or torch.equal(found[part], wanted), part
 
 
+@pytest.mark.parametrize("spoiled", [False, True], ids=["too few rows", "a number is not finite"])
+def test_spare_slots(spoiled):
+    """They repeat the first row that was chosen; where none was, the first valid one."""
+    residual, features = draw(300, 4, 6)
+    valid = torch.zeros(300, dtype=torch.bool)
+    valid[5:8] = True
+    if spoiled:
+        residual[6] = features[6] = 1e30  # its squares overflow: the solver refuses the whole problem
+    found = match_gradients(residual, features, valid, 9, **OPTIONS)
+    wanted = in_turn(residual, features, valid, 9, **OPTIONS)
+    assert torch.equal(found.indices, wanted[0]) and torch.equal(found.weights, wanted[1])
+    assert (found.indices[3:] == (5 if spoiled else found.indices[0])).all()
+
+
 def test_the_rule_keeps_what_it_matched():
     residual, features = draw(300, 4, 6)
     logits, target = torch.randn(300, 4), torch.zeros(300, dtype=torch.int64)

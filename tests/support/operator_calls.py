@@ -58,7 +58,7 @@ RIGHT = {
         "nonnegative": True,
     },
     "score_minibatch": {
-        "logits": f(N, C), "target": i(N), "features": f(N, D), **LOSS, "bias": True, "factors": True,
+        "logits": f(N, C), "target": i(N), "features": f(N, D), **LOSS, "bias": True, "factors": "both",
     },
     "finite_rows": {"x": f(N, D)},
     "unscored": {
@@ -287,7 +287,8 @@ WRONG = {
     "score_minibatch": [
         *LOGITS_WRONG, *LOSS_WRONG,
         ({"features": f(N + 1, D)}, r"features must be \(n, d\) with n = 4 as logits, got \(5, 5\)"),
-        ({"features": None}, "features must be given for factors=True, got None"),
+        ({"features": None}, "features must be given for factors='both', got None"),
+        ({"factors": "all"}, "factors must be one of 'none', 'residual', 'both', got 'all'"),
     ],
     "finite_rows": [
         ({"x": i(N)}, r"x must be a floating tensor \(n, ...\), got torch.int64 \(4,\)"),

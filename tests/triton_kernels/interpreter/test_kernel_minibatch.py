@@ -79,7 +79,7 @@ def test_weighted_loss(k):
     assert abs(loss - exact) <= 2 * abs(expected - exact) + 2**-23 * exact + 2**-23 * 2 * exact  # products are rounded
 
 
-@pytest.mark.parametrize("factors", [False, True])
+@pytest.mark.parametrize("factors", ["none", "residual", "both"])
 @pytest.mark.parametrize("option", ["plain", "weight", "smoothing", "everything"])
 def test_a_minibatch_at_once(option, factors):
     case = cases.make(33, 24, 65, torch.float32, option, bias=True)
@@ -110,7 +110,7 @@ def test_a_minibatch_at_once(option, factors):
 def test_what_is_not_small_takes_the_operators(monkeypatch):
     """Float64, and more rows or classes than the kernels hold."""
     case = cases.make(9, 4, 12, bias=True)
-    arguments = scored._pack(case.logits, case.target, case.features, None, -100, 0.0, 0.0, True, True)
+    arguments = scored._pack(case.logits, case.target, case.features, None, -100, 0.0, 0.0, True, "both")
     found = scored._cuda(*arguments)
     fused = _backends.kernels(case.logits)
     monkeypatch.setattr(fused.stored, "MOST_ROWS", 8)
@@ -119,7 +119,7 @@ def test_what_is_not_small_takes_the_operators(monkeypatch):
     monkeypatch.setattr(fused.stored, "MOST_ROWS", 4096)
     monkeypatch.setattr(fused.stored, "MOST_CLASSES", 11)
     assert same(scored._cuda(*arguments)[6:7], found[6:7])
-    wide = scored._pack(case.logits.double(), case.target, case.features.double(), None, -100, 0.0, 0.0, True, True)
+    wide = scored._pack(case.logits.double(), case.target, case.features.double(), None, -100, 0.0, 0.0, True, "both")
     assert scored._cuda(*wide)[0].dtype == torch.float64
 
 
