@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -136,19 +138,32 @@ def scoring_autocast(device: torch.device, precision: str) -> AbstractContextMan
 
 
 @contextmanager
-def buffers_put_back(model: nn.Module, *, by_version: bool = False) -> Iterator[None]:
+def buffers_put_back(model: nn.Module) -> Iterator[None]:
     """Each buffer is the tensor that it was, with the values that it had, whether it was written to or bound anew.
 
-    ``by_version`` copies back only into buffers whose version says that they were written to (training batch norms do
-    not tell): in the middle of a step a copy would count as a change of what its backward needs.
+    To put a value back does not count as a change of the buffer: a backward that is to come may need it.
     """
     owners = [(owner, name, x) for owner in model.modules() for name, x in owner._buffers.items() if x is not None]
-    values = [None if x.is_inference() else (x.clone(), x._version) for _, _, x in owners]
+    values = [None if x.is_inference() else x.clone() for _, _, x in owners]
     try:
         yield
     finally:
         for (owner, name, buffer), value in zip(owners, values, strict=True):
             owner._buffers[name] = buffer
-            if value is not None and not (by_version and buffer._version == value[1]):
+            if value is not None:
                 with torch.no_grad():
-                    buffer.copy_(value[0])
+                    buffer.data.copy_(value)
+
+
+@contextmanager
+def random_state_put_back(device: torch.device) -> Iterator[None]:
+    """The random state of torch, on the CPU and ``device``, of Python and of NumPy is as before afterwards."""
+    state, numpy = random.getstate(), sys.modules.get("numpy")
+    drawn = None if numpy is None else numpy.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            if numpy is not None:
+                numpy.random.set_state(drawn)

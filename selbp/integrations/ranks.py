@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import distributed
+from torch import Tensor, distributed
+from torch.utils._pytree import tree_map_only
 
 from selbp._checks import shown
 
@@ -18,10 +19,11 @@ def _world() -> tuple[int, int]:
 
 
 def gathered(state: Any) -> dict[str, Any]:
-    """The states of all processes: to be called by all of them at once."""
+    """The states of all processes, on the CPU: to be called by all of them at once."""
     _, size = _world()
     if size == 1:
         return {"ranks": [state]}
+    state = tree_map_only(Tensor, Tensor.cpu, state)  # else each process would open the devices of all others
     states: list[Any] = [None] * size
     distributed.all_gather_object(states, state)
     return {"ranks": states}

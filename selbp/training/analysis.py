@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selbp.common.batch import Batch
-from selbp.common.guards import buffers_put_back
+from selbp.common.guards import buffers_put_back, random_state_put_back
 from selbp.rows.engine import nodes_of
 from selbp.rows.gradient import Wrapper
 from selbp.rows.observe import Observer, observing
@@ -168,7 +168,7 @@ def _refuse_reentrant(losses: Tensor) -> None:
         )
 
 
-def _refuse_sharded(model: nn.Module) -> None:
+def refuse_sharded(model: nn.Module) -> None:
     """Raise NotImplementedError for a sharded model: a forward on few samples would leave its sharding mid-step."""
     kinds = {type(p).__name__ for p in model.parameters()}
     kinds |= {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
@@ -196,10 +196,10 @@ def analyse_batch(
     """Run :func:`analyse` on the first samples of ``batch``. Restores buffers and random state."""
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     if not sharded:
-        _refuse_sharded(inner)
+        refuse_sharded(inner)
     some = torch.arange(min(batch.n, SAMPLES), device=batch.device)
     few = batch.rows(some, torch.ones_like(some, dtype=torch.bool))
-    with buffers_put_back(inner), torch.random.fork_rng([batch.device] if batch.device.type == "cuda" else []):
+    with buffers_put_back(inner), random_state_put_back(batch.device):
         run = functools.partial(_run, losses, few, inner)
         return analyse(run, inner.parameters(), few.n, batch.n, k, sharded=sharded, **options)
 

@@ -50,6 +50,8 @@ class CountedStep(StepKinds):
         if table is not None and issued is not None:
             batch = with_irreducible(batch, table, issued)
         self._synchronised = self._synchronised or check_not_bypassed(self.model)
+        if self._pace.due and not capturing(batch.device):
+            self._pace.measure(self.model, batch, self._mean_loss)
         # In a capture nothing runs that could be put back, and a generator's state must not be read.
         restore = () if capturing(batch.device) else (self._choice.snapshot(), self._running.snapshot())
         try:
@@ -73,7 +75,7 @@ class CountedStep(StepKinds):
         if self._auto_advance and call.given is None:
             self._step += 1
         if not self._pace.done:  # last: where a warning is an error, the step is counted
-            self._pace.add(report, self._strategy.full_over_forward)
+            self._pace.add(report)
         return loss
 
     @property

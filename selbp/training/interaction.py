@@ -20,8 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from selbp.common.batch import Batch
-from selbp.common.distributed import unwrap
-from selbp.common.guards import buffers_put_back, evaluating, without_autocast_cache
+from selbp.common.guards import buffers_put_back, evaluating, random_state_put_back, without_autocast_cache
+from selbp.common.hooks import is_compiled
 
 SAMPLES = 8  # of the forwards in evaluation mode
 
@@ -160,17 +160,17 @@ class FirstComparison:
     def _in_evaluation_mode(self, batch: Batch, valid: Tensor, losses: Losses) -> bool:
         """The same of the first samples, without dropout and with running statistics, leaving no trace."""
         count = min(batch.n, SAMPLES)
-        if count < 2 or _compiled(self._model):
+        if count < 2 or is_compiled(self._model):
             return False  # compiled code would be compiled again for another mode and size
         place = torch.arange((count + 1) // 2, device=batch.device)
         everyone = batch.rows(torch.arange(count, device=batch.device), valid[:count])
         few = batch.rows(place, valid[: len(place)])
         with ExitStack() as undo:
-            if (numpy := sys.modules.get("numpy")) is not None:
-                undo.callback(numpy.random.set_state, numpy.random.get_state())
-            undo.callback(random.setstate, random.getstate())
-            undo.enter_context(buffers_put_back(self._model, by_version=True))
-            for context in (evaluating(self._model, batch.device), without_autocast_cache(), torch.no_grad()):
+            buffers = buffers_put_back(self._model)
+            for context in (
+                *(buffers, random_state_put_back(batch.device), evaluating(self._model, batch.device)),
+                *(without_autocast_cache(), torch.no_grad()),
+            ):
                 undo.enter_context(context)
             if couples_by_batch_norm(self._model):
                 return False
@@ -183,8 +183,3 @@ class FirstComparison:
             except Exception:  # many models return something else in evaluation mode: then there is no telling
                 return False
             return found and before.unchanged()
-
-
-def _compiled(model: nn.Module) -> bool:
-    modules = [model, *unwrap(model).modules()]
-    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules)

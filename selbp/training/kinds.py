@@ -223,6 +223,12 @@ class StepKinds:
 
     # ---------------------------------------------------------------------------------------- what they are made of
 
+    def _mean_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """() the mean loss of all rows, of a plain forward of ``model``."""
+        with self._headless():
+            output = batch.feed(model)
+            return add(self._losses(output, batch, batch.n).mean(), self._auxiliary(output), None)
+
     def _score(self, batch: Batch, watch: Stopwatch, *, keep_graph: bool, unit: Tensor | None = None) -> Scored:
         """Run the forward that scores ``batch``. With ``unit``, ``batch`` is a part and its losses are in that unit."""
         model = self.model

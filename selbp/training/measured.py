@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from selbp.common.guards import buffers_put_back
+from selbp.common.guards import buffers_put_back, random_state_put_back
 from selbp.rows.gradient import Wrapper
 from selbp.sampling.auto import median
 from selbp.selectors import Full, Selector
@@ -150,7 +150,7 @@ def _untouched(model: nn.Module, device: torch.device, generator: torch.Generato
     alone: AbstractContextManager[Any] = nullcontext()
     if isinstance(model, DistributedDataParallel):  # whose reducer must not see forwards without a backward
         alone = model.no_sync()
-    with buffers_put_back(model), torch.random.fork_rng([device] if device.type == "cuda" else []), alone:
+    with buffers_put_back(model), random_state_put_back(device), alone:
         try:
             yield
         finally:

@@ -1,22 +1,37 @@
 """Whether steps of a rule take longer than full steps would: looked at once, by the step's own clock.
 
-A step times its scoring, the choice, the forward of the chosen rows and the backward. From them follows about what a
-full step takes. The look is taken over some steps, of those whose backward is over, so that it waits for nothing. It
-changes no step.
+A step times its scoring, the choice, the forward of the chosen rows and the backward. The look is taken over some
+steps, of those whose backward is over, so that it waits for nothing. It changes no step.
+
+What a full step takes is measured on rows and with a cut, whose graph is that of all rows anyway: what an operator's
+Python costs there is not in proportion to the rows, so that nothing follows from the parts of a step. Where a second
+forward runs, it is estimated from them: the memory may be too small for a full step.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor, distributed, nn
+
+from selbp.common.batch import Batch
+from selbp.common.distributed import parallel_in
+from selbp.common.guards import buffers_put_back, random_state_put_back, without_autocast, without_autocast_cache
+from selbp.common.hooks import is_compiled
 from selbp.sampling.auto import median
+from selbp.training.analysis import refuse_sharded
 from selbp.training.report import StepReport
 from selbp.training.stopwatch import AHEAD, Stopwatch
 
 WARM = 3  # first steps, which allocate, decide and look at the samples
 STEPS = 10  # whose medians count; 0: no look is taken
+FULL_STEPS = 3  # whose median counts, or the first one alone where that takes long
+LONG = 0.3  # seconds
 MARGIN = 1.05  # what a clock and an estimate cannot tell apart from 1
 
 
@@ -32,35 +47,56 @@ class Pace:
     def __init__(self, rule: Any, keep: float | int) -> None:
         self._rule, self._keep = rule, keep
         self._timed: list[_Timed] = []
+        self._full: list[Stopwatch] | None = None  # of full steps, once they are to be measured
         self._seen = 0
         self.done = STEPS == 0
 
-    def add(self, report: StepReport, full_over_forward: float | None) -> None:
-        """One more step, whose backward may not have run; the ``STEPS`` before it are looked at once.
+    @property
+    def due(self) -> bool:
+        """Whether full steps are to be measured before the next step."""
+        return self._seen == WARM + STEPS and self._full is None and not self.done and self._timed[-1].way == "rows"
 
-        ``full_over_forward``: what a full step takes over its forward, where that has been counted.
+    def measure(self, model: nn.Module, batch: Batch, loss_of: Callable[[nn.Module, Batch], Tensor]) -> None:
+        """Run some full steps on ``batch``; ``loss_of`` gives the () mean loss. No state is changed.
+
+        Of several processes none does so: a forward that only some of them run may wait for the others.
         """
-        if not report.scored or report.k >= report.n:
+        self._full = []
+        together = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        if together or torch.compiler.is_compiling():
+            return
+        try:
+            self._full = full_steps(model, batch, loss_of)
+        except Exception:  # a fault of the model comes up again
+            return
+
+    def add(self, report: StepReport) -> None:
+        """One more step, whose backward may not have run; the ``STEPS`` before it are looked at once."""
+        if not (report.scored or report.backward == "rows") or report.k >= report.n:
             return
         self._seen += 1
         if self._seen > WARM + STEPS:
             self.done = True  # before the look, whose warning may be an error
             timed, self._timed = self._timed, []
-            self._look(timed, full_over_forward, report)
+            self._look(timed, report)
         elif self._seen > WARM:
             self._timed.append(_Timed(report._watch, report.k / report.n, report.backward))
 
-    def _look(self, steps: list[_Timed], full_over_forward: float | None, report: StepReport) -> None:
+    def _look(self, steps: list[_Timed], report: StepReport) -> None:
         read = [(timed, timed.watch.parts()) for timed in steps if timed.watch.over]
         if len(read) < (STEPS + 1) // 2:  # a loop that calls no backward, or a device that is behind
             return
-        times = [(sum(parts.values()), full_seconds(timed, parts, full_over_forward)) for timed, parts in read]
+        whole = [_seconds(watch) for watch in self._full or () if watch.over]
+        if report.backward == "rows" and not whole:
+            return
+        known = median(whole) if whole else None
+        times = [(sum(parts.values()), known or full_seconds(timed, parts)) for timed, parts in read]
         price = median([own / max(full, 1e-12) for own, full in times])
         if price <= MARGIN:
             return
         phases = ("score", "select", "forward", "backward")
         seconds = {phase: median([timed.watch.seconds().get(phase, 0.0) for timed, _ in read]) for phase in phases}
-        said = ", ".join(f"{phase} {1e3 * value:.3g} ms" for phase, value in seconds.items())
+        said = ", ".join(f"{phase} {1e3 * value:.3g} ms" for phase, value in seconds.items() if value)
         _warn(
             f'selbp: {self._rule!r} with backward="{report.backward}" at keep={self._keep} takes about {price:.2f} of '
             f"a full step's time here (medians of {len(read)} steps of {report.n} samples: {said}; forward and "
@@ -69,21 +105,40 @@ class Pace:
         )
 
 
-def full_seconds(timed: _Timed, parts: dict[str, float], full_over_forward: float | None) -> float:
-    """About what forward and backward of all rows take, by the parts of a step that chose some.
+def full_seconds(timed: _Timed, parts: dict[str, float]) -> float:
+    """About what forward and backward of all rows take, by the parts of a step that chose some and ran them again.
 
     The smaller of two estimates. Both are too large where something costs as much for few rows as for all.
-
-    Rows that were asked for have the first one alone, in which what a call costs counts n / k times: few rows of a
-    small network are slower than all of them, and nothing is said. The second one needs a look ahead, and only
-    ``"auto"`` takes one. A fixed ratio to the forward would be wrong where gradients of parameters take the time.
     """
-    ahead, forward, backward = (parts.get(phase, 0.0) for phase in (AHEAD, "forward", "backward"))
-    if timed.way == "rows":
-        most = ahead + backward / timed.share
-        return most if full_over_forward is None else min(most, ahead * full_over_forward)
-    scored = ahead + parts.get("score", 0.0)
+    forward, backward = (parts.get(phase, 0.0) for phase in ("forward", "backward"))
+    scored = parts.get(AHEAD, 0.0) + parts.get("score", 0.0)
     return min((forward + backward) / timed.share, scored * (1 + backward / max(forward, 1e-12)))
+
+
+def full_steps(model: nn.Module, batch: Batch, loss_of: Callable[[nn.Module, Batch], Tensor]) -> list[Stopwatch]:
+    """Forward and backward of all rows, some times. Gradients, buffers and random state are left as they are.
+
+    Compiled parts run as they were written, slower: to compile them for this alone may take minutes.
+    """
+    parallel, device, watches = parallel_in(model), batch.device, list[Stopwatch]()
+    inner = model if parallel is None else parallel.module  # its reducer must not see a forward without a backward
+    refuse_sharded(inner)
+    wanted = [p for p in inner.parameters() if p.requires_grad]
+    batch = batch.take(torch.arange(batch.n, device=device))  # which the model may edit
+    eager = torch.compiler.set_stance("force_eager") if is_compiled(inner) else nullcontext()
+    with random_state_put_back(device), buffers_put_back(inner), without_autocast_cache(), eager:
+        while len(watches) < FULL_STEPS and not (watches and watches[0].over and _seconds(watches[0]) > LONG):
+            watches.append(watch := Stopwatch(device))
+            loss = loss_of(inner, batch)
+            watch.lap("forward")
+            with without_autocast(device):
+                torch.autograd.grad(loss, wanted, allow_unused=True)
+            watch.lap("backward")
+    return watches
+
+
+def _seconds(watch: Stopwatch) -> float:
+    return sum(watch.parts().values())
 
 
 def _warn(message: str) -> None:

@@ -80,7 +80,6 @@ class Strategy:
         self.dense: Counter[str] = Counter()  # operators that ran on n rows, over the strategy's life
         self._way: Way | None = None if self.auto else "rows" if backward == "rows" else "recompute"
         self.reason = UNDECIDED if self.auto else reason
-        self.full_over_forward: float | None = None  # seconds, as the look ahead models them without the parameters
 
     @property
     def name(self) -> Way:
@@ -159,9 +158,6 @@ class Strategy:
             return "recompute", f"no rows: {str(error).removeprefix('selbp: ')}"
         except Exception as error:  # of the probe's few samples, or out of memory; a fault of the model comes up again
             return "recompute", f"the look ahead failed: {type(error).__name__}: {error}"
-        learned = sum(p.numel() * p.itemsize for p in model.parameters() if p.requires_grad)
-        if learned <= found.saved_bytes:  # the model does not count what takes as long for few rows: their gradients
-            self.full_over_forward = found.seconds["full"] / max(found.seconds["forward"], 1e-12)
         share = {name: seconds / max(found.seconds["full"], 1e-12) for name, seconds in found.seconds.items()}
         return found.recommendation, _reason("modelled time", share, list(found.dense))
 

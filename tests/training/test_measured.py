@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -290,33 +292,105 @@ def test_wrong_calls() -> None:
         selbp.diagnose(model, batch(), selector=selbp.TopLoss(), scoring="often")
 
 
-def test_what_the_look_ahead_counted_is_used_for_rows() -> None:
-    """A backward of few rows has a cost of its own: times n / k it is more than that of all."""
-    parts = {stopwatch.AHEAD: 1.0, "score": 0.5, "select": 3.0, "backward": 1.0}
-    timed = pace._Timed(None, 0.25, "rows")  # type: ignore[arg-type]
-    assert [pace.full_seconds(timed, parts, counted) for counted in (None, 2.9, 9.0)] == [5.0, 2.9, 5.0]
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 3))
-    step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=0.5)
-    step(torch.randn(512, 64), torch.randint(0, 3, (512,)))
-    assert 2.4 < step._strategy.full_over_forward < 3.0  # the first layer has no gradient of its input
+# Of the model's 2 N seconds of a backward, a cut below its last layer saves nothing.
+@pytest.mark.parametrize(
+    ("cut", "rule", "least"),
+    [(None, selbp.TopLoss(), 1.5 * N), ("1", selbp.GradientMatching(), 3.0 * N)],
+    ids=["step", "cut"],
+)
+@pytest.mark.parametrize("overhead", [0.0, 2.0 * N], ids=["large", "small"])
+def test_rows_of_a_small_network_warn_where_their_overhead_costs_more_than_they_save(
+    clock: Clock, overhead: float, cut: str | None, rule: Any, least: float
+) -> None:
+    """Times n / k that is more than a full backward, so that it does not follow from the parts of a step."""
+
+    def dear(gradient: torch.Tensor) -> None:
+        clock.time += overhead if int(gradient.ne(0).any(1).sum()) < N else 0.0
+
+    model: Any = clock.model()
+    model[0].register_forward_hook(lambda module, args, out: out.register_hook(dear) and None)
+    step = selbp.SelectiveBackprop(model, selector=rule, keep=0.25, backward="rows", cut=cut)
+    said = warned(step, 30)
+    assert step._pace.done and len(said) == (overhead > 0)
+    if said:
+        assert f"takes about {(least + overhead) / (3 * N):.2f} of a full step's time" in said[0]
+        assert f"of all of them would take about {3000 * N:.3g} ms" in said[0]
+        assert ("select 0 ms" in said[0], "backward" in said[0]) == (False, True)
 
 
-class Words(nn.Module):
-    """Its table of words is larger than what it keeps of a minibatch."""
+class Restless(nn.Module):
+    """Draws from every source, and changes its buffers in every way; its backward needs one that it does not change."""
 
-    def __init__(self, words: int) -> None:
+    count: torch.Tensor
+
+    def __init__(self) -> None:
         super().__init__()
-        self.table, self.body, self.head = nn.Embedding(words, 8), nn.Linear(8, 64), nn.Linear(64, 3)
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 8, bias=False))
+        self.still, self.head = nn.BatchNorm1d(8).eval(), nn.Linear(8, 3)
+        for name, value in {"count": torch.zeros(()), "mean": torch.zeros(8), "variance": torch.ones(8)}.items():
+            self.register_buffer(name, value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.head(torch.tanh(self.body(self.table(x))).mean(1))
+        self.count = self.count + random.random() + numpy.random.rand()
+        h = self.still(self.body(x))
+        h = nn.functional.batch_norm(h, self.mean, self.variance, training=True)  # type: ignore[arg-type]
+        out: torch.Tensor = self.head(h) * self.count
         return out
 
 
-@pytest.mark.parametrize(("words", "known"), [(100, True), (100_000, False)], ids=["few words", "many words"])
-def test_what_gradients_of_parameters_take_is_not_held_for_overhead(words: int, known: bool) -> None:
-    """They take as long for few rows as for all, and the look ahead does not count them."""
-    step = selbp.SelectiveBackprop(Words(words), selector=selbp.TopLoss(), keep=0.5)
-    step(torch.randint(0, words, (64, 16)), torch.randint(0, 3, (64,)))
-    assert (step._strategy.full_over_forward is not None) == known
+def test_the_full_steps_that_are_measured_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(looks: bool) -> list[Any]:
+        torch.manual_seed(0), random.seed(0), numpy.random.seed(0)
+        model, seen = Restless(), []
+        step = selbp.SelectiveBackprop(model, selector=selbp.LossPercentile(), keep=0.25, backward="rows", head="head")
+        step._pace.done = not looks
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(pace.WARM + pace.STEPS + 2):
+                (step(*batch()) + step(*batch())).backward()  # the first one's backward is to come during the second
+                seen += [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        assert bool(step._pace._full) == looks
+        state = str(step.state_dict()), torch.get_rng_state(), random.getstate(), str(numpy.random.get_state())
+        return [*seen, *model.state_dict().values(), *state]
+
+    monkeypatch.setattr(pace, "STEPS", 10)
+    for one, other in zip(run(True), run(False), strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_long_full_steps_are_measured_once(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seconds, times in ((3.0 * N, 3), (3.0 * N - 1, 1)):
+        monkeypatch.setattr(pace, "LONG", seconds)
+        step = selbp.SelectiveBackprop(clock.model(), selector=selbp.TopLoss(), keep=0.25, backward="rows")
+        assert warned(step, 30) == [] and len(step._pace._full or ()) == times
+
+
+@pytest.mark.parametrize("cause", ["fails", "processes"])
+def test_no_look_where_no_full_step_can_be_measured(clock: Clock, cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = clock.model()
+    step = selbp.SelectiveBackprop(model, selector=Slow(clock, 100 * N), keep=0.25, backward="rows")
+    if cause == "fails":
+        monkeypatch.setattr(step, "_mean_loss", lambda model, batch: 1 / 0)
+    else:
+        others = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2)
+        monkeypatch.setattr(pace, "distributed", others)
+    assert warned(step, 30) == [] and step._pace.done
+
+
+def test_nothing_is_compiled_for_the_full_steps(clock: Clock) -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    step = selbp.SelectiveBackprop(
+        torch.compile(model, backend=backend), selector=Slow(clock, 9 * N), keep=0.25, backward="rows"
+    )
+    for _ in range(pace.WARM + pace.STEPS):
+        step(*batch()).backward()
+    before = len(graphs)
+    warned(step, 3)
+    assert len(step._pace._full or ()) == 3 and len(graphs) == before
