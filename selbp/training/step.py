@@ -25,8 +25,8 @@ from selbp.types import Selection
 class SelectiveBackprop(CountedStep):
     """Forward on all n samples, choose k of them with weights, and return a loss whose backward runs those k rows.
 
-    A rule whose steps take longer than full ones warns once, after some steps. On rows, up to three full steps run for
-    that; they change nothing.
+    A rule whose steps take longer than full ones warns once, after some steps. On rows, three full steps run for that;
+    gradients, buffers and random state stay as they are.
 
     The returned scalar is sum_j w_j l_j over the chosen rows, with l_i scaled so that (1/n) sum l_i is torch's
     ``reduction="mean"``: it is for ``backward()`` only (log ``step.report.loss``), and the sum of the weights scales

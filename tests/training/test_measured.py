@@ -358,13 +358,6 @@ def test_the_full_steps_that_are_measured_leave_no_trace(monkeypatch: pytest.Mon
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
-def test_long_full_steps_are_measured_once(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    for seconds, times in ((3.0 * N, 3), (3.0 * N - 1, 1)):
-        monkeypatch.setattr(pace, "LONG", seconds)
-        step = selbp.SelectiveBackprop(clock.model(), selector=selbp.TopLoss(), keep=0.25, backward="rows")
-        assert warned(step, 30) == [] and len(step._pace._full or ()) == times
-
-
 @pytest.mark.parametrize("cause", ["fails", "processes"])
 def test_no_look_where_no_full_step_can_be_measured(clock: Clock, cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = clock.model()
