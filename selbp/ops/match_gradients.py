@@ -114,7 +114,7 @@ def composed(residual: Tensor, features: Tensor, valid: Tensor, bias: bool, sear
 
 
 def _cpu(residual: Tensor, features: Tensor, valid: Tensor, bias: bool, search: Search) -> _Outputs:
-    """The three's own backends: a product empties the cache of what a call of an operator reads, which takes 100 us."""
+    """The three's backends themselves: after a product the call of an operator takes 100 us, its code out of cache."""
     k, rule, ridge, nonnegative, _ = search
     if not len(residual):
         return composed(residual, features, valid, bias, search)

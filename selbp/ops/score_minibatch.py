@@ -1,7 +1,7 @@
 """What a step reads of a minibatch's logits, at once: statistics, the unit of its mean, and the gradients' factors.
 
 On a GPU two launches (``triton_kernels/stored_rows.py``) where the operators one by one, and torch's between them, take
-twenty; on a CPU one native call, where these calls take longer than a small minibatch's sums.
+twenty; on a CPU one native call: there the calls take longer than the sums of a small minibatch.
 """
 
 from __future__ import annotations
@@ -17,13 +17,7 @@ from selbp._checks import accumulate_dtype, check_choice
 from selbp.ops import _backends
 from selbp.ops import statistics as statistics_operator
 from selbp.ops._backends import native_threads
-from selbp.ops._logit_pass import (
-    TYPE_CODE,
-    address,
-    contiguous_rows,
-    native_options,
-    weight_sum,
-)
+from selbp.ops._logit_pass import TYPE_CODE, address, contiguous_rows, native_options, weight_sum
 from selbp.ops._loss_options import LossOptions, raise_bad_target
 from selbp.ops._register import define
 from selbp.ops.residual import residual
