@@ -68,7 +68,8 @@ def backward(
     dh: Tensor | None = None
     if tiles is not None:
         columns = _skipped_tiles.COLUMNS
-        dh = torch.zeros(n, features.shape[1], dtype=accumulate).index_copy_(0, chosen, tiles.of_features(weight))
+        if needs.features:
+            dh = torch.zeros(n, features.shape[1], dtype=accumulate).index_copy_(0, chosen, tiles.of_features(weight))
     room = torch.empty(k * columns, dtype=accumulate) if scored.logits.numel() else None  # kept logits stay as they are
     for first, some, h, terms, left_out in _pieces(features, scored, grad, chosen, tiles, range(0, n_classes, columns)):
         classes = slice(first, first + columns)
@@ -91,7 +92,7 @@ def backward(
                 dh = product.to(accumulate)
             else:
                 dh = dh.add_(product) if tiles is None else dh.index_add_(0, some, product.to(accumulate))
-    if dh is None or not needs.features:
+    if dh is None:
         return d_features, d_weight, d_bias
     if len(dh) == n:
         return dh.to(features.dtype), d_weight, d_bias

@@ -4,7 +4,8 @@ Forward: the pass of ``linear_cross_entropy_statistics``, a tile of logits at a 
 and p_rest = 1 - p_y are kept. Backward, for the k rows whose loss has a gradient: a tile of their logits again, turned
 in place into residuals scaled by the incoming gradient, then R W into the features' gradient and R^T H into the
 weight's rows of that tile. Three products of k rows; nothing of size n x C exists at any time. On a CPU, where
-``memory_limit`` has room for the logits, the forward keeps them and the backward makes two products.
+``memory_limit`` has room for the logits, the forward keeps them and the backward makes two products. What ``skip_mass``
+leaves out of them is in ``_skipped_tiles.py``.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def linear_cross_entropy(
         rows add up to at most sum_i e_i ||features_i||, the errors of the bias's entries to at most sum_i e_i. Where
         less than a quarter of the tiles can be left out, none are. Read on a CPU; on a GPU, with label smoothing, and
         in forward mode and derivatives of the gradients, nothing is left out. The idea is that of Cut Cross-Entropy
-        (Wijmans et al. 2024, arXiv 2411.09009), which leaves out blocks of rows without a bound.
+        (Wijmans et al. 2024, arXiv 2411.09009), which goes by the greatest probability of a block of rows.
 
     Returns
     -------
@@ -187,8 +188,9 @@ def linear_cross_entropy(
     return (loss, BatchStatistics(loss.detach(), *statistics)) if return_statistics else loss
 
 
-def _wants_gradient(*head: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
+def _wants_gradient(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    wanted = features.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    return wanted and torch.is_grad_enabled()
 
 
 def _keeps_logits(features: Tensor, weight: Tensor, wanted: bool, limit: object) -> bool:
