@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from selbp._checks import accumulate_dtype
-from selbp.ops import _gemm
+from selbp.ops import _gemm, _skipped_tiles
 from selbp.ops._linear_cross_entropy_cuda import Forward, Gradients, Head, Needs, Scored, empty_gradients
 from selbp.ops._logit_pass import (
     LogitPass,
@@ -25,14 +28,22 @@ from selbp.ops._loss_options import LossOptions
 _TILE_BYTES = {2: 8 << 20, 4: 2 << 20, 8: 2 << 20}
 
 
-def forward(head: Head, target: Tensor, rows: Tensor | None, options: LossOptions, keep: bool) -> Forward:
+def forward(
+    head: Head, target: Tensor, rows: Tensor | None, options: LossOptions, keep: bool, skip_mass: float
+) -> Forward:
     features, weight, bias = head
     _check_rows(rows, features.shape[0])
     logit_pass = LogitPass(weight.shape[0], features.dtype, target, features, bias is not None, options)
     p_rest = logit_pass.p_rest = torch.empty(features.shape[0], dtype=accumulate_dtype(features.dtype))
     logits = logit_pass.keep_logits(len(weight)) if keep else features.new_empty(0, 0)
-    logit_pass.add_head(features, weight, bias)
-    return *logit_pass.outputs, p_rest, logits
+    left_out = p_rest.new_empty(0, 0)
+    if _skipped_tiles.leaves_out(skip_mass, options):
+        sums = logit_pass.keep_sums(_skipped_tiles.table_shape(len(target), len(weight))[1])
+        logit_pass.add_head(features, weight, bias)
+        left_out = _skipped_tiles.left_out(sums, logit_pass.target, p_rest, skip_mass)
+    else:
+        logit_pass.add_head(features, weight, bias)
+    return *logit_pass.outputs, p_rest, logits, left_out
 
 
 def backward(
@@ -50,37 +61,74 @@ def backward(
     if not k:
         return d_features.zero_(), d_weight.zero_(), d_bias.zero_()
 
-    def take(tensor: Tensor) -> Tensor:
-        return tensor.contiguous() if k == n else tensor.index_select(0, chosen)
-
-    h = features if k == n else take(features)
-    tile_rows = ResidualRows(take(scored.target), take(scored.lse), take(scored.p_rest), take(grad.to(accumulate)))
     native, total = native_options(options, accumulate), weight_sum(options, n_classes)
-    dh: Tensor | None = None
     columns = min(n_classes, max(64, _TILE_BYTES[features.element_size()] // (4 * k) // 64 * 64))
+    grad = grad.to(accumulate)
+    tiles = _skipped_tiles.tiles_of(scored.left_out, n_classes, chosen, grad, scored.target, native.class_weight)
+    dh: Tensor | None = None
+    if tiles is not None:
+        columns = _skipped_tiles.COLUMNS
+        if needs.features:
+            dh = torch.zeros(n, features.shape[1], dtype=accumulate).index_copy_(0, chosen, tiles.of_features(weight))
     room = torch.empty(k * columns, dtype=accumulate) if scored.logits.numel() else None  # kept logits stay as they are
-    for c in range(0, n_classes, columns):
-        part = weight[c : c + columns]
+    for first, some, h, terms, left_out in _pieces(features, scored, grad, chosen, tiles, range(0, n_classes, columns)):
+        classes = slice(first, first + columns)
+        part = weight[classes]
         if room is not None:
-            z = scored.logits[:, c : c + columns]
-            z, out = z if k == n else z.index_select(0, chosen), room[: k * len(part)].view(k, len(part))
+            z = _take(scored.logits[:, classes], some)
+            out = room[: z.numel()].view(z.shape)
         else:
-            z = contiguous_rows(_gemm.linear(h, part, None if bias is None else bias[c : c + columns]))
+            z = contiguous_rows(_gemm.linear(h, part, None if bias is None else bias[classes]))
             out = in_place(z, accumulate)
-        r = residual_tile(out, z, tile_rows, ResidualClasses(c, n_classes, total), native)
+        r = residual_tile(out, z, terms, ResidualClasses(first, n_classes, total), native)
         if needs.bias:
-            d_bias[c : c + columns] = r.sum(0)
+            d_bias[classes] = r.sum(0) if left_out is None else r.sum(0) + left_out[-1]
         r = r.to(features.dtype)
         if needs.weight:
-            d_weight[c : c + columns] = _gemm.linear(r.t(), h.t())
+            d_weight[classes] = _gemm.linear(r.t(), h.t(), None if left_out is None else left_out[:-1])
         if needs.features:
             product = _gemm.linear(r, part.t())
-            dh = product.to(accumulate) if dh is None else dh.add_(product)
-    if dh is not None:
-        if k == n:
-            return dh.to(features.dtype), d_weight, d_bias
-        d_features.zero_().index_copy_(0, chosen, dh.to(features.dtype))
-    return d_features, d_weight, d_bias
+            if dh is None:
+                dh = product.to(accumulate)
+            else:
+                dh = dh.add_(product) if tiles is None else dh.index_add_(0, some, product.to(accumulate))
+    if dh is None:
+        return d_features, d_weight, d_bias
+    if len(dh) == n:
+        return dh.to(features.dtype), d_weight, d_bias
+    return d_features.zero_().index_copy_(0, chosen, dh.to(features.dtype)), d_weight, d_bias
+
+
+def _take(tensor: Tensor, rows: Tensor) -> Tensor:
+    """The ``rows`` of a tensor, which ascend; the tensor itself where they are all of them."""
+    return tensor if len(rows) == len(tensor) else tensor.index_select(0, rows)
+
+
+class _Piece(NamedTuple):
+    """Classes from ``first`` on, and the rows whose residuals are formed for them."""
+
+    first: int
+    rows: Tensor  # (m,) which of the n
+    features: Tensor  # (m, d)
+    terms: ResidualRows
+    left_out: Tensor | None  # (d + 1,) what the other rows leave out of the gradients of a class's weight and bias
+
+
+def _pieces(
+    features: Tensor, scored: Scored, grad: Tensor, chosen: Tensor, tiles: _skipped_tiles.Tiles | None, starts: range
+) -> Iterator[_Piece]:
+    """A piece for each of the ``starts``: of the ``chosen`` rows, or of those of ``tiles``."""
+    per_row = scored.target, scored.lse, scored.p_rest, grad
+
+    def piece(first: int, rows: Tensor, left_out: Tensor | None) -> _Piece:
+        terms = ResidualRows(*(_take(x, rows).contiguous() for x in per_row))
+        return _Piece(first, rows, _take(features, rows), terms, left_out)
+
+    if tiles is None:
+        every = piece(0, chosen, None)
+        yield from (every._replace(first=first) for first in starts)
+    else:
+        yield from map(piece, starts, tiles.rows, tiles.of_classes(_take(features, chosen)))
 
 
 def _check_rows(rows: Tensor | None, n: int) -> None:

@@ -13,7 +13,7 @@ from selbp._checks import accumulate_dtype
 from selbp.ops import _backends
 from selbp.ops._loss_options import LossOptions
 
-Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
@@ -33,6 +33,7 @@ class Scored(NamedTuple):
     p_rest: Tensor  # (n,) 1 - p_y, the schema's ``others``
     valid: Tensor  # (n,) bool
     logits: Tensor  # (n, C) as the head gave them, or of no elements: they are then formed again
+    left_out: Tensor  # (n, tiles), see _skipped_tiles.py, or of no elements
 
 
 class Needs(NamedTuple):
@@ -43,13 +44,15 @@ class Needs(NamedTuple):
     bias: bool
 
 
-def forward(head: Head, target: Tensor, rows: Tensor | None, options: LossOptions, keep: bool) -> Forward:
-    """The fields of BatchStatistics, then (n,) 1 - p_y, and no logits."""
+def forward(
+    head: Head, target: Tensor, rows: Tensor | None, options: LossOptions, keep: bool, skip_mass: float
+) -> Forward:
+    """The fields of BatchStatistics, then (n,) 1 - p_y, no logits, and nothing that is left out."""
     features, weight, bias = head
-    nothing = features.new_empty(0, 0)
+    nothing = features.new_empty(0, 0), features.new_empty(0, 0, dtype=accumulate_dtype(features.dtype))
     fused = _backends.kernels(features)
     if fused is not None:
-        return *fused.linear_cross_entropy(features, weight, bias, target, options), nothing
+        return *fused.linear_cross_entropy(features, weight, bias, target, options), *nothing
     dtype = accumulate_dtype(features.dtype)
     logits = torch.nn.functional.linear(features, weight, bias).to(dtype)
     stats = reference.cross_entropy_statistics(
@@ -57,7 +60,7 @@ def forward(head: Head, target: Tensor, rows: Tensor | None, options: LossOption
     )
     y = torch.where((target >= 0) & (target < weight.shape[0]), target, 0)[:, None]
     capped = reference.soft_cap(logits, options.softcap).scatter(1, y, -torch.inf)
-    return *stats, torch.exp(torch.logsumexp(capped, 1) - stats.lse), nothing
+    return *stats, torch.exp(torch.logsumexp(capped, 1) - stats.lse), *nothing
 
 
 def empty_gradients(head: Head, needs: Needs) -> Gradients:
@@ -108,7 +111,7 @@ def _backward_fused(
     needs: Needs,
 ) -> Gradients:
     features, weight, bias = head
-    target, lse, p_rest, valid, _ = scored
+    target, lse, p_rest, valid, *_ = scored
     scale, h = torch.where(valid, grad.float(), 0.0), torch.where(valid[:, None], features, 0.0)
     if rows is not None:
         # A row named twice counts at its last place, and the others add 0: the same bits in any order.

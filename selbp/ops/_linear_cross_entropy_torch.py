@@ -21,7 +21,7 @@ Outputs = tuple[Tensor, ...]
 
 
 def outputs(
-    plain: Outputs, head: Head, target: Tensor, rows: Tensor | None, options: LossOptions, keep: bool
+    plain: Outputs, head: Head, target: Tensor, rows: Tensor | None, options: LossOptions, keep: bool, skip_mass: float
 ) -> Outputs:
     """The operator's outputs ``plain`` with a loss that is differentiable in both modes."""
     live = _live(plain[5], rows)
@@ -72,9 +72,9 @@ def _terms(live: Tensor, head: Head, target: Tensor, options: LossOptions) -> tu
 
 def pack_backward(*flat: Any) -> tuple[Any, ...]:
     """The gradients' arguments, in the order of the schema, as :func:`gradients` takes them."""
-    grad, features, weight, bias, target, lse, p_rest, valid, logits, class_weight, rows, *options = flat
+    grad, features, weight, bias, target, lse, p_rest, valid, logits, left_out, class_weight, rows, *options = flat
     *options, need_features, need_weight, need_bias = options
-    head, scored = Head(features, weight, bias), Scored(target, lse, p_rest, valid, logits)
+    head, scored = Head(features, weight, bias), Scored(target, lse, p_rest, valid, logits, left_out)
     return grad, head, scored, rows, LossOptions(class_weight, *options), Needs(need_features, need_weight, need_bias)
 
 
@@ -83,8 +83,8 @@ def setup_second(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
     needs = inputs[-3:]
     ctx.mark_non_differentiable(*(gradient for gradient, needed in zip(output, needs, strict=True) if not needed))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:11])
-    ctx.options = inputs[11:]
+    ctx.save_for_backward(*inputs[:12])
+    ctx.options = inputs[12:]
 
 
 def backward_second(ctx: Any, needed: Sequence[bool], *upstream: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from selbp import _native
 from selbp._checks import accumulate_dtype
-from selbp.ops import _gemm
+from selbp.ops import _gemm, _skipped_tiles
 from selbp.ops._backends import native_threads
 from selbp.ops._loss_options import LossOptions, raise_bad_target
 
@@ -81,6 +81,7 @@ class LogitPass:
         self.state: Tensor | None = None
         self.p_rest: Tensor | None = None  # (n,) 1 - p_y, where wanted
         self.logits: Tensor | None = None  # (n, C), where wanted
+        self.sums: Tensor | None = None  # (tiles, n, 2) of _skipped_tiles.py, where wanted
         self._dtype = dtype
 
     def carry(self) -> None:
@@ -92,25 +93,35 @@ class LogitPass:
         self.logits = torch.empty(self.target.shape[0], n_classes, dtype=self._dtype)
         return self.logits
 
+    def keep_sums(self, tiles: int) -> Tensor:
+        """Memory that :meth:`add_head` is to leave each row's maximum and sum in, as they are after each tile."""
+        self.sums = torch.empty(tiles, self.target.shape[0], 2, dtype=torch.float64)
+        return self.sums
+
     def add_head(self, features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Run the whole pass over the logits of a head, a tile at a time."""
         (n, d), n_classes = features.shape, weight.shape[0]
         small = n * d * n_classes <= _SMALL_HEAD and n >= _PACKED_ROWS and features.dtype == torch.float32
-        if small and self.logits is None and not self.options.label_smoothing and not self.options.softcap:
+        small = small and self.logits is None and self.sums is None
+        if small and not self.options.label_smoothing and not self.options.softcap:
             self._add_small_head(weight, bias)
             return
         rows, columns = tile_shape(n, n_classes, features.dtype)
-        if n <= rows and n_classes <= columns:
+        if n <= rows and n_classes <= columns and self.sums is None:
             logits = _gemm.linear(features, weight, bias)
             if self.logits is not None:
                 self.logits.copy_(logits)
             self.add(logits)
             return
         self.carry()
-        for part, first_class, logits in head_tiles(features, weight, bias):
+        step = n_classes if self.sums is None else _skipped_tiles.COLUMNS
+        for part, first_class, logits in head_tiles(features, weight, bias, 64 if self.sums is None else step):
             if self.logits is not None:
                 self.logits[part, first_class : first_class + logits.shape[1]] = logits
-            self.add(logits, part.start, first_class)
+            for c in range(0, logits.shape[1], step):
+                self.add(logits[:, c : c + step], part.start, first_class + c)
+                if self.sums is not None and self.state is not None:
+                    self.sums[(first_class + c) // step, part] = self.state[part, :2]  # RowState's m and s
 
     def add(self, logits: Tensor, row: int = 0, first_class: int = 0) -> None:
         """Fold in the logits of rows [row, row + len) and classes [first_class, ...); the last tile finishes."""
@@ -183,16 +194,21 @@ class LogitPass:
             raise_bad_target(y, bad, self.n_classes, ignore_index)
 
 
-def tile_shape(n: int, n_classes: int, dtype: torch.dtype) -> tuple[int, int]:
+def tile_shape(n: int, n_classes: int, dtype: torch.dtype, multiple: int = 64) -> tuple[int, int]:
     """Rows and classes of a logits tile that holds about ``_TILE_BYTES``."""
     rows = max(1, min(n, _TILE_ROWS))
     columns = _TILE_BYTES // max(4, dtype.itemsize) // rows
-    return rows, min(n_classes, max(64, columns - columns % 64))
+    return rows, min(n_classes, max(multiple, columns - columns % multiple))
 
 
-def head_tiles(features: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, int, Tensor]]:
-    """The logits of a head tile by tile: (rows, first class, logits), each row's classes in order."""
-    rows, columns = tile_shape(len(features), len(weight), features.dtype)
+def head_tiles(
+    features: Tensor, weight: Tensor, bias: Tensor | None, multiple: int = 64
+) -> Iterator[tuple[slice, int, Tensor]]:
+    """The logits of a head tile by tile: (rows, first class, logits), each row's classes in order.
+
+    All tiles but the last have a ``multiple`` of classes.
+    """
+    rows, columns = tile_shape(len(features), len(weight), features.dtype, multiple)
     for c in range(0, len(weight), columns):
         part, part_bias = weight[c : c + columns], None if bias is None else bias[c : c + columns]
         for row in range(0, len(features), rows):

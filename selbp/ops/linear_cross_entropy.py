@@ -4,7 +4,8 @@ Forward: the pass of ``linear_cross_entropy_statistics``, a tile of logits at a 
 and p_rest = 1 - p_y are kept. Backward, for the k rows whose loss has a gradient: a tile of their logits again, turned
 in place into residuals scaled by the incoming gradient, then R W into the features' gradient and R^T H into the
 weight's rows of that tile. Three products of k rows; nothing of size n x C exists at any time. On a CPU, where
-``memory_limit`` has room for the logits, the forward keeps them and the backward makes two products.
+``memory_limit`` has room for the logits, the forward keeps them and the backward makes two products. What ``skip_mass``
+leaves out of them is in ``_skipped_tiles.py``.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from selbp._checks import (
     check_dtype,
     check_floating,
     check_optional_tensor,
+    check_range,
     check_same_device,
     check_same_dtype,
     check_shape,
     check_tensor,
     flag,
     integer,
+    number,
 )
 from selbp.ops import _linear_cross_entropy_cpu as _cpu
 from selbp.ops import _linear_cross_entropy_cuda as _cuda
@@ -34,6 +37,7 @@ from selbp.ops._linear_cross_entropy_cuda import Forward, Gradients, Head, Needs
 from selbp.ops._logit_pass import empty_statistics
 from selbp.ops._loss_options import LossOptions, autocast_head, check_head, check_loss
 from selbp.ops._register import define_differentiable
+from selbp.ops._skipped_tiles import leaves_out, table_shape
 from selbp.types import BatchStatistics
 
 _MEMORY_LIMIT = 256 << 20  # bytes of logits that are kept where the caller names no limit
@@ -53,6 +57,7 @@ def linear_cross_entropy(
     rows: Tensor | None = ...,
     return_statistics: Literal[False] = ...,
     memory_limit: int | None = ...,
+    skip_mass: float = ...,
 ) -> Tensor: ...
 
 
@@ -70,6 +75,7 @@ def linear_cross_entropy(
     rows: Tensor | None = ...,
     return_statistics: Literal[True],
     memory_limit: int | None = ...,
+    skip_mass: float = ...,
 ) -> tuple[Tensor, BatchStatistics]: ...
 
 
@@ -86,6 +92,7 @@ def linear_cross_entropy(
     rows: Tensor | None = None,  # (k,)
     return_statistics: bool = False,
     memory_limit: int | None = None,
+    skip_mass: float = 0.0,
 ) -> Tensor | tuple[Tensor, BatchStatistics]:
     """Cross-entropy of ``features @ weight.T + bias`` per row, differentiable, without a probability stored.
 
@@ -121,6 +128,17 @@ def linear_cross_entropy(
         Bytes of logits that may be kept for the backward, which then need not form them again; where (n, C) of them
         take more, and at 0, no logits are stored. None: 256 MiB. Read on a CPU, and only where a gradient is wanted;
         on a GPU none are kept.
+    skip_mass : float
+        In [0, 1]. Above 0, the backward leaves out classes of little probability, in tiles of one row and 256 classes
+        that the forward finds: up to this part of 1 - p_i, with p_i the probability of the row's target. That
+        probability is spread evenly over the tile's classes. So each row of the gradient with respect to the logits
+        is off by at most e_i = 2 skip_mass |g_i| w_i (1 - p_i) in sum of absolute values, with the incoming gradient
+        g_i and the target's class weight w_i: that part of itself, where there is no ``softcap``. The features'
+        gradient is off by at most e_i max_c ||weight_c|| in the norm of row i; the norms of the errors of the weight's
+        rows add up to at most sum_i e_i ||features_i||, the errors of the bias's entries to at most sum_i e_i. Where
+        less than a quarter of the tiles can be left out, none are. Read on a CPU; on a GPU, with label smoothing, and
+        in forward mode and derivatives of the gradients, nothing is left out. The idea is that of Cut Cross-Entropy
+        (Wijmans et al. 2024, arXiv 2411.09009), which goes by the greatest probability of a block of rows.
 
     Returns
     -------
@@ -159,30 +177,40 @@ def linear_cross_entropy(
     check_tensor("target", target)
     check_optional_tensor("rows", rows)
     flag("return_statistics", return_statistics)
-    keep = _keeps_logits(features, weight, bias, _MEMORY_LIMIT if memory_limit is None else memory_limit)
+    wanted = _wants_gradient(features, weight, bias)
+    keep = _keeps_logits(features, weight, wanted, _MEMORY_LIMIT if memory_limit is None else memory_limit)
+    skip_mass = number("skip_mass", skip_mass)
+    check_range("skip_mass", skip_mass, 0.0, 1.0)
     class_weight, *options = LossOptions.of(class_weight, ignore_index, label_smoothing, softcap)
-    outputs = _linear_cross_entropy(features, weight, bias, target, class_weight, rows, *options, keep)
+    skip = skip_mass if wanted else 0.0
+    outputs = _linear_cross_entropy(features, weight, bias, target, class_weight, rows, *options, keep, skip)
     loss, *statistics = outputs[:6]
     return (loss, BatchStatistics(loss.detach(), *statistics)) if return_statistics else loss
 
 
-def _keeps_logits(features: Tensor, weight: Tensor, bias: Tensor | None, limit: object) -> bool:
-    """Whether the forward keeps the logits: on a CPU, where a gradient is wanted and ``limit`` bytes have room."""
+def _wants_gradient(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    wanted = features.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    return wanted and torch.is_grad_enabled()
+
+
+def _keeps_logits(features: Tensor, weight: Tensor, wanted: bool, limit: object) -> bool:
+    """Whether the forward keeps the logits: on a CPU, where a gradient is ``wanted`` and ``limit`` has room."""
     limit = integer("memory_limit", limit)
     if limit < 0:
         raise ValueError(f"memory_limit must be at least 0 bytes or None, got {limit}")
-    if features.device.type != "cpu" or features.dim() != 2 or weight.dim() != 2 or not torch.is_grad_enabled():
+    if features.device.type != "cpu" or features.dim() != 2 or weight.dim() != 2:
         return False
-    wanted = features.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     return wanted and features.shape[0] * weight.shape[0] * features.element_size() <= limit
 
 
 def _pack(*flat: Any) -> tuple[Any, ...]:
-    features, weight, bias, target, class_weight, rows, *options, keep = flat
-    return Head(features, weight, bias), target, rows, LossOptions(class_weight, *options), keep
+    features, weight, bias, target, class_weight, rows, *options, keep, skip_mass = flat
+    return Head(features, weight, bias), target, rows, LossOptions(class_weight, *options), keep, skip_mass
 
 
-def _check(head: Head, target: Tensor, rows: Tensor | None, options: LossOptions, keep: bool = False) -> None:
+def _check(
+    head: Head, target: Tensor, rows: Tensor | None, options: LossOptions, keep: bool = False, skip_mass: float = 0.0
+) -> None:
     features = head.features
     check_head(*head)
     check_loss("features", features, head.weight.shape[0], target, options)
@@ -190,12 +218,13 @@ def _check(head: Head, target: Tensor, rows: Tensor | None, options: LossOptions
         check_dtype("rows", rows, torch.int64)
         check_shape("rows", rows, "(k,)", (None,))
         check_same_device("rows", rows, "features", features)
+    check_range("skip_mass", skip_mass, 0.0, 1.0)
 
 
 def _check_backward(
     grad: Tensor, head: Head, scored: Scored, rows: Tensor | None, options: LossOptions, needs: Needs
 ) -> None:
-    features, (target, lse, p_rest, valid, logits) = head.features, scored
+    features, (target, lse, p_rest, valid, logits, left_out) = head.features, scored
     _check(head, target, rows, options)
     check_floating("grad", grad)
     check_dtype("lse", lse, accumulate_dtype(features.dtype))
@@ -209,13 +238,21 @@ def _check_backward(
         check_same_dtype("logits", logits, "features", features)
         check_same_device("logits", logits, "features", features)
         check_shape("logits", logits, f"(n, C) = {(n, len(head.weight))}, or empty", (n, len(head.weight)))
+    if left_out.numel():
+        tiles = table_shape(n, len(head.weight))
+        check_dtype("left_out", left_out, accumulate_dtype(features.dtype))
+        check_same_device("left_out", left_out, "features", features)
+        check_shape("left_out", left_out, f"(n, tiles) = {tiles}, or empty", tiles)
 
 
-def _fake(head: Head, target: Tensor, rows: Tensor | None, options: LossOptions, keep: bool) -> Forward:
-    n, dtype = target.shape[0], accumulate_dtype(head.features.dtype)
-    stored = (n, len(head.weight)) if keep and head.features.device.type == "cpu" else (0, 0)
-    features = head.features
-    return *empty_statistics(features, n, dtype), features.new_empty(n, dtype=dtype), features.new_empty(stored)
+def _fake(
+    head: Head, target: Tensor, rows: Tensor | None, options: LossOptions, keep: bool, skip_mass: float
+) -> Forward:
+    features, classes = head.features, len(head.weight)
+    n, dtype, cpu = target.shape[0], accumulate_dtype(features.dtype), features.device.type == "cpu"
+    p_rest, logits = features.new_empty(n, dtype=dtype), features.new_empty((n, classes) if keep and cpu else (0, 0))
+    shape = table_shape(n, classes) if cpu and leaves_out(skip_mass, options) else (0, 0)
+    return *empty_statistics(features, n, dtype), p_rest, logits, p_rest.new_empty(shape)
 
 
 def _backward_fake(
@@ -225,28 +262,28 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
-    features, weight, bias, target, class_weight, rows, *options, _ = inputs
-    _, lse, _, _, _, valid, p_rest, logits = output
+    features, weight, bias, target, class_weight, rows, *options, _, _ = inputs
+    _, lse, _, _, _, valid, p_rest, logits, left_out = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(features, weight, bias, target, lse, p_rest, valid, logits, class_weight, rows)
+    ctx.save_for_backward(features, weight, bias, target, lse, p_rest, valid, logits, left_out, class_weight, rows)
     ctx.options = options
 
 
 def _backward(ctx: Any, needed: Sequence[bool], grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 10
+        return (None,) * 11
     features, weight, bias, *rest = ctx.saved_tensors
     needs = needed[:3]
     gradients = _linear_cross_entropy_backward(grad, features, weight, bias, *rest, *ctx.options, *needs)
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *(None,) * 7
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *(None,) * 8
 
 
 _linear_cross_entropy = define_differentiable(
     "linear_cross_entropy(Tensor features, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
-    "Tensor? rows, SymInt ignore_index, float label_smoothing, float softcap, bool keep_logits) "
-    # BatchStatistics, then (n,) 1 - p_y and the logits that were kept
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? rows, SymInt ignore_index, float label_smoothing, float softcap, bool keep_logits, "
+    # BatchStatistics, then (n,) 1 - p_y, the logits that were kept, and (n, tiles) what each row leaves out
+    "float skip_mass) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     check=_check,
     fake=_fake,
     cpu=_cpu.forward,
@@ -259,8 +296,8 @@ _linear_cross_entropy = define_differentiable(
 )
 _linear_cross_entropy_backward = define_differentiable(
     "linear_cross_entropy_backward(Tensor grad, Tensor features, Tensor weight, Tensor? bias, Tensor target, "
-    "Tensor lse, Tensor others, Tensor valid, Tensor logits, Tensor? class_weight, Tensor? rows, SymInt ignore_index, "
-    "float label_smoothing, float softcap, bool need_features, bool need_weight, bool need_bias) "
+    "Tensor lse, Tensor others, Tensor valid, Tensor logits, Tensor left_out, Tensor? class_weight, Tensor? rows, "
+    "SymInt ignore_index, float label_smoothing, float softcap, bool need_features, bool need_weight, bool need_bias) "
     "-> (Tensor, Tensor, Tensor)",
     check=_check_backward,
     fake=_backward_fake,

@@ -30,6 +30,7 @@ OF_CRITERION: dict[str, Any] = {
     "class_weight": None,
     "ignore_index": -100,
     "label_smoothing": 0.0,
+    "skip_mass": 0.0,
 }
 
 

@@ -161,6 +161,7 @@ class LinearCausalLM:
                     labels.reshape(-1),
                     **self.tokens.options(given.device),
                     memory_limit=0,
+                    skip_mass=self.tokens.skip_mass,
                     return_statistics=True,
                 )
         self._found = ByToken(given, features, loss, stats)

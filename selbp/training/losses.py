@@ -93,6 +93,7 @@ class CrossEntropy:
     label_smoothing: float = 0.0
     shift: bool = False
     class_dim: int | None = None
+    skip_mass: float = 0.0  # of the loss without logits
     _moved: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
     _last: list[bool] = field(default_factory=list, repr=False)  # what the first unambiguous minibatch told
 
@@ -275,8 +276,12 @@ def criterion_of(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     class_dim: int | None = None,
+    skip_mass: float = 0.0,
 ) -> Criterion:
     """The criterion for a step's ``loss=``. Raises TypeError or ValueError for what cannot give (n,)."""
+    skip_mass = check_number("skip_mass", skip_mass, 0.0, 1.0)
+    if skip_mass and loss != "linear_causal_lm":
+        raise ValueError(f'skip_mass is for loss="linear_causal_lm", whose head does not run, got {skip_mass}')
     if isinstance(loss, str) and loss in ("cross_entropy", *CAUSAL):
         if class_weight is not None:
             _check_class_weight(class_weight)
@@ -288,7 +293,8 @@ def criterion_of(
                 raise ValueError(f"class_dim must be 1, -1 or None, got {class_dim}")
         if loss in CAUSAL and class_dim == 1:
             raise ValueError(f'class_dim=1 is for "cross_entropy": {loss!r} has logits (n, T, C)')
-        return CrossEntropy(class_weight, ignore_index, label_smoothing, shift=loss in CAUSAL, class_dim=class_dim)
+        shift = loss in CAUSAL
+        return CrossEntropy(class_weight, ignore_index, label_smoothing, shift, class_dim, skip_mass)
     defaults = ((class_weight, None), (ignore_index, -100), (label_smoothing, 0.0), (class_dim, None))
     if any(value is not default and not _equals(value, default) for value, default in defaults):
         raise ValueError(

@@ -29,7 +29,7 @@ from selbp.training.step import SelectiveBackprop
 WARM = 2  # first steps of each kind, which allocate and decide
 OF_THE_LOSS = (
     *("loss", "class_weight", "ignore_index", "label_smoothing", "class_dim", "shared", "batch_dims"),
-    *("target_keys", "pass_labels", "aux_weight", "head"),
+    *("target_keys", "pass_labels", "aux_weight", "head", "skip_mass"),
 )
 NOT_MEASURED = ("backward", "schedule", "auto_advance", "table", "micro_batch", "scope", "target")
 

@@ -67,6 +67,7 @@ class StepOptions:
     proxy: Literal["exact", "sketch"] = "exact"
     micro_batch: int | None = None
     scope: Literal["local", "global"] = "local"
+    skip_mass: float = 0.0
 
     def validate(self) -> StepOptions:
         """Return the options with ``keep`` and ``auto_advance`` as Python's own types.
@@ -172,6 +173,7 @@ class StepOptions:
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             class_dim=self.class_dim,
+            skip_mass=self.skip_mass,
         )
 
     def lengths(self) -> Lengths:

@@ -69,6 +69,9 @@ class SelectiveBackprop(CountedStep):
         Where draws come from, on the model's device; torch's global one for None.
     class_weight, ignore_index, label_smoothing : Tensor (C,) or None, int, float
         As in ``torch.nn.functional.cross_entropy``.
+    skip_mass : float
+        With ``loss="linear_causal_lm"``, what part of each token's probabilities the head's gradients may spread evenly
+        over the classes: see :func:`selbp.ops.linear_cross_entropy`.
     target : {"local", "global"}
         ``"local"`` matches the rank's own mean gradient, ``"global"`` that of all ranks, which need not have met before
         the first step; one process is all ranks. Either way each rank chooses k rows of its own minibatch; ``scope``
@@ -179,6 +182,7 @@ class SelectiveBackprop(CountedStep):
         proxy: Literal["exact", "sketch"] = "exact",
         micro_batch: int | None = None,
         scope: Literal["local", "global"] = "local",
+        skip_mass: float = 0.0,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -210,6 +214,7 @@ class SelectiveBackprop(CountedStep):
             proxy=proxy,
             micro_batch=micro_batch,
             scope=scope,
+            skip_mass=skip_mass,
         ).validate()
         warn_of_unshifted_labels(unwrap(model), loss)
         super().__init__(model, options)

@@ -24,7 +24,7 @@ def test_the_loss_and_its_gradients_are_a_linear_layers(hidden, by_name, compile
     def ours(f, w, c):
         with torch.autocast("cpu", torch.bfloat16):
             if by_name:
-                return torch.ops.selbp.linear_cross_entropy(f, w, c, Y, None, None, -100, 0.0, 0.0, False)[0]
+                return torch.ops.selbp.linear_cross_entropy(f, w, c, Y, None, None, -100, 0.0, 0.0, False, 0.0)[0]
             return ops.linear_cross_entropy(f, w, c, Y)
 
     def exactly(f, w, c):  # the operands that autocast makes, and then no rounding

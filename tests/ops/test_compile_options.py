@@ -17,6 +17,7 @@ OPTIONS = {
         lambda v: ops.linear_cross_entropy(F, W, None, Y, label_smoothing=v),
     ),
     "linear_cross_entropy softcap": ((5.0, 0.0, 7.5), lambda v: ops.linear_cross_entropy(F, W, None, Y, softcap=v)),
+    "linear_cross_entropy skip_mass": ((0.1, 0.0, 0.5), lambda v: ops.linear_cross_entropy(F, W, None, Y, skip_mass=v)),
     "linear_cross_entropy ignore_index": (
         tuple(range(-3, 9)),
         lambda v: ops.linear_cross_entropy(F, W, None, Y, ignore_index=v),

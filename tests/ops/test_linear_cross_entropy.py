@@ -99,7 +99,7 @@ def test_the_gpu_fallback_computes_the_same():
     (features, weight, bias), target = head(12, 5, 9, torch.float64)
     with torch.no_grad():
         features[4, 0] = torch.nan
-        packed = module._pack(features, weight, bias, target, None, None, -100, 0.1, 0.0, False)
+        packed = module._pack(features, weight, bias, target, None, None, -100, 0.1, 0.0, False, 0.0)
         forward = module._cpu.forward(*packed)
         for a, b in zip(module._cuda.forward(*packed)[:7], forward[:7], strict=True):
             torch.testing.assert_close(a[forward[5]], b[forward[5]])
@@ -114,6 +114,7 @@ def test_the_gpu_fallback_computes_the_same():
                 forward[6],
                 forward[5],
                 forward[7],
+                forward[8],
                 None,
                 rows,
                 -100,
@@ -264,9 +265,9 @@ def test_no_rows():
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "formed_again"])
 def test_opcheck(rows, keep):
     tensors, target = head(9, 4, 5, torch.float32)
-    arguments = (*tensors, target, torch.rand(5), rows, -100, 0.1, 5.0, keep)
+    arguments = (*tensors, target, torch.rand(5), rows, -100, 0.1, 5.0, keep, 0.0)
     torch.library.opcheck(torch.ops.selbp.linear_cross_entropy.default, arguments)
-    _, lse, _, _, _, valid, others, logits = torch.ops.selbp.linear_cross_entropy(*arguments)
+    _, lse, _, _, _, valid, others, logits, left_out = torch.ops.selbp.linear_cross_entropy(*arguments)
     backward = (
         torch.randn(9),
         *(t.detach() for t in tensors),
@@ -275,6 +276,7 @@ def test_opcheck(rows, keep):
         others.detach(),
         valid,
         logits,
+        left_out,
         torch.rand(5),
         rows,
         -100,

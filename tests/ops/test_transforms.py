@@ -123,7 +123,7 @@ def test_by_the_operators_name():
     target = torch.tensor([0, 1, 2, 3, 4, 0])
 
     def ours(w):
-        return torch.ops.selbp.linear_cross_entropy(f, w, b, target, None, None, -100, 0.0, 0.0, False)[0]
+        return torch.ops.selbp.linear_cross_entropy(f, w, b, target, None, None, -100, 0.0, 0.0, False, 0.0)[0]
 
     exact = jacfwd(lambda w: F.cross_entropy(F.linear(f, w, b), target, reduction="none"))(w)
     torch.testing.assert_close(jacfwd(ours)(w), exact)

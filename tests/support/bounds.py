@@ -150,10 +150,15 @@ def linear_cross_entropy_gradients(a, valid, exact, upstream, found):
     slope = (1 + torch.where(live, z.abs().amax(1), 0.0) / cap) if cap else 1.0
     wrong = ((4 * t.sum(1) * shift * slope)[:, None] + eps * t.sum(1)[:, None]) * scale.abs() + 2 * eps * r.abs()
     w, terms = wide(weight), (len(weight) + 8) * unit(dtype) + 4 * eps
+    # What skip_mass lets each row of the logits' gradient be off by, in sum of absolute values.
+    skipped = 0.0 if options["label_smoothing"] else a.get("skip_mass", 0.0)
+    capped, y = reference.soft_cap(z, cap), torch.where((target >= 0) & (target < len(weight)), target, 0)[:, None]
+    p_rest = torch.where(live, torch.exp(capped.scatter(1, y, -INF).logsumexp(1) - exact.lse), 0.0)[:, None]
+    skipped = 2 * skipped * t.sum(1, keepdim=True) * (p_rest * (1 + 4 * shift[:, None])) * scale.abs()
     bounds = [
-        wrong @ w.abs() + terms * (r.abs() @ w.abs()),
-        wrong.t() @ h.abs() + (n + 8) * eps * (r.abs().t() @ h.abs()),
-        wrong.sum(0) + (n + 8) * eps * r.abs().sum(0),
+        wrong @ w.abs() + terms * (r.abs() @ w.abs()) + skipped * w.abs().amax(0),
+        wrong.t() @ h.abs() + (n + 8) * eps * (r.abs().t() @ h.abs()) + (skipped * h.abs()).sum(0),
+        wrong.sum(0) + (n + 8) * eps * r.abs().sum(0) + skipped.sum(0),
     ]
     limit = torch.finfo(dtype).max / 4
     names, exacts = ("features", "weight", "bias"), (r @ w, r.t() @ h, r.sum(0))

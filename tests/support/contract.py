@@ -95,7 +95,7 @@ def head(n: int, classes: int, d: int, dtype: torch.dtype) -> Arguments:
 def head_of_rows(n: int, classes: int, d: int, dtype: torch.dtype) -> Arguments:
     a = head(n, classes, d, dtype)
     first = {name: a.pop(name) for name in ("features", "weight", "bias", "target", "class_weight")}
-    return {**first, "rows": torch.arange(0, n, 2), **a, "keep_logits": True}
+    return {**first, "rows": torch.arange(0, n, 2), **a, "keep_logits": True, "skip_mass": 0.1}
 
 
 def stored(n: int, classes: int, d: int, dtype: torch.dtype) -> Arguments:

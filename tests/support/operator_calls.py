@@ -39,12 +39,13 @@ RIGHT = {
     "linear_cross_entropy_statistics": {"features": f(N, D), "weight": f(C, D), "bias": f(C), "target": i(N), **LOSS},
     "linear_cross_entropy": {
         "features": f(N, D), "weight": f(C, D), "bias": f(C), "target": i(N), "class_weight": None, "rows": i(2),
-        "ignore_index": -100, "label_smoothing": 0.0, "softcap": 0.0, "keep_logits": False,
+        "ignore_index": -100, "label_smoothing": 0.0, "softcap": 0.0, "keep_logits": False, "skip_mass": 0.0,
     },
     "linear_cross_entropy_backward": {
         "grad": f(N), "features": f(N, D), "weight": f(C, D), "bias": f(C), "target": i(N), "lse": f(N),
-        "others": f(N), "valid": f(N) > 0, "logits": f(N, C), "class_weight": None, "rows": i(2), "ignore_index": -100,
-        "label_smoothing": 0.0, "softcap": 0.0, "need_features": True, "need_weight": True, "need_bias": True,
+        "others": f(N), "valid": f(N) > 0, "logits": f(N, C), "left_out": f(N, 1).abs(), "class_weight": None,
+        "rows": i(2), "ignore_index": -100, "label_smoothing": 0.0, "softcap": 0.0, "need_features": True,
+        "need_weight": True, "need_bias": True,
     },
     "residual": {"logits": f(N, C), "target": i(N), "lse": f(N), **LOSS},
     "gradient_gram": {"residual": f(N, C), "features": f(N, D), "bias": True},
@@ -192,7 +193,10 @@ WRONG = {
         ({"features": meta(f(N, D))}, "features must be on the device of logits, cpu, got meta"),
     ],
     "linear_cross_entropy_statistics": [*HEAD_WRONG, *LOSS_WRONG],
-    "linear_cross_entropy": [*HEAD_WRONG, *LOSS_WRONG, *ROWS_WRONG],
+    "linear_cross_entropy": [
+        *HEAD_WRONG, *LOSS_WRONG, *ROWS_WRONG,
+        *(({"skip_mass": x}, rf"skip_mass must be in \[0, 1\], got {x}") for x in (1.5, -0.1, NAN)),
+    ],
     "linear_cross_entropy_backward": [
         *HEAD_WRONG[4:8], *LOSS_WRONG[:3], *ROWS_WRONG,
         *(({name: f(N + 1) > 0 if name == "valid" else f(N + 1)}, rf"{name} must be \(n,\) with n = 4 as features, "
@@ -207,6 +211,9 @@ WRONG = {
         ({"logits": f(N, C + 1)}, r"logits must be \(n, C\) = \(4, 3\), or empty, got \(4, 4\)"),
         ({"logits": f(N, C, dtype=HALF)}, "logits must have the dtype of features, float32, got float16"),
         ({"logits": meta(f(N, C))}, "logits must be on the device of features, cpu, got meta"),
+        ({"left_out": f(N, 2)}, r"left_out must be \(n, tiles\) = \(4, 1\), or empty, got \(4, 2\)"),
+        ({"left_out": f(N, 1, dtype=HALF)}, "left_out must be float32, got float16"),
+        ({"left_out": meta(f(N, 1))}, "left_out must be on the device of features, cpu, got meta"),
     ],
     "residual": [
         *LOGITS_WRONG, *LOSS_WRONG,

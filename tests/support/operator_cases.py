@@ -1,10 +1,12 @@
 """Random inputs for every operator: shapes, strides, dtypes, values and options. ``bounds`` says what must come out."""
 
 import random
+from unittest import mock
 
 import torch
 
 from selbp import ops
+from selbp.ops import _skipped_tiles
 from selbp.ops import choose_rows as row_choice
 from support import bounds
 
@@ -112,7 +114,14 @@ def linear_cross_entropy(draw):
     n, dtype = draw.size(), draw.choice(*DTYPES)
     a = head(draw, n, dtype)
     a["rows"] = draw.choice(None, torch.randint(0, n, (draw.size(),), generator=draw.torch) if n else None)
+    a["skip_mass"] = draw.choice(0.0, 0.01, 0.3, 1.0)
     leaves = {name: a[name].detach().requires_grad_() for name in ("features", "weight", "bias") if a[name] is not None}
+    with mock.patch.object(_skipped_tiles, "COLUMNS", 16):
+        check_head(draw, a, leaves)
+
+
+def check_head(draw, a, leaves):
+    n = len(a["features"])
     loss, stats = ops.linear_cross_entropy(**{**a, **leaves}, return_statistics=True)
     exact, valid = bounds.linear_cross_entropy(a, (loss, stats))
     upstream = torch.randn(n, generator=draw.torch).to(loss.dtype) * (torch.rand(n, generator=draw.torch) < 0.7)

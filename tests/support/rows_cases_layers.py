@@ -181,6 +181,7 @@ LOSSES: dict[str, Function] = {
     "multi_margin": lambda o: F.multi_margin_loss(o, _y, reduction="none"),
     "multilabel_margin": lambda o: F.multilabel_soft_margin_loss(o, (_p > 0.5).double(), reduction="none"),
     "linear_cross_entropy": lambda o: ops.linear_cross_entropy(o, _head.to(o), None, _y),
+    "linear_cross_entropy_skip": lambda o: ops.linear_cross_entropy(o, _head.to(o), None, _y, skip_mass=0.3),
     "linear_cross_entropy_tokens": lambda o: (
         ops.linear_cross_entropy(o.reshape(2 * N, -1), _head[:, : o.shape[1] // 2].to(o), None, _y.repeat(2))
         .view(N, 2)

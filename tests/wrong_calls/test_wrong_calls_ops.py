@@ -91,7 +91,7 @@ def test_through_the_function(name, change, words):
 
 NUMBERS = {
     "cross_entropy_statistics": ("label_smoothing", "softcap"),
-    "linear_cross_entropy": ("label_smoothing", "softcap"),
+    "linear_cross_entropy": ("label_smoothing", "softcap", "skip_mass"),
     "linear_cross_entropy_statistics": ("label_smoothing", "softcap"),
     "residual": ("label_smoothing", "softcap"),
     "sketch": ("label_smoothing", "softcap"),

@@ -74,7 +74,7 @@ def everything(case):
     )
     residual = residual_operator._cuda(*residual_operator._pack(case.logits, case.target, stored[1], *arguments))
     class_weight, *rest = arguments
-    forward = head_operator._cuda.forward(*head_operator._pack(*head, class_weight, None, *rest, False))
+    forward = head_operator._cuda.forward(*head_operator._pack(*head, class_weight, None, *rest, False, 0.1))
     d_features, *d_head = head_operator._cuda.backward(
         *head_operator._torch.pack_backward(
             torch.linspace(0.5, 1.0, rows),
@@ -83,6 +83,7 @@ def everything(case):
             forward[6],
             forward[5],
             forward[7],
+            forward[8],
             class_weight,
             None,
             *rest,

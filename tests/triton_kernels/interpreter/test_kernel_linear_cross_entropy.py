@@ -103,8 +103,8 @@ def test_the_operator_on_cuda_implementations(rows):
     case = cases.make(21, 16, 90, option="everything", bias=True)
     chosen = None if rows is None else torch.tensor(rows)
     options = (case.options["class_weight"], chosen, -100, 0.2, 7.0)
-    *stats, p_rest, logits = operator._cuda.forward(
-        *operator._pack(case.features, case.weight, case.bias, case.target, *options, False)
+    *stats, p_rest, logits, left_out = operator._cuda.forward(
+        *operator._pack(case.features, case.weight, case.bias, case.target, *options, False, 0.0)
     )
     grad = torch.rand(21)
     needs = (True, True, True)
@@ -119,6 +119,7 @@ def test_the_operator_on_cuda_implementations(rows):
             p_rest,
             stats[5],
             logits,
+            left_out,
             *options,
             *needs,
         )
