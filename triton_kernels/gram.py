@@ -10,12 +10,15 @@ Tile picture: K is symmetric, so only tiles (i, j) with j <= i are computed; eac
       1 [ x ][ D ]            acc_h += H_i[:, k] H_j[:, k]^T     over d in steps of DEPTH
       2 [ x ][ x ][ D ]       K_ij = acc_r * (acc_h + b);  K_ji = K_ij^T
 
-A row of R or H with an entry that is not finite counts as a zero gradient, and it reaches no other row's entries. The
-caller may say that there is none, or hand flags of the rows (mean.py finds them), which clear entries as they are
-stored: of a small minibatch that is a launch fewer. Else the row's own K_ii shows it (nothing finite comes of a NaN or
-an infinity): the diagonal tiles write one flag a row, ``gram_confirm_kernel`` takes the flag back from rows that are
-finite and merely overflowed, and ``gram_clear_kernel`` clears the rows and columns that are flagged. Both usually read
-n bytes and write nothing.
+A row of R or H with an entry that is not finite counts as a zero gradient, and it reaches no other row's entries. How
+such rows are known:
+
+* The caller says that there are none.
+* The caller hands in a flag for each row (mean.py finds them). Entries are cleared as they are stored, which saves a
+  small minibatch a launch.
+* Else by K_ii, which is not finite for such a row. The diagonal tiles write one flag a row. ``gram_confirm_kernel``
+  takes the flag back from rows that are finite and merely overflowed. ``gram_clear_kernel`` clears the flagged rows and
+  columns. Both usually read n bytes and write nothing.
 
 Flops n (n + ROWS)(C + d); bytes from DRAM at least n (C item_R + d item_H) + 4 n^2; requested by the programs
 2 ROWS (C item_R + d item_H) a tile, 4 n^2 stored in all. Few rows make few tiles (36 at n = 1024, ROWS = 128), so a

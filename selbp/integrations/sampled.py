@@ -23,7 +23,7 @@ CONTROLLED = set(inspect.signature(AutoSelect).parameters) - {"step", "sampler",
 
 
 class _Step:
-    """Stands for the step, which a trainer has only after the first batches are drawn."""
+    """What the sampler knows of the step. A trainer builds the step after the first batches are drawn."""
 
     def __init__(self, table: ScoreTable) -> None:
         self.table = table
@@ -37,8 +37,8 @@ class _Step:
 class Sampled:
     """Table, sampler and controller of one training, made when the loader is.
 
-    ``options`` are those of :func:`selbp.auto_select` and of :class:`selbp.AutoSelect` that are no step's; ``rows`` is
-    k where they do not give it, ``steps`` how many are planned. Raises TypeError for others.
+    ``options`` are those of :func:`selbp.auto_select` and :class:`selbp.AutoSelect`, without the step's own. ``rows`` is
+    k where they do not give it, ``steps`` how many steps are planned. Raises TypeError for any other option.
     """
 
     def __init__(self, options: Any, rows: int, steps: int | None) -> None:

@@ -23,8 +23,8 @@ from selbp.ops._logit_pass import (
 )
 from selbp.ops._loss_options import LossOptions
 
-# Of residuals: the two products that read them are slower on larger tiles; but of 16-bit inputs each tile's part of the
-# features' gradient is widened and added, which costs less often with fewer of them.
+# Bytes of a tile of residuals, by the inputs' bytes an entry. The two products that read a tile are faster on small
+# tiles. With 16-bit inputs each tile also widens and adds its part of the features' gradient, so there fewer tiles win.
 _TILE_BYTES = {2: 8 << 20, 4: 2 << 20, 8: 2 << 20}
 
 
