@@ -13,8 +13,8 @@ Tile picture: program (row tile, split) keeps ROWS rows and walks its share of t
 GROUP row tiles walk the classes at the same time, so that W is read from DRAM about n / (ROWS * GROUP) times. There
 are no atomics: each (split, row) is written by one program, and finalize adds the splits in order.
 
-Flops 2 n C d. Bytes from DRAM at least (n + C) d item; the programs ask the cache for (ROWS + COLUMNS) d
-item per row tile and class tile, which the tests count in the interpreter. Epilogue on sm_90: at most 11.5 instructions a
+Flops 2 n C d. Bytes from DRAM at least (n + C) d item; the programs ask the cache for (ROWS + COLUMNS) d item
+per row tile and class tile, which the tests count in the interpreter. Epilogue on sm_90: at most 11.5 instructions a
 logit (21.5 with smoothing alone, 44.5 with a soft cap alone) against 4096 flops a cycle, so at d >= 4096 the product
 dominates. A smaller tile for the options' sake would ask the L2 for more than it gives. So where a whole tile's
 epilogue has too few registers beside the products, it takes QUARTERS of their columns one after the other.

@@ -37,8 +37,8 @@ class _Step:
 class Sampled:
     """Table, sampler and controller of one training, made when the loader is.
 
-    ``options`` are those of :func:`selbp.auto_select` and :class:`selbp.AutoSelect`, without the step's own. ``rows`` is
-    k where they do not give it, ``steps`` how many steps are planned. Raises TypeError for any other option.
+    ``options`` are those of :func:`selbp.auto_select` and :class:`selbp.AutoSelect`, without the step's own. ``rows``
+    is k where they do not give it, ``steps`` how many steps are planned. Raises TypeError for any other option.
     """
 
     def __init__(self, options: Any, rows: int, steps: int | None) -> None:
