@@ -27,7 +27,7 @@ from selbp._checks import shown
 from selbp.common.packed import unpacked
 from selbp.integrations.sampled import Sampled
 from selbp.integrations.seen import Observed, Replay, rows_in
-from selbp.integrations.tasks import base_of, per_sample, task_options
+from selbp.integrations.tasks import base_of, checked, per_sample, task_options
 from selbp.integrations.window import Window
 from selbp.training.linear_loss import NAME as LINEAR
 from selbp.training.losses import CAUSAL
@@ -47,9 +47,10 @@ class SelectiveTrainerMixin:
         The trainer's own.
     selective : dict, optional
         Options of :class:`selbp.SelectiveBackprop`, at least ``selector`` and ``keep``. ``loss`` is that of the model's
-        task where it is left out. With ``sampling``, a dict of options of :func:`selbp.auto_select` and
-        :class:`selbp.AutoSelect`, batches of ``per_device_train_batch_size`` rows are drawn by a table of scores, and
-        ``selector`` and ``keep`` may be left out. Without ``selective`` the trainer is what it was.
+        task where it is left out, which is compared once with the model's own. With ``sampling``, a dict of options of
+        :func:`selbp.auto_select` and :class:`selbp.AutoSelect`, batches of ``per_device_train_batch_size`` rows are
+        drawn by a table of scores, and ``selector`` and ``keep`` may be left out. Without ``selective`` the trainer is
+        what it was.
 
     Notes
     -----
@@ -119,8 +120,15 @@ class SelectiveTrainerMixin:
         """As the trainer's; returns the unweighted mean loss, which is what it logs."""
         parent: Any = super()
         result = parent.training_step(*args, **kwargs)
-        mean = None if self._selective is None else self._selective.take_mean()
-        return result if mean is None else mean.to(result)
+        if self._selective is None:
+            return result
+        mean = self._selective.take_mean()
+        if mean is None:
+            raise RuntimeError(
+                f"nothing was selected: {type(self).__name__}.training_step does not train on what compute_loss gives. "
+                "Leave the trainer as it is and place a cut by selbp.insert_cut"
+            )
+        return mean.to(result)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the trainer's, with the figures of the steps since the last line."""
@@ -320,6 +328,8 @@ class _Selective:
             options["loss"] = per_sample(trainer.compute_loss_func)
         elif "loss" not in options:
             options = {**task_options(model, inputs.get("labels")), **options}
+            if not trainer.args.label_smoothing_factor:  # else the trainer has no use for the model's own loss either
+                options = checked(options, model, inputs)
         if base_of(model).__class__.__name__.endswith("ForConditionalGeneration") and "pass_labels" not in options:
             options["pass_labels"] = bool(getattr(base_of(model).config, "is_encoder_decoder", False))
         smoothing = trainer.args.label_smoothing_factor
@@ -332,7 +342,8 @@ class _Selective:
         if getattr(trainer, "aux_loss_enabled", False):
             options.setdefault("aux_weight", trainer.router_aux_loss_coef)
         loss = options.get("loss")
-        self._counts_targets = isinstance(loss, str) and loss in TOKEN_LOSSES and options.get("class_weight") is None
+        counted = CAUSAL if getattr(trainer, "_loss_shifts_labels", False) else TOKEN_LOSSES
+        self._counts_targets = isinstance(loss, str) and loss in counted and options.get("class_weight") is None
         return options
 
     # ------------------------------------------------------------------------------------------------ the scale

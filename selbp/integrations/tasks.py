@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from selbp.training.losses import HINT
+from selbp.common.batch import Batch
+from selbp.common.distributed import parallel_in
+from selbp.common.guards import buffers_put_back, evaluating, random_state_put_back, without_autocast_cache
+from selbp.common.hooks import is_compiled
+from selbp.common.places import Places
+from selbp.training.auxiliary import Auxiliary
+from selbp.training.losses import HINT, criterion_of
 
+FEW = 8  # samples on which the model's own loss is looked at
+OF_THE_LOSS = ("class_weight", "ignore_index", "label_smoothing", "class_dim", "aux_weight")
+OF_BATCH = {"shared": (), "batch_dims": None, "target_keys": None}
 SHIFTED = ("ForCausalLM", "LMHeadModel")
 CLASSES = (
     "ForTokenClassification",
@@ -76,6 +87,52 @@ def _classification(config: Any, labels: Any) -> str:
         single = "multi_label_classification" if floating else "single_label_classification"
         kind = "regression" if getattr(config, "num_labels", 2) == 1 else single
     return {"regression": "mse", "multi_label_classification": "bce"}.get(str(kind), "cross_entropy")
+
+
+def checked(options: Mapping[str, Any], model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` with the loss that ``model`` computes itself: a class's name does not say all.
+
+    Decoders such as ``BartForCausalLM`` do not shift their labels: their loss becomes ``"cross_entropy"``. The model
+    runs once on a few samples of ``inputs``, in evaluation mode, and is left as it was; nothing is said where it has no
+    loss of its own, or cannot run so. Raises ValueError where no loss that is known here is the model's.
+    """
+    options, named = dict(options), options["loss"]
+    if not isinstance(named, str) or any(name in options for name in OF_THE_LOSS):
+        return options
+    try:
+        output, few = _evaluated(model, inputs, {name: options.get(name, value) for name, value in OF_BATCH.items()})
+        own = output["loss"] if isinstance(output, Mapping) else output.loss
+        extra = Auxiliary(base_of(model), None, True).of(output)
+        own = float(own) - (0.0 if extra is None else float(extra))
+        coarse = torch.finfo(output.logits.dtype).eps
+    except Exception:  # a fault of the model comes up again
+        return options
+    means = {}
+    for loss in dict.fromkeys((named, "cross_entropy") if named == "causal_lm" else (named,)):
+        criterion = criterion_of(loss)
+        losses, (mass, _) = criterion.losses(output, few.target, few.n), criterion.mass(few.target, few.n, few.device)
+        means[loss] = float(losses.double().sum() / mass.double().sum())
+    fits = [loss for loss, mean in means.items() if not abs(mean - own) > max(1e-4, 4 * coarse) * max(1.0, abs(own))]
+    if not fits:
+        raise ValueError(
+            f"the loss of {type(base_of(model)).__name__} is not {named!r}, as its name says: on {few.n} samples it is "
+            f"{own:.4g}, and would be {means[named]:.4g}. Pass loss= among the options of `selective`: a function "
+            f"(output, target) -> (n,), or {named!r} if that is meant"
+        )
+    return {**options, "loss": fits[0]}
+
+
+@torch.no_grad()
+def _evaluated(model: Any, inputs: Mapping[str, Any], places: dict[str, Any]) -> tuple[Any, Batch]:
+    """The output of the first few samples of ``inputs``, labels and all, and the samples."""
+    parallel = parallel_in(model)
+    model = model if parallel is None else parallel.module
+    batch = Batch.of(inputs, None, {}, Places.of(**places, pass_labels=True))
+    few = batch.take(torch.arange(min(batch.n, FEW), device=batch.device))
+    eager = torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
+    with random_state_put_back(few.device), buffers_put_back(model), evaluating(model, few.device), eager:
+        with without_autocast_cache():
+            return few.feed(model), few
 
 
 def per_sample(function: Any) -> Any:

@@ -103,6 +103,68 @@ def test_all_rows_train_as_the_plain_trainer_does(name, backward, tmp_path):
         assert logged(trainer, "loss") == pytest.approx(logged(theirs, "loss"), rel=1e-3)
 
 
+def bart():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "dropout": 0.0}
+    config = transformers.BartConfig(vocab_size=VOCABULARY, max_position_embeddings=32, is_decoder=True, **sizes)
+    return transformers.BartForCausalLM(config)
+
+
+@pytest.mark.parametrize("args", [{}, {"label_smoothing_factor": 0.1}], ids=["plain", "smoothed"])
+def test_a_decoder_that_does_not_shift_its_labels_trains_as_the_plain_trainer_does(args, tmp_path):
+    """Its name is that of those that do; the trainer's smoothed loss shifts them all the same."""
+    ours, plain = bart().double(), bart().double()
+    start = weights(plain).clone()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "BartForCausalLM predicts the next token")
+        trainer = train(ours, tmp_path, texts(), {"selector": selbp.TopLoss(), "keep": 1.0}, **args)
+    train(plain, tmp_path, texts(), kind=transformers.Trainer, **args)
+    assert difference(ours, plain, start) < 1e-6  # the trainer's own loss is float32
+    assert trainer.selective_step._criterion.shift == bool(args)
+
+
+class OddForSequenceClassification(transformers.BertForSequenceClassification):
+    """Its loss is not what its name says."""
+
+    def forward(self, *args, labels=None, **kwargs):
+        output = super().forward(*args, labels=labels, **kwargs)
+        if labels is not None:
+            output.loss = output.loss + self.classifier.weight.abs().mean()
+        return output
+
+
+def test_a_model_whose_loss_is_not_what_its_name_says_is_refused(tmp_path):
+    model = OddForSequenceClassification(transformers.BertConfig(**TEXT, num_labels=4))
+    with pytest.raises(ValueError, match="the loss of OddForSequenceClassification is not 'cross_entropy'"):
+        train(model, tmp_path, classes(), FULL, remove_unused_columns=False)
+    train(model, tmp_path, classes(), {**FULL, "loss": "cross_entropy"}, max_steps=1, remove_unused_columns=False)
+
+
+def test_looking_at_a_models_own_loss_leaves_no_trace(tmp_path):
+    """Dropout draws what it would have drawn."""
+    found = []
+    for options in (FULL, {**FULL, "loss": "cross_entropy"}):
+        torch.manual_seed(0)
+        model = transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT, num_labels=4))
+        train(model, tmp_path, classes(), options)
+        found.append(weights(model))
+    assert torch.equal(*found)
+
+
+class Alone(transformers.Trainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        model.train()
+        loss = model(**inputs).loss
+        loss.backward()
+        return loss.detach()
+
+
+def test_a_trainer_that_trains_past_its_loss_is_told_so(tmp_path):
+    trainer = selective(Alone(bert(), arguments(tmp_path), train_dataset=classes()), **FULL)
+    with pytest.raises(RuntimeError, match="nothing was selected: SelectiveAlone.training_step"):
+        trainer.train()
+
+
 def test_an_accumulated_classifier_trains_as_on_the_whole_batch(tmp_path):
     ours, plain = bert(), bert()
     start = weights(plain).clone()
