@@ -25,8 +25,8 @@ def test_the_guide_has_the_figures_of_the_result_file():
     mine, theirs = ways["table, as auto_select fills it"], ways["confident learning, plain loss"]
     order = "precision of as many as are wrong"
     for wanted in (
-        f"were wrong to {mine['precision']:.0%} and held {mine['recall']:.0%}",
-        f"of which {theirs['precision']:.0%} were wrong, with {theirs['recall']:.0%} of all",
-        f"as were planted, {mine[order]:.0%} and {theirs[order]:.0%} were wrong",
+        f"one half, {mine['precision']:.0%} were wrong, and they held {mine['recall']:.0%}",
+        f"listed {theirs['precision']:.0%} were wrong, and they held {theirs['recall']:.0%} of all",
+        f"as were planted, {mine[order]:.0%} are wrong by the table and {theirs[order]:.0%} by confident learning",
     ):
         assert wanted.replace("%", " %") in text, wanted
