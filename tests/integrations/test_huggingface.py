@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import random
 import warnings
 from typing import Any
 
@@ -140,15 +141,30 @@ def test_a_model_whose_loss_is_not_what_its_name_says_is_refused(tmp_path):
     train(model, tmp_path, classes(), {**FULL, "loss": "cross_entropy"}, max_steps=1, remove_unused_columns=False)
 
 
+class Restless(transformers.BertForSequenceClassification):
+    """Draws and counts in every forward, in evaluation mode too."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("seen", torch.zeros(()))
+        self.modes = []
+
+    def forward(self, *args, **kwargs):
+        self.seen += torch.rand(()) + random.random()
+        self.modes.append(self.training)
+        return super().forward(*args, **kwargs)
+
+
 def test_looking_at_a_models_own_loss_leaves_no_trace(tmp_path):
-    """Dropout draws what it would have drawn."""
     found = []
     for options in (FULL, {**FULL, "loss": "cross_entropy"}):
-        torch.manual_seed(0)
-        model = transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT, num_labels=4))
-        train(model, tmp_path, classes(), options)
-        found.append(weights(model))
-    assert torch.equal(*found)
+        torch.manual_seed(0), random.seed(0)
+        model = Restless(transformers.BertConfig(**TEXT, num_labels=4))
+        train(model, tmp_path, classes(), options, remove_unused_columns=False)
+        found.append(model)
+    looked, told = found
+    assert torch.equal(weights(looked), weights(told)) and torch.equal(looked.seen, told.seen)
+    assert looked.modes == [False, *told.modes]
 
 
 class Alone(transformers.Trainer):
