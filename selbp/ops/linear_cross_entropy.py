@@ -129,16 +129,16 @@ def linear_cross_entropy(
         take more, and at 0, no logits are stored. None: 256 MiB. Read on a CPU, and only where a gradient is wanted;
         on a GPU none are kept.
     skip_mass : float
-        In [0, 1]. Above 0, the backward leaves out classes of little probability, in tiles of one row and 256 classes
-        that the forward finds: up to this part of 1 - p_i, with p_i the probability of the row's target. That
-        probability is spread evenly over the tile's classes. So each row of the gradient with respect to the logits
-        is off by at most e_i = 2 skip_mass |g_i| w_i (1 - p_i) in sum of absolute values, with the incoming gradient
-        g_i and the target's class weight w_i: that part of itself, where there is no ``softcap``. The features'
-        gradient is off by at most e_i max_c ||weight_c|| in the norm of row i; the norms of the errors of the weight's
-        rows add up to at most sum_i e_i ||features_i||, the errors of the bias's entries to at most sum_i e_i. Where
-        less than a quarter of the tiles can be left out, none are. Read on a CPU; on a GPU, with label smoothing, and
-        in forward mode and derivatives of the gradients, nothing is left out. The idea is that of Cut Cross-Entropy
-        (Wijmans et al. 2024, arXiv 2411.09009), which goes by the greatest probability of a block of rows.
+        In [0, 1]. Above 0, the backward leaves out classes of little probability: of each row up to this part of
+        1 - p_i, with p_i the probability of the row's target. It goes by tiles of one row and 256 classes, which the
+        forward finds. What is left out is spread evenly over its tile. Let e_i = 2 skip_mass abs(g_i) w_i (1 - p_i),
+        with the incoming gradient g_i and the target's class weight w_i. Bounds of the errors: row i of the logits'
+        gradient, in sum of absolute values, e_i, which is that part of the row itself where there is no ``softcap``;
+        row i of the features' gradient, in norm, e_i max_c norm(weight_c); the weight's gradient, in norms of its rows
+        together, sum_i e_i norm(features_i); the bias's, in sum of absolute values, sum_i e_i. Nothing is left out
+        where less than a quarter of the tiles can be, on a GPU, with label smoothing, in forward mode and in
+        derivatives of the gradients. The idea is that of Cut Cross-Entropy (Wijmans et al. 2024, arXiv 2411.09009),
+        which goes by the greatest probability of a block of rows.
 
     Returns
     -------
