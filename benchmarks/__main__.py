@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parse = argparse.ArgumentParser(
         "python -m benchmarks",
-        description="Ours, peers and this machine's roofline, in one run of about ten minutes; --quick for a first "
+        description="Ours, peers and this machine's roofline, in one run of about half an hour; --quick for a first "
         "look. Times are medians of interleaved rounds. `python -m benchmarks integrations` measures whole steps in "
         "the loops of other frameworks, and has a --help of its own.",
     )
@@ -125,9 +126,14 @@ def _run(chosen: dict[str, list[Case]], options: argparse.Namespace) -> int:
     roofline = Roofline(options.device, options.threads, options.quick)
     clock = Clock(options.clock or ("process" if options.threads == 1 else "wall"), options.device)
     results: dict[str, list[Row]] = {}
-    status = _time(chosen, options, roofline, clock, results)
-    if not options.no_memory and not status:
-        _add_peaks(results, options)
+    try:
+        _time(chosen, options, roofline, clock, results)
+        if not options.no_memory:
+            _add_peaks(results, options)
+        status = 0
+    except KeyboardInterrupt:
+        print("\nbenchmarks: interrupted; what follows is what there is", file=sys.stderr)
+        status = 130
     for name, rows in results.items():
         print(report.markdown(name, rows), flush=True)
     rates = roofline.table()
@@ -149,20 +155,15 @@ def _time(
     roofline: Roofline,
     clock: Clock,
     results: dict[str, list[Row]],
-) -> int:
+) -> None:
     total, done, start = sum(map(len, chosen.values())), 0, time.perf_counter()
     seconds = options.seconds / (4 if options.quick else 1)
-    try:
-        for name, cases in chosen.items():
-            for case in cases:
-                done += 1
-                spent = time.perf_counter() - start
-                print(f"[{done}/{total}, {spent:.0f} s] {name}: {case.name}", file=sys.stderr, flush=True)
-                results.setdefault(name, []).extend(run_case(case, roofline, clock, seconds, options.seed))
-    except KeyboardInterrupt:
-        print("\nbenchmarks: interrupted; what follows is what there is", file=sys.stderr)
-        return 130
-    return 0
+    for name, cases in chosen.items():
+        for case in cases:
+            done += 1
+            spent = time.perf_counter() - start
+            print(f"[{done}/{total}, {spent:.0f} s] {name}: {case.name}", file=sys.stderr, flush=True)
+            results.setdefault(name, []).extend(run_case(case, roofline, clock, seconds, options.seed))
 
 
 def _add_peaks(results: dict[str, list[Row]], options: argparse.Namespace) -> None:
@@ -187,4 +188,5 @@ def _verdict(results: dict[str, list[Row]], check: bool) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends a run as Ctrl-C does
     sys.exit(main())

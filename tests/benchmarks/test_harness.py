@@ -201,6 +201,20 @@ def test_command_line(monkeypatch, capsys, tmp_path, ticker):
     assert command.main(["--peers"]) == 0 and "liger-kernel" in capsys.readouterr().out
 
 
+def test_an_interrupted_run_keeps_its_figures(monkeypatch, capsys, tmp_path, ticker):
+    def stop(results, options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "cases_of", lambda name, quick, text: [workers(ticker)])
+    monkeypatch.setattr(command, "limit_threads", lambda threads: None)
+    monkeypatch.setattr(command.selbp, "keep_freed_memory", lambda: False)
+    monkeypatch.setattr(command, "_add_peaks", stop)
+    arguments = ["gram", "--quick", "--seconds", "0.1", "--out", str(tmp_path), "--clock", "wall"]
+    assert command.main(arguments) == 130
+    shown = capsys.readouterr()
+    assert "interrupted" in shown.err and "| twice |" in shown.out and (tmp_path / "bench.json").exists()
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
