@@ -194,7 +194,7 @@ def _wants_gradient(features: Tensor, weight: Tensor, bias: Tensor | None) -> bo
 
 
 def _keeps_logits(features: Tensor, weight: Tensor, wanted: bool, limit: object) -> bool:
-    """Whether the forward keeps the logits: on a CPU, where a gradient is ``wanted`` and ``limit`` has room."""
+    """Return whether the forward keeps the logits: on a CPU, if a gradient is ``wanted`` and ``limit`` has room."""
     limit = integer("memory_limit", limit)
     if limit < 0:
         raise ValueError(f"memory_limit must be at least 0 bytes or None, got {limit}")

@@ -224,7 +224,7 @@ def _read(dataset: Any, features: Features, n: int, classes: int) -> tuple[Tenso
 
 
 class _Plan(NamedTuple):
-    """What a perceptron is trained for."""
+    """The sizes of one perceptron and of its training."""
 
     classes: int
     hidden: int
