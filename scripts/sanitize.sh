@@ -45,7 +45,7 @@ for which in $SANITIZE; do
     LD_PRELOAD="$("$CXX" -print-file-name=libasan.so) $("$CXX" -print-file-name=libubsan.so) $("$CXX" -print-file-name=libstdc++.so)" \
       ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$folder/package" \
       "$python" -m pytest -q --capture=sys -p no:cacheprovider -m "not slow and not gpu" \
-      tests/fuzz/test_fuzz_operators.py tests/wrong_calls/test_wrong_calls_ops.py $ARGS
+      tests/fuzz/test_fuzz_operators.py tests/wrong_calls/test_wrong_calls_ops.py tests/ops/test_score_minibatch.py $ARGS
     ;;
   thread)
     compile "$folder" -fsanitize=thread
