@@ -11,7 +11,7 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,3 +108,8 @@ def mark(module: nn.Module) -> Callable[[], None]:
 def is_compiled(model: nn.Module) -> bool:
     """Whether ``torch.compile`` has been asked for any part of ``model``."""
     return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
+
+
+def eagerly(model: nn.Module) -> AbstractContextManager[Any]:
+    """Inside, compiled parts of ``model`` run as they were written: to compile them for one look may take minutes."""
+    return torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selbp.common.batch import Batch
-from selbp.common.distributed import parallel_in
+from selbp.common.distributed import unwrap
 from selbp.common.guards import buffers_put_back, evaluating, random_state_put_back, without_autocast_cache
-from selbp.common.hooks import is_compiled
+from selbp.common.hooks import eagerly
 from selbp.common.places import Places
 from selbp.training.auxiliary import Auxiliary
 from selbp.training.losses import HINT, criterion_of
@@ -125,12 +124,10 @@ def checked(options: Mapping[str, Any], model: Any, inputs: Mapping[str, Any]) -
 @torch.no_grad()
 def _evaluated(model: Any, inputs: Mapping[str, Any], places: dict[str, Any]) -> tuple[Any, Batch]:
     """The output of the first few samples of ``inputs``, labels and all, and the samples."""
-    parallel = parallel_in(model)
-    model = model if parallel is None else parallel.module
+    model = unwrap(model)
     batch = Batch.of(inputs, None, {}, Places.of(**places, pass_labels=True))
     few = batch.take(torch.arange(min(batch.n, FEW), device=batch.device))
-    eager = torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
-    with random_state_put_back(few.device), buffers_put_back(model), evaluating(model, few.device), eager:
+    with random_state_put_back(few.device), buffers_put_back(model), evaluating(model, few.device), eagerly(model):
         with without_autocast_cache():
             return few.feed(model), few
 

@@ -17,7 +17,14 @@ from selbp._checks import accumulate_dtype, check_choice
 from selbp.ops import _backends
 from selbp.ops import statistics as statistics_operator
 from selbp.ops._backends import native_threads
-from selbp.ops._logit_pass import TYPE_CODE, address, contiguous_rows, native_options, weight_sum
+from selbp.ops._logit_pass import (
+    TYPE_CODE,
+    address,
+    contiguous_rows,
+    empty_statistics,
+    native_options,
+    weight_sum,
+)
 from selbp.ops._loss_options import LossOptions, raise_bad_target
 from selbp.ops._register import define
 from selbp.ops.residual import residual
@@ -99,7 +106,7 @@ def _cpu(
     h = None if features is None else contiguous_rows(features)
     # One kind of allocation: after a forward each kind of call takes 30 us once, until its code is in the cache.
     empty = partial(z.new_empty, dtype=dtype)
-    stats = (*(empty(n) for _ in range(4)), *(z.new_empty(n, dtype=torch.bool) for _ in range(2)))
+    stats = empty_statistics(z, n, dtype)
     mass, scaled, scale, hits = empty(n), empty(n), empty(()), z.new_empty(2, dtype=torch.int64)
     r = empty((0, 0) if factors == "none" else (n, n_classes))
     class_weight, ignore_index, label_smoothing, softcap = options

@@ -13,16 +13,15 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 
 from selbp.common.batch import Batch
-from selbp.common.distributed import parallel_in
+from selbp.common.distributed import unwrap
 from selbp.common.guards import buffers_put_back, random_state_put_back, without_autocast, without_autocast_cache
-from selbp.common.hooks import is_compiled
+from selbp.common.hooks import eagerly
 from selbp.sampling.auto import median
 from selbp.training.analysis import refuse_sharded
 from selbp.training.report import StepReport
@@ -117,15 +116,14 @@ def full_seconds(timed: _Timed, parts: dict[str, float]) -> float:
 def full_steps(model: nn.Module, batch: Batch, loss_of: Callable[[nn.Module, Batch], Tensor]) -> list[Stopwatch]:
     """Forward and backward of all rows, some times. Gradients, buffers and random state are left as they are.
 
-    Compiled parts run as they were written, slower: to compile them for this alone may take minutes.
+    Compiled parts run as they were written, slower.
     """
-    parallel, device, watches = parallel_in(model), batch.device, list[Stopwatch]()
-    inner = model if parallel is None else parallel.module  # its reducer must not see a forward without a backward
+    device, watches = batch.device, list[Stopwatch]()
+    inner = unwrap(model)  # a reducer must not see a forward without a backward
     refuse_sharded(inner)
     wanted = [p for p in inner.parameters() if p.requires_grad]
     batch = batch.take(torch.arange(batch.n, device=device))  # which the model may edit
-    eager = torch.compiler.set_stance("force_eager") if is_compiled(inner) else nullcontext()
-    with random_state_put_back(device), buffers_put_back(inner), without_autocast_cache(), eager:
+    with random_state_put_back(device), buffers_put_back(inner), without_autocast_cache(), eagerly(inner):
         for _ in range(FULL_STEPS):
             watches.append(watch := Stopwatch(device))
             loss = loss_of(inner, batch)
