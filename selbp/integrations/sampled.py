@@ -23,7 +23,7 @@ CONTROLLED = set(inspect.signature(AutoSelect).parameters) - {"step", "sampler",
 
 
 class _Step:
-    """What the sampler knows of the step. A trainer builds the step after the first batches are drawn."""
+    """Stands in for the step, which a trainer builds after the first batches are drawn."""
 
     def __init__(self, table: ScoreTable) -> None:
         self.table = table

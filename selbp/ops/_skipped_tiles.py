@@ -28,7 +28,7 @@ _WORTH = 0.25  # part of all tiles from which on leaving them out repays the gat
 
 
 def leaves_out(skip_mass: float, options: LossOptions) -> bool:
-    """Whether anything may be left out: the smoothed target of a class is no less for its small probability."""
+    """Return whether anything may be left out: not with label smoothing, whose target lies on all classes."""
     return skip_mass > 0 and not options.label_smoothing
 
 
@@ -54,7 +54,7 @@ def left_out(
 
 
 class Tiles(NamedTuple):
-    """What the backward of k rows forms, and what it leaves out."""
+    """The rows that the backward of k rows forms for each tile, and what it leaves out."""
 
     rows: list[Tensor]  # of each tile: which rows its residuals are formed for
     left_out: Tensor  # (k, tiles) mean over the tile's classes of the scaled residuals that are not formed
@@ -78,7 +78,7 @@ def tiles_of(
     target: Tensor,  # (n,)
     class_weight: Tensor | None,  # (C,)
 ) -> Tiles | None:
-    """What the ``chosen`` rows form and leave out; None where that is too little to repay the gathering.
+    """Return what the ``chosen`` rows form and leave out, or None if that is too little to repay the gathering.
 
     A row whose incoming gradient is not finite leaves nothing out: it spoils every class.
     """

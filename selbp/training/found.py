@@ -1,4 +1,4 @@
-"""What scoring found, where several forwards score the samples: micro-batches, or the ranks of one choice.
+"""Joins what several forwards found of the samples: those of micro-batches, or of the ranks of one choice.
 
 Each part is scored with unscaled losses. The factor that makes them torch's mean follows from all parts together.
 """
