@@ -14,7 +14,7 @@ from support.processes import context
 
 ROOT = Path(__file__).parents[1]
 TOGETHER = [ROOT / "examples" / f"{name}.py" for name in ("07_ddp", "12_fsdp2")]  # two processes each
-ALONE = sorted((ROOT / "examples").glob("0[1-6]_*.py"))
+ALONE = [path for name in ("0[1-6]_*.py", "13_*.py") for path in sorted((ROOT / "examples").glob(name))]
 EXAMPLES = ALONE + TOGETHER  # those of frameworks: tests/integrations
 EXPECTED = {  # what the output must hold: figures that would differ if the library did the wrong thing
     "01_plain_loop": [r"full\n  accuracy 0\.[89]", r"random\n(.*k 32\n){3}", r"matching\n(.*\n){3}  accuracy 0\.[89]"],
@@ -23,6 +23,7 @@ EXPECTED = {  # what the output must hold: figures that would differ if the libr
     "04_fused_head": [r"gradient: \d\.\de-0[678]\n", r"step 4: loss \d\.\d+, trained on 64 of 256"],
     "05_batched_nnls": [r"error 0\.00\d\n", r"right in (4[89]\d|500) of 500", r"nnls_gram: .* \d\.\de-1\d\n"],
     "06_accumulation_and_amp": [r"step 2: 128 rows \(all\)", r"step 3: 32 rows \(chosen\)", r"step 5: 32 rows"],
+    "13_chosen_before_the_forward": [r"random\n  accuracy 0\.9", r"most suspect samples: \[\d+, .*\n  accuracy 0\.9"],
 }
 
 
