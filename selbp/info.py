@@ -99,6 +99,6 @@ def information() -> dict[str, str]:
         "threads": f"{torch.get_num_threads()} (torch), {os.cpu_count()} logical cores",
         "CUDA core": _cuda_core(),
         "CUDA": _cuda(),
-        "matplotlib": _wanted_by("matplotlib", "without it there are no plots", "demo"),
+        "matplotlib": _wanted_by("matplotlib", "compare and study need it", "study"),
         "scikit-learn": _wanted_by("scikit-learn", "the digits come from it", "demo"),
     }

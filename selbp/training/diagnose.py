@@ -76,7 +76,7 @@ def diagnose(
     -------
     Diagnosis
         ``print`` it for a table, which ends with its ``summary``: what the recommended step costs, and how that is
-        known.
+        known. Without a selector the time is modelled, on a CPU only; on another device it is left out.
 
     Raises
     ------
@@ -90,7 +90,7 @@ def diagnose(
     See Also
     --------
     selbp.select : the backward that is looked at.
-    selbp.SelectiveBackprop : ``backward="auto"`` follows the recommendation.
+    selbp.SelectiveBackprop : ``backward="auto"`` follows the recommendation on a CPU, and recomputes elsewhere.
 
     Examples
     --------
@@ -141,6 +141,8 @@ def diagnose(
             f"selbp.diagnose runs the model forward and backward on the first {min(minibatch.n, SAMPLES)} of the "
             f"batch's {minibatch.n} samples, and there met {type(error).__name__}: {error}"
         ) from error
+    if minibatch.device.type != "cpu":
+        found = replace(found, seconds={})  # the model's rates are a CPU's
     if selector is None:
         return found
     given = {"loss": loss, "batchnorm": batchnorm, "class_dim": class_dim, **options}

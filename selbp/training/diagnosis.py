@@ -50,12 +50,13 @@ class Diagnosis:
     saved_bytes : int
         Activations that a forward with a graph keeps, for n rows.
     seconds : dict
-        Modelled time of a step by strategy, and of its forward, on a CPU such as this.
+        Modelled time of a step by strategy, and of its forward, on a CPU such as this. Empty on another device, where
+        none was measured to model it by.
     measured : tuple or None
         Of a rule that was given: ``rule``, ``seconds`` and ``memory`` (bytes) of ``"full"``, ``"rows"`` and
         ``"recompute"`` steps, the number of ``steps``, and whose ``clock``.
     recommendation : {"rows", "recompute"}
-        The strategy with the lower time, measured or else modelled.
+        The strategy with the lower time, measured or else modelled; ``"recompute"`` where neither is known.
 
     See Also
     --------
@@ -119,6 +120,13 @@ class Diagnosis:
     def summary(self) -> str:
         """One line: the recommended step, its time and memory over those of a full step, and how they are known."""
         way, found = self.recommendation, self.measured
+        rows = f"on {self.k} of {self.n} rows"
+        if found is None and not self.seconds:
+            return (
+                f'a rule that reads losses, {rows} with backward="{way}": {self.cost[way]:.2f} of a full step\'s FLOPs '
+                "(counted in a forward and backward of a few samples). Time is modelled on a CPU only: selector= "
+                "measures it here"
+            )
         if found is None:
             rule, seconds, memory = "a rule that reads losses", self.seconds, self.memory
             how = (
@@ -130,7 +138,6 @@ class Diagnosis:
             how = f"measured: medians of {found.steps} steps of each, {found.clock}; memory: most bytes alive at once"
         time, space = seconds[way] / max(seconds["full"], 1e-12), memory[way] / max(memory["full"], 1)
         cost = f"{time:.2f} of a full step's time and {space:.2f} of its memory ({how})"
-        rows = f"on {self.k} of {self.n} rows"
         if time < 1:
             return f'{rule}, {rows} with backward="{way}": {cost}'
         return f'the full step: {rule}, {rows}, takes at best, with backward="{way}", {cost}'
@@ -141,9 +148,9 @@ class Diagnosis:
             lines.append(f"{op.name:52s} {op.runs:6s} {op.calls:5d} {op.flops / 1e9:9.3f}  {op.why}".rstrip())
         lines.append(f"\nk = {self.k} of n = {self.n} rows; modelled cost and saved activations of a step:")
         for name, cost in self.cost.items():
-            rest = ""
-            if name in self.seconds:
-                rest = f", {1e3 * self.seconds[name]:8.2f} ms, {self.memory[name] / 2**20:9.1f} MiB"
+            rest = f", {1e3 * self.seconds[name]:8.2f} ms" if name in self.seconds else ""
+            if name in self.memory:
+                rest += f", {self.memory[name] / 2**20:9.1f} MiB"
             lines.append(f"  {name:10s} {cost:6.3f} of the full step's FLOPs ({1 / max(cost, 1e-9):.2f}x){rest}")
         lines.append(f"recommended: {self.summary}")
         return "\n".join(lines)

@@ -52,8 +52,9 @@ class SelectiveBackprop(CountedStep):
     backward : {"auto", "rows", "recompute"}
         ``"rows"`` differentiates the chosen rows of the forward that scored. ``"recompute"`` runs a second forward on
         them. It refuses a loss in which samples interact, such as a contrastive one, because the chosen rows alone
-        have another loss; the first step checks this. ``"auto"`` models both on the first minibatch and takes the
-        cheaper, see :func:`diagnose`; where samples interact it takes rows.
+        have another loss; the first step checks this. ``"auto"`` takes rows where samples interact. Else it models both
+        on the first minibatch and takes the cheaper, see :func:`diagnose`; on a GPU, where rows are unmeasured, it
+        recomputes.
     scoring : {"same", "eval"}
         ``"same"`` scores with the forward as it trains: dropout is active, and batch norm updates its running
         statistics there and not in the forward of the chosen rows, which draws its own dropout masks. ``"eval"`` scores

@@ -69,6 +69,15 @@ def test_python_outweighs_the_flops_of_a_tiny_network() -> None:
     assert found.recommendation == "recompute" and "ms" in str(found)
 
 
+def test_no_time_is_modelled_where_no_rate_was_measured() -> None:
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3)).to("meta")  # stands for any other device
+    batch = torch.randn(16, 8, device="meta"), torch.zeros(16, dtype=torch.int64, device="meta")
+    found = selbp.diagnose(model, batch)
+    assert found.seconds == {} and found.recommendation == "recompute" and found.dense == {}
+    assert found.summary.startswith('a rule that reads losses, on 4 of 16 rows with backward="recompute": 0.69 of a')
+    assert " ms" not in str(found) and "MiB" in str(found)
+
+
 def test_time_is_modelled_per_thread_and_with_the_allocators_faults() -> None:
     forward, rows, dense = Work(3.0, 10), Work(6.0, 20), Work()
     few = modelled(forward, rows, dense, 10**9, 0.25, Rates(threads=1, kept=False))
