@@ -26,7 +26,7 @@ help:
 	@echo "                the integrations in old frameworks"
 	@echo "make test-frameworks  the fast tests in the newest Transformers, TRL, Accelerate and Lightning;"
 	@echo "                test-frameworks-old: in those of two years ago, in an environment of their own"
-	@echo "make test-versions  the fast suite on every supported torch, in environments of their own; a table"
+	@echo "make test-versions  the fast suite on five torch releases, 2.6 to 2.15, in environments of their own; a table"
 	@echo "make test-compilers the native core by every supported compiler, without warnings, and its tests"
 	@echo "make test-aarch64   the native core cross-compiled and run in qemu; part of test-all"
 	@echo "make sanitize   the CPU core under the address, undefined-behaviour and thread sanitizers (GCC); part of test-all"

@@ -62,7 +62,7 @@ def _check_device(name: str) -> None:
 def require_plots() -> None:
     """UsageError where the plots cannot be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError('the plots need matplotlib: pip install "selbp[demo]"')
+        raise UsageError('the plots need matplotlib: pip install "selbp[study]"')
 
 
 @contextmanager
