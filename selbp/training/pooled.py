@@ -256,6 +256,8 @@ class Training:
                 m.watch.lap("forward")
                 if backward is None:
                     m.watch.follow(loss)
+                    if self._pause:
+                        self._step._running.paused_in_backward(loss)
                 else:
                     with without_autocast(loss.device):
                         backward(loss)
