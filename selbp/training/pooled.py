@@ -120,7 +120,7 @@ class Pooled:
         self._share_seed(batch.device)
         found = self._score(batch, m.watch) if scoring else self._unscored(batch)
         if self._ranks is not None:
-            found, extras = found.over(self._ranks, counts, batch.extras, gradients=step._gradients)
+            found, extras = found.over(self._ranks, counts, batch.extras, factors=self._reads_factors)
             m.batch = replace(m.batch, extras=extras)
         step._choose(m, found.scaled(step._reduce))
         del found  # and the factors, before the first graph
@@ -155,9 +155,15 @@ class Pooled:
         for rows in self.split(torch.arange(batch.n, device=batch.device)):
             part = batch if len(rows) == batch.n else batch.take(rows)
             scored: Scored = step._score(part, watch, keep_graph=False, unit=unit)
-            parts.append(Found.of(scored, step.head, batch.n, gradients=step._gradients, keep_output=self.keeps_logits))
+            keeps = {"factors": self._reads_factors, "keep_output": self.keeps_logits}
+            parts.append(Found.of(scored, step.head, batch.n, **keeps))
             watch.lap("score")
         return Found.joined(parts)
+
+    @property
+    def _reads_factors(self) -> bool:
+        """Whether the choice, or the head's gradient, needs the head's factors; statistics follow from each part."""
+        return self.step.selector.needs == "gradients" or self.step._full_head
 
     @property
     def keeps_logits(self) -> bool:
@@ -166,7 +172,7 @@ class Pooled:
 
     def _unscored(self, batch: Batch) -> Found:
         found = unscored(batch, self.step._criterion, self.step.model)
-        return Found.of(found, None, batch.n, gradients=False, keep_output=False)
+        return Found.of(found, None, batch.n, factors=False, keep_output=False)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """``x`` in micro-batches."""
