@@ -73,13 +73,13 @@ class Mine(NamedTuple):
     plan: Plan | None = None  # where there are other ranks
 
 
-def backward_of(scale: Any) -> Backward:
-    """Runs ``backward()`` of a scalar times ``scale``, a number, a tensor () or a function such as a scaler's."""
+def backward_of(scale: Any, run: Backward = Tensor.backward) -> Backward:
+    """Runs the backward of a scalar times ``scale``, a number, a tensor () or a function such as a scaler's."""
     if callable(scale):
-        return lambda loss: scale(loss).backward()
+        return lambda loss: run(scale(loss))
     if isinstance(scale, bool) or not isinstance(scale, (int, float, Tensor)):
         raise TypeError(f"scale must be a number, a tensor () or a function of the loss, got {type(scale).__name__}")
-    return lambda loss: (loss if isinstance(scale, (int, float)) and scale == 1 else loss * scale).backward()
+    return lambda loss: run(loss if isinstance(scale, (int, float)) and scale == 1 else loss * scale)
 
 
 class Pooled:
