@@ -193,6 +193,11 @@ class HeadProxies(GradientProxies):
             self.__dict__.pop(name, None)
 
     @property
+    def unmet(self) -> bool:
+        """Whether to read the mean gradient, which is that of all ranks, would wait for the other ranks."""
+        return self._reduce is not None and self._mean is None
+
+    @property
     def complete(self) -> bool:
         """Whether the Gram matrix and the mean gradient are known: then the factors are no longer needed."""
         return self._gram is not None and self._mean is not None

@@ -87,10 +87,11 @@ class RecomputedCut:
                     indices, rows, report = self._cut.pick(delta, activation.take(), k)
                 self._cut.last = report
                 on_choice(report)
-                with torch.enable_grad(), mode.within(), self._running.paused():
-                    below = self._rerun(batch.take(indices))
-                if below.requires_grad:
-                    torch.autograd.backward(below, rows.to(below.dtype))
+                with self._running.paused():  # in the backward too, where a checkpoint runs its layers again
+                    with torch.enable_grad(), mode.within():
+                        below = self._rerun(batch.take(indices))
+                    if below.requires_grad:
+                        torch.autograd.backward(below, rows.to(below.dtype))
 
             leaf.register_hook(hook)
             return leaf

@@ -17,7 +17,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor
 from selbp._checks import shown
 from selbp.common.packed import unpacked
 from selbp.integrations.sampled import Sampled
+from selbp.integrations.scale import accumulated, is_scaled, over_processes
 from selbp.integrations.seen import Observed, Replay, rows_in
 from selbp.integrations.tasks import base_of, checked, per_sample, task_options
 from selbp.integrations.window import Window
@@ -188,11 +188,6 @@ def selective(trainer: Any, **options: Any) -> Any:
     return trainer
 
 
-def _version(package: str) -> tuple[int, ...]:
-    """Major and minor number of a package that is there."""
-    return tuple(int(part) for part in version(package).split(".")[:2])
-
-
 class _Selective:
     """What a selective trainer holds: its options, its step, and what it logs."""
 
@@ -217,6 +212,8 @@ class _Selective:
         self.by_logits = not hasattr(sys.modules.get("trl.trainer.utils"), "add_fused_lm_head")
         self._state: dict[str, Any] | None = None  # of a checkpoint, for the step that is to be built
         self._mean: Tensor | None = None
+        if self.options.get("micro_batch") is not None:
+            raise ValueError("micro_batch= runs backwards of its own, and a trainer runs one: leave it out")
         if trainer.args.n_gpu > 1:
             raise ValueError("a selective trainer needs one process a GPU: start it with torchrun, not DataParallel")
 
@@ -249,19 +246,19 @@ class _Selective:
         step = self._step_on(model, inputs)
         while step.optimizer_step < trainer.state.global_step:
             step.advance()
-        scaled, factor = self._scaled(count), 1.0
+        scaled, factor = is_scaled(trainer, count), 1.0
         by_count = scaled and count is not None and self._counts_targets
-        if by_count and trainer.args.average_tokens_across_devices:
-            factor = trainer.accelerator.num_processes // (trainer.get_tp_size() if self._splits_tensors else 1)
-        elif scaled and not by_count:
-            factor = 1.0 / self._accumulated
+        if by_count:
+            count, factor = over_processes(trainer, step, count)
+        elif scaled:
+            factor = 1.0 / accumulated(trainer)
         with Observed(model, self.metrics or outputs) as seen:
             loss = self._run(inputs, normalizer=count if by_count else None) * factor
         report = step.report
         self.window.add(report)
         mean = report.mean_loss().detach()
         share = factor if report.share is None else report.share * factor
-        self._mean = mean * (share if scaled else 1.0 / self._accumulated)
+        self._mean = mean * (share if scaled else 1.0 / accumulated(trainer))
         return loss, seen.output(report.n)
 
     def inputs_of(self, inputs: Any, output: Any) -> dict[str, Any]:
@@ -345,28 +342,6 @@ class _Selective:
         counted = CAUSAL if getattr(trainer, "_loss_shifts_labels", False) else TOKEN_LOSSES
         self._counts_targets = isinstance(loss, str) and loss in counted and options.get("class_weight") is None
         return options
-
-    # ------------------------------------------------------------------------------------------------ the scale
-
-    def _scaled(self, count: Any) -> bool:
-        """Whether the trainer takes the loss for one that counts in the whole accumulated batch, as it is."""
-        trainer = self.trainer
-        told = getattr(trainer, "loss_is_scaled_for_ga", None)
-        if told is not None:
-            return bool(told)
-        if (trainer.model_accepts_loss_kwargs and count is not None) or trainer.compute_loss_func is not None:
-            return True
-        return _version("transformers") < (4, 47)  # divides what it logs, and not what it runs the backward of
-
-    @property
-    def _accumulated(self) -> int:
-        trainer = self.trainer
-        own = getattr(trainer, "current_gradient_accumulation_steps", None)
-        return int(own or trainer.args.gradient_accumulation_steps)
-
-    @property
-    def _splits_tensors(self) -> bool:
-        return hasattr(self.trainer, "get_tp_size")
 
     # ------------------------------------------------------------------------------------------------ its state
 

@@ -32,20 +32,20 @@ class Found:
     logits: Tensor | None = None  # (n, ...), where they were to be kept
 
     @classmethod
-    def of(cls, scored: Scored, head: nn.Module | None, n: int, *, gradients: bool, keep_output: bool) -> Found:
+    def of(cls, scored: Scored, head: nn.Module | None, n: int, *, factors: bool, keep_output: bool) -> Found:
         """Of a part of ``n`` samples in all that was scored with ``unit`` 1.
 
-        The factors stay where the rule reads gradients, or where they are small enough for the report.
+        The factors stay where they are to be read, or where they are small enough for the report.
         """
         assert scored.mass is not None
         proxies = scored.proxies
-        if proxies is not None and not gradients:
+        if proxies is not None and not factors:
             proxies = worth_keeping(proxies, head, n)
-        factors, bias = None, True
+        pair, bias = None, True
         if proxies is not None:
-            factors, bias = (proxies.token_residual, proxies.token_features), proxies.bias
+            pair, bias = (proxies.token_residual, proxies.token_features), proxies.bias
         logits = logits_of(scored.output).detach() if keep_output and scored.output is not None else None
-        return cls(scored.stats, scored.mass, factors, bias, scored.hits, logits)
+        return cls(scored.stats, scored.mass, pair, bias, scored.hits, logits)
 
     @classmethod
     def joined(cls, parts: Sequence[Found]) -> Found:
@@ -54,7 +54,11 @@ class Found:
             return parts[0]
         stats = BatchStatistics(*map(torch.cat, zip(*(part.stats for part in parts), strict=True)))
         every = [part.factors for part in parts if part.factors is not None]
-        factors = (torch.cat([r for r, _ in every]), torch.cat([h for _, h in every])) if every else None
+        factors = None
+        if len(every) == len(parts):  # else those of long samples were too large to keep for the report
+            most = max(residual.shape[1] for residual, _ in every)
+            longer = [_with_positions(pair, most) for pair in every]
+            factors = torch.cat([r for r, _ in longer]), torch.cat([h for _, h in longer])
         logits = [part.logits for part in parts if part.logits is not None]
         return cls(
             stats,
@@ -66,35 +70,47 @@ class Found:
         )
 
     def over(
-        self, ranks: Ranks, counts: Sequence[int], extras: Mapping[str, Tensor], *, gradients: bool
+        self, ranks: Ranks, counts: Sequence[int], extras: Mapping[str, Tensor], *, factors: bool
     ) -> tuple[Found, dict[str, Tensor]]:
-        """What all ranks found, one after the other, and what their callers know of each sample."""
+        """What all ranks found, one after the other, and what their callers know of each sample.
+
+        The factors travel where they are to be read: for the report alone they are not worth the traffic.
+        """
         if ranks.size == 1:
             return self, dict(extras)
         wide = torch.float32 if self.mass.device.type == "mps" else torch.float64
         hits = torch.stack(self.hits).to(wide) if self.hits is not None else self.mass.new_zeros(2, dtype=wide)
         names = sorted(extras)  # a caller may pass them in another order on each rank
-        known = [*self.stats, self.mass, *(extras[name] for name in names)]
+        floating = [name for name in names if extras[name].is_floating_point()]
+        integers = [name for name in names if name not in floating]  # which a floating type may round
+        known = [*self.stats, self.mass, *(extras[name] for name in floating)]
         table = torch.stack([x.to(wide) for x in known], 1)
-        sums = torch.cat([hits, hits.new_zeros(table.shape[1] - 2)])[None]
+        own = 0 if self.factors is None else self.factors[0].shape[1]
+        sums = torch.cat([hits, hits.new_full((1,), own), hits.new_zeros(table.shape[1] - 3)])[None]
         together = ranks.rows(torch.cat([table, sums]), [n + 1 for n in counts])
         parts = together.split([n + 1 for n in counts])
         columns = torch.cat([part[:-1] for part in parts]).unbind(1)
         back = [column.to(x.dtype).contiguous() for column, x in zip(columns, known, strict=True)]
         correct, total = torch.stack([part[-1, :2] for part in parts]).sum(0).to(torch.int64).unbind()
-        factors = None
-        if gradients and self.factors is not None:  # for the report alone they are not worth the traffic
-            factors = ranks.rows(self.factors[0], counts), ranks.rows(self.factors[1], counts)
+        pair = None
+        if factors and self.factors is not None:
+            most = int(torch.stack([part[-1, 2] for part in parts]).max())
+            residual, features = _with_positions(self.factors, most)
+            pair = ranks.rows(residual, counts), ranks.rows(features, counts)
         fields = len(self.stats)
         whole = replace(
             self,
             stats=BatchStatistics(*back[:fields]),
             mass=back[fields],
-            factors=factors,
+            factors=pair,
             hits=None if self.hits is None else (correct, total),
             logits=None if self.logits is None else ranks.rows(self.logits, counts),
         )
-        return whole, dict(zip(names, back[fields + 1 :], strict=True))
+        told = dict(zip(floating, back[fields + 1 :], strict=True))
+        if integers:
+            whole_numbers = ranks.rows(torch.stack([extras[name].to(torch.int64) for name in integers], 1), counts)
+            told |= {name: x.to(extras[name].dtype) for name, x in zip(integers, whole_numbers.unbind(1), strict=True)}
+        return whole, told
 
     def scaled(self, reduce: Any = None) -> Scored:
         """In the units of torch's mean over these samples."""
@@ -109,6 +125,12 @@ class Found:
         stats = self.stats._replace(residual_sq=self.stats.residual_sq * scale.square())
         output = None if self.logits is None else {"logits": self.logits}
         return Scored(stats, scale, proxies, hits=self.hits, mass=self.mass, output=output)
+
+
+def _with_positions(factors: tuple[Tensor, Tensor], most: int) -> tuple[Tensor, Tensor]:
+    """The factors with ``most`` positions, 0 in those that are new: their gradients are 0 as well."""
+    residual, features = (nn.functional.pad(x, (0, 0, 0, most - x.shape[1])) for x in factors)
+    return residual, features
 
 
 def added(hits: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:

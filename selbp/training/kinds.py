@@ -154,6 +154,8 @@ class StepKinds:
         trained = nullcontext if head is None else head.replacing
         losses = self._by_rows(m, trained) if way.keeps_graph else self._by_recompute(m, trained)
         loss = self._loss(m, losses, head)
+        if not way.keeps_graph and self._scoring == "same":
+            self._running.paused_in_backward(loss)
         return loss, m.report(StepReport, self._step, way.name, way.reason, scored=True)
 
     def _by_rows(self, m: Minibatch, trained: Context) -> Tensor:

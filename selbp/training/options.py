@@ -16,7 +16,7 @@ from selbp.common.lengths import Lengths
 from selbp.common.places import Places
 from selbp.rows.layout import BatchNormPolicy
 from selbp.sampling.table import ScoreTable
-from selbp.selectors import Selector
+from selbp.selectors import CubeSampling, Selector
 from selbp.selectors.base import NEEDS
 from selbp.training.linear_loss import NAME as LINEAR
 from selbp.training.losses import CAUSAL, Criterion, criterion_of
@@ -97,7 +97,8 @@ class StepOptions:
 
     def _check_together(self) -> None:
         """Raise ValueError for options that exclude each other."""
-        if self.target == "global" and self.selector.needs != "gradients":
+        no_mean = self.selector.needs != "gradients" or isinstance(self.selector, CubeSampling)
+        if self.target == "global" and no_mean:
             raise ValueError(f'target="global" is for rules that match gradients, not for {self.selector!r}')
         if self.scoring == "eval" and self.backward == "rows":
             raise ValueError('scoring="eval" is for backward="recompute": the rows of a forward that trains are in use')

@@ -69,8 +69,11 @@ class Pace:
             return
 
     def add(self, report: StepReport) -> None:
-        """One more step, whose backward may not have run; the ``STEPS`` before it are looked at once."""
-        if not (report.scored or report.backward == "rows") or report.k >= report.n:
+        """One more step, whose backward may not have run; the ``STEPS`` before it are looked at once.
+
+        One that is captured in a CUDA graph does not count: it has no time, and to look asks the GPU.
+        """
+        if report._watch.idle or not (report.scored or report.backward == "rows") or report.k >= report.n:
             return
         self._seen += 1
         if self._seen > WARM + STEPS:

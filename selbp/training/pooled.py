@@ -73,13 +73,13 @@ class Mine(NamedTuple):
     plan: Plan | None = None  # where there are other ranks
 
 
-def backward_of(scale: Any) -> Backward:
-    """Runs ``backward()`` of a scalar times ``scale``, a number, a tensor () or a function such as a scaler's."""
+def backward_of(scale: Any, run: Backward = Tensor.backward) -> Backward:
+    """Runs the backward of a scalar times ``scale``, a number, a tensor () or a function such as a scaler's."""
     if callable(scale):
-        return lambda loss: scale(loss).backward()
+        return lambda loss: run(scale(loss))
     if isinstance(scale, bool) or not isinstance(scale, (int, float, Tensor)):
         raise TypeError(f"scale must be a number, a tensor () or a function of the loss, got {type(scale).__name__}")
-    return lambda loss: (loss if isinstance(scale, (int, float)) and scale == 1 else loss * scale).backward()
+    return lambda loss: run(loss if isinstance(scale, (int, float)) and scale == 1 else loss * scale)
 
 
 class Pooled:
@@ -120,7 +120,7 @@ class Pooled:
         self._share_seed(batch.device)
         found = self._score(batch, m.watch) if scoring else self._unscored(batch)
         if self._ranks is not None:
-            found, extras = found.over(self._ranks, counts, batch.extras, gradients=step._gradients)
+            found, extras = found.over(self._ranks, counts, batch.extras, factors=self._reads_factors)
             m.batch = replace(m.batch, extras=extras)
         step._choose(m, found.scaled(step._reduce))
         del found  # and the factors, before the first graph
@@ -155,9 +155,15 @@ class Pooled:
         for rows in self.split(torch.arange(batch.n, device=batch.device)):
             part = batch if len(rows) == batch.n else batch.take(rows)
             scored: Scored = step._score(part, watch, keep_graph=False, unit=unit)
-            parts.append(Found.of(scored, step.head, batch.n, gradients=step._gradients, keep_output=self.keeps_logits))
+            keeps = {"factors": self._reads_factors, "keep_output": self.keeps_logits}
+            parts.append(Found.of(scored, step.head, batch.n, **keeps))
             watch.lap("score")
         return Found.joined(parts)
+
+    @property
+    def _reads_factors(self) -> bool:
+        """Whether the choice, or the head's gradient, needs the head's factors; statistics follow from each part."""
+        return self.step.selector.needs == "gradients" or self.step._full_head
 
     @property
     def keeps_logits(self) -> bool:
@@ -166,7 +172,7 @@ class Pooled:
 
     def _unscored(self, batch: Batch) -> Found:
         found = unscored(batch, self.step._criterion, self.step.model)
-        return Found.of(found, None, batch.n, gradients=False, keep_output=False)
+        return Found.of(found, None, batch.n, factors=False, keep_output=False)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """``x`` in micro-batches."""
@@ -256,6 +262,8 @@ class Training:
                 m.watch.lap("forward")
                 if backward is None:
                     m.watch.follow(loss)
+                    if self._pause:
+                        self._step._running.paused_in_backward(loss)
                 else:
                     with without_autocast(loss.device):
                         backward(loss)

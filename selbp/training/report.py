@@ -27,8 +27,9 @@ OF_THE_TABLE = ("headroom", "price", "noise_share", "coverage")
 class StepReport(SelectionFigures):
     """One step's figures. The attributes are known at once; the properties synchronise with the device when read.
 
-    Figures that the step had no means to know are None: those of gradients, where nothing was scored, no head was
-    found, or a rule that reads losses would have to keep large tensors for them; accuracy, for a loss without classes.
+    Figures that the step had no means to know are None: accuracy, for a loss without classes; those of gradients, where
+    nothing was scored, no head was found, a rule that reads losses would have to keep large tensors for them, or the
+    mean gradient is that of all ranks and the rule did not read it.
 
     Attributes
     ----------

@@ -87,8 +87,11 @@ def _of_sketches(sketches: Tensor, scale: Tensor, valid: Tensor, reduce: Reduce 
 
 
 def worth_keeping(proxies: HeadProxies | None, head: nn.Module | None, n: int) -> HeadProxies | None:
-    """The proxies for the report's figures, unless that would keep large factors alive during the backward."""
-    if proxies is None or head is None:
+    """The proxies for the report's figures, unless that would keep large factors alive during the backward.
+
+    None also where the rule has not read the mean of all ranks: the figures may be read on one rank alone.
+    """
+    if proxies is None or head is None or proxies.unmet:
         return None
     if proxies.complete:
         proxies.release()

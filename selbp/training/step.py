@@ -17,7 +17,7 @@ from selbp.training.counted import CountedStep
 from selbp.training.losses import warn_of_unshifted_labels
 from selbp.training.options import StepOptions
 from selbp.training.per_call import PerCall
-from selbp.training.pooled import Scale, backward_of
+from selbp.training.pooled import Backward, Scale, backward_of
 from selbp.training.schedule import Schedule
 from selbp.types import Selection
 
@@ -316,6 +316,12 @@ class SelectiveBackprop(CountedStep):
         (64, 16, False, False)
         """
         call, run = PerCall.of(normalizer, num_items_in_batch, selection), backward_of(scale)
+        return self._with_backward(inputs, target, call, per_sample, run)
+
+    def _with_backward(
+        self, inputs: Any, target: Any, call: PerCall, per_sample: dict[str, Tensor], run: Backward
+    ) -> Tensor:
+        """() the mean loss of one minibatch, whose backward ``run`` has run."""
         loss = self._counted(inputs, target, call, per_sample, run)
         if self._pooled is None:
             with without_autocast(loss.device):

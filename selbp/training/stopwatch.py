@@ -22,12 +22,12 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._recorded: dict[str, float] | None = None  # of a copy, which has no marks
         self._events = device.type == "cuda"
-        self._idle = capturing(device)
+        self.idle = capturing(device)  # then no event may be recorded, nor asked
         self._marks: list[tuple[str, Any]] = [("start", self._now())]
         self._backward: list[Any] = []
 
     def _now(self) -> Any:
-        if self._idle:
+        if self.idle:
             return None
         if not self._events:
             return time.perf_counter()
@@ -41,7 +41,7 @@ class Stopwatch:
 
     def follow(self, loss: Tensor) -> None:
         """Time the backward of ``loss``, from its start to the end of the engine's run."""
-        if loss.requires_grad and not self._idle:
+        if loss.requires_grad and not self.idle:
             loss.register_hook(self._backward_begins)
 
     def _backward_begins(self, gradient: Tensor) -> None:
@@ -60,7 +60,7 @@ class Stopwatch:
 
     def parts(self) -> dict[str, float]:
         """The same with the forward of ``"score"`` as a part of its own, ``AHEAD``."""
-        if self._idle or self._recorded is not None:
+        if self.idle or self._recorded is not None:
             return {}
         marks = list(self._marks)
         result: dict[str, float] = {}
@@ -73,7 +73,7 @@ class Stopwatch:
     @property
     def over(self) -> bool:
         """Whether the backward has run, so that reading waits for nothing."""
-        if self._idle or self._recorded is not None:
+        if self.idle or self._recorded is not None:
             return False
         if len(self._backward) == 2:
             marks = self._backward
@@ -85,7 +85,7 @@ class Stopwatch:
 
     def __getstate__(self) -> dict[str, Any]:
         """The seconds: a GPU's events exist in their process only."""
-        return {"_recorded": self.seconds(), "_events": False, "_idle": False, "_marks": [], "_backward": []}
+        return {"_recorded": self.seconds(), "_events": False, "idle": False, "_marks": [], "_backward": []}
 
     def _between(self, begin: Any, end: Any) -> float:
         if not self._events:

@@ -280,6 +280,8 @@ def test_a_trainer_that_is_built_already(tmp_path):
         selective(object(), **FULL)
     with pytest.raises(TypeError, match="at least 'selector' and 'keep'"):
         selective(transformers.Trainer(model=bert(), args=arguments(tmp_path)), keep=0.25)
+    with pytest.raises(ValueError, match="micro_batch= runs backwards of its own"):
+        selective(transformers.Trainer(model=bert(), args=arguments(tmp_path)), **FULL, micro_batch=4)
 
 
 def test_evaluation_is_the_trainers_own(tmp_path):

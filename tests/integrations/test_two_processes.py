@@ -70,6 +70,15 @@ def trainer_check(rank: int) -> None:
         ):
             check_equal_on_both(weights(train(SelectiveTrainer, chosen, **extra).model))
 
+    # One choice for all ranks: what is counted is the targets of both, however the trainer counts them.
+    plain = train(transformers.Trainer, None, average_tokens_across_devices=True)
+    for across in (True, False):
+        every = {"selector": selbp.Full(), "keep": 1.0, "scope": "global"}
+        trained = train(SelectiveTrainer, every, average_tokens_across_devices=across)
+        assert difference(trained.model, plain.model, start) < 1e-5
+        logged = [[line["loss"] for line in kind.state.log_history if "loss" in line] for kind in (trained, plain)]
+        assert logged[0] == pytest.approx(logged[1], rel=1e-3) and len(logged[0]) == 2
+
     def own() -> dict[str, Any]:
         generator = torch.Generator().manual_seed(rank)
         return {"selector": selbp.LossPercentile(), "keep": 0.5, "generator": generator, "backward": "recompute"}
@@ -166,20 +175,26 @@ def accelerate_check(rank: int) -> None:
             accelerator, model, selector=selbp.LossPercentile(), keep=0.5, generator=generator, backward="recompute"
         )
 
-    model = accelerator.prepare(network())
-    step = AcceleratedStep(accelerator, model, selector=selbp.Full(), keep=1.0, backward="rows")
     everything = [data(10 * r + part) for r in range(2) for part in range(2)]
     for i, (_, y) in enumerate(everything):
         y[: 5 * i] = -100
     count = sum(int((y != -100).sum()) for _, y in everything)
-    for part in range(2):
-        with accelerator.accumulate(model):
-            accelerator.backward(step(*everything[2 * rank + part], normalizer=count))
     plain = network()
     sum(F.cross_entropy(plain(x), y, reduction="sum") for x, y in everything).div(count).backward()  # type: ignore
-    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-14)
-    accelerator._custom_objects.clear(), accelerator._models.clear()
+    parts = {"micro_batch": 5}
+    for options in ({"backward": "rows"}, {"scope": "global"}, parts, {"scope": "global", **parts}):
+        model = accelerator.prepare(network())
+        step = AcceleratedStep(accelerator, model, selector=selbp.Full(), keep=1.0, **options)
+        for part in range(2):
+            with accelerator.accumulate(model):
+                if "micro_batch" in options:
+                    step.backward(*everything[2 * rank + part], normalizer=count)
+                else:
+                    accelerator.backward(step(*everything[2 * rank + part], normalizer=count))
+        assert step.optimizer_step == 1
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-14)
+        accelerator._custom_objects.clear(), accelerator._models.clear()
 
     model, step = build()
     folder = shared_folder()

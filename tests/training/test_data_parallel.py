@@ -49,6 +49,7 @@ def check_all(rank):
             full_head_passes_the_reducer(rank, find_unused, scoring)
     accumulation_and_scaling(rank)
     global_target(rank)
+    a_report_waits_for_no_rank(rank)
     for kind in KINDS:
         every_step_is_averaged(rank, "static_graph", kind)
     for kind in ("logits edited", "full head"):
@@ -202,6 +203,29 @@ def global_target(rank):
     check_close(rule.mean.inner, torch.stack(inner))
     loss.backward()
     assert 0.0 < step.report.relative_residual < 10.0
+
+
+class OfProducts(selbp.BaseSelector):
+    """Reads inner products of gradients, and no mean."""
+
+    needs = "gradients"
+
+    def choose(self, rows, k):
+        return rows.pick(rows.gradients.gram().diagonal(), k)
+
+
+def a_report_waits_for_no_rank(rank):
+    own = {"loss": lambda z, y: F.cross_entropy(z, y, reduction="none")}
+    for rule in (OfProducts(), selbp.GradientMatching(), selbp.DivBS(), selbp.TopLoss(weights="refit")):
+        for extra in ({}, {"micro_batch": 6}, {"head_gradient": "full"}, own):
+            step = selbp.SelectiveBackprop(
+                DistributedDataParallel(network()), selector=rule, keep=0.25, target="global", **extra
+            )
+            step.backward(*data(rank))
+            with mock.patch("torch.distributed.all_reduce", side_effect=AssertionError("a report waits for a rank")):
+                figures = step.report.as_dict()
+            known = not isinstance(rule, OfProducts) or "head_gradient" in extra
+            assert all((figures[name] is not None) == known for name in ("gain", "relative_residual")), (rule, extra)
 
 
 def test_two_processes():

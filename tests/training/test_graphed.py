@@ -10,6 +10,7 @@ from torch import nn
 
 import selbp
 from selbp.training import graphed as module
+from selbp.training import pace as module_pace
 from selbp.training import stopwatch
 
 
@@ -247,6 +248,10 @@ def capturing(monkeypatch):
         def synchronize(self):
             pass
 
+        def query(self):
+            assert not flag.on, "an event is asked in a capture"
+            return True
+
         def elapsed_time(self, other):
             return 2000.0
 
@@ -268,6 +273,27 @@ def test_the_stopwatch_rests_during_a_capture(capturing):
     watch = stopwatch.Stopwatch(torch.device("cuda"))
     watch.lap("score")
     assert watch.seconds() == {"score": 2.0}
+
+
+def test_a_captured_step_is_not_the_one_that_looks_at_the_pace(capturing, monkeypatch):
+    def report():
+        watch = stopwatch.Stopwatch(torch.device("cuda"))
+        for phase in ("score", "select", "forward", "backward"):
+            watch.lap(phase)
+        return types.SimpleNamespace(_watch=watch, scored=True, backward="recompute", k=14, n=16)
+
+    monkeypatch.setattr(module_pace, "STEPS", 10)
+    capturing.on = False
+    pace = module_pace.Pace(selbp.TopLoss(), 0.9)
+    for _ in range(module_pace.WARM + module_pace.STEPS):
+        pace.add(report())
+    capturing.on = True
+    pace.add(report())
+    assert not pace.done
+    capturing.on = False
+    with pytest.warns(UserWarning, match=r"takes about .* of a full step's time"):
+        pace.add(report())
+    assert pace.done
 
 
 def test_a_cpu_step_asks_nothing_of_cuda(capturing):

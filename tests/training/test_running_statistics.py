@@ -78,3 +78,20 @@ def test_the_statistics_come_back(change):
     assert all(
         kept.data_ptr() != b.data_ptr() for group in statistics._kept.values() for kept in group for b in net.buffers()
     )
+
+
+def test_a_pause_takes_three_launches_and_swaps_what_layers_write_to():
+    net = model()
+    statistics, own = RunningStatistics(net), [*net.buffers()]
+    for _ in range(2):
+        before = buffers(net)
+        with Launches() as seen:
+            pause = statistics.paused()
+            pause.__enter__()
+        assert len(seen.names) <= 3, seen.names
+        assert all(torch.equal(a, b) for a, b in zip(before, net.buffers(), strict=True))  # some layers read them
+        net(torch.randn(4, 5))
+        assert not torch.equal(before[0], net[0].running_mean) and int(net[-1].num_batches_tracked) == 1
+        pause.__exit__(None, None, None)
+        assert all(a is b for a, b in zip(own, net.buffers(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(before, own, strict=True))

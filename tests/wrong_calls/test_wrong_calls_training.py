@@ -294,6 +294,9 @@ COMBINATIONS = {
     "eval with rows": combined(scoring="eval", backward="rows", words='scoring="eval" is for backward="recompute"'),
     "precision with rows": combined(scoring_precision="bfloat16", backward="rows", words='is for backward="recompute"'),
     "global of losses": combined(target="global", words='target="global" is for rules that match gradients|TopLoss'),
+    "global of products": combined(
+        target="global", selector=selbp.CubeSampling(), words='target="global" is for rules that match gradients|Cube'
+    ),
     "cut and head": combined(cut="0", head="2", selector=selbp.Random(), words="cut= goes with none of head"),
     "cut and full head": combined(
         cut="0", head_gradient="full", selector=selbp.Random(), words="cut= goes with none of"
