@@ -1,10 +1,11 @@
 """The journal of a run's state: what a killed run goes on from.
 
-It keeps the state after *every* step, so that a killed run loses only the step in flight. Two slots are written in
-turn. A slot's header is cleared, the body written, then the header, which carries the sequence number and a checksum:
-at any instant one slot is whole. Writing stops at the page cache, which survives the process but not the machine, so a
-third slot is written and fsynced before the first step and every so many seconds; reading takes the newest slot whose
-checksum holds. The format is JSON and raw bytes: loading executes nothing.
+It keeps the state after *every* step that it is given, so that a killed run loses only what came after the last one.
+Two slots are written in turn, never the one that holds the newest state. A slot's header is cleared, the body written,
+then the header, which carries the sequence number and a checksum: at any instant one slot is whole. Writing stops at
+the page cache, which survives the process but not the machine, so a third slot is written and fsynced before the first
+step and every so many seconds; reading takes the newest slot whose checksum holds. The format is JSON and raw bytes:
+loading executes nothing.
 
 A slot is written in place. So it must be a file of its own: a link, symbolic or hard, is refused, for the file at its
 other end is not the run's.
@@ -143,6 +144,7 @@ class Journal:
         self.last_durable = time.monotonic()
         self.files: list[int] = []
         self.block: Block | None = None
+        self._turn = 1  # the slot that is written next
 
     def begin(self, state: Any) -> None:
         """Keep ``state`` durably, before the first step: from now on a folder without any whole slot is damaged."""
@@ -153,7 +155,8 @@ class Journal:
         """Keep ``state`` under ``sequence`` (increasing): a kill from now on loses nothing of it."""
         self._open()
         content = self._encoded(state, sequence)
-        self._write_slot(self.files[sequence % 2], *content)
+        self._write_slot(self.files[self._turn], *content)
+        self._turn = 1 - self._turn  # not where the write was cut short
         if time.monotonic() - self.last_durable >= self.durable_every:
             self._write_durably(*content)
 
@@ -201,19 +204,22 @@ class Journal:
         Raises:
             StorageError: There are slots and none of them is whole, or one is a link.
         """
-        whole: list[tuple[int, bytes, bytes]] = []
+        whole: list[tuple[int, int, bytes, bytes]] = []
         damage: list[str] = []
-        for path in self.paths:
+        for slot, path in enumerate(self.paths):
             found = _read_slot(path)
             if isinstance(found, tuple):
-                whole.append(found)
+                whole.append((slot, *found))
             elif found is not None:
                 damage.append(f"{path.name} {found}")
-        for sequence, text, block in sorted(whole, key=lambda slot: -slot[0]):
+        for slot, sequence, text, block in sorted(whole, key=lambda found: -found[1]):
             try:
-                return decode(text, block), sequence
+                state = decode(text, block)
             except Exception as error:  # a forged slot: its checksum holds, its content is none of ours
                 damage.append(f"state {sequence} cannot be decoded ({type(error).__name__})")
+            else:
+                self._turn = 1 if slot == 0 else 0
+                return state, sequence
         if damage:
             raise StorageError(f"{self.paths[0].parent}: no saved state can be read: {', '.join(damage)}")
         return None

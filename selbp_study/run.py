@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from selbp_study.models import build_model
 from selbp_study.sampled import SampledOrder, Sampling, order_of
 from selbp_study.samples import BatchOrder, evaluate
 from selbp_study.storage import write_bytes, write_text
-from selbp_study.timing import CLOCKS, PHASES, clock_for, phases_of, thread_limit, typical, wrapper_of
+from selbp_study.timing import CLOCKS, PHASES, TimedStep, clock_for, phases_of, thread_limit, typical, wrapper_of
 
 __all__ = [
     "PHASES",
@@ -67,10 +67,8 @@ class Run(KeptRun):
         self.model = build_model(config.model, data.train, data.n_classes, config.seed).to(self.device)
         self.generator = torch.Generator(self.device).manual_seed(config.seed + 1)
         sampled = self.order if isinstance(self.order, SampledOrder) else None
-        self.wrapper = wrapper_of(config, self.model, self.generator, None if sampled is None else sampled.step_options)
-        self.wrapper._pace.done = True  # no look at the price: tables show it
+        self.wrapper = self._wrapper({} if sampled is None else sampled.step_options)
         self.stepping = self.wrapper if sampled is None else sampled.steps_by(self.wrapper)
-        self.wrapper.clock = self.clock
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=config.lr,
@@ -87,6 +85,13 @@ class Run(KeptRun):
                 self.seconds[phase] += sampled.proxy_seconds
         self.journal_seconds = 0.0
         self.window = torch.zeros(WINDOW, len(PHASES) + 1, dtype=torch.float64)  # the last: whether the rule chose
+
+    def _wrapper(self, own: Mapping[str, Any]) -> TimedStep:
+        """The training step; the options ``own`` stand above the configuration's."""
+        made = wrapper_of(self.config, self.model, self.generator, own)
+        made._pace.done = True  # no look at the price: tables show it
+        made.clock = self.clock
+        return made
 
     # ------------------------------------------------------------------------------------------------- state
 

@@ -23,7 +23,6 @@ from selbp_study.run import Run
 from selbp_study.sampled import SampledOrder
 from selbp_study.samples import BatchOrder
 from selbp_study.storage import JsonLines, Lock
-from selbp_study.timing import wrapper_of
 
 T = TypeVar("T")
 
@@ -118,9 +117,8 @@ class SharedRun(Run):
         if isinstance(self.order, SampledOrder):
             raise ValueError("a rule that draws by a table of scores runs in one process: leave torchrun out")
         self.together, self.order = together, Part(self.order, together)
-        own = {"scope": "global", "keep": config.kept() / config.batch_size}
-        self.wrapper = wrapper_of(config, self.model, self.generator, own)
-        self.stepping, self.wrapper.clock = self.wrapper, self.clock
+        self.wrapper = self._wrapper({"scope": "global", "keep": config.kept() / config.batch_size})
+        self.stepping = self.wrapper
         self.optimizer.register_step_pre_hook(self._average)
         if not together.leads:
             self.lock, self.log, self.journal = NoLock(folder), NoLog(folder), NoJournal(folder)

@@ -62,7 +62,7 @@ class SelectiveTrainerMixin:
 
     With ``sampling`` an epoch is one of the sampler's, N / pool batches: ``max_steps`` says best how long to train. A
     resumed training goes on from the sampler's own state, in the middle of an epoch too, so that
-    ``ignore_data_skip`` is set. Each process draws from its own share of the data set.
+    ``ignore_data_skip`` is set while it trains. Each process draws from its own share of the data set.
 
     Examples
     --------
@@ -84,6 +84,16 @@ class SelectiveTrainerMixin:
         if self._selective is None or self._selective.step is None:
             raise RuntimeError("there is no selective step before the first training step")
         return self._selective.step
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's; its arguments are afterwards as they were."""
+        parent: Any = super()
+        arguments: Any = self.args  # type: ignore[attr-defined]
+        skip = arguments.ignore_data_skip
+        try:
+            return parent.train(*args, **kwargs)
+        finally:
+            arguments.ignore_data_skip = skip
 
     def compute_loss(
         self,

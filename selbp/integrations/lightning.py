@@ -49,7 +49,8 @@ class SelectiveCallback(Callback):
     Notes
     -----
     Calls of a step no longer count by themselves: optimizer steps do. Each process has a state of its own in the
-    checkpoint; to go on, there must be as many processes.
+    checkpoint; to go on, there must be as many processes. The figures of a step that did not run are not logged again;
+    the trainer itself repeats what it was told last, until the epoch ends.
 
     Examples
     --------
@@ -61,6 +62,7 @@ class SelectiveCallback(Callback):
         self._log, self._prefix = log, prefix
         self._parts: dict[str, Any] = {}
         self._windows: dict[str, Window] = {}
+        self._seen: dict[str, Any] = {}  # each step's last report that its window has
         self._saved: Mapping[str, Any] | None = None  # of a checkpoint, until the module is known
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -74,6 +76,7 @@ class SelectiveCallback(Callback):
                 "selbp.AutoSelect or a cut of selbp.insert_cut: build it in the module's __init__"
             )
         self._windows = {name: Window() for name in steps}
+        self._seen = {name: self._parts[name]._report for name in steps}
         for name in steps:
             self._parts[name]._auto_advance = False
         self._restore()
@@ -86,15 +89,19 @@ class SelectiveCallback(Callback):
                 step.advance()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the figures, where the trainer logs."""
+        """Log the figures of the steps that ran, where the trainer logs."""
+        if not self._log:
+            return
+        due = trainer.global_step % max(1, trainer.log_every_n_steps) == 0
         for name, window in self._windows.items():
-            step = self._parts[name]
-            if step._report is None:
-                continue
-            window.add(step.report)
-            if self._log and trainer.global_step % max(1, trainer.log_every_n_steps) == 0:
+            report = self._parts[name]._report
+            if report is not self._seen[name]:  # else the step did not run in this batch
+                self._seen[name] = report
+                window.add(report)
+            figures = window.figures() if due else {}
+            if figures:
                 prefix = self._prefix + (f"{name}/" if len(self._windows) > 1 else "")
-                pl_module.log_dict({prefix + key: value for key, value in window.figures().items()})
+                pl_module.log_dict({prefix + key: value for key, value in figures.items()})
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all processes, as the main one saves them."""

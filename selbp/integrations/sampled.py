@@ -10,24 +10,29 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from selbp._checks import shown
+from selbp.common.exchange import Ranks
 from selbp.sampling import AutoSelect, ScoreTable
-from selbp.training.automatic import auto_select, drawn
+from selbp.training.automatic import auto_select, begin_alike, sampler_and_options
 from selbp.training.step import SelectiveBackprop
 
 DRAWN = {  # what auto_select draws by, and its defaults
     name: parameter.default
     for name, parameter in inspect.signature(auto_select).parameters.items()
-    if name in inspect.signature(drawn).parameters and name != "dataset"
+    if name in inspect.signature(sampler_and_options).parameters and name != "dataset"
 }
 CONTROLLED = set(inspect.signature(AutoSelect).parameters) - {"step", "sampler", "others"}
 
 
-class _Step:
+class _StepToCome:
     """Stands in for the step, which a trainer builds after the first batches are drawn."""
 
     def __init__(self, table: ScoreTable) -> None:
         self.table = table
         self.made: SelectiveBackprop | None = None
+
+    @property
+    def _ranks(self) -> Ranks | None:
+        return None if self.made is None else self.made._ranks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         assert self.made is not None
@@ -59,8 +64,8 @@ class Sampled:
         Each training begins with a table of its own.
         """
         if self._used:
-            sampler, self.step_options = drawn(dataset, **self._drawn)
-            self._step, self._used = _Step(sampler.table), False
+            sampler, self.step_options = sampler_and_options(dataset, **self._drawn)
+            self._step, self._used = _StepToCome(sampler.table), False
             self.controller = AutoSelect(self._step, sampler, **self._controlled)
         return DataLoader(read, batch_sampler=self.controller.sampler, **how)
 
@@ -71,6 +76,7 @@ class Sampled:
 
     def control(self, step: SelectiveBackprop) -> AutoSelect:
         """Run ``step`` from now on, by the controller that is returned."""
+        begin_alike(step, self.table)
         self._step.made, self._used = step, True
         return self.controller
 

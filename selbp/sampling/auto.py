@@ -18,7 +18,7 @@ from selbp.sampling.candidates import Candidate, Decision
 __all__ = ["AutoSelect", "Candidate", "Decision"]
 
 FALLBACK = "random"
-TIMES = 32  # of the last steps of each candidate, whose median counts
+TIMES = 32  # of the last steps of each candidate, whose median counts; of more where the trial is longer
 SPARSE = 8  # of so many random steps one writes to the table: enough for headroom, and next to nothing on average
 WARM = 2  # first steps of a candidate that do not count
 
@@ -114,10 +114,8 @@ class AutoSelect:
                 raise ValueError(f"the step of {name!r} must have table= the sampler's table")
         if self.candidates[FALLBACK].scored:
             raise ValueError(f"the candidate {FALLBACK!r} must not be scored")
-        among = {name: getattr(candidate.step, "_ranks", None) for name, candidate in self.candidates.items()}
-        self._ranks: Ranks | None = among[FALLBACK]
-        for name, ranks in among.items():
-            if (ranks is None) != (self._ranks is None):
+        for name, candidate in self.candidates.items():
+            if (getattr(candidate.step, "_ranks", None) is None) != (self._ranks is None):
                 raise ValueError(
                     f"the steps of {FALLBACK!r} and {name!r} must have one scope, got a local and a global one"
                 )
@@ -126,12 +124,16 @@ class AutoSelect:
         self.margin = check_number("margin", margin, 0.0)
         self.log: list[Decision] = []
         self._fixed = None if prices is None else _checked(prices, self.candidates)
-        self._times: dict[str, deque[float]] = {name: deque(maxlen=TIMES) for name in self.candidates}
+        self._times = self._kept({})
         self._count = dict.fromkeys(self.candidates, 0)
         self._shared: dict[str, float] = {}  # the means of all ranks' medians, of the last decision
-        self._steps, self._last, self._tried = 0, ("", 0.0), self._fixed is not None
+        self._steps, self._last, self._all_priced = 0, ("", 0.0), self._fixed is not None
         self._last_step: Any = None
         self._use(FALLBACK)
+
+    def _kept(self, times: Mapping[str, Iterable[float]]) -> dict[str, deque[float]]:
+        """The last ``times`` of each candidate: at least as many as its trial has steps, else it would never end."""
+        return {name: deque(times.get(name, ()), maxlen=max(TIMES, self.trial)) for name in self.candidates}
 
     def _use(self, name: str) -> None:
         candidate = self.candidates[name]
@@ -141,16 +143,36 @@ class AutoSelect:
 
     def __call__(self, inputs: Any, target: Any = None, **per_sample: Tensor) -> Tensor:
         """One minibatch: the scalar to call ``backward()`` on, by the step that its batch was drawn for."""
+        loss: Tensor = self._next_step(inputs, target)(inputs, target, **per_sample)
+        return loss
+
+    def backward(self, inputs: Any, target: Any = None, **options: Any) -> Tensor:
+        """One minibatch, backward and all: :meth:`selbp.SelectiveBackprop.backward` of the step that it was drawn for.
+
+        Parameters
+        ----------
+        inputs, target, **options
+            As of that method. A step with ``micro_batch`` is run by it alone.
+
+        Returns
+        -------
+        Tensor
+            () the mean loss, detached.
+        """
+        loss: Tensor = self._next_step(inputs, target).backward(inputs, target, **options)
+        return loss
+
+    def _next_step(self, inputs: Any, target: Any) -> Any:
+        """The step that the next batch was drawn for; what the last one took is noted, and a decision made if due."""
         draws = self.sampler.table.issued.draws
         name = draws[0].tag if draws and draws[0].tag in self.candidates else self.current
         if self._fixed is None:
             self._time(name, _on_gpu(target) or _on_gpu(inputs))
         self._steps += 1
-        if self._steps % self.every == 0 or not (self._tried or self._trying()):
+        if self._steps % self.every == 0 or not (self._all_priced or self._on_trial()):
             self.decide()
-        step = self._last_step = self.candidates[name].step
-        loss: Tensor = step(inputs, target, **per_sample)
-        return loss
+        self._last_step = self.candidates[name].step
+        return self._last_step
 
     def _time(self, name: str, on_gpu: bool) -> None:
         """Note what the last step took, where this one is of the same candidate."""
@@ -162,11 +184,11 @@ class AutoSelect:
                 self._times[name].append(now - before)
         self._last = name, now
 
-    def _trying(self) -> bool:
+    def _on_trial(self) -> bool:
         """Whether the candidate in use has not made its trial steps."""
         return self._fixed is None and len(self._times[self.current]) < self.trial
 
-    def _untried(self) -> list[str]:
+    def _without_price(self) -> list[str]:
         """Candidates whose price is not known."""
         return [] if self._fixed else [name for name, times in self._times.items() if len(times) < self.trial]
 
@@ -192,9 +214,16 @@ class AutoSelect:
     def _medians(self) -> dict[str, float]:
         return {name: median(times) for name, times in self._times.items() if len(times) >= self.trial}
 
+    @property
+    def _ranks(self) -> Ranks | None:
+        """Those of the steps. They are asked each time: a trainer makes its step after the controller."""
+        ranks: Ranks | None = getattr(self.candidates[FALLBACK].step, "_ranks", None)
+        return ranks
+
     def _others(self) -> Ranks | None:
         """The ranks that make one choice, where there are several."""
-        return self._ranks if self._ranks is not None and self._ranks.size > 1 else None
+        ranks = self._ranks
+        return ranks if ranks is not None and ranks.size > 1 else None
 
     def _headroom(self) -> float:
         """The table's. Of several ranks it is the mean, as are the seconds then, so that all decide alike."""
@@ -219,13 +248,13 @@ class AutoSelect:
         """
         headroom = self._headroom()
         prices = self.prices
-        if self._trying():
+        if self._on_trial():
             return self.current
-        untried = self._untried()
-        self._tried = not untried
+        unpriced = self._without_price()
+        self._all_priced = not unpriced
         before = self.current
-        if untried:
-            chosen, why = untried[0], f"its price is not known: {self.trial} steps will tell"
+        if unpriced:
+            chosen, why = unpriced[0], f"its price is not known: {self.trial} steps will tell"
         else:
             chosen, why = self._best(headroom, prices)
         if chosen != before or not self.log:
@@ -266,10 +295,10 @@ class AutoSelect:
             raise ValueError(f"state of AutoSelect must have the entries {sorted(names)}, got {got}")
         if set(state["times"]) != set(self.candidates) or state["current"] not in self.candidates:
             raise ValueError(f"the state is of the candidates {sorted(state['times'])}, here {sorted(self.candidates)}")
-        self._times = {name: deque(state["times"][name], maxlen=TIMES) for name in self.candidates}
+        self._times = self._kept(state["times"])
         self._count = {name: int(state["count"][name]) for name in self.candidates}
         self._steps, self._last = check_int("steps", state["steps"], 0), ("", 0.0)
-        self._tried = not self._untried()
+        self._all_priced = not self._without_price()
         self.log = [Decision(*line) for line in state["log"]]
         self._use(state["current"])
 

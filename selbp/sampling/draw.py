@@ -146,6 +146,7 @@ def draw(
     """
     if ids.device.type != "cpu":
         return specified(table, ids, k, uniform_rows, odds, factor, seed, step, unbiased)
+    ids, factor = ids.contiguous(), None if factor is None else factor.contiguous()
     pool = len(ids)
     second = unbiased and uniform_rows < k
     scratch = torch.empty((9 * pool if second else pool) + 1 + 2 * k, dtype=torch.float64)

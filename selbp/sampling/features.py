@@ -15,15 +15,18 @@ from selbp._numpy import ARRAYS
 
 WIDTH = 256  # numbers a sample
 GRAMS = 2  # characters or tokens that are hashed together, beside single ones
-CHUNK = 4096  # samples that are read at a time
 LABELS = ("labels", "label")  # a dict's entry with the class
+RAGGED = (-1,)  # in place of one shape, where there are several
 INPUTS = ("input_ids", "pixel_values")  # which of a dict's entries are the input where there are several
 
 Features = str | Tensor | Callable[[Any], Any]
 
 
-def samples_of(dataset: Any, ids: range) -> tuple[Any, Tensor]:
-    """Inputs and (m,) int64 labels of the samples ``ids``: as one tensor where the data set holds tensors."""
+def samples_of(dataset: Any, ids: range, *, auto: bool) -> tuple[Any, Tensor]:
+    """Inputs and (m,) int64 labels of the samples ``ids``. The inputs are one tensor where they stack.
+
+    Of dicts, ``auto`` takes the entry that :func:`automatic` reads.
+    """
     tensors = getattr(dataset, "tensors", None)  # of a TensorDataset
     if isinstance(tensors, (tuple, list)) and len(tensors) >= 2 and all(isinstance(x, Tensor) for x in tensors):
         part = slice(ids.start, ids.stop)
@@ -34,11 +37,12 @@ def samples_of(dataset: Any, ids: range) -> tuple[Any, Tensor]:
         key = next((key for key in LABELS if key in items[0]), None)
         if key is None:
             raise TypeError(f"dataset must give dicts with {' or '.join(LABELS)}, got one with {', '.join(items[0])}")
-        return items, _labels([item[key] for item in items])
+        inputs = _stacked([_input_of(item) for item in items], auto) if auto else items
+        return inputs, _labels([item[key] for item in items])
     if not all(isinstance(item, (tuple, list)) and len(item) >= 2 for item in items):
         raise TypeError(f"dataset must give (input, label), or a dict, for each number, got {shown(items[0])}")
     inputs = [item[0] for item in items]
-    return _stacked(inputs), _labels([item[1] for item in items])
+    return _stacked(inputs, auto), _labels([item[1] for item in items])
 
 
 def _labels(labels: Tensor | list[Any]) -> Tensor:
@@ -50,7 +54,10 @@ def _labels(labels: Tensor | list[Any]) -> Tensor:
     return found.long()
 
 
-def _stacked(inputs: list[Any]) -> Any:
+def _stacked(inputs: list[Any], auto: bool) -> Any:
+    """One tensor of inputs that have one shape; else the list, for ``auto`` with tensors in place of arrays."""
+    if auto:
+        inputs = [torch.as_tensor(x) if isinstance(x, ARRAYS) else x for x in inputs]
     if all(isinstance(x, Tensor) and x.shape == inputs[0].shape for x in inputs):
         return torch.stack(inputs)
     if all(isinstance(x, ARRAYS) and x.shape == inputs[0].shape for x in inputs):
@@ -58,26 +65,47 @@ def _stacked(inputs: list[Any]) -> Any:
     return inputs
 
 
-def features_of(inputs: Any, features: Features, ids: range) -> Tensor:
-    """(m, d) float32 of the samples ``ids``, d at most 256 for ``"auto"``."""
-    if isinstance(features, Tensor):
-        return features[ids.start : ids.stop].float()
-    found = automatic(inputs) if isinstance(features, str) else features(inputs)
+def checked(found: Any, ids: range) -> Tensor:
+    """(m, d) float32 features of the samples ``ids``, on the CPU. Raises ValueError unless ``found`` is such."""
     if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(ids):
         raise ValueError(f"features must give a tensor (m, d) = ({len(ids)}, d), got {shown(found)}")
-    return found.detach().float()
+    return found.detach().float().cpu()
 
 
-def automatic(inputs: Any) -> Tensor:
+def joined(parts: list[Tensor]) -> Tensor:
+    """(N, d) of parts (m, d). Raises ValueError unless they have one d."""
+    widths = sorted({part.shape[1] for part in parts})
+    if len(widths) > 1:
+        raise ValueError(
+            f"features must have one length d for all samples, got {' and '.join(map(str, widths))}: give images as "
+            "many channels, or pass features=, a function of a list of inputs that gives (m, d)"
+        )
+    return torch.cat(parts)
+
+
+def shape_of(inputs: Any) -> tuple[int, ...] | None:
+    """One sample's shape, which all must have for features of stacked inputs; :data:`RAGGED` where they differ.
+
+    None where features do not depend on it: texts, tokens, PIL images.
+    """
+    if isinstance(inputs, Tensor):
+        return tuple(inputs.shape[1:]) if inputs.is_floating_point() or inputs.dim() > 2 else None
+    ragged = all(isinstance(x, Tensor) and (x.is_floating_point() or x.dim() > 1) for x in inputs)
+    return RAGGED if ragged else None
+
+
+def automatic(inputs: Any, alike: bool = True) -> Tensor:
     """(m, d) features of m samples.
 
     Images (m, [channels,] height, width): pooled by averages to at most 256 numbers. Vectors (m, d) floating: as they
     are, or averages of neighbours. Texts, and tokens (m, T) or ragged: counts of hashed n-grams. A PIL image is read
-    as one of its pixels. A dict as its ``input_ids``, where its ``attention_mask`` is not 0, its ``pixel_values``, or
-    its one entry beside the label.
+    as one of its pixels.
+
+    Where the data set's samples are not ``alike`` in shape, these ones may happen to be: their features are then those
+    of inputs of several shapes.
     """
-    if isinstance(inputs, list) and all(isinstance(x, Mapping) for x in inputs):
-        return automatic(_stacked([_input_of(x) for x in inputs]))
+    if isinstance(inputs, Tensor) and not alike:
+        inputs = list(inputs)
     if isinstance(inputs, Tensor) and inputs.is_floating_point() | (inputs.dim() > 2):
         return _pooled(inputs)
     if isinstance(inputs, Tensor) and inputs.dim() == 2:
@@ -87,9 +115,9 @@ def automatic(inputs: Any) -> Tensor:
     if isinstance(inputs, Sequence) and all(isinstance(x, Tensor) and x.dim() == 1 for x in inputs):
         return _hashed([x.tolist() for x in inputs])
     if isinstance(inputs, Sequence) and all(isinstance(x, Tensor) and x.dim() in (2, 3) for x in inputs):
-        return torch.cat([_pooled(x[None], exact=True) for x in inputs])  # images of several sizes
+        return joined([_pooled(x[None], exact=True) for x in inputs])  # images of several sizes
     if isinstance(inputs, Sequence) and all(hasattr(x, "getbands") for x in inputs):
-        return torch.cat([_pooled(_pixels(x), exact=True) for x in inputs])
+        return joined([_pooled(_pixels(x), exact=True) for x in inputs])
     raise TypeError(
         'features="auto" takes images, vectors, texts or tokens; pass features=, a function of a list of inputs that '
         f"gives (m, d), or a matrix (N, d) of embeddings; got {shown(inputs[0] if isinstance(inputs, list) else 0)}"

@@ -149,5 +149,11 @@ class KnownScores:
             writer = csv.writer(file)
             writer.writerow(names)
             for number, row in enumerate(zip(*lists, strict=True)):
-                shown_row = ["" if x != x or (x == -1 and i in (0, 5)) else f"{x:.6g}" for i, x in enumerate(row)]
-                writer.writerow([number, *shown_row])
+                writer.writerow([number, *(_cell(x, name) for name, x in zip(names[1:], row, strict=True))])
+
+
+def _cell(x: int | float, name: str) -> str:
+    """An entry as a file for people has it: six digits of a float, nothing where it is not known."""
+    if isinstance(x, int):
+        return "" if x == -1 and name != "seen" else str(x)
+    return "" if x != x else f"{x:.6g}"

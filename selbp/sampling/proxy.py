@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selbp._checks import check_flag, check_int, check_number, shown
-from selbp.sampling.features import CHUNK, Features, features_of, samples_of
+from selbp.sampling.features import Features
 from selbp.sampling.noise import anchored_transition, noise_aware, undone
+from selbp.sampling.reading import read
 from selbp.sampling.record import FEW
 from selbp.sampling.table import ScoreTable
 
+CHUNK = 4096  # samples that are scored at a time
 LEAST = 100  # minibatches: fewer do not show the noise
 MOST = 10  # passes, to reach LEAST on a small data set
 SHARE = 0.05  # of the steps of the training that follows: as many minibatches beyond the first pass at most
@@ -33,7 +36,7 @@ class Proxy:
     Attributes
     ----------
     seconds : float
-        Processor seconds of this thread's process, reading the data included.
+        Processor seconds of this process, reading the data included, and of the workers that read it.
     fit_seconds : float
         Of those, for training and scoring.
     passes : float
@@ -73,6 +76,7 @@ def fit_proxy(
     steps: int | None = None,
     halves: bool = False,
     seed: int = 0,
+    workers: int = 0,
 ) -> Proxy:
     """Train a small perceptron on simple features, score every sample by it, and estimate the noise from the scores.
 
@@ -87,14 +91,16 @@ def fit_proxy(
     ----------
     dataset : map-style data set
         (input, label) for each number, or a dict with ``labels`` or ``label``; a ``TensorDataset`` is read as tensors.
-        Random augmentation is read as it comes, once.
+        It is read in order, some samples at a time: their inputs take about 64 MiB at most. Random augmentation is read
+        as it comes, once. Where images turn out to have several sizes, the reading begins anew. If it takes long,
+        tqdm shows a bar on a terminal.
     table : ScoreTable
         Of as many samples, with classes.
     features : "auto", callable or Tensor (N, d)
         ``"auto"``: images by average pooling to at most 256 numbers, texts and tokens by hashed n-grams, vectors as
         they are; of a dict ``input_ids``, ``pixel_values`` or the one entry beside the label. Or a function of the
         inputs (a tensor, or a list where they do not stack or are dicts) of m samples that gives (m, d); or a matrix
-        (N, d), such as embeddings.
+        (N, d), such as embeddings. How many samples a function is given at a time is not fixed.
     hidden : int
         Units of its one hidden layer.
     passes : int or None
@@ -111,6 +117,9 @@ def fit_proxy(
         sample learned by heart, but each network has half of the data.
     seed : int
         Of the weights and the order; torch's global generator is left alone.
+    workers : int
+        Processes that read the data set, as a ``DataLoader``'s do; 0: this one. The result is the same to the bit, but
+        for random augmentation. A function as ``features`` runs in this process.
 
     Returns
     -------
@@ -133,7 +142,7 @@ def fit_proxy(
     >>> fit_proxy(data, table, passes=40).accuracy
     1.0
     """
-    start = time.process_time()
+    start = _processor_seconds()
     if not isinstance(table, ScoreTable):
         raise TypeError(f"table must be a selbp.sampling.ScoreTable, got {shown(table)}")
     if table.classes is None:
@@ -147,16 +156,22 @@ def fit_proxy(
     hidden, seed = check_int("hidden", hidden, 1), check_int("seed", seed, 0)
     passes = _enough(n, steps) if passes is None else check_int("passes", passes, 1)
     limit = None if seconds is None else check_number("seconds", seconds, 0.0)
-    x, y = _read(dataset, features, n, table.classes)
-    read = time.process_time()
+    x, y = _scaled(*read(dataset, features, n, check_int("workers", workers, 0)), table.classes)
+    seen = _processor_seconds()
     plan = _Plan(table.classes, hidden, passes, noisy=table.noise != "none")
     logits, done, epsilon = _fitted(x, y, plan, limit, check_flag("halves", halves), seed)
     if done >= HALF:
         _fill(table, logits, y, epsilon, seed)
     losses = F.cross_entropy(logits, y, reduction="none")
     accuracy = float((logits.argmax(1) == y).double().mean())
-    end = time.process_time()
-    return Proxy(end - start, end - read, done, accuracy, losses)
+    end = _processor_seconds()
+    return Proxy(end - start, end - seen, done, accuracy, losses)
+
+
+def _processor_seconds() -> float:
+    """Of this process, and of those that it started and that have ended."""
+    others = os.times()
+    return time.process_time() + others.children_user + others.children_system
 
 
 def _fill(table: ScoreTable, logits: Tensor, y: Tensor, epsilon: float, seed: int) -> None:
@@ -206,15 +221,8 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _read(dataset: Any, features: Features, n: int, classes: int) -> tuple[Tensor, Tensor]:
+def _scaled(x: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """(N, d) features of mean 0 and variance 1, and (N,) labels; values that are no numbers become 0."""
-    parts, labels = [], []
-    for first in range(0, n, CHUNK):
-        ids = range(first, min(first + CHUNK, n))
-        inputs, target = samples_of(dataset, ids)
-        parts.append(features_of(inputs, features, ids).cpu())
-        labels.append(target.cpu())
-    x, y = torch.cat(parts), torch.cat(labels)
     if len(y) and not (0 <= int(y.min()) and int(y.max()) < classes):
         raise ValueError(f"labels must lie in [0, {classes}), got {int(y.min())} to {int(y.max())}")
     x = torch.where(torch.isfinite(x), x, 0.0)
@@ -242,9 +250,9 @@ def _fitted(
         return _scores(model, x), done, epsilon
     logits, done, epsilon = torch.empty(n, plan.classes), 0.0, 0.0
     for part in (0, 1):
-        middle = None if end is None or seconds is None or part else end - seconds / 2
+        until = end if seconds is None or end is None or part else end - seconds / 2  # half of the time for each
         mine = torch.arange(part, n, 2)
-        model, made, found = _trained(x, y, mine, plan, middle or end, seed + part)
+        model, made, found = _trained(x, y, mine, plan, until, seed + part)
         logits[1 - part :: 2] = _scores(model, x[1 - part :: 2])
         done, epsilon = done + made / 2, epsilon + found / 2
     return logits, done, epsilon

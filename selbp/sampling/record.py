@@ -136,7 +136,10 @@ def record(table: Columns, averages: Averages, fresh: Fresh, logits: Tensor, tim
         return specified(table, averages, fresh, logits, time)
     logits = logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
     rows, classes = logits.shape
-    target, ids, live, place = fresh.target.contiguous(), fresh.ids, fresh.live, fresh.place
+    # The kernel reads memory: a rule may return indices with strides.
+    target, ids = fresh.target.contiguous(), fresh.ids.contiguous()
+    place = None if fresh.place is None else fresh.place.contiguous()
+    live = None if fresh.live is None else fresh.live.contiguous()
     transition, counts, scratch = averages.transition, averages.counts, None
     if transition is not None:
         scratch = torch.empty(classes, dtype=torch.float64)

@@ -49,8 +49,8 @@ class ScoreTable(WrittenScores):
     samples : int
         N, the length of the data set.
     classes : int or None
-        C. None for targets that are no classes: then p = exp(-loss), the mean loss over a sequence's tokens, and every
-        label is believed.
+        C. None for targets that are no classes: then p = exp(-loss), and every label is believed. The loss is the mean
+        over a sequence's targets that are not ignored, or a loss of one's own as it is.
     noise : {"symmetric", "class", "none", "auto"}
         ``"symmetric"``, a wrong label is any with the same chance; ``"class"``, a transition matrix (C, C) is learned,
         for few classes; ``"none"``, every label is believed. ``"auto"`` is symmetric until a proxy finds a class whose
@@ -168,6 +168,7 @@ class ScoreTable(WrittenScores):
         They count as not trained on (``seen`` 0), and change no average: call :meth:`estimate` after the last ones.
         """
         classes = self._require_classes()
+        self.arrive(wait=True)  # else what a GPU has sent before would be written after it
         ids = check_ids(ids, len(ids), self.samples, self.device)
         check_rows(logits, target, len(ids), classes)
         fresh = Fresh(ids, 0, None, None, target.to(self.device))
@@ -251,6 +252,7 @@ class ScoreTable(WrittenScores):
     @torch.no_grad()
     def forget(self, ids: Tensor) -> None:
         """Drop all that is known of the samples ``ids`` (n,), as after their labels were corrected."""
+        self.arrive(wait=True)  # else what a GPU has sent before would be written after it
         ids = check_ids(ids, len(ids), self.samples, self.device)
         for column, value in zip(self._columns, (torch.nan, torch.nan, -1, -1, -1), strict=True):
             column[ids] = value

@@ -27,6 +27,7 @@ def auto_select(
     steps: int | None = None,
     step_seconds: float | None = None,
     seed: int = 0,
+    workers: int = 0,
     **options: Any,
 ) -> AutoSelect:
     """Make everything that trains ``model`` on chosen samples of ``dataset``: table, proxy, sampler, step, controller.
@@ -59,6 +60,8 @@ def auto_select(
         of the whole, and is left out if that is too short for half of a pass.
     seed : int
         Of the proxy and of every draw.
+    workers : int
+        Processes that read the data set for the proxy; 0: this one. The loader of the training has its own.
     **options
         Further arguments of :class:`selbp.SelectiveBackprop`.
 
@@ -87,7 +90,7 @@ def auto_select(
     >>> auto.report.k
     16
     """
-    sampler, found = drawn(
+    sampler, found = sampler_and_options(
         dataset,
         classes=classes,
         k=k,
@@ -98,14 +101,20 @@ def auto_select(
         steps=steps,
         step_seconds=step_seconds,
         seed=seed,
+        workers=workers,
     )
     step = SelectiveBackprop(model, **{**found, **options})
-    if step._ranks is not None and step._ranks.size > 1:  # a proxy may have had time for more on one of them
-        sampler.table.load_state_dict(step._ranks.first(sampler.table.state_dict()))
+    begin_alike(step, sampler.table)
     return AutoSelect(step, sampler)
 
 
-def drawn(
+def begin_alike(step: SelectiveBackprop, table: ScoreTable) -> None:
+    """Have the ranks that make one choice begin with rank 0's ``table``: a proxy may have had time for more on one."""
+    if step._ranks is not None and step._ranks.size > 1:
+        table.load_state_dict(step._ranks.first(table.state_dict()))
+
+
+def sampler_and_options(
     dataset: Any,
     *,
     classes: int | None,
@@ -117,6 +126,7 @@ def drawn(
     steps: int | None,
     step_seconds: float | None,
     seed: int,
+    workers: int,
 ) -> tuple[ScoredBatchSampler, dict[str, Any]]:
     """The sampler of :func:`auto_select` and the options of its step."""
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
@@ -125,7 +135,8 @@ def drawn(
     options: dict[str, Any] = {"selector": Full(), "keep": 1.0, "table": table}
     if classes is not None:
         if check_flag("proxy", proxy):
-            fit_proxy(dataset, table, features=features, seconds=_allowed(steps, step_seconds), steps=steps, seed=seed)
+            limit = _allowed(steps, step_seconds)
+            fit_proxy(dataset, table, features=features, seconds=limit, steps=steps, seed=seed, workers=workers)
         if noise != "none":
             options["loss"] = NoiseAwareCrossEntropy(table)
     return ScoredBatchSampler(table, k, pool, seed=seed), options

@@ -23,20 +23,20 @@ class Drawn(NamedTuple):
     order: Tensor | None = None  # (n,) the rows drawn uniformly, then the others; None: they are in that order
 
     def write(
-        self, table: ScoreTable, ranks: Ranks | None, counts: Sequence[int], target: Any, seen: tuple[Any, ...]
+        self, table: ScoreTable, ranks: Ranks | None, counts: Sequence[int], known: Any, seen: tuple[Any, ...]
     ) -> None:
-        """Record what the step saw of them; ``target`` is that of this rank's own."""
+        """Record what the step saw of them; ``known`` is what the table is told of this rank's own."""
         draw, order = self
         output, losses, place, live = seen
-        labels = table.classes is not None and isinstance(target, Tensor)
-        if labels and ranks is not None:
-            target = ranks.rows(target, counts)
+        by_row = isinstance(known, Tensor)
+        if by_row and ranks is not None:
+            known = ranks.rows(known, counts)
         if order is not None:
             draw, order = draw._replace(ids=draw.ids[order.to(draw.ids.device)]), order.to(losses.device)
             back = torch.empty_like(order)
             back[order] = torch.arange(len(order), device=order.device)
-            place, target = back if place is None else back[place], target[order] if labels else target
-        write_back(table, draw, target, output, losses, place, live)
+            place, known = back if place is None else back[place], known[order] if by_row else known
+        write_back(table, draw, known, output, losses, place, live)
 
 
 def of_all(draw: Draw, table: ScoreTable, ranks: Ranks, counts: Sequence[int], device: torch.device) -> Drawn:

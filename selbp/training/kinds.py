@@ -39,7 +39,7 @@ from selbp.training.pooled import Backward, Pooled
 from selbp.training.report import StepReport
 from selbp.training.schedule import Schedule
 from selbp.training.scored import Scored, worth_keeping
-from selbp.training.scores import weighted, write_back
+from selbp.training.scores import told, weighted, write_back
 from selbp.training.scoring import Scorer, unscored
 from selbp.training.sketched import Sketcher
 from selbp.training.stopwatch import AHEAD, Stopwatch
@@ -305,7 +305,7 @@ class StepKinds:
         m.watch.lap("forward")
         m.watch.follow(loss)
         if self._table is not None and m.draw is not None and m.draw.recorded:
-            write_back(self._table, m.draw, m.batch.target, *m.seen)
+            write_back(self._table, m.draw, told(self._table, self._criterion, m.batch.target), *m.seen)
         return loss
 
 

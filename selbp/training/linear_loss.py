@@ -186,6 +186,10 @@ class LinearCausalLM:
         """See :class:`selbp.training.losses.Criterion`."""
         return self.tokens.mass(target, n, device)
 
+    def terms(self, target: Any) -> Tensor | None:
+        """See :class:`selbp.training.losses.Criterion`."""
+        return self.tokens.terms(target)
+
     def hits(self, output: Any, target: Any, live: Tensor) -> tuple[Tensor, Tensor] | None:
         """See :class:`selbp.training.losses.Criterion`."""
         found = self.by_token(output, target)

@@ -53,6 +53,10 @@ class Criterion(Protocol):
         """(n,) weight of each sample in torch's mean, and (n,) bool whether it has a target at all."""
         ...
 
+    def terms(self, target: Any) -> Tensor | None:
+        """(n,) how many entries each sample's loss is the sum of; None where it is one, or a mean."""
+        ...
+
     def hits(self, output: Any, target: Any, live: Tensor) -> tuple[Tensor, Tensor] | None:
         """() how many entries of ``live`` samples are classified correctly and () how many there are.
 
@@ -223,6 +227,13 @@ class CrossEntropy:
         exact = torch.float32 if weight is None or labels.device.type == "mps" else torch.float64  # for a float64 loss
         return label_mass(labels if labels.dim() == 1 else labels.flatten(1), weight, self.ignore_index, exact)
 
+    def terms(self, target: Any) -> Tensor | None:
+        """See :class:`Criterion`: the sample's targets that are not ignored, whatever their class weights."""
+        if self.soft(target):
+            return soft_mass(target, self.class_dim)[0]
+        labels = self._indices(target)
+        return None if labels.dim() == 1 else (labels != self.ignore_index).flatten(1).sum(1)
+
     def hits(self, output: Any, target: Any, live: Tensor) -> tuple[Tensor, Tensor] | None:
         """See :class:`Criterion`."""
         if self.soft(target):
@@ -253,6 +264,10 @@ class PerSample:
     def mass(self, target: Any, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """See :class:`Criterion`: 1 for every sample."""
         return torch.ones(n, device=device), torch.ones(n, dtype=torch.bool, device=device)
+
+    def terms(self, target: Any) -> Tensor | None:
+        """None."""
+        return None
 
     def hits(self, output: Any, target: Any, live: Tensor) -> tuple[Tensor, Tensor] | None:
         """None."""

@@ -32,6 +32,7 @@ from selbp.training.options import UNSEEDED, StepOptions
 from selbp.training.per_call import PerCall
 from selbp.training.report import StepReport
 from selbp.training.scored import Scored
+from selbp.training.scores import told
 from selbp.training.scoring import unscored
 from selbp.training.stopwatch import Stopwatch
 from selbp.types import MeanGradient, Selection
@@ -135,7 +136,8 @@ class Pooled:
             losses, m.scaled = self._everyone(losses, mine), self._everyone(m.scaled, mine)
             m.seen = logits, losses, m.selection.indices, m.live
         if step._table is not None and drawn is not None and drawn.draw.recorded:
-            drawn.write(step._table, self._ranks, counts, batch.target, m.seen)
+            known = told(step._table, step._criterion, batch.target)
+            drawn.write(step._table, self._ranks, counts, known, m.seen)
         way = step._strategy
         return loss, m.report(StepReport, step._step, way.name, way.reason, scored=scoring)
 

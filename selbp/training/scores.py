@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from selbp._checks import shown
@@ -14,6 +13,7 @@ from selbp.common.outputs import logits_in
 from selbp.sampling.issued import Draw
 from selbp.sampling.table import ScoreTable
 from selbp.selectors import Selector
+from selbp.training.losses import Criterion
 from selbp.types import Selection
 
 IRREDUCIBLE = "irreducible_loss"  # by which selbp.ReducibleLoss knows it
@@ -48,17 +48,29 @@ def weighted(selection: Selection, factor: Tensor, rule: Selector) -> Selection:
     return Selection(indices, weights * factor.to(weights)[indices])
 
 
+def told(table: ScoreTable, criterion: Criterion, target: Any) -> Any:
+    """What ``table`` is told of the minibatch beside the step's rows: the targets, for a table with classes.
+
+    For one without, how many entries each sample's loss adds up, (n,) or None: it records their mean.
+    """
+    return target if table.classes is not None else criterion.terms(target)
+
+
 def write_back(
-    table: ScoreTable, draw: Draw, target: Any, output: Any, losses: Tensor, place: Tensor | None, live: Tensor
+    table: ScoreTable, draw: Draw, known: Any, output: Any, losses: Tensor, place: Tensor | None, live: Tensor
 ) -> None:
     """Record the rows ``place`` (k,) of the minibatch (None: all), those that are ``live`` (k,) bool.
 
-    ``output`` is the model's of these rows, ``losses`` (k,) theirs, ``target`` the minibatch's.
+    ``output`` is the model's of these rows, ``losses`` (k,) theirs, ``known`` what :func:`told` gives.
     """
     if table.classes is None:
-        tokens = target[0].numel() if isinstance(target, Tensor) and target.dtype == torch.int64 else 1
-        table.record(draw, live, losses=losses.detach() / max(tokens, 1), place=place, live=live)
+        losses = losses.detach()
+        if known is not None:
+            terms = known if place is None else known[place]
+            losses = losses / terms.to(losses).clamp(min=1)
+        table.record(draw, live, losses=losses, place=place, live=live)
         return
+    target = known
     logits = logits_in(output)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or not isinstance(target, Tensor) or target.dim() != 1:
         raise ValueError(

@@ -1,6 +1,8 @@
 """Changes of a data set's *training* part that its name tells: ``fashion-mnist+noise=0.2``, ``...+long-tail=50``.
 
-Each is drawn from a seed of its own, so that a name means the same samples everywhere. The test part never changes.
+A name means the same samples everywhere. Each of several changes is drawn from a seed of its own, that of its place
+in the name: from one seed, a later change would fall on the very samples that an earlier one changed. The test part
+never changes.
 """
 
 from __future__ import annotations
@@ -101,7 +103,7 @@ def apply(data: Dataset, change: str) -> Dataset:
     if name not in CHANGES:
         raise DataError(f"there is no change {name!r} of a data set; there are {', '.join(CHANGES)}")
     try:
-        return CHANGES[name](data, float(number))
+        return CHANGES[name](data, float(number), seed=data.name.count("+"))
     except ValueError as error:
         raise DataError(f"{data.name}+{change}: {error}") from error
 

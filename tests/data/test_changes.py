@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from selbp_study.data import CHANGES, DataError, load, resolve
-from selbp_study.data.changes import CONFUSED, nearest_classes
+from selbp_study.data.changes import CONFUSED, apply, nearest_classes
 from selbp_study.findings import title_of
 
 
@@ -31,6 +33,39 @@ def test_changes_follow_one_another(digits):
     assert len(made.train) == len(thinned.train) < len(digits.train)
     wrong = (made.train.labels != thinned.train.labels).float().mean()
     assert abs(float(wrong) - 0.2) < 1 / len(made.train)
+
+
+@pytest.mark.parametrize(
+    ("change", "fingerprint"),
+    [
+        ("noise=0.4", "d94a00b7157b5949"),
+        ("class-noise=0.2", "60b045d94bab500d"),
+        ("long-tail=10", "3406cdbcfb8af98f"),
+        ("duplicates=0.3", "cdebadfd4ee8001e"),
+    ],
+)
+def test_one_change_is_the_data_that_was_published(change, fingerprint):
+    assert resolve(f"digits+{change}").fingerprint == fingerprint
+
+
+@pytest.mark.parametrize("first", ["noise=0.2", "duplicates=0.3", "noise=0.1"])
+@pytest.mark.parametrize("second", ["duplicates=0.3", "duplicates=0.1", "noise=0.2"])
+def test_a_change_falls_on_other_samples_than_the_one_before(digits, first, second):
+    """As many of those that the first one changed are changed again as of the others."""
+    n = len(digits.train)
+    truth = torch.arange(n) % 10
+    marked = replace(digits, train=replace(digits.train, inputs=torch.arange(n).view(n, 1, 1), labels=truth))
+    once = apply(marked, first)
+    twice = apply(once, second)
+
+    def changed(before, after):
+        other = (before.train.inputs != after.train.inputs).flatten(1).any(1)
+        return other | (before.train.labels != after.train.labels)
+
+    early, late = changed(marked, once), changed(once, twice)
+    share, rate = early.double().mean(), late.double().mean()
+    both, spread = float((early & late).sum()), float((n * share * rate * (1 - share) * (1 - rate)).sqrt())
+    assert abs(both - n * float(share * rate)) < 4 * spread  # hypergeometric, four standard deviations
 
 
 def test_class_noise_goes_to_the_class_most_alike(digits):

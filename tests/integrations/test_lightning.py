@@ -168,3 +168,32 @@ def test_the_global_target_of_a_module_built_before_the_processes(tmp_path):
     fit(local, tmp_path), fit(everywhere, tmp_path)
     # One process: the same choice, whose sums for all ranks are added in another order.
     torch.testing.assert_close(weights(local), weights(everywhere), rtol=1e-12, atol=1e-14)
+
+
+class Alternating(Module):
+    """Two steps by turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.often, self.once = (selbp.SelectiveBackprop(self.net, selector=selbp.TopLoss(), keep=2) for _ in range(2))
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        return (self.once if index == 1 else self.often)(*batch)
+
+    def log_dict(self, figures: Any, **options: Any) -> None:
+        names = {name.split("/")[1] for name in figures}
+        self.selected.append((self.trainer.global_step, *names))
+
+
+@pytest.mark.parametrize(("every", "once", "often"), [(1, [2], [1, 3, 4, 5, 6]), (3, [3], [3, 6])])
+def test_a_step_that_did_not_run_is_not_logged_again(every, once, often, tmp_path):
+    module = Alternating()
+    fit(module, tmp_path, log_every_n_steps=every)
+    for name, steps in (("once", once), ("often", often)):
+        assert [step for step, logged in module.selected if logged == name] == steps
+
+
+def test_nothing_is_collected_that_is_not_logged(tmp_path):
+    callback = SelectiveCallback(log=False)
+    fit(Alternating(), tmp_path, callback=callback)
+    assert not any(window._seconds for window in callback._windows.values())

@@ -77,6 +77,14 @@ def test_a_resumed_run_goes_on_bit_for_bit_in_the_middle_of_an_epoch(workers, tm
     assert resumed.selective_step.optimizer_step == 6
 
 
+def test_its_arguments_are_afterwards_as_they_were(tmp_path):
+    trainer_of(bert(), tmp_path, save_strategy="steps", save_steps=2).train()
+    for skip in (False, True):
+        resumed = trainer_of(bert(), tmp_path, max_steps=4, ignore_data_skip=skip)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert resumed.args.ignore_data_skip is skip and resumed.state.global_step == 4
+
+
 def test_a_checkpoint_without_a_table_is_warned_of(tmp_path):
     args = arguments(tmp_path, save_strategy="steps", save_steps=2)
     rule = {"selector": selbp.Full(), "keep": 1.0}

@@ -135,7 +135,7 @@ def test_a_proxy_reads_images_texts_and_tokens(inputs):
 
 
 def test_a_proxy_reads_a_last_sample_on_its_own(monkeypatch):
-    monkeypatch.setattr("selbp.sampling.proxy.CHUNK", 59)  # samples that are read at a time
+    monkeypatch.setattr("selbp.sampling.reading.FIRST", 59)  # samples that are read at a time
     items = [(torch.full((2,), float(i % 2)), torch.tensor(i % 2)) for i in range(60)]
     assert fit_proxy(items, ScoreTable(60, 2), passes=30).accuracy == 1.0
 
@@ -206,3 +206,22 @@ def test_info_batch_leaves_easy_samples_out_and_counts_the_others_for_them():
     total, count = weights[0].sum(), int(easy.sum())
     assert abs(total - 400) < 4.5 * count**0.5  # E = 400; each easy one is 0 or 2
     assert len(kept[0]) < 400
+
+
+@pytest.mark.parametrize("trial", [1, 32, 33, 70])
+def test_a_trial_of_any_length_ends(monkeypatch, trial):
+    table, clock = known_table(40_000), [0.0]
+    sampler = ScoredBatchSampler(table, k=4, pool=8)
+    auto = AutoSelect(FakeStep(table), sampler, every=10, trial=trial)
+    monkeypatch.setattr(module.time, "process_time", lambda: clock[0])
+    table._averages.state[2:] = torch.tensor([1.0, 3.0])
+    batches = iter(sampler)
+    for step in range(2 * trial + 30):
+        if step == trial:  # a resumed run measures as long
+            state, auto = auto.state_dict(), AutoSelect(FakeStep(table), sampler, every=10, trial=trial)
+            auto.load_state_dict(state)
+        next(batches)
+        name = table.issued.draws[0].tag
+        auto(None)
+        clock[0] += {"random": 1.0, "drawn": 1.2}[name]
+    assert auto.current == "drawn" and auto.prices == pytest.approx({"random": 1.0, "drawn": 1.2})

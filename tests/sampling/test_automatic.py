@@ -143,3 +143,16 @@ def test_a_second_pass_on_given_rows_takes_no_batch_of_the_sampler():
         step(inputs, target, selection=step.report.selection).backward()
         again = auto.sampler.table.state_dict()
         assert all(torch.equal(seen[name], again[name]) for name in seen if isinstance(seen[name], torch.Tensor))
+
+
+def test_micro_batches_train_as_the_whole_batch():
+    seen = []
+    for options in ({}, {"micro_batch": 5}):
+        data, model = data_and_model()
+        auto = selbp.auto_select(model, data, classes=3, k=16, pool=64, seed=5, **options)
+        for (inputs, target), _ in zip(DataLoader(data, batch_sampler=auto.sampler), range(3), strict=False):
+            loss = auto.backward(inputs, target, scale=0.5)
+        assert not loss.requires_grad and float(loss) == pytest.approx(auto.report.loss)
+        seen.append([p.grad for p in model.parameters()])
+    for part, whole in zip(*seen, strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-6)  # sums of 48 rows in another order

@@ -164,3 +164,18 @@ def test_the_specification_reads_nothing_back(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     for unbiased in (False, True):
         specified(table._columns, torch.arange(50), 10, 2, Odds(), None, 0, 0, unbiased)
+
+
+def test_native_reads_samples_with_strides():
+    table, ids = known_table(60), torch.arange(60)
+    factor = torch.tensor([1.0, 7.0, 0.5, 7.0, 2.0, 7.0, 1.0, 7.0], dtype=torch.float64)
+    for unbiased in (False, True):
+        found = [
+            draw(table._columns, some, 6, 2, Odds(), weight, 3, 5, unbiased)
+            for some, weight in (
+                (ids[::2], factor[::2]),
+                (ids[::2].contiguous(), factor[::2].contiguous()),
+            )
+        ]
+        assert torch.equal(found[0][0], found[1][0])
+        assert not unbiased or torch.equal(found[0][1], found[1][1])

@@ -369,3 +369,66 @@ def test_what_another_device_sends_is_written_when_it_has_arrived(monkeypatch):
     assert table.seen[:3].tolist() == [1, -1, -1]
     assert table.state_dict()["seen"][:3].tolist() == [1, 2, 3]
     assert events[1].waited and events[2].waited
+
+
+@pytest.mark.parametrize("what", ["ids", "place", "live", "target", "logits"])
+def test_native_reads_rows_with_strides(what):
+    """A rule may return any view as its indices; the kernel must not take it for contiguous memory."""
+    kept = dict(
+        ids=torch.tensor([7, 1, 4, 9, 2, 8, 0, 3]),
+        place=torch.tensor([6, 0, 3, 5]),
+        live=torch.tensor([True, False, True, True]),
+        target=torch.tensor([2, 0, 1, 2]),
+        logits=torch.randn(4, 3),
+    )
+    wide = torch.zeros(len(kept[what]), 3, *kept[what].shape[1:], dtype=kept[what].dtype)
+    wide[:, 1] = kept[what]
+    strided = {**kept, what: wide[:, 1]}
+    assert torch.equal(strided[what], kept[what]) and not strided[what].is_contiguous()
+    states = []
+    for given, write in ((kept, record), (strided, record), (strided, specified)):
+        table = ScoreTable(10, 3)
+        fresh = Fresh(given["ids"], 4, given["place"], given["live"], given["target"])
+        assert write(table._columns, table._averages, fresh, given["logits"], 5) == -1
+        states.append(table)
+    for table in states[1:]:
+        assert torch.equal(table.seen, states[0].seen) and torch.equal(table.label, states[0].label)
+        torch.testing.assert_close(table.probability, states[0].probability, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+class _Event:
+    """Of a transfer that has not arrived."""
+
+    def query(self):
+        return False
+
+    def synchronize(self):
+        pass
+
+
+@pytest.mark.parametrize("call", ["forget", "fill"])
+def test_what_is_on_its_way_is_written_before_what_comes_later(monkeypatch, call):
+    """A model on a GPU has sent a row; then its label is corrected."""
+    from selbp.sampling import written as module
+
+    monkeypatch.setattr(module, "_sent", lambda seen, device: (_Event(), seen))
+    table, here = ScoreTable(6, 3), torch.device("cpu")
+    table.device = torch.device("meta")  # any other than the logits'
+    table.record(Draw(torch.tensor([2]), 0), torch.tensor([1]), logits=torch.randn(1, 3))
+    table.device = here
+    if call == "forget":
+        table.forget(torch.tensor([2]))
+        assert table.state_dict()["label"][2] == table.state_dict()["seen"][2] == -1
+    else:
+        table.fill(torch.tensor([2]), torch.tensor([[9.0, 0.0, 0.0]]), torch.tensor([1]))
+        assert table.state_dict()["seen"][2] == 0 and float(table.probability[2]) < 0.01
+
+
+def test_a_file_for_people_has_whole_numbers(tmp_path):
+    table = ScoreTable(3, 2000)
+    table._columns.seen[:2] = torch.tensor([1_234_567, 0])
+    table._columns.label[0], table._columns.probability[0] = 1999, 1 / 3
+    table.to_csv(tmp_path / "table.csv")
+    lines = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert [line["seen"] for line in lines] == ["1234567", "0", "-1"]
+    assert (lines[0]["label"], lines[0]["probability"], lines[1]["label"]) == ("1999", "0.333333", "")

@@ -147,3 +147,21 @@ def test_the_reducible_loss_is_read_from_the_table():
         assert set(step.report.selection.indices.tolist()) == set(reducible.topk(5).indices.tolist())
     with pytest.raises(ValueError, match="the table's 300 samples, got .200,"):
         rho_loss(ScoreTable(300, 4), proxy, k=5, pool=40)
+
+
+class EveryFourth(selbp.BaseSelector):
+    """Returns a view with strides."""
+
+    needs = "nothing"
+
+    def choose(self, rows, k):
+        return selbp.Selection(torch.arange(rows.n)[:: rows.n // k], torch.full((k,), 1.0 / k))
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 3}], ids=["whole", "micro-batches"])
+def test_a_rule_may_return_indices_with_strides(options):
+    table, (x, y) = ScoreTable(200, 4), data().tensors
+    step = selbp.SelectiveBackprop(model(), selector=EveryFourth(), keep=4, table=table, **options)
+    step.backward(x[:16], y[:16], ids=torch.arange(100, 116))
+    assert (table.seen > 0).nonzero()[:, 0].tolist() == [100, 104, 108, 112]
+    assert table.label[[100, 104, 108, 112]].tolist() == y[[0, 4, 8, 12]].tolist()

@@ -91,15 +91,23 @@ def test_a_damaged_slot_falls_back_to_the_step_before(tmp_path: Path, damage: st
     assert same(Journal(tmp_path).read(), (state_of(2), 2))
 
 
-def test_a_kill_between_any_two_writes_keeps_the_last_or_the_step_before(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("reopened", [False, True], ids=["one run", "a resumed run"])
+@pytest.mark.parametrize("every", [1, 2, 7, 200])
+def test_a_kill_between_any_two_writes_keeps_the_last_or_the_step_before(
+    tmp_path: Path, monkeypatch, every: int, reopened: bool
+) -> None:
     """Stop the writer before each of its system calls in turn."""
     whole_write = os.pwrite
     for allowed in range(4):
         folder = tmp_path / str(allowed)
         folder.mkdir()
         journal = Journal(folder)
-        for step in (1, 2, 3):
+        for step in (every, 2 * every, 3 * every):
             journal.write(state_of(step), step)
+        if reopened:
+            journal.close()
+            journal = Journal(folder)
+            assert same(journal.read(), (state_of(3 * every), 3 * every))
         calls = 0
 
         def dying(file: int, data: bytes, offset: int, allowed: int = allowed) -> int:
@@ -111,11 +119,11 @@ def test_a_kill_between_any_two_writes_keeps_the_last_or_the_step_before(tmp_pat
 
         monkeypatch.setattr(os, "pwrite", dying)
         with pytest.raises(KeyboardInterrupt):
-            journal.write(state_of(4), 4)
+            journal.write(state_of(4 * every), 4 * every)
         monkeypatch.setattr(os, "pwrite", whole_write)
-        assert same(Journal(folder).read(), (state_of(3), 3))
-        journal.write(state_of(4), 4)
-        assert same(Journal(folder).read(), (state_of(4), 4))
+        assert same(Journal(folder).read(), (state_of(3 * every), 3 * every))
+        journal.write(state_of(4 * every), 4 * every)
+        assert same(Journal(folder).read(), (state_of(4 * every), 4 * every))
 
 
 def test_the_durable_slot_stands_in_when_both_others_are_lost(tmp_path: Path) -> None:

@@ -173,3 +173,11 @@ def test_the_module_that_torchrun_starts_is_the_command(
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("selbp_study", run_name="__main__")
     assert ended.value.code == 0 and capsys.readouterr().out.startswith("selbp ")
+
+
+def test_a_shared_run_takes_no_look_at_the_price(
+    tmp_path: Path, config: RunConfig, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selbp.training.pace.STEPS", 10)  # the tests take none
+    for run in (Run(config, dataset, tmp_path), SharedRun(config, dataset, tmp_path, Together())):
+        assert run.wrapper._pace.done and run.wrapper.clock is run.clock

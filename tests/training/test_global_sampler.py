@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import pytest
@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 from support.processes import in_processes
 from support.sampling_kit import data, known_table, model
-from support.training_kit import assert_same
+from support.training_kit import TokenModel, assert_same
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
 import selbp
+from selbp.integrations.sampled import Sampled
 from selbp.sampling import AutoSelect, Candidate, Draw, NoiseAwareCrossEntropy, ScoredBatchSampler, ScoreTable
 from selbp.sampling import auto as controller
 from selbp.training.drawn import digest
@@ -212,6 +214,49 @@ def check_controller(rank: int, seconds: list[dict[str, float]], chosen: str) ->
     assert auto.prices == pytest.approx({name: value / mean["random"] for name, value in mean.items()})
 
 
+def check_in_a_trainer(rank: int) -> None:
+    """A trainer makes its step after table and controller: ranks decide alike, and begin with one table."""
+    clock, seconds = Clock(), {"random": 1.0, "drawn": 0.5 if rank == 0 else 2.0}
+    controller.time = clock  # type: ignore[assignment]  # this process ends with the check
+    samples, network = data(400), model()
+    sampled = Sampled({"classes": 4, "pool": 8, "noise": "none", "every": 5, "trial": 2}, 4, None)
+    loader = sampled.loader(samples, samples)
+    if rank == 1:  # as where its proxy had less time
+        sampled.table.probability[7] = torch.nan
+    options = {**sampled.step_options, "selector": selbp.TopLoss(), "keep": 0.5, "scope": "global"}
+    batches = islice((batch for _ in range(3) for batch in loader), 40)
+    x, y = next(batches)  # a loader reads ahead of the step
+    auto = sampled.control(selbp.SelectiveBackprop(DistributedDataParallel(network), **options))
+    same(sampled.table)
+    for inputs, target in chain([(x, y)], batches):
+        name = sampled.table.issued.draws[0].tag
+        auto(inputs, target).backward()
+        clock.now += seconds[name]
+        alike((name, auto.current, auto.prices))
+    assert auto.prices == pytest.approx({"random": 1.0, "drawn": 1.25})
+
+
+def check_sequences(rank: int) -> None:
+    """A table without classes is told each sequence's own mean, whichever rank it came to."""
+    tokens = torch.randint(0, 11, (6, 9), generator=torch.Generator().manual_seed(1))
+    labels = tokens.clone()
+    for row in range(6):
+        labels[row, 8 - row :] = -100
+    mine = torch.arange(3 * rank, 3 * rank + 3)
+    long = 9 - 3 * rank  # a rank's sequences are padded to its own longest
+    network = TokenModel().double()
+    with torch.no_grad():
+        found = F.cross_entropy(network(tokens)[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+    want = (-found.sum(1) / labels[:, 1:].ne(-100).sum(1)).exp().float()
+    for rule, keep in ((selbp.Full(), 1.0), (selbp.TopLoss(), 0.5)):
+        scores = ScoreTable(6)
+        step = selbp.SelectiveBackprop(
+            DistributedDataParallel(network), selector=rule, keep=keep, loss="causal_lm", table=scores, scope="global"
+        )
+        step.backward(tokens[mine, :long], labels[mine, :long], ids=mine)
+        torch.testing.assert_close(scores.probability, want, rtol=ROUNDING, atol=ROUNDING)
+
+
 def check_refusals(rank: int) -> None:
     """What would train the same samples twice, or tell the tables different things, is refused on every rank."""
     (network, x, y), options = double(), {"selector": selbp.Full(), "keep": 1.0, "scope": "global"}
@@ -278,6 +323,8 @@ def check_two(rank: int) -> None:
     check_resume(rank)
     check_refusals(rank)
     check_all_in_one(rank)
+    check_in_a_trainer(rank)
+    check_sequences(rank)
     own = [{"random": 1.0, "drawn": 0.5}, {"random": 1.0, "drawn": 5.0}]  # each rank alone would choose another one
     check_controller(rank, own, "random")
     check_controller(rank, [own[0], {"random": 1.0, "drawn": 2.5}], "drawn")
