@@ -28,19 +28,19 @@ from selbp.selectors.top import TARGETS
 from selbp.training.auxiliary import Auxiliary, add
 from selbp.training.head import check_full_gradient, find_clear_head, find_head
 from selbp.training.head_gradient import FullHeadGradient
-from selbp.training.interaction import FirstComparison, Forwards
+from selbp.training.interaction import FirstComparison, Forwards, normalises_by_rows
 from selbp.training.linear_loss import LinearCausalLM
 from selbp.training.losses import Criterion, CrossEntropy, of_some
-from selbp.training.minibatch import Minibatch
+from selbp.training.minibatch import Minibatch, in_order
 from selbp.training.options import StepOptions
-from selbp.training.per_call import PerCall
+from selbp.training.per_call import Given, PerCall
 from selbp.training.placed_cut import CutStepReport, PlacedCut
 from selbp.training.pooled import Backward, Pooled
 from selbp.training.report import StepReport
 from selbp.training.schedule import Schedule
 from selbp.training.scored import Scored, worth_keeping
 from selbp.training.scores import weighted, write_back
-from selbp.training.scoring import Scorer, unscored
+from selbp.training.scoring import Scorer, may_run, unscored
 from selbp.training.sketched import Sketcher
 from selbp.training.stopwatch import AHEAD, Stopwatch
 from selbp.training.strategies import row_losses
@@ -133,12 +133,12 @@ class StepKinds:
         """Train on every row, in one forward."""
         m.k = m.batch.n
         self._choose(m, unscored(m.batch, self._criterion, self.model))
-        return self._train_unscored(m, m.batch.rows(None, m.stats.valid))
+        return self._train_unscored(m, m.batch.rows(None, self._finite(m)))
 
     def _unscored_step(self, m: Minibatch) -> tuple[Tensor, StepReport]:
         """Choose before the forward, which runs the chosen rows only."""
         self._choose(m, unscored(m.batch, self._criterion, self.model))
-        return self._train_unscored(m, m.chosen_rows())
+        return self._train_unscored(m, self._chosen_rows(m))
 
     def _train_unscored(self, m: Minibatch, rows: Batch) -> tuple[Tensor, StepReport]:
         """The one forward of ``rows``, and what the step returns."""
@@ -186,14 +186,15 @@ class StepKinds:
             return self._losses(output, rows, m.batch.n), output
 
         with trained(), self._running.paused() if same_mode else nullcontext():
-            losses = self._forward(m, m.chosen_rows())
-            self._comparison.end(
-                m.batch,
-                Forwards(m.selection.indices, m.live, m.unscaled, losses, m.output),
-                m.stats.valid,
-                again,
-                same_forward=same_mode and self._precision == "same",
-            )
+            losses = self._forward(m, self._chosen_rows(m))
+            if self._comparison.due:
+                self._comparison.end(
+                    m.batch,
+                    Forwards(m.selection.indices, m.live, m.unscaled, losses, m.output),
+                    self._finite(m),
+                    again,
+                    same_forward=same_mode and self._precision == "same",
+                )
         return losses
 
     def _cut_step(self, m: Minibatch, cut: PlacedCut) -> tuple[Tensor, StepReport]:
@@ -207,7 +208,7 @@ class StepKinds:
         scored = unscored(m.batch, self._criterion, self.model)
         m.take(scored)
         m.choose(FULL.select(scored.stats, m.batch.n))
-        rows = m.batch.rows(None, m.live)
+        rows = m.batch.rows(None, self._finite(m))
         cut.prepare(rows)
         if isinstance(self._criterion, LinearCausalLM):
             self._criterion.forget()  # the forward of a look ahead
@@ -268,7 +269,25 @@ class StepKinds:
                 f"{rule!r} must return indices (k,) int64 and weights (k,), "
                 f"got {indices.dtype} {tuple(indices.shape)} and {tuple(weights.shape)}"
             )
-        return selection
+        chosen = not isinstance(rule, (Full, Given))
+        return in_order(selection, scored) if chosen and len(indices) == batch.n else selection
+
+    def _finite(self, m: Minibatch) -> Tensor:
+        """(n,) bool: the rows that may run as they came, see :func:`may_run`."""
+        if m.finite is None:
+            m.finite = may_run(m.batch, m.stats.valid, self._criterion)
+        return m.finite
+
+    def _chosen_rows(self, m: Minibatch) -> Batch:
+        """The chosen rows. Those of weight 0 run as they came where the gradient may depend on them.
+
+        Of a part of the rows that were scored it does by normalisation layers and the model's own loss alone: other
+        samples that interact are refused.
+        """
+        indices, all_rows = m.selection.indices, m.k >= m.batch.n
+        if m.finite is None and not (all_rows or m.auxiliary is not None or normalises_by_rows(self.model)):
+            return m.batch.rows(indices, m.live)  # saves a GPU some launches
+        return m.batch.rows(indices, self._finite(m)[indices])
 
     def _first_forward(self, m: Minibatch, rows: Batch, output: Any) -> Tensor:
         """(k,) losses of the one forward of a step that scores nothing; the report's accuracy is of it."""
