@@ -166,14 +166,15 @@ class StepKinds:
             self._choose(m, self._score(m.batch, m.watch, keep_graph=True))
             assert m.trains is not None, "the scoring forward was asked to keep its graph"
 
-            def forward(rows: Batch) -> Tensor:
-                return self._forward(m, rows)
+            def again() -> Tensor:
+                with self._running.paused():
+                    return self._forward(m, m.batch.rows(None, self._finite(m)))
 
             def of_logits(logits: Tensor, indices: Tensor) -> Tensor:
                 return self._criterion.losses(logits, m.batch.target.index_select(0, indices), len(indices))
 
             to_losses = None if m.trains.dim() == 1 else of_logits
-            return row_losses(m.trains, m.batch, m.selection, forward, to_losses, way.batchnorm, way.dense)
+            return row_losses(m.trains, m.selection, again, to_losses, way.batchnorm, way.dense)
 
     def _by_recompute(self, m: Minibatch, trained: Context) -> Tensor:
         """(k,) losses of a second forward, of the chosen rows. The first such step compares it with the scoring one."""

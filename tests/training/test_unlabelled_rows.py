@@ -260,3 +260,31 @@ def test_samples_that_interact_are_found_among_rows_without_a_label():
     step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=0.25, backward="recompute")
     with pytest.raises(interaction.SamplesInteractError):
         step(x, y)
+
+
+@pytest.mark.parametrize(("backward", "keep"), [("rows", 0.5), ("rows", 1), ("recompute", 0.5)])
+@pytest.mark.parametrize("spoilt", [False, True], ids=["finite", "NaN"])
+def test_batch_norm_follows_the_minibatch_once_where_no_row_may_count(spoilt, backward, keep):
+    torch.manual_seed(0)
+    model, (x, _) = MODELS["batch norm"]().double(), minibatch()
+    if spoilt:
+        x[:] = torch.nan
+    plain = copy.deepcopy(model)
+    plain(x)
+    step = selbp.SelectiveBackprop(model, selector=selbp.TopLoss(), keep=keep, backward=backward)
+    got = gradients(model, step(x, torch.full((N,), -100)))
+    assert len(got) == 6 and all((g == 0).all() for g in got.values())
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(model.get_buffer(name), buffer, rtol=EXACT, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backward", ["rows", "recompute"])
+def test_the_models_own_loss_of_rows_without_a_label(backward):
+    torch.manual_seed(0)
+    model, (x, y) = Balanced().double(), minibatch()
+    step = selbp.SelectiveBackprop(model, selector=EveryRow(), keep=1.0, backward=backward)
+    for target in (y, torch.full_like(y, -100)):
+        output = model(x)
+        labelled = F.cross_entropy(output["logits"], target, reduction="sum") / (target != -100).sum().clamp(min=1)
+        want = gradients(model, labelled + output["aux_loss"])
+        assert_same(gradients(model, step(x, target)), want, rtol=EXACT)
