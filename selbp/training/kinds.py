@@ -56,7 +56,7 @@ class StepKinds:
     def __init__(self, model: nn.Module, options: StepOptions) -> None:
         self.model, self.selector, self.keep = model, options.selector, options.keep
         self.generator, self.schedule = options.draws_from(model), options.schedule or Schedule()
-        self._step = 0
+        self._step = self._last = 0  # the number of the next optimizer step, and that of the last call's
         self._criterion: Criterion = options.criterion()
         self._headless: Context = nullcontext
         self._auxiliary = Auxiliary(model, options.aux_weight, taken=isinstance(options.loss, str)).of
@@ -110,14 +110,19 @@ class StepKinds:
             return self._run_kind(batch, call, draw)
 
     def _run_kind(self, batch: Batch, call: PerCall, draw: Draw | None) -> tuple[Tensor, StepReport]:
-        watch, k, selects = Stopwatch(batch.device), kept_rows(self.keep, batch.n), self.schedule.selects(self._step)
+        watch, k, step = Stopwatch(batch.device), kept_rows(self.keep, batch.n), self._number(call)
+        selects = self.schedule.selects(step)
         if selects and self._cut is not None and call.given is None:
-            return self._cut_step(Minibatch(batch, call, draw, FULL, k, True, watch), self._cut)
+            return self._cut_step(Minibatch(batch, call, draw, FULL, k, True, watch, step), self._cut)
         rule = self._rule(call)
-        m = Minibatch(batch, call, draw, rule, k, selects, watch)
+        m = Minibatch(batch, call, draw, rule, k, selects, watch, step)
         if selects and (rule.needs != "nothing" or self._full_head):
             return self._scored_step(m)
         return self._full_step(m) if rule is FULL and not selects else self._unscored_step(m)
+
+    def _number(self, call: PerCall) -> int:
+        """The number of the call's optimizer step: rows that are given belong to the step of the call before."""
+        return self._step if call.given is None else self._last
 
     def _rule(self, call: PerCall) -> Any:
         """Who chooses in this step: what the call gives, else what the schedule asks for."""
@@ -143,7 +148,7 @@ class StepKinds:
     def _train_unscored(self, m: Minibatch, rows: Batch) -> tuple[Tensor, StepReport]:
         """The one forward of ``rows``, and what the step returns."""
         loss = self._loss(m, self._first_forward(m, rows, rows.feed(self.model)))
-        return loss, m.report(StepReport, self._step, "recompute", self._strategy.reason)
+        return loss, m.report(StepReport, "recompute", self._strategy.reason)
 
     def _scored_step(self, m: Minibatch) -> tuple[Tensor, StepReport]:
         """Choose by a forward of all rows. The first such step decides what ``backward="auto"`` is."""
@@ -154,7 +159,7 @@ class StepKinds:
         trained = nullcontext if head is None else head.replacing
         losses = self._by_rows(m, trained) if way.keeps_graph else self._by_recompute(m, trained)
         loss = self._loss(m, losses, head)
-        return loss, m.report(StepReport, self._step, way.name, way.reason, scored=True)
+        return loss, m.report(StepReport, way.name, way.reason, scored=True)
 
     def _by_rows(self, m: Minibatch, trained: Context) -> Tensor:
         """(k,) losses of the scoring forward; their backward runs the chosen rows of it only.
@@ -220,7 +225,7 @@ class StepKinds:
                 "backward='rows', or leave it out by aux_weight=0"
             )
         loss = self._loss(m, losses)
-        report = m.report(CutStepReport, self._step, cut.strategy, f"the cut at {cut.name}")
+        report = m.report(CutStepReport, cut.strategy, f"the cut at {cut.name}")
         return loss, report
 
     # ---------------------------------------------------------------------------------------- what they are made of

@@ -46,6 +46,7 @@ class Minibatch:
     k: int  # how many rows it is asked for
     selected: bool  # whether the schedule has the rule choose
     watch: Stopwatch
+    step: int  # the number of the optimizer step
     # From the scoring, or from what is known without one:
     stats: BatchStatistics = field(init=False)  # losses scaled as the report averages them
     unscaled: Tensor = field(init=False)  # (n,) losses as the criterion gives them
@@ -78,12 +79,12 @@ class Minibatch:
         """Keep the rows that train."""
         self.selection, self.live = selection, selection.weights != 0
 
-    def report(self, kind: type[Report], step: int, way: str, reason: str, *, scored: bool = False) -> Report:
-        """The report of the step number ``step``, which went ``way``."""
+    def report(self, kind: type[Report], way: str, reason: str, *, scored: bool = False) -> Report:
+        """The report of the step, which went ``way``."""
         return kind(
             n=self.batch.n,
             k=self.k,
-            step=step,
+            step=self.step,
             selected=self.selected,
             scored=scored,
             backward=way,

@@ -138,15 +138,17 @@ class Pooled:
         if step._table is not None and drawn is not None and drawn.draw.recorded:
             drawn.write(step._table, self._ranks, counts, batch.target, m.seen)
         way = step._strategy
-        return loss, m.report(StepReport, step._step, way.name, way.reason, scored=scoring)
+        return loss, m.report(StepReport, way.name, way.reason, scored=scoring)
 
     def _asked(self, batch: Batch, call: PerCall, draw: Draw | None, counts: list[int]) -> Minibatch:
         """What the schedule, the rule and the call ask for. Its batch is of all ranks' samples, but for the inputs."""
         step, n = self.step, sum(counts)
         call.check(n, batch.device)
-        selects, draws = step.schedule.selects(step._step), step.schedule.draws(step._step)
+        number = step._number(call)
+        selects, draws = step.schedule.selects(number), step.schedule.draws(number)
         k = kept(step.keep, counts) if selects or draws or call.given is not None else n
-        return Minibatch(replace(batch, n=n), call, draw, step._rule(call), k, selects, Stopwatch(batch.device))
+        watch = Stopwatch(batch.device)
+        return Minibatch(replace(batch, n=n), call, draw, step._rule(call), k, selects, watch, number)
 
     # ----------------------------------------------------------------------------------------------- scoring
 
