@@ -32,6 +32,7 @@ class CountedStep(StepKinds):
         self._choice = ChoiceState(self.selector, self.generator)
         self._auto_advance = options.auto_advance
         self._synchronised = False  # whether the gradients are known to reach the other ranks
+        self._unequal = False  # whether the sampler weighted the rows of the last call that chose
         self._report: StepReport | None = None
         self._pace = Pace(self.selector, self.keep)
 
@@ -45,6 +46,12 @@ class CountedStep(StepKinds):
         batch = Batch.of(inputs, target, per_sample, self._places)
         if self._pooled is None:
             call.check(batch.n, batch.device)
+        if call.given is not None and self._full_head and self._unequal:
+            raise ValueError(
+                "selection= with head_gradient='full' needs the mean of all rows, and the sampler's weights='unbiased' "
+                "for them are known in the call before only: pass weights='mean' to the sampler, or "
+                "head_gradient='subset'"
+            )
         # A second pass, whose rows are given, is of a batch that has been counted.
         draw = None if table is None or call.given is not None else table.next(batch.n, ids)
         if table is not None and draw is not None:
@@ -73,6 +80,7 @@ class CountedStep(StepKinds):
             table.issued.done(draw)
             report.table = table
         if call.given is None:
+            self._unequal = draw is not None and draw.weights is not None
             self._count()
         if not self._pace.done:  # last: where a warning is an error, the step is counted
             self._pace.add(report)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from selbp.common.hooks import watched
+from selbp.common.proxies import HeadProxies
 from selbp.types import MeanGradient
 
 
@@ -56,6 +57,15 @@ class _Head(torch.autograd.Function):
         upstream, mean = ctx.delivery.upstream, ctx.delivery.mean
         bias = None if mean.head_bias is None else (upstream * mean.head_bias).to(ctx.dtypes[1])
         return grads[0], (upstream * mean.head_weight).to(ctx.dtypes[0]).view(ctx.shape), bias, None
+
+
+def mean_of(proxies: HeadProxies, factor: Tensor | None) -> MeanGradient:
+    """The head's mean gradient; with a sampler's ``factor`` (n,), that of the gradients times it."""
+    if factor is None:
+        return proxies.mean_gradient()
+    residual, features = proxies.token_residual, proxies.token_features
+    scaled = residual * factor.to(residual)[:, None, None]
+    return HeadProxies(lambda: scaled, lambda: features, positions=proxies.positions, bias=proxies.bias).mean_gradient()
 
 
 class FullHeadGradient:

@@ -27,7 +27,7 @@ from selbp.selectors import Full, Random, Selector
 from selbp.selectors.top import TARGETS
 from selbp.training.auxiliary import Auxiliary, add
 from selbp.training.head import check_full_gradient, find_clear_head, find_head
-from selbp.training.head_gradient import FullHeadGradient
+from selbp.training.head_gradient import FullHeadGradient, mean_of
 from selbp.training.interaction import FirstComparison, Forwards, normalises_by_rows
 from selbp.training.linear_loss import LinearCausalLM
 from selbp.training.losses import Criterion, CrossEntropy, of_some
@@ -213,7 +213,7 @@ class StepKinds:
 
         scored = unscored(m.batch, self._criterion, self.model)
         m.take(scored)
-        m.choose(FULL.select(scored.stats, m.batch.n))
+        m.choose(self._weighted(m, FULL.select(scored.stats, m.batch.n)))
         rows = m.batch.rows(None, self._finite(m))
         cut.prepare(rows)
         if isinstance(self._criterion, LinearCausalLM):
@@ -255,15 +255,18 @@ class StepKinds:
         """Have the rule choose by ``scored``, of which the minibatch keeps what the rest of the step needs."""
         m.watch.lap("score")
         with torch.no_grad(), without_autocast(m.batch.device):
-            selection = self._select(m.rule, m.batch, scored, m.k)
-            if m.draw is not None and m.draw.weights is not None:
-                selection = weighted(selection, m.draw.weights, m.rule)
+            selection = self._weighted(m, self._select(m.rule, m.batch, scored, m.k))
             if self._full_head and scored.proxies is not None:
-                m.mean = scored.proxies.mean_gradient()
+                m.mean = mean_of(scored.proxies, None if m.draw is None else m.draw.weights)
         m.proxies, m.k = worth_keeping(scored.proxies, self.head, m.batch.n), len(selection.indices)
         m.take(scored)
         m.choose(selection)
         m.watch.lap("select")
+
+    def _weighted(self, m: Minibatch, selection: Selection) -> Selection:
+        """The selection, with the sampler's factors where it gave any."""
+        factor = None if m.draw is None else m.draw.weights
+        return selection if factor is None else weighted(selection, factor, m.rule)
 
     def _select(self, rule: Selector, batch: Batch, scored: Scored, k: int) -> Selection:
         """The rule's choice. Raises ValueError for one of other shapes."""
