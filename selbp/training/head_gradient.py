@@ -78,7 +78,7 @@ class FullHeadGradient:
     def replacing(self) -> Iterator[None]:
         """Forwards of the head inside get their parameters' gradient from :meth:`deliver`."""
         weight, bias, delivery = self._head.weight, self._head.bias, self._delivery
-        parameters = [p for p in (weight, bias) if p is not None]
+        parameters = [p for p in (weight, bias) if p is not None and p.requires_grad]
 
         def freeze(module: nn.Module, args: Any) -> None:
             for parameter in parameters:
