@@ -117,29 +117,29 @@ class Batch:
             return map_samples(self.inputs, self.n, tensors, entries)
         return rebuilt(self.inputs, lambda part: map_samples(part, self.n, tensors, entries))
 
-    def rows(self, indices: Tensor | None, live: Tensor) -> Batch:
-        """The samples ``indices`` (all, in order, for None); where not ``live``, floating entries become 0.
+    def rows(self, indices: Tensor | None, finite: Tensor) -> Batch:
+        """The samples ``indices`` (k,) (all, in order, for None); where not ``finite`` (k,), floating entries become 0.
 
-        A dead slot may hold a sample with NaN, and no weight of 0 keeps NaN out of a sum over rows. Lists are on the
-        host: where the batch holds one, the indices and ``live`` are read there.
+        No weight of 0 keeps a sample's NaN out of a sum over rows. Lists are on the host: where the batch holds one,
+        the indices and ``finite`` are read there.
         """
         host: list[tuple[list[int], list[bool]]] = []
-        dead = ~live if saves_launches(live.device) else None  # a where launches a fill for its 0, once an entry
+        broken = ~finite if saves_launches(finite.device) else None  # a where launches a fill for its 0, once an entry
 
-        def alive(x: Tensor) -> Tensor:
+        def blanked(x: Tensor) -> Tensor:
             x = x if indices is None else take_rows(x, indices)
             if not x.is_floating_point():
                 return x
-            if dead is None:
-                return torch.where(live.view(-1, *[1] * (x.dim() - 1)), x, 0)
-            return x.masked_fill(dead.view(-1, *[1] * (x.dim() - 1)), 0)
+            if broken is None:
+                return torch.where(finite.view(-1, *[1] * (x.dim() - 1)), x, 0)
+            return x.masked_fill(broken.view(-1, *[1] * (x.dim() - 1)), 0)
 
         def some(entries: Any) -> Any:
             if not host:
-                host.append((list(range(self.n)) if indices is None else indices.tolist(), live.tolist()))
+                host.append((list(range(self.n)) if indices is None else indices.tolist(), finite.tolist()))
             return take_entries(entries, *host[0])
 
-        return self._some(len(live), *self._map(alive, some))
+        return self._some(len(finite), *self._map(blanked, some))
 
     def take(self, indices: Tensor) -> Batch:
         """The samples ``indices`` (k,), without what the caller knows of each."""

@@ -21,7 +21,7 @@ from selbp.rows.gradient import RowGradient
 from selbp.rows.layout import BatchNormPolicy, RowSet
 from selbp.rows.observe import Observer, current_observers
 from selbp.rows.select import as_row_gradient
-from selbp.rows.unsupported import refuse_backward, refuse_forward
+from selbp.rows.unsupported import refuse_backward, refuse_forward, transformed
 from selbp.selectors import GradientMatching, ReducibleLoss, Selector, TopLoss
 from selbp.types import BatchStatistics, Selection, real_dtype
 
@@ -77,7 +77,7 @@ class Cut:
         if features is not None and (features.dim() == 0 or features.shape[0] != n):
             raise ValueError(f"features must have hidden's {n} samples in dim 0, got {tuple(features.shape)}")
         if kept_rows(self.keep, n) >= n:
-            return hidden
+            return self._watched(hidden, on_choice)
         refuse_forward([hidden])
         # The hook must not hold `hidden`: the cycle through the tensor's own hook would never be collected.
         activation = Kept(hidden if features is None else features)
@@ -88,9 +88,24 @@ class Cut:
             if delta is None:  # the operators that read `hidden` have no gradient for it
                 return None
             chosen = self.choose(delta, activation.take(), observers)
-            if on_choice is not None and self.last is not None and chosen is not None:
+            if on_choice is not None and self.last is not None:
                 on_choice(self.last)
             return chosen
+
+        out = hookable(hidden)
+        out.register_hook(hook)
+        return out
+
+    def _watched(self, hidden: Tensor, on_choice: Callable[[CutReport], None] | None) -> Tensor:
+        """Return ``hidden`` as it is. The backward reports all rows, and changes nothing."""
+        if transformed(hidden):  # torch.func cannot transform hookable()'s alias of a view
+            return hidden
+
+        def hook(delta: Tensor | None) -> None:
+            if delta is not None:
+                self.last = _everything(delta.shape[0], _outer(delta), delta)
+                if on_choice is not None:
+                    on_choice(self.last)
 
         out = hookable(hidden)
         out.register_hook(hook)
@@ -99,17 +114,16 @@ class Cut:
     @torch.no_grad()
     def choose(self, delta: Tensor, activation: Tensor, observers: tuple[Observer, ...]) -> Tensor | None:
         """Return the row-sparse gradient for the layers below, or None to leave ``delta`` unchanged."""
-        outer, n = None, delta.shape[0]
-        if isinstance(delta, RowGradient) and delta._layout is delta._rows.layout(0):
-            outer = delta._rows  # a cut above: choose among its rows, because the others are zero
+        outer, n = _outer(delta), delta.shape[0]
+        if isinstance(delta, RowGradient) and outer is not None:
             delta, activation = delta._data, outer.slices.take(activation, outer.layout(0), 0)
         else:
             delta = densify(delta)
         m, k = delta.shape[0], kept_rows(self.keep, n)
-        if k >= m:
+        # A scaled loss that overflowed must reach GradScaler.
+        if k >= m or (delta.device.type == "cpu" and not delta.abs().amax().isfinite()):
+            self.last = _everything(n, outer, delta)
             return None
-        if delta.device.type == "cpu" and not delta.abs().amax().isfinite():
-            return None  # a scaled loss overflowed: GradScaler must see it
         indices, rows, report = self.pick(delta, activation, k)
         if outer is not None:
             indices = outer.on(delta.device)[indices]
@@ -155,6 +169,19 @@ class Cut:
             proxies.release()
         small = sum(x.numel() * x.element_size() for x in (delta, activation)) <= DIAGNOSTIC_BYTES
         return selection, stats, proxies if proxies.complete or small else None
+
+
+def _outer(delta: Tensor) -> RowSet | None:
+    """Return the rows of a cut above: a choice is among these, because the others are zero."""
+    mine = isinstance(delta, RowGradient) and delta._layout is delta._rows.layout(0)
+    return delta._rows if isinstance(delta, RowGradient) and mine else None
+
+
+def _everything(n: int, outer: RowSet | None, delta: Tensor) -> CutReport:
+    """Return the report of a backward that passes on every row that arrived."""
+    rows = torch.arange(n, device=delta.device) if outer is None else outer.on(delta.device)
+    weights = torch.full(rows.shape, 1.0 / n, dtype=real_dtype(delta.dtype), device=delta.device)
+    return CutReport(n, len(rows), Selection(rows, weights))
 
 
 def cut_here(

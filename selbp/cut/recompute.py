@@ -64,10 +64,10 @@ class RecomputedCut:
 
         When the backward has chosen, ``on_choice`` is called with the report.
         """
-        k = kept_rows(self._cut.keep, batch.n)
-        if not torch.is_grad_enabled() or k >= batch.n:
+        if not torch.is_grad_enabled():
             return batch.feed(self._model)
         self.prepare(batch)
+        k = kept_rows(self._cut.keep, batch.n)
         mode = AutocastMode(batch.device)
 
         def leave(hidden: Tensor, features: Tensor | None) -> Tensor:

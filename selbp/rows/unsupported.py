@@ -25,13 +25,19 @@ def refuse_backward() -> None:
         raise NotImplementedError("selbp: compiled autograd is not supported through a row selection; " + _INSTEAD)
 
 
+def transformed(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is inside a transform of ``torch.func``."""
+    found: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return found
+
+
 def refuse_forward(tensors: Sequence[Tensor]) -> None:
     """Raise NotImplementedError if the forward ran under a transform, or gave a DTensor.
 
     Parameters may be sharded: FSDP and tensor parallelism inside a model hand plain gradients to plain activations.
     """
     for tensor in tensors:
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if transformed(tensor):
             raise NotImplementedError(
                 "selbp: torch.func transforms (grad, vjp, vmap) are not supported through a row selection; " + _INSTEAD
             )

@@ -32,6 +32,7 @@ class CountedStep(StepKinds):
         self._choice = ChoiceState(self.selector, self.generator)
         self._auto_advance = options.auto_advance
         self._synchronised = False  # whether the gradients are known to reach the other ranks
+        self._unequal = False  # whether the sampler weighted the rows of the last call that chose
         self._report: StepReport | None = None
         self._pace = Pace(self.selector, self.keep)
 
@@ -45,10 +46,16 @@ class CountedStep(StepKinds):
         batch = Batch.of(inputs, target, per_sample, self._places)
         if self._pooled is None:
             call.check(batch.n, batch.device)
+        if call.given is not None and self._full_head and self._unequal:
+            raise ValueError(
+                "selection= with head_gradient='full' needs the mean of all rows, and the sampler's weights='unbiased' "
+                "for them are known in the call before only: pass weights='mean' to the sampler, or "
+                "head_gradient='subset'"
+            )
         # A second pass, whose rows are given, is of a batch that has been counted.
-        issued = None if table is None or call.given is not None else table.next(batch.n, ids)
-        if table is not None and issued is not None:
-            batch = with_irreducible(batch, table, issued)
+        draw = None if table is None or call.given is not None else table.next(batch.n, ids)
+        if table is not None and draw is not None:
+            batch = with_irreducible(batch, table, draw)
         self._synchronised = self._synchronised or check_not_bypassed(self.model)
         if self._pace.due and not capturing(batch.device):
             self._pace.measure(self.model, batch, self._mean_loss)
@@ -56,27 +63,33 @@ class CountedStep(StepKinds):
         restore = () if capturing(batch.device) else (self._choice.snapshot(), self._running.snapshot())
         try:
             try:
-                loss, report = self._run(batch, call, issued, backward)
+                loss, report = self._run(batch, call, draw, backward)
             except SamplesInteractError:
                 if not self._strategy.auto or self._scoring != "same":
                     raise
                 for undo in restore:
                     undo()
                 self._strategy.settle("rows", "samples interact: a second forward of some would train another loss")
-                loss, report = self._run(batch, call, issued, backward)
+                loss, report = self._run(batch, call, draw, backward)
         except BaseException:
             for undo in restore:
                 undo()
             raise
         self._report = report
-        if table is not None and issued is not None:
-            table.issued.done(issued)
+        if table is not None and draw is not None:
+            table.issued.done(draw)
             report.table = table
-        if self._auto_advance and call.given is None:
-            self._step += 1
+        if call.given is None:
+            self._unequal = draw is not None and draw.weights is not None
+            self._count()
         if not self._pace.done:  # last: where a warning is an error, the step is counted
             self._pace.add(report)
         return loss
+
+    def _count(self) -> None:
+        """Count a call, one whose rows are not given."""
+        self._last = self._step
+        self._step += self._auto_advance
 
     @property
     def report(self) -> StepReport:
@@ -121,4 +134,5 @@ class CountedStep(StepKinds):
         count, auto, backward = check_counts(state)
         self._choice.load_state_dict({name: state[name] for name in CHOICE_ENTRIES})
         self._step, self._auto_advance = count, auto
+        self._last = max(count - auto, 0)
         self._strategy.restore(backward)

@@ -115,8 +115,7 @@ class GraphedStep:
         else:
             self._load(leaves)
             self._check_conditions()
-            if self._step._auto_advance:
-                self._step._step += 1
+            self._step._count()
         assert self._replay is not None and self._loss is not None
         self._replay()
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from selbp.common.hooks import watched
+from selbp.common.proxies import HeadProxies
 from selbp.types import MeanGradient
 
 
@@ -58,6 +59,15 @@ class _Head(torch.autograd.Function):
         return grads[0], (upstream * mean.head_weight).to(ctx.dtypes[0]).view(ctx.shape), bias, None
 
 
+def mean_of(proxies: HeadProxies, factor: Tensor | None) -> MeanGradient:
+    """The head's mean gradient; with a sampler's ``factor`` (n,), that of the gradients times it."""
+    if factor is None:
+        return proxies.mean_gradient()
+    residual, features = proxies.token_residual, proxies.token_features
+    scaled = residual * factor.to(residual)[:, None, None]
+    return HeadProxies(lambda: scaled, lambda: features, positions=proxies.positions, bias=proxies.bias).mean_gradient()
+
+
 class FullHeadGradient:
     """Replaces the gradient of ``head`` in the forward that trains."""
 
@@ -68,7 +78,7 @@ class FullHeadGradient:
     def replacing(self) -> Iterator[None]:
         """Forwards of the head inside get their parameters' gradient from :meth:`deliver`."""
         weight, bias, delivery = self._head.weight, self._head.bias, self._delivery
-        parameters = [p for p in (weight, bias) if p is not None]
+        parameters = [p for p in (weight, bias) if p is not None and p.requires_grad]
 
         def freeze(module: nn.Module, args: Any) -> None:
             for parameter in parameters:

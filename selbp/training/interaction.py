@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import _pytree as pytree
 
 from selbp.common.batch import Batch
@@ -58,6 +58,11 @@ def couples_by_batch_norm(model: nn.Module) -> bool:
     """Whether a BatchNorm normalises with the statistics of the minibatch."""
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
     return any(layer.training or layer.running_mean is None for layer in layers)
+
+
+def normalises_by_rows(model: nn.Module) -> bool:
+    """Whether a layer computes statistics of the rows that it is given, to normalise with or to keep."""
+    return any(isinstance(m, _NormBase) and (m.training or m.running_mean is None) for m in model.modules())
 
 
 def tolerance(model: nn.Module, device: torch.device, output: Any) -> float:
@@ -132,11 +137,16 @@ class FirstComparison:
         """Before the scoring forward; ``wanted``: a second forward will follow."""
         self._before = Surroundings(self._model, batch.device) if wanted and not self._done else None
 
+    @property
+    def due(self) -> bool:
+        """Whether :meth:`end` will compare."""
+        return self._before is not None
+
     def end(
         self,
         batch: Batch,  # all n samples
         forwards: Forwards,
-        valid: Tensor,  # (n,) bool: which samples may count
+        finite: Tensor,  # (n,) bool: which samples run as they came
         losses: Losses,  # runs either forward again
         *,
         same_forward: bool,  # both ran in the same mode and precision
@@ -147,24 +157,24 @@ class FirstComparison:
             return
         self._done = True
         if same_forward and before.unchanged() and not couples_by_batch_norm(self._model):
-            everyone, few = batch.rows(None, valid), batch.rows(forwards.place, forwards.live)
+            everyone, few = batch.rows(None, finite), batch.rows(forwards.place, forwards.live)
             found = _interact(self._model, losses, everyone, few, forwards)
         else:
-            found = self._in_evaluation_mode(batch, valid, losses)
+            found = self._in_evaluation_mode(batch, finite, losses)
         if found:
             raise SamplesInteractError(
                 'samples interact: the chosen rows have other losses alone than among all rows, so that backward="'
                 'recompute" would train another loss. Use backward="rows", or cut= above which all rows run'
             )
 
-    def _in_evaluation_mode(self, batch: Batch, valid: Tensor, losses: Losses) -> bool:
+    def _in_evaluation_mode(self, batch: Batch, finite: Tensor, losses: Losses) -> bool:
         """The same of the first samples, without dropout and with running statistics, leaving no trace."""
         count = min(batch.n, SAMPLES)
         if count < 2 or is_compiled(self._model):
             return False  # compiled code would be compiled again for another mode and size
         place = torch.arange((count + 1) // 2, device=batch.device)
-        everyone = batch.rows(torch.arange(count, device=batch.device), valid[:count])
-        few = batch.rows(place, valid[: len(place)])
+        everyone = batch.rows(torch.arange(count, device=batch.device), finite[:count])
+        few = batch.rows(place, finite[: len(place)])
         with ExitStack() as undo:
             buffers = buffers_put_back(self._model)
             for context in (
@@ -177,7 +187,7 @@ class FirstComparison:
             before = Surroundings(self._model, batch.device)
             try:
                 among, (alone, output) = losses(everyone)[0], losses(few)
-                live = valid[: len(place)]
+                live = finite[: len(place)]
                 forwards = Forwards(place, live, among, alone, output)
                 found = _interact(self._model, losses, everyone, few, forwards)
             except Exception:  # many models return something else in evaluation mode: then there is no telling

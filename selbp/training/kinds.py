@@ -27,20 +27,20 @@ from selbp.selectors import Full, Random, Selector
 from selbp.selectors.top import TARGETS
 from selbp.training.auxiliary import Auxiliary, add
 from selbp.training.head import check_full_gradient, find_clear_head, find_head
-from selbp.training.head_gradient import FullHeadGradient
-from selbp.training.interaction import FirstComparison, Forwards
+from selbp.training.head_gradient import FullHeadGradient, mean_of
+from selbp.training.interaction import FirstComparison, Forwards, normalises_by_rows
 from selbp.training.linear_loss import LinearCausalLM
 from selbp.training.losses import Criterion, CrossEntropy, of_some
-from selbp.training.minibatch import Minibatch
+from selbp.training.minibatch import Minibatch, in_order
 from selbp.training.options import StepOptions
-from selbp.training.per_call import PerCall
+from selbp.training.per_call import Given, PerCall
 from selbp.training.placed_cut import CutStepReport, PlacedCut
 from selbp.training.pooled import Backward, Pooled
 from selbp.training.report import StepReport
 from selbp.training.schedule import Schedule
 from selbp.training.scored import Scored, worth_keeping
 from selbp.training.scores import told, weighted, write_back
-from selbp.training.scoring import Scorer, unscored
+from selbp.training.scoring import Scorer, may_run, unscored
 from selbp.training.sketched import Sketcher
 from selbp.training.stopwatch import AHEAD, Stopwatch
 from selbp.training.strategies import row_losses
@@ -56,7 +56,7 @@ class StepKinds:
     def __init__(self, model: nn.Module, options: StepOptions) -> None:
         self.model, self.selector, self.keep = model, options.selector, options.keep
         self.generator, self.schedule = options.draws_from(model), options.schedule or Schedule()
-        self._step = 0
+        self._step = self._last = 0  # the number of the next optimizer step, and that of the last call's
         self._criterion: Criterion = options.criterion()
         self._headless: Context = nullcontext
         self._auxiliary = Auxiliary(model, options.aux_weight, taken=isinstance(options.loss, str)).of
@@ -110,14 +110,19 @@ class StepKinds:
             return self._run_kind(batch, call, draw)
 
     def _run_kind(self, batch: Batch, call: PerCall, draw: Draw | None) -> tuple[Tensor, StepReport]:
-        watch, k, selects = Stopwatch(batch.device), kept_rows(self.keep, batch.n), self.schedule.selects(self._step)
+        watch, k, step = Stopwatch(batch.device), kept_rows(self.keep, batch.n), self._number(call)
+        selects = self.schedule.selects(step)
         if selects and self._cut is not None and call.given is None:
-            return self._cut_step(Minibatch(batch, call, draw, FULL, k, True, watch), self._cut)
+            return self._cut_step(Minibatch(batch, call, draw, FULL, k, True, watch, step), self._cut)
         rule = self._rule(call)
-        m = Minibatch(batch, call, draw, rule, k, selects, watch)
+        m = Minibatch(batch, call, draw, rule, k, selects, watch, step)
         if selects and (rule.needs != "nothing" or self._full_head):
             return self._scored_step(m)
         return self._full_step(m) if rule is FULL and not selects else self._unscored_step(m)
+
+    def _number(self, call: PerCall) -> int:
+        """The number of the call's optimizer step: rows that are given belong to the step of the call before."""
+        return self._step if call.given is None else self._last
 
     def _rule(self, call: PerCall) -> Any:
         """Who chooses in this step: what the call gives, else what the schedule asks for."""
@@ -133,17 +138,17 @@ class StepKinds:
         """Train on every row, in one forward."""
         m.k = m.batch.n
         self._choose(m, unscored(m.batch, self._criterion, self.model))
-        return self._train_unscored(m, m.batch.rows(None, m.stats.valid))
+        return self._train_unscored(m, m.batch.rows(None, self._finite(m)))
 
     def _unscored_step(self, m: Minibatch) -> tuple[Tensor, StepReport]:
         """Choose before the forward, which runs the chosen rows only."""
         self._choose(m, unscored(m.batch, self._criterion, self.model))
-        return self._train_unscored(m, m.chosen_rows())
+        return self._train_unscored(m, self._chosen_rows(m))
 
     def _train_unscored(self, m: Minibatch, rows: Batch) -> tuple[Tensor, StepReport]:
         """The one forward of ``rows``, and what the step returns."""
         loss = self._loss(m, self._first_forward(m, rows, rows.feed(self.model)))
-        return loss, m.report(StepReport, self._step, "recompute", self._strategy.reason)
+        return loss, m.report(StepReport, "recompute", self._strategy.reason)
 
     def _scored_step(self, m: Minibatch) -> tuple[Tensor, StepReport]:
         """Choose by a forward of all rows. The first such step decides what ``backward="auto"`` is."""
@@ -156,7 +161,7 @@ class StepKinds:
         loss = self._loss(m, losses, head)
         if not way.keeps_graph and self._scoring == "same":
             self._running.paused_in_backward(loss)
-        return loss, m.report(StepReport, self._step, way.name, way.reason, scored=True)
+        return loss, m.report(StepReport, way.name, way.reason, scored=True)
 
     def _by_rows(self, m: Minibatch, trained: Context) -> Tensor:
         """(k,) losses of the scoring forward; their backward runs the chosen rows of it only.
@@ -168,14 +173,15 @@ class StepKinds:
             self._choose(m, self._score(m.batch, m.watch, keep_graph=True))
             assert m.trains is not None, "the scoring forward was asked to keep its graph"
 
-            def forward(rows: Batch) -> Tensor:
-                return self._forward(m, rows)
+            def again() -> Tensor:
+                with self._running.paused():
+                    return self._forward(m, m.batch.rows(None, self._finite(m)))
 
             def of_logits(logits: Tensor, indices: Tensor) -> Tensor:
                 return self._criterion.losses(logits, m.batch.target.index_select(0, indices), len(indices))
 
             to_losses = None if m.trains.dim() == 1 else of_logits
-            return row_losses(m.trains, m.batch, m.selection, forward, to_losses, way.batchnorm, way.dense)
+            return row_losses(m.trains, m.selection, again, to_losses, way.batchnorm, way.dense)
 
     def _by_recompute(self, m: Minibatch, trained: Context) -> Tensor:
         """(k,) losses of a second forward, of the chosen rows. The first such step compares it with the scoring one."""
@@ -188,14 +194,15 @@ class StepKinds:
             return self._losses(output, rows, m.batch.n), output
 
         with trained(), self._running.paused() if same_mode else nullcontext():
-            losses = self._forward(m, m.chosen_rows())
-            self._comparison.end(
-                m.batch,
-                Forwards(m.selection.indices, m.live, m.unscaled, losses, m.output),
-                m.stats.valid,
-                again,
-                same_forward=same_mode and self._precision == "same",
-            )
+            losses = self._forward(m, self._chosen_rows(m))
+            if self._comparison.due:
+                self._comparison.end(
+                    m.batch,
+                    Forwards(m.selection.indices, m.live, m.unscaled, losses, m.output),
+                    self._finite(m),
+                    again,
+                    same_forward=same_mode and self._precision == "same",
+                )
         return losses
 
     def _cut_step(self, m: Minibatch, cut: PlacedCut) -> tuple[Tensor, StepReport]:
@@ -208,8 +215,8 @@ class StepKinds:
 
         scored = unscored(m.batch, self._criterion, self.model)
         m.take(scored)
-        m.choose(FULL.select(scored.stats, m.batch.n))
-        rows = m.batch.rows(None, m.live)
+        m.choose(self._weighted(m, FULL.select(scored.stats, m.batch.n)))
+        rows = m.batch.rows(None, self._finite(m))
         cut.prepare(rows)
         if isinstance(self._criterion, LinearCausalLM):
             self._criterion.forget()  # the forward of a look ahead
@@ -220,7 +227,7 @@ class StepKinds:
                 "backward='rows', or leave it out by aux_weight=0"
             )
         loss = self._loss(m, losses)
-        report = m.report(CutStepReport, self._step, cut.strategy, f"the cut at {cut.name}")
+        report = m.report(CutStepReport, cut.strategy, f"the cut at {cut.name}")
         return loss, report
 
     # ---------------------------------------------------------------------------------------- what they are made of
@@ -250,15 +257,18 @@ class StepKinds:
         """Have the rule choose by ``scored``, of which the minibatch keeps what the rest of the step needs."""
         m.watch.lap("score")
         with torch.no_grad(), without_autocast(m.batch.device):
-            selection = self._select(m.rule, m.batch, scored, m.k)
-            if m.draw is not None and m.draw.weights is not None:
-                selection = weighted(selection, m.draw.weights, m.rule)
+            selection = self._weighted(m, self._select(m.rule, m.batch, scored, m.k))
             if self._full_head and scored.proxies is not None:
-                m.mean = scored.proxies.mean_gradient()
+                m.mean = mean_of(scored.proxies, None if m.draw is None else m.draw.weights)
         m.proxies, m.k = worth_keeping(scored.proxies, self.head, m.batch.n), len(selection.indices)
         m.take(scored)
         m.choose(selection)
         m.watch.lap("select")
+
+    def _weighted(self, m: Minibatch, selection: Selection) -> Selection:
+        """The selection, with the sampler's factors where it gave any."""
+        factor = None if m.draw is None else m.draw.weights
+        return selection if factor is None else weighted(selection, factor, m.rule)
 
     def _select(self, rule: Selector, batch: Batch, scored: Scored, k: int) -> Selection:
         """The rule's choice. Raises ValueError for one of other shapes."""
@@ -270,7 +280,25 @@ class StepKinds:
                 f"{rule!r} must return indices (k,) int64 and weights (k,), "
                 f"got {indices.dtype} {tuple(indices.shape)} and {tuple(weights.shape)}"
             )
-        return selection
+        chosen = not isinstance(rule, (Full, Given))
+        return in_order(selection, scored) if chosen and len(indices) == batch.n else selection
+
+    def _finite(self, m: Minibatch) -> Tensor:
+        """(n,) bool: the rows that may run as they came, see :func:`may_run`."""
+        if m.finite is None:
+            m.finite = may_run(m.batch, m.stats.valid, self._criterion)
+        return m.finite
+
+    def _chosen_rows(self, m: Minibatch) -> Batch:
+        """The chosen rows. Those of weight 0 run as they came where the gradient may depend on them.
+
+        Of a part of the rows that were scored it does by normalisation layers and the model's own loss alone: other
+        samples that interact are refused.
+        """
+        indices, all_rows = m.selection.indices, m.k >= m.batch.n
+        if m.finite is None and not (all_rows or m.auxiliary is not None or normalises_by_rows(self.model)):
+            return m.batch.rows(indices, m.live)  # saves a GPU some launches
+        return m.batch.rows(indices, self._finite(m)[indices])
 
     def _first_forward(self, m: Minibatch, rows: Batch, output: Any) -> Tensor:
         """(k,) losses of the one forward of a step that scores nothing; the report's accuracy is of it."""

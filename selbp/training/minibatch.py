@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from selbp.common.batch import Batch
@@ -19,6 +20,21 @@ from selbp.types import BatchStatistics, MeanGradient, Selection
 Report = TypeVar("Report", bound=StepReport)
 
 
+def in_order(selection: Selection, scored: Scored) -> Selection:
+    """A selection of n slots from n rows, as all the rows in order.
+
+    Spare slots repeat a row. Where all rows are kept, each runs once instead, with a weight or without one, so that
+    batch norm sees the minibatch as it came. In the place of a row that has a target and is not valid, one that has a
+    weight is repeated: token ids that lead to NaN cannot be replaced by zeros.
+    """
+    indices, weights = selection
+    assert scored.mass is not None
+    summed = torch.zeros_like(weights).index_add_(0, indices, weights)
+    spare = indices.index_select(0, (weights != 0).to(torch.int8).argmax(0, keepdim=True))
+    runs = scored.stats.valid | (scored.mass == 0) | (summed != 0)
+    return Selection(torch.where(runs, torch.arange(len(indices), device=indices.device), spare), summed)
+
+
 @dataclass(slots=True)
 class Minibatch:
     """What came with the minibatch, and then what the step has found."""
@@ -30,6 +46,7 @@ class Minibatch:
     k: int  # how many rows it is asked for
     selected: bool  # whether the schedule has the rule choose
     watch: Stopwatch
+    step: int  # the number of the optimizer step
     # From the scoring, or from what is known without one:
     stats: BatchStatistics = field(init=False)  # losses scaled as the report averages them
     unscaled: Tensor = field(init=False)  # (n,) losses as the criterion gives them
@@ -39,6 +56,7 @@ class Minibatch:
     auxiliary: Tensor | None = field(init=False)  # () the model's own further loss
     hits: tuple[Tensor, Tensor] | None = field(init=False)
     seen: tuple[Any, Tensor, Tensor | None, Tensor] = field(init=False)  # output, losses, rows, live: for the table
+    finite: Tensor | None = None  # (n,) bool: the rows that may run as they came, once that is known
     proxies: HeadProxies | None = None  # for the report
     mean: MeanGradient | None = None  # of the head, for its full-batch gradient
     # From the choice:
@@ -53,7 +71,7 @@ class Minibatch:
         stats = scored.stats
         self.unscaled, self.scale, self.trains = stats.loss, scored.scale, scored.trains
         self.stats = stats._replace(loss=stats.loss * scored.scale if scored.scaled is None else scored.scaled)
-        self.auxiliary, self.hits = scored.auxiliary, scored.hits
+        self.auxiliary, self.hits, self.finite = scored.auxiliary, scored.hits, scored.finite
         self.share = self.call.share(scored, self.batch.n)
         self.seen = scored.output, stats.loss, None, stats.valid
 
@@ -61,16 +79,12 @@ class Minibatch:
         """Keep the rows that train."""
         self.selection, self.live = selection, selection.weights != 0
 
-    def chosen_rows(self) -> Batch:
-        """The chosen rows; slots of weight 0 are zeros for floating inputs."""
-        return self.batch.rows(self.selection.indices, self.live)
-
-    def report(self, kind: type[Report], step: int, way: str, reason: str, *, scored: bool = False) -> Report:
-        """The report of the step number ``step``, which went ``way``."""
+    def report(self, kind: type[Report], way: str, reason: str, *, scored: bool = False) -> Report:
+        """The report of the step, which went ``way``."""
         return kind(
             n=self.batch.n,
             k=self.k,
-            step=step,
+            step=self.step,
             selected=self.selected,
             scored=scored,
             backward=way,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from selbp.common.batch import Batch
 from selbp.common.figures import Choice
+from selbp.common.keep import kept_rows
 from selbp.common.modules import find_place
 from selbp.cut.choice import Cut
 from selbp.cut.recompute import RecomputedCut, check_reached, cut_at
@@ -76,7 +77,7 @@ class PlacedCut:
 
     def feed(self, batch: Batch, on_choice: Callable[[CutReport], None]) -> Any:
         """Run the forward and return the model's output. The backward calls ``on_choice`` when it has chosen."""
-        if self._recomputed is not None:
+        if self._recomputed is not None and kept_rows(self._cut.keep, batch.n) < batch.n:
             return self._recomputed.feed(batch, on_choice)
 
         def attach(hidden: Tensor, features: Tensor | None) -> Tensor:

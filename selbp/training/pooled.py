@@ -33,9 +33,9 @@ from selbp.training.per_call import PerCall
 from selbp.training.report import StepReport
 from selbp.training.scored import Scored
 from selbp.training.scores import told
-from selbp.training.scoring import unscored
+from selbp.training.scoring import may_run, unscored
 from selbp.training.stopwatch import Stopwatch
-from selbp.types import MeanGradient, Selection
+from selbp.types import MeanGradient
 
 if TYPE_CHECKING:
     from selbp.training.kinds import StepKinds
@@ -69,6 +69,7 @@ class Mine(NamedTuple):
     batch: Batch
     rows: Tensor  # (k,) of the batch
     weights: Tensor  # (k,)
+    finite: Tensor  # (k,) bool: which of them may run as they came
     own: Batch  # all that came to this process
     first: int = 0  # the number of its first sample
     plan: Plan | None = None  # where there are other ranks
@@ -125,7 +126,7 @@ class Pooled:
             m.batch = replace(m.batch, extras=extras)
         step._choose(m, found.scaled(step._reduce))
         del found  # and the factors, before the first graph
-        mine = self._mine(batch, m.selection, counts)
+        mine = self._mine(batch, m, counts)
         m.watch.lap("select")
         training = Training(self, m, mine, scoring)
         loss = training.run(backward)
@@ -139,15 +140,17 @@ class Pooled:
             known = told(step._table, step._criterion, batch.target)
             drawn.write(step._table, self._ranks, counts, known, m.seen)
         way = step._strategy
-        return loss, m.report(StepReport, step._step, way.name, way.reason, scored=scoring)
+        return loss, m.report(StepReport, way.name, way.reason, scored=scoring)
 
     def _asked(self, batch: Batch, call: PerCall, draw: Draw | None, counts: list[int]) -> Minibatch:
         """What the schedule, the rule and the call ask for. Its batch is of all ranks' samples, but for the inputs."""
         step, n = self.step, sum(counts)
         call.check(n, batch.device)
-        selects, draws = step.schedule.selects(step._step), step.schedule.draws(step._step)
+        number = step._number(call)
+        selects, draws = step.schedule.selects(number), step.schedule.draws(number)
         k = kept(step.keep, counts) if selects or draws or call.given is not None else n
-        return Minibatch(replace(batch, n=n), call, draw, step._rule(call), k, selects, Stopwatch(batch.device))
+        watch = Stopwatch(batch.device)
+        return Minibatch(replace(batch, n=n), call, draw, step._rule(call), k, selects, watch, number)
 
     # ----------------------------------------------------------------------------------------------- scoring
 
@@ -195,24 +198,25 @@ class Pooled:
         if (table := self.step._table) is not None and self.world > 1:
             self._ranks.agree(digest(table), device, "the same table", ONE_TABLE)
 
-    def _mine(self, batch: Batch, selection: Selection, counts: list[int]) -> Mine:
+    def _mine(self, batch: Batch, m: Minibatch, counts: list[int]) -> Mine:
         """The chosen rows that are trained here: rows change place where a rank has chosen more than its share."""
-        indices, weights = selection
+        (indices, weights), criterion = m.selection, self.step._criterion
         if self._ranks is None or self._ranks.size == 1:
             self._met = True
-            return Mine(batch, indices, weights, batch)
+            finite = may_run(batch, m.stats.valid, criterion)[indices]
+            return Mine(batch, indices, weights, finite, batch)
         if not self._met:
             self._ranks.agree(indices, batch.device, "the same choice", SAME_SEED)
             self._met = True
         plan = Plan.of(indices.tolist(), counts, quotas(self.step.keep, counts, len(indices)))
         here = self._ranks.exchange(batch, plan, counts)
         place = torch.tensor(plan.slots(self._ranks.rank, self.world), dtype=torch.int64, device=batch.device)
-        weights = weights[place]
+        weights, valid = weights[place], m.stats.valid[indices[place]]
         if here is None:  # this rank trains none, but its gradients of 0 are averaged with the others'
-            here, weights = batch.take(torch.zeros_like(indices[:1])), weights.new_zeros(1)
-        return Mine(
-            here, torch.arange(here.n, device=batch.device), weights, batch, sum(counts[: self._ranks.rank]), plan
-        )
+            here = batch.take(torch.zeros_like(indices[:1]))
+            weights, valid = weights.new_zeros(1), valid.new_zeros(1)
+        rows, finite = torch.arange(here.n, device=batch.device), may_run(here, valid, criterion)
+        return Mine(here, rows, weights, finite, batch, sum(counts[: self._ranks.rank]), plan)
 
     @property
     def world(self) -> int:
@@ -256,11 +260,11 @@ class Training:
     def run(self, backward: Backward | None) -> Tensor:
         """() the last micro-batch's scalar; detached, once its backward has run."""
         m, mine = self._m, self._mine
-        parts = list(zip(self._pooled.split(mine.rows), self._pooled.split(mine.weights), strict=True))
-        for turn, (rows, weights) in enumerate(parts):
+        parts = list(zip(*map(self._pooled.split, (mine.rows, mine.weights, mine.finite)), strict=True))
+        for turn, (rows, weights, finite) in enumerate(parts):
             last = turn == len(parts) - 1
             with self._averaged(last), self._step._running.paused() if self._pause else nullcontext():
-                loss = self._forward(rows, weights, last)
+                loss = self._forward(rows, weights, finite, last)
                 m.watch.lap("forward")
                 if backward is None:
                     m.watch.follow(loss)
@@ -279,10 +283,10 @@ class Training:
         context: AbstractContextManager[None] = nullcontext() if last or parallel is None else parallel.no_sync()
         return context
 
-    def _forward(self, rows: Tensor, weights: Tensor, last: bool) -> Tensor:
+    def _forward(self, rows: Tensor, weights: Tensor, finite: Tensor, last: bool) -> Tensor:
         """() the scalar of some of the rows."""
         step, m, live = self._step, self._m, weights != 0
-        batch = self._mine.batch.rows(rows, live)
+        batch = self._mine.batch.rows(rows, finite)
         full = FullHeadGradient(step.head) if m.mean is not None and step.head is not None else None
         with nullcontext() if full is None else full.replacing():
             output = batch.feed(step.model)

@@ -28,10 +28,11 @@ class Scored:
     proxies: HeadProxies | None = None
     trains: Tensor | None = None  # with its graph, where that is kept: (n,) losses, or the logits (n, ..., C) for them
     hits: tuple[Tensor, Tensor] | None = None  # () correct entries and () all entries, for a loss with classes
-    auxiliary: Tensor | None = None  # () the model's own further loss, of all n rows, where a graph is kept
+    auxiliary: Tensor | None = None  # () the model's own further loss, of all n rows
     mass: Tensor | None = None  # (n,) what each sample counts in torch's mean: its targets, or their class weights
     output: Any = None  # the model's, where it was to be kept
     scaled: Tensor | None = None  # (n,) stats.loss times the scale, where that came with it
+    finite: Tensor | None = None  # (n,) bool: what came of the sample is finite, where that was looked at
 
 
 def in_units(

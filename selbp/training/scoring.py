@@ -122,7 +122,7 @@ class Scorer:
             and not criterion.soft(batch.target)
             and (logits is None or self._reads_as_given(captured, logits, output, returned, batch.target))
         )
-        auxiliary = self.auxiliary(output) if keep_graph else None  # here, where a gradient is recorded
+        auxiliary = self.auxiliary(output)  # here, where a gradient is recorded if the graph is kept
         losses = read = None
         if not fused and (keep_graph or not linear):
             with torch.set_grad_enabled(keep_graph or self.gradients):
@@ -208,20 +208,29 @@ def _one_a_sample(
 
 def unscored(batch: Batch, criterion: Criterion, model: nn.Module) -> Scored:
     """What is known without a forward: which samples have a target and are finite."""
+    finite = batch.finite()
     first = next((p.dtype for p in model.parameters() if p.is_floating_point() or p.is_complex()), torch.float32)
     if saves_launches(batch.device) and _has_one_label_each(criterion, batch.target):
         assert isinstance(criterion, CrossEntropy)
         labels, weight = criterion.labels(batch.target)[:, 0], criterion.weight_on(batch.device)
         double = real_dtype(first) == torch.float64
-        mass, valid, never, unknown, scale = unscored_rows(
-            labels, batch.finite(), weight, criterion.ignore_index, double
-        )
+        mass, valid, never, unknown, scale = unscored_rows(labels, finite, weight, criterion.ignore_index, double)
         stats = BatchStatistics(unknown, unknown, unknown, unknown, never, valid)
-        return Scored(stats, scale, mass=mass, scaled=unknown)  # NaN in any unit
+        return Scored(stats, scale, mass=mass, scaled=unknown, finite=finite)  # NaN in any unit
     mass, present = criterion.mass(batch.target, batch.n, batch.device)
-    valid = present & batch.finite()
+    valid = present & finite
     stats = BatchStatistics.unscored(valid, real_dtype(first))
-    return Scored(stats, scale_of(mass, valid), mass=mass)
+    return Scored(stats, scale_of(mass, valid), mass=mass, finite=finite)
+
+
+def may_run(batch: Batch, valid: Tensor, criterion: Criterion) -> Tensor:
+    """(n,) bool: the rows that may run as they came. Of the others, floating entries must become 0.
+
+    Batch norm looks at a row that has no target as well, as in an ordinary step. A row that has a target, and is not
+    ``valid`` (n,), has shown a NaN.
+    """
+    _, present = criterion.mass(batch.target, batch.n, batch.device)
+    return valid | (batch.finite() & ~present)
 
 
 def scores_at_once(device: torch.device) -> bool:

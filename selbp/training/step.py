@@ -249,8 +249,8 @@ class SelectiveBackprop(CountedStep):
             The same, by the name that Hugging Face's trainer has for it.
         selection : Selection or None
             Rows and weights to train on, such as ``step.report.selection``, in place of a choice: nothing is scored,
-            and only those rows run forward. The call belongs to the optimizer step of the one before, as the second
-            pass of SAM does: it is not counted.
+            and only those rows run forward; with ``head_gradient="full"`` all rows are scored, for the head. The call
+            belongs to the optimizer step of the one before, as the second pass of SAM does: it is not counted.
         **per_sample
             Tensors (n,) that the selector knows by name. With ``table``, ``ids`` are the samples' numbers, int64.
 

@@ -34,9 +34,8 @@ def may_ask(device: torch.device) -> bool:
 
 def row_losses(
     trains: Tensor,  # (n,) losses of the scoring forward, or its logits (n, ..., C), with their graph
-    batch: Batch,
     selection: Selection,
-    forward: Callable[[Batch], Tensor],
+    again: Callable[[], Tensor],  # (n,) losses of a forward of all rows, with zeros in place of NaN
     to_losses: Callable[[Tensor, Tensor], Tensor] | None = None,  # of chosen rows' logits and their indices
     batchnorm: BatchNormPolicy = "exact",
     dense: Counter[str] | None = None,
@@ -44,13 +43,13 @@ def row_losses(
     """(k,) losses, whose backward runs the chosen rows of ``trains`` only.
 
     A slot of weight 0 may name a row that holds NaN, and 0 * NaN would reach every parameter. Such a slot repeats a row
-    that has a weight. Where no row has one, a forward on zeros gives gradients of 0. On a GPU asking whether any row
-    has one would wait for the device, so :func:`selbp.rows.select` decides there.
+    that has a weight. Where no row has one, a CPU and a GPU differ. On a CPU the gradients of 0 come from another
+    forward. On a GPU asking would wait for the device, so :func:`selbp.rows.select` decides.
     """
     live = selection.weights != 0
     asked = may_ask(live.device)
     if asked and not live.any():
-        return forward(batch.rows(selection.indices, live))
+        return again().index_select(0, selection.indices)
     spare = selection.indices.index_select(0, live.to(torch.int8).argmax(0, keepdim=True))
     indices = torch.where(live, selection.indices, spare)
     any_valid = None if asked else live.any()

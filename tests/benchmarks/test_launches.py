@@ -9,7 +9,7 @@ launches_gpu = pytest.importorskip("benchmarks.launches_gpu")
 
 # rule -> launches of scoring, of the choice, and up to the loss, at n = 128, k = 32, C = 10, of a two-layer network.
 BUDGETS = {
-    "Random": (2, 3, 11),
+    "Random": (2, 3, 12),
     "TopLoss": (5, 2, 10),
     "LossRank": (5, 3, 10),
     "LossPercentile": (7, 3, 10),

@@ -118,8 +118,63 @@ def test_identity(how: str) -> None:
     if how in ("keep 1.0", "keep all", "eval"):
         (got,) = torch.autograd.grad(out.square().sum(), hidden)
         assert torch.equal(got, 2 * hidden)
-    with pytest.raises(RuntimeError, match="first backward"):
-        _ = cut.report
+    if how in ("keep 1.0", "keep all"):
+        assert cut.report.k == N
+    else:
+        with pytest.raises(RuntimeError, match="first backward"):
+            _ = cut.report
+
+
+def all_rows(report: selbp.CutReport, n: int) -> bool:
+    """Whether the report says that every one of n rows was passed on."""
+    indices, weights = report.selection
+    same = torch.equal(indices, torch.arange(n)) and torch.allclose(weights, torch.full_like(weights, 1 / n))
+    return same and (report.n, report.k) == (n, n) and report.relative_residual is None
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_report_is_of_the_last_backward_also_where_all_rows_were_passed_on(in_place: bool) -> None:
+    """A ragged last minibatch, which has no more rows than are kept; its hidden state may be a view."""
+    trunk = torch.nn.Linear(4, 4)
+    cut = selbp.BackwardCut(8)
+    for n in (16, 5, 12, 8):
+        hidden = cut(trunk(torch.randn(n, 3, 4)))
+        hidden = torch.relu_(hidden) if in_place else torch.relu(hidden)
+        hidden.square().sum().backward()
+        assert all_rows(cut.report, n) if n <= 8 else (cut.report.n, cut.report.k) == (n, 8)
+
+
+def test_a_gradient_that_overflowed_is_passed_on_whole_and_the_report_says_so() -> None:
+    trunk, head, x = trunk_and_head("vector")
+    cut = selbp.BackwardCut(4)
+    loss_of(head(cut(trunk(x)))).backward()
+    assert cut.report.k == 4
+    (loss_of(head(cut(trunk(x)))) * torch.inf).backward()
+    assert all_rows(cut.report, N)
+
+
+def test_a_lower_cut_that_keeps_all_reports_the_rows_of_the_upper_one() -> None:
+    for keep in (1.0, 6):  # of all n samples, or of no more than arrive
+        lower, upper = selbp.BackwardCut(keep), selbp.BackwardCut(4, selbp.Random())
+        x = torch.randn(N, 4, requires_grad=True)
+        upper(torch.tanh(lower(x * 2))).square().sum().backward()
+        chosen = upper.report.selection.indices.sort().values
+        assert torch.equal(lower.report.selection.indices.sort().values, chosen)
+        assert (lower.report.n, lower.report.k) == (N, 4)
+        assert lower.report.weight_sum == pytest.approx(4 / N)
+
+
+def test_a_cut_that_keeps_all_stands_under_transforms() -> None:
+    cut = selbp.BackwardCut(1.0)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return cut((3 * x).view(2, 6)).square().sum()
+
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(torch.func.grad(loss)(x), 18 * x)
+    torch.testing.assert_close(torch.func.vmap(loss)(x.expand(5, 4, 3)), loss(x).expand(5))
+    (got,) = torch.autograd.grad(loss(x.requires_grad_()), x, create_graph=True)
+    torch.testing.assert_close(got, 18 * x)
 
 
 def test_function_form_and_features() -> None:

@@ -62,6 +62,26 @@ def test_keep_all_and_steps_outside_the_schedule_are_full() -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("backward", ["rows", "recompute"])
+def test_a_minibatch_of_no_more_rows_than_are_kept_is_reported_too(backward: str) -> None:
+    """The last one of an epoch, after which a loop logs the report."""
+    model, x, y = model_and_batch()
+    step = selbp.SelectiveBackprop(model, selector=selbp.GradientMatching(), keep=8, cut="2", backward=backward)
+    for n in (16, 8, 5, 16):
+        model.zero_grad()
+        step(x[:n], y[:n]).backward()
+        figures = step.report.as_dict()
+        assert (figures["n"], figures["k"], figures["backward"]) == (n, min(8, n), backward)
+        if n <= 8:
+            got = gradients(model)
+            F.cross_entropy(model(x[:n]), y[:n]).backward()
+            for a, b in zip(got, gradients(model), strict=True):
+                torch.testing.assert_close(a, b)
+            assert figures["weight_sum"] == pytest.approx(1.0) and figures["effective_sample_size"] == pytest.approx(n)
+    (step(x, y) * float("inf")).backward()
+    assert step.report.as_dict()["n"] == 16
+
+
 @pytest.mark.parametrize(
     "options", [{"cut": "nowhere"}, {"cut": nn.Linear(2, 2)}, {"cut": "2", "head_gradient": "full"}]
 )

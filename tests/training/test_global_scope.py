@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -246,6 +247,30 @@ def check_second_pass(rank: int) -> None:
         torch.testing.assert_close(got, exact, rtol=EXACT, atol=1e-15)
 
 
+class EveryRow(selbp.Full):
+    """Full, but chosen after a forward that scores."""
+
+    needs = "gradients"
+
+
+def check_unlabelled(rank: int) -> None:
+    """Where all rows are kept, each rank's batch norm sees its own minibatch as it came, labelled or not."""
+    for rule in (selbp.Full(), EveryRow(), selbp.Random()):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5)).double()
+        plain = copy.deepcopy(model)
+        x, y = torch.randn(2, 16, 12).double() + 3.0, torch.randint(0, 5, (2, 16))
+        y[0, :9], y[1, 4] = -100, -100
+        parallel = DistributedDataParallel(model, broadcast_buffers=False)
+        step = selbp.SelectiveBackprop(parallel, selector=rule, keep=1.0, scope="global")
+        step(x[rank], y[rank]).backward()
+        for other in (1 - rank, rank):
+            plain[1].reset_running_stats()  # in the end they are of the rank's own minibatch
+            (F.cross_entropy(plain(x[other]), y[other], reduction="sum") / (y != -100).sum()).backward()
+        assert_same(gradients(parallel), gradients(plain), rtol=EXACT)
+        torch.testing.assert_close(model[1].running_mean, plain[1].running_mean, rtol=EXACT, atol=0)
+
+
 def check_table(rank: int) -> None:
     """Every rank's table, whose columns are float32, is that of one process."""
     rounding = 8 * torch.finfo(torch.float32).eps
@@ -288,6 +313,7 @@ def check_two(rank: int) -> None:
     check_draws(rank)
     check_refusals(rank)
     check_second_pass(rank)
+    check_unlabelled(rank)
     check_table(rank)
 
 
