@@ -139,7 +139,7 @@ def record(table: Columns, averages: Averages, fresh: Fresh, logits: Tensor, tim
     target, ids, live, place = fresh.target.contiguous(), fresh.ids, fresh.live, fresh.place
     transition, counts, scratch = averages.transition, averages.counts, None
     if transition is not None:
-        scratch = torch.empty(classes, dtype=torch.float64)
+        scratch = torch.empty(classes, dtype=torch.float64, device="cpu")
     return _native.record(
         rows,
         classes,
