@@ -48,7 +48,7 @@ def finite_rows(residual: Tensor, features: Tensor) -> Tensor:
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
     """(rows,) float64 sums over the columns of ``a * b``, two contiguous CPU matrices, float32 or float64."""
     rows, columns = a.shape
-    sums = torch.empty(rows, dtype=torch.float64)
+    sums = torch.empty(rows, dtype=torch.float64, device="cpu")
     threads = native_threads(a.numel())
     _native.row_dots(sums.data_ptr(), a.data_ptr(), b.data_ptr(), a.dtype == torch.float64, rows, columns, threads)
     return sums

@@ -67,7 +67,7 @@ def _choose(dtype: torch.dtype, wanted: str) -> bool:
 
 def _operands(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Small integers, whose products every correct GEMM returns exactly, in the layouts that the operators use."""
-    values = torch.arange(256 * 256, dtype=torch.float64).reshape(256, 256)
+    values = torch.arange(256 * 256, dtype=torch.float64, device="cpu").reshape(256, 256)
     x = ((values * 7 + values.t()) % 3 - 1).to(dtype)
     return x, ((values * 5 + 2) % 3 - 1).to(dtype), (values[0] % 5).to(dtype)
 

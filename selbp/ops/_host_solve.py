@@ -13,14 +13,14 @@ ALIGNED = 16  # bytes: what compiled code assumes of a tensor's beginning
 def to_host(tensors: Sequence[Tensor], dtype: torch.dtype, *, pin: bool) -> list[Tensor]:
     """The tensors on the host, contiguous and of ``dtype``, which holds each exactly; waits for the device."""
     packed = torch.cat([tensor.reshape(-1).to(dtype) for tensor in tensors])
-    landed = torch.empty(packed.shape, dtype=dtype, pin_memory=pin).copy_(packed)
+    landed = torch.empty(packed.shape, dtype=dtype, pin_memory=pin, device="cpu").copy_(packed)
     parts = landed.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def room(like: Sequence[Tensor], *, pin: bool) -> tuple[Tensor, list[Tensor]]:
     """One buffer on the host, and views of it with the shapes and types of ``like``."""
-    buffer = torch.empty(_end(like), dtype=torch.uint8, pin_memory=pin)
+    buffer = torch.empty(_end(like), dtype=torch.uint8, pin_memory=pin, device="cpu")
     return buffer, views(buffer, like)
 
 

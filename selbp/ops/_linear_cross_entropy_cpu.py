@@ -34,7 +34,7 @@ def forward(
     features, weight, bias = head
     _check_rows(rows, features.shape[0])
     logit_pass = LogitPass(weight.shape[0], features.dtype, target, features, bias is not None, options)
-    p_rest = logit_pass.p_rest = torch.empty(features.shape[0], dtype=accumulate_dtype(features.dtype))
+    p_rest = logit_pass.p_rest = torch.empty(features.shape[0], dtype=accumulate_dtype(features.dtype), device="cpu")
     logits = logit_pass.keep_logits(len(weight)) if keep else features.new_empty(0, 0)
     left_out = p_rest.new_empty(0, 0)
     if _skipped_tiles.leaves_out(skip_mass, options):
@@ -69,8 +69,10 @@ def backward(
     if tiles is not None:
         columns = _skipped_tiles.COLUMNS
         if needs.features:
-            dh = torch.zeros(n, features.shape[1], dtype=accumulate).index_copy_(0, chosen, tiles.of_features(weight))
-    room = torch.empty(k * columns, dtype=accumulate) if scored.logits.numel() else None  # kept logits stay as they are
+            zeros = features.new_zeros(n, features.shape[1], dtype=accumulate)
+            dh = zeros.index_copy_(0, chosen, tiles.of_features(weight))
+    # Kept logits stay as they are.
+    room = features.new_empty(k * columns, dtype=accumulate) if scored.logits.numel() else None
     for first, some, h, terms, left_out in _pieces(features, scored, grad, chosen, tiles, range(0, n_classes, columns)):
         classes = slice(first, first + columns)
         part = weight[classes]

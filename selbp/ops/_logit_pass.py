@@ -86,16 +86,16 @@ class LogitPass:
 
     def carry(self) -> None:
         """Keep each row's state between tiles."""
-        self.state = torch.empty(self.target.shape[0], _native.STATISTICS_STATE, dtype=torch.float64)
+        self.state = torch.empty(self.target.shape[0], _native.STATISTICS_STATE, dtype=torch.float64, device="cpu")
 
     def keep_logits(self, n_classes: int) -> Tensor:
         """Memory that :meth:`add_head` is to leave the logits in."""
-        self.logits = torch.empty(self.target.shape[0], n_classes, dtype=self._dtype)
+        self.logits = torch.empty(self.target.shape[0], n_classes, dtype=self._dtype, device="cpu")
         return self.logits
 
     def keep_sums(self, tiles: int) -> Tensor:
         """Memory that :meth:`add_head` is to leave each row's maximum and sum in, as they are after each tile."""
-        self.sums = torch.empty(tiles, self.target.shape[0], 2, dtype=torch.float64)
+        self.sums = torch.empty(tiles, self.target.shape[0], 2, dtype=torch.float64, device="cpu")
         return self.sums
 
     def add_head(self, features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -235,7 +235,7 @@ class ResidualClasses(NamedTuple):
 
 def in_place(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory for the residuals of ``logits``: its own where it has their ``dtype``."""
-    return logits if logits.dtype == dtype else torch.empty(logits.shape, dtype=dtype)
+    return logits if logits.dtype == dtype else torch.empty(logits.shape, dtype=dtype, device="cpu")
 
 
 def residual_tile(

@@ -28,7 +28,7 @@ def sketch(head: Head, target: Tensor, projections: tuple[Tensor, Tensor], optio
     h, y = features.reshape(tokens, d), target.reshape(tokens).contiguous()
     left, right = (projection.to(accumulate) for projection in projections)
     logit_pass = LogitPass(weight.shape[0], features.dtype, y, h, bias is not None, options)
-    logit_pass.p_rest = torch.empty(tokens, dtype=accumulate)
+    logit_pass.p_rest = torch.empty(tokens, dtype=accumulate, device="cpu")
     project = _project_twice if options.label_smoothing else _project_once
     projected = project(logit_pass, (h, weight, bias), left, options)
     valid = logit_pass.outputs[5]
@@ -45,12 +45,12 @@ def _project_once(logit_pass: LogitPass, head: Head, left: Tensor, options: Loss
     csrc/statistics/cpu.hpp.
     """
     n, accumulate, n_classes = len(head[0]), left.dtype, logit_pass.n_classes
-    sums = torch.zeros(n, left.shape[1], dtype=accumulate)
+    sums = torch.zeros(n, left.shape[1], dtype=accumulate, device="cpu")
     logit_pass.carry()
     state, p_rest = logit_pass.state, logit_pass.p_rest
     assert state is not None and p_rest is not None
     greatest = state[:, 0]
-    nothing = torch.zeros(n, dtype=accumulate)  # the target's entry: it comes last
+    nothing = torch.zeros(n, dtype=accumulate, device="cpu")  # the target's entry: it comes last
     unweighted = logit_pass.options._replace(class_weight=None)
     for part, c, z in head_tiles(*head):
         before = greatest[part].clone() if c else None
@@ -74,7 +74,7 @@ def _project_twice(logit_pass: LogitPass, head: Head, left: Tensor, options: Los
     logit_pass.add_head(*head)
     lse, p_rest = logit_pass.outputs[1], logit_pass.p_rest
     assert p_rest is not None
-    sums = torch.zeros(len(head[0]), left.shape[1], dtype=left.dtype)
+    sums = torch.zeros(len(head[0]), left.shape[1], dtype=left.dtype, device="cpu")
     total = weight_sum(options, logit_pass.n_classes)
     for part, c, z in head_tiles(*head):
         rows = ResidualRows(logit_pass.target[part], lse[part], p_rest[part])

@@ -49,7 +49,7 @@ def left_out(
     share = reached.diff(dim=0, prepend=torch.zeros_like(reached[:1])).clamp_(min=0).div_(reached[-1]).t()
     held = (target // COLUMNS).clamp(0, len(sums) - 1)[:, None]  # an ignored target is any number
     smallest, tile = share.scatter(1, held, torch.inf).sort(1)
-    small = torch.zeros(share.shape, dtype=torch.bool).scatter_(1, tile, smallest.cumsum(1) <= skip_mass)
+    small = torch.zeros(share.shape, dtype=torch.bool, device="cpu").scatter_(1, tile, smallest.cumsum(1) <= skip_mass)
     return torch.where(small, share * p_rest[:, None], FORMED).to(p_rest.dtype)
 
 

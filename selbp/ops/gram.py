@@ -74,7 +74,7 @@ def gradient_gram(
 def _cpu(residual: Tensor, features: Tensor, bias: bool) -> Tensor:
     dtype = accumulate_dtype(residual.dtype)
     n = len(residual)
-    out = torch.empty(n, n, dtype=dtype)
+    out = torch.empty(n, n, dtype=dtype, device="cpu")
     if residual.dtype == torch.bfloat16 and _native.multiplies_bfloat16():
         if not _of_pairs(out, _even(residual), _even(features), bias):
             _zero_spoiled(out, residual, features)
@@ -82,7 +82,7 @@ def _cpu(residual: Tensor, features: Tensor, bias: bool) -> Tensor:
     r, h = contiguous_in(residual, dtype), contiguous_in(features, dtype)
     classes, d = r.shape[1], h.shape[1]
     count = -(-n // _BLOCK) * _BLOCK * (classes + d)
-    packed = None if count <= _KEPT else torch.empty(count, dtype=dtype)
+    packed = None if count <= _KEPT else torch.empty(count, dtype=dtype, device="cpu")
     finite = _native.gram(
         out.data_ptr(),
         0 if packed is None else packed.data_ptr(),
@@ -108,7 +108,7 @@ def _even(factor: Tensor) -> Tensor:
 def _of_pairs(out: Tensor, r: Tensor, h: Tensor, bias: bool) -> bool:
     """The kernel that multiplies bfloat16 pairs and sums in float32. Whether the diagonal is finite."""
     n, classes, d = len(r), r.shape[1] // 2, h.shape[1] // 2
-    packed = torch.empty(-(-n // _BLOCK) * _BLOCK * (classes + d))
+    packed = torch.empty(-(-n // _BLOCK) * _BLOCK * (classes + d), device="cpu")
     return _native.gram_pairs(
         out.data_ptr(), packed.data_ptr(), r.data_ptr(), h.data_ptr(), n, classes, d, bias, native_threads(n * n)
     )

@@ -112,14 +112,14 @@ def _cpu(residual: Tensor, features: Tensor, indices: Tensor, weights: Tensor, b
             r.data_ptr(), h.data_ptr(), sizes, bias, rows.data_ptr(), w.data_ptr(), len(w)
         )
         if all(map(math.isfinite, squares)) and squares[1]:
-            return torch.tensor(math.sqrt(squares[0] / squares[1]), dtype=torch.float64)
+            return torch.tensor(math.sqrt(squares[0] / squares[1]), dtype=torch.float64, device="cpu")
     taken = indices >= 0
     rows, w = indices[taken], weights[taken].double()
     error_sq, mean_sq = _squares(residual, h, rows, w, bias)
     if not (math.isfinite(error_sq) and math.isfinite(mean_sq)):
         finite = finite_rows(residual, features)
         if not finite.all():
-            zero = torch.zeros((), dtype=torch.float64)
+            zero = torch.zeros((), dtype=torch.float64, device="cpu")
             r = torch.where(finite[:, None], residual.double(), zero)
             error_sq, mean_sq = _squares(r, torch.where(finite[:, None], h, zero), rows, w, bias)
     return (error_sq / mean_sq).sqrt()
@@ -131,8 +131,8 @@ def _squares(residual: Tensor, h: Tensor, rows: Tensor, w: Tensor, bias: bool) -
     n = max(n, 1)
     weighted = h[rows] * w[:, None]
     block = max(1, min(n_classes, _BLOCK // max(n, h.shape[1], 1)))
-    error_sq = torch.zeros((), dtype=torch.float64)
-    mean_sq = torch.zeros((), dtype=torch.float64)
+    error_sq = torch.zeros((), dtype=torch.float64, device="cpu")
+    mean_sq = torch.zeros((), dtype=torch.float64, device="cpu")
     for begin in range(0, n_classes, block):
         r = residual[:, begin : begin + block].double()
         mean = (r.t() @ h).div_(n)

@@ -92,7 +92,7 @@ def _cpu(residual: Tensor, features: Tensor, bias: bool) -> tuple[Tensor, Tensor
     if finite.all():
         return products
     kept, target_sq, head_weight, head_bias = _products(r[finite], h[finite], len(r), bias)
-    inner = torch.zeros(len(r), dtype=dtype)
+    inner = torch.zeros(len(r), dtype=dtype, device="cpu")
     inner[finite] = kept
     return inner, target_sq, head_weight, head_bias
 
@@ -107,8 +107,8 @@ def _stays_cached(r: Tensor, h: Tensor) -> bool:
 def _in_one_call(r: Tensor, h: Tensor, n: int, bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four results in one native call."""
     dtype, n_classes, width = r.dtype, r.shape[1], h.shape[1]
-    inner, target_sq = torch.empty(n, dtype=dtype), torch.empty((), dtype=dtype)
-    head_weight, head_bias = torch.empty(n_classes, width, dtype=dtype), torch.empty(n_classes * bias, dtype=dtype)
+    inner, target_sq = r.new_empty(n), r.new_empty(())
+    head_weight, head_bias = r.new_empty(n_classes, width), r.new_empty(n_classes * bias)
     out = (inner.data_ptr(), target_sq.data_ptr(), head_weight.data_ptr(), head_bias.data_ptr())
     shape, threads = (n, n_classes, width), native_threads(n * n_classes * width, _GRAIN)
     _native.mean_gradient(r.data_ptr(), h.data_ptr(), dtype == torch.float64, shape, bias, out, threads)

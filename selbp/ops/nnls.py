@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from selbp._checks import (
@@ -125,8 +126,10 @@ def nnls_gram(
     if autocast_enabled(gram):
         gram, inner = autocast_factors(gram, inner)
     check_problem(gram, inner, valid)
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    explained = (inner.square() / diagonal).masked_fill_(diagonal <= 0, 0.0)  # by each row alone
+    # The square of a finite float16 or float32 may be infinite.
+    wide = torch.float32 if gram.device.type == "mps" else torch.float64
+    diagonal = gram.diagonal(dim1=-2, dim2=-1).to(wide)
+    explained = (inner.to(wide).square() / diagonal).masked_fill_(diagonal <= 0, 0.0)  # by each row alone
     if valid is not None:
         explained.masked_fill_(~valid, 0.0)
     # b^T b is not given; the most that one row explains of it sets the scale of what counts as noise.

@@ -106,7 +106,7 @@ def _fake(logits: Tensor, target: Tensor, lse: Tensor, options: LossOptions) -> 
 def _cpu(logits: Tensor, target: Tensor, lse: Tensor, options: LossOptions) -> Tensor:
     dtype = accumulate_dtype(logits.dtype)
     n, n_classes = logits.shape
-    out = torch.empty(n, n_classes, dtype=dtype)
+    out = torch.empty(n, n_classes, dtype=dtype, device="cpu")
     if not n:
         return out
     options = native_options(options, dtype)

@@ -111,9 +111,10 @@ def sketch_projections(
 
     def draw(rows: int, columns: int) -> Tensor:
         if kind == "gaussian":
-            entries = torch.randn(rows, columns, generator=generator)
+            entries = torch.randn(rows, columns, generator=generator, device="cpu")
         else:
-            entries = torch.randint(0, 2, (rows, columns), generator=generator, dtype=torch.float32).mul_(2).sub_(1)
+            signs = torch.randint(0, 2, (rows, columns), generator=generator, dtype=torch.float32, device="cpu")
+            entries = signs.mul_(2).sub_(1)
         return (entries / columns**0.5).to(device=device, dtype=dtype)
 
     return draw(n_classes, p), draw(width, q)

@@ -63,7 +63,7 @@ def match(
         status=inner.new_tensor([status for *_, status in found], dtype=torch.uint8),
     )
     for row, (support, weights, *_) in enumerate(found):
-        result.indices[row, : len(support)] = torch.tensor(support, dtype=torch.int64)
+        result.indices[row, : len(support)] = torch.tensor(support, dtype=torch.int64, device=result.indices.device)
         result.weights[row, : len(support)] = weights
     output = torch.float64 if exact else torch.float32
     return Matching(

@@ -48,7 +48,7 @@ class Layout:
         self.full = pre * rows.n * post  # size of the dim as autograd sees it
         self.kept = pre * rows.k * post  # size of the dim as it is stored
         self.plans, self.outer, self.views = _known((rows.n, rows.k, dim, pre, post))
-        self._at = {dim: self}
+        self._at = {dim: self}  # spares `at`, which most view rules call, the key that `RowSet.layout` hashes
 
     @property
     def fold(self) -> Fold:
@@ -89,8 +89,9 @@ class RowSet:
         any_valid: Tensor | None = None,  # () bool: whether any row counts; None if that is known
         observers: tuple[Observer, ...] | None = None,  # None: the observers of the enclosing `observing` blocks
     ) -> None:
-        self.indices, self.n, self.k = indices, n, indices.numel()
-        self.batchnorm, self.any_valid = batchnorm, any_valid
+        # Copies: a caller that keeps one buffer of indices may write to it before the backward has run.
+        self.indices, self.n, self.k = indices.clone(), n, indices.numel()
+        self.batchnorm, self.any_valid = batchnorm, None if any_valid is None else any_valid.clone()
         self.dense: Counter[str] = Counter() if densified is None else densified
         self.observers = current_observers() if observers is None else observers
         self.slices = Slices(self)
@@ -99,7 +100,7 @@ class RowSet:
         self.task = -1  # the engine's backward in which these rows entered
         self._all_differ: bool | None = None
         self._layouts: dict[tuple[int, int, int], Layout] = {}
-        self._indices = {indices.device: indices}
+        self._indices = {indices.device: self.indices}
 
     def layout(self, dim: int, pre: int = 1, post: int = 1) -> Layout:
         """Return the layout of these rows at ``dim``. Equal layouts are one object."""

@@ -80,7 +80,8 @@ def select(
         Floating or complex, the samples in dim 0. Anything computed sample by sample: losses, logits, hidden states.
         All tensors must have the same n. A loss that is already averaged is refused.
     indices : Tensor (k,) int64
-        In [0, n), in any order, k from 0. An index may occur more than once: the gradients of its rows are added.
+        In [0, n), in any order, k from 0. An index may occur more than once: the gradients of its rows are added. The
+        backward has a copy, so that this tensor may be written to before.
     batchnorm : {"exact", "subset"}
         How BatchNorm in training mode runs, whose statistics couple the samples. ``"exact"`` runs it, and everything
         below it, on n rows. ``"subset"`` runs it on the k rows with the statistics of the n, which is an approximation.

@@ -104,7 +104,7 @@ class ScoredBatchSampler(TableSampler):
             raise ValueError(f"k must be at most a rank's {table.samples // self.world_size} samples, got {self.k}")
         self.weights = weights
         self._scored, self._rows, self._tag, self._every = True, self.k, "", 1
-        self._sweep = -1, torch.empty(0, dtype=torch.int64)  # its number and its permutation
+        self._sweep = -1, torch.empty(0, dtype=torch.int64, device="cpu")  # its number and its permutation
 
     def use(self, *, k: int | None = None, scored: bool = True, tag: str = "", record_every: int = 1) -> None:
         """From the next draw on: rows of a batch (None: as constructed), whether by the odds or uniformly, and a name.
@@ -139,7 +139,7 @@ class ScoredBatchSampler(TableSampler):
         if self._sweep[0] != sweep:
             generator = torch.Generator().manual_seed((self.seed + ~sweep * ODD) % (1 << 63))
             ids = self.ids
-            self._sweep = sweep, ids[torch.randperm(len(ids), generator=generator).to(ids.device)]
+            self._sweep = sweep, ids[torch.randperm(len(ids), generator=generator, device="cpu").to(ids.device)]
         return self._sweep[1][place * k : (place + 1) * k]
 
     def _draw(self, index: int) -> Draw:

@@ -109,7 +109,7 @@ def specified(
 
 @functools.lru_cache(maxsize=8)
 def _all_valid(pool: int) -> Tensor:
-    return torch.ones(pool, dtype=torch.bool)
+    return torch.ones(pool, dtype=torch.bool, device="cpu")
 
 
 def _unbiased(first: Tensor, odds: Tensor, draws: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -149,8 +149,8 @@ def draw(
     ids, factor = ids.contiguous(), None if factor is None else factor.contiguous()
     pool = len(ids)
     second = unbiased and uniform_rows < k
-    scratch = torch.empty((9 * pool if second else pool) + 1 + 2 * k, dtype=torch.float64)
-    rows, address = torch.empty(k, dtype=torch.int64), scratch.data_ptr()
+    scratch = torch.empty((9 * pool if second else pool) + 1 + 2 * k, dtype=torch.float64, device="cpu")
+    rows, address = torch.empty(k, dtype=torch.int64, device="cpu"), scratch.data_ptr()
     heap = address + 8 * (len(scratch) - 2 * k)
     _native.draw(
         pool,
@@ -169,8 +169,8 @@ def draw(
         heap,
     )
     if not second:
-        return rows, torch.full((k,), 1.0 / k, dtype=torch.float64) if unbiased else None
-    weights, valid = torch.full((k,), 1.0 / pool, dtype=torch.float64), _all_valid(pool)
+        return rows, torch.full((k,), 1.0 / k, dtype=torch.float64, device="cpu") if unbiased else None
+    weights, valid = torch.full((k,), 1.0 / pool, dtype=torch.float64, device="cpu"), _all_valid(pool)
     _native.choose_rows(  # as in _unbiased, straight to the slots after the uniform rows
         pool,
         k - uniform_rows,

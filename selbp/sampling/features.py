@@ -46,7 +46,7 @@ def samples_of(dataset: Any, ids: range, *, auto: bool) -> tuple[Any, Tensor]:
 
 
 def _labels(labels: Tensor | list[Any]) -> Tensor:
-    found = torch.as_tensor(labels)
+    found = torch.as_tensor(labels, device="cpu")
     if found.dim() != 1 or found.is_floating_point() or found.dtype == torch.bool:
         raise ValueError(
             f"a proxy needs one class a sample: the labels are {shown(found)}; without classes leave the proxy out"
@@ -61,7 +61,7 @@ def _stacked(inputs: list[Any], auto: bool) -> Any:
     if all(isinstance(x, Tensor) and x.shape == inputs[0].shape for x in inputs):
         return torch.stack(inputs)
     if all(isinstance(x, ARRAYS) and x.shape == inputs[0].shape for x in inputs):
-        return torch.stack([torch.as_tensor(x) for x in inputs])
+        return torch.stack([torch.as_tensor(x, device="cpu") for x in inputs])
     return inputs
 
 
@@ -135,7 +135,7 @@ def _input_of(item: Mapping[str, Any]) -> Any:
         )
     found, mask = item[chosen[0]], item.get("attention_mask")
     if chosen == ["input_ids"] and mask is not None:
-        return torch.as_tensor(found)[torch.as_tensor(mask) != 0].tolist()
+        return torch.as_tensor(found, device="cpu")[torch.as_tensor(mask, device="cpu") != 0].tolist()
     return found
 
 
@@ -168,12 +168,12 @@ def _pooled(x: Tensor, exact: bool = False) -> Tensor:
 
 def _hashed(texts: Sequence[Any]) -> Tensor:
     """(m, 256) square roots of the counts of hashed single characters or tokens and of pairs, each row of norm 1."""
-    found = torch.zeros(len(texts), WIDTH)
+    found = torch.zeros(len(texts), WIDTH, device="cpu")
     for row, text in enumerate(texts):
         units = text.split() if isinstance(text, (str, bytes)) else text
         grams = [repr(unit) for unit in units]
         grams += [f"{a} {b}" for a, b in zip(grams, grams[1:], strict=False)] if GRAMS > 1 else []
-        slots = torch.tensor([zlib.crc32(gram.encode()) % WIDTH for gram in grams], dtype=torch.int64)
+        slots = torch.tensor([zlib.crc32(gram.encode()) % WIDTH for gram in grams], dtype=torch.int64, device="cpu")
         found[row] = torch.bincount(slots, minlength=WIDTH).float()
     found = found.sqrt()
     return found / found.norm(dim=1, keepdim=True).clamp(min=1e-12)

@@ -182,15 +182,15 @@ def _fill(table: ScoreTable, logits: Tensor, y: Tensor, epsilon: float, seed: in
     if table.noise != "none":
         table.epsilon.fill_(epsilon)
     if table.noise == "class":
-        few = torch.randperm(n, generator=_generator(seed))[:FOR_TRANSITION]
+        few = torch.randperm(n, generator=_generator(seed), device="cpu")[:FOR_TRANSITION]
         table.estimate(logits[few], y[few])
-    table.fill(torch.arange(n), logits, y)
+    table.fill(torch.arange(n, device="cpu"), logits, y)
     table.measure() if table.noise == "class" else table.estimate()
     if table.adaptive and epsilon < FEW:  # else the network has learned of the noise itself
         found = anchored_transition(logits, y)
         if found is not None:
             table._believe(found.to(table.device), y.to(table.device))
-            table.fill(torch.arange(n), undone(logits, found), y)
+            table.fill(torch.arange(n, device="cpu"), undone(logits, found), y)
             table.measure()
 
 
@@ -209,7 +209,7 @@ def _check_features(features: Features, n: int) -> Features:
     if callable(features) and not isinstance(features, Tensor):
         return features
     try:
-        matrix = torch.as_tensor(features)
+        matrix = torch.as_tensor(features, device=features.device if isinstance(features, Tensor) else "cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f'features must be "auto", a function or a matrix (N, d), got {shown(features)}') from error
     if matrix.dim() != 2 or len(matrix) != n:
@@ -246,12 +246,12 @@ def _fitted(
     """(N, C) logits, how many passes were made, and eps."""
     n, end = len(x), None if seconds is None else time.process_time() + seconds
     if not halves:
-        model, done, epsilon = _trained(x, y, torch.arange(n), plan, end, seed)
+        model, done, epsilon = _trained(x, y, torch.arange(n, device="cpu"), plan, end, seed)
         return _scores(model, x), done, epsilon
-    logits, done, epsilon = torch.empty(n, plan.classes), 0.0, 0.0
+    logits, done, epsilon = torch.empty(n, plan.classes, device="cpu"), 0.0, 0.0
     for part in (0, 1):
         until = end if seconds is None or end is None or part else end - seconds / 2  # half of the time for each
-        mine = torch.arange(part, n, 2)
+        mine = torch.arange(part, n, 2, device="cpu")
         model, made, found = _trained(x, y, mine, plan, until, seed + part)
         logits[1 - part :: 2] = _scores(model, x[1 - part :: 2])
         done, epsilon = done + made / 2, epsilon + found / 2
@@ -268,10 +268,11 @@ def _trained(
 ) -> tuple[nn.Module, float, float]:
     """A perceptron trained on the samples ``ids`` at a rate that falls to 0, the passes made, and eps."""
     classes, hidden, passes, noisy = plan
-    epsilon = torch.tensor(START if noisy else 0.0, dtype=torch.float64)
+    epsilon = torch.tensor(START if noisy else 0.0, dtype=torch.float64, device="cpu")
     generator = _generator(seed)
     with torch.random.fork_rng(devices=[]):  # layers draw weights when they are made
-        model = nn.Sequential(nn.Linear(x.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, classes))
+        layers = nn.Linear(x.shape[1], hidden, device="cpu"), nn.ReLU(), nn.Linear(hidden, classes, device="cpu")
+        model = nn.Sequential(*layers)
     with torch.no_grad():
         for layer in (model[0], model[2]):
             assert isinstance(layer, nn.Linear)
@@ -279,7 +280,7 @@ def _trained(
             layer.weight.uniform_(-bound, bound, generator=generator)
             layer.bias.zero_()
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE, fused=True)
-    orders = [ids[torch.randperm(len(ids), generator=generator)] for _ in range(passes)]
+    orders = [ids[torch.randperm(len(ids), generator=generator, device="cpu")] for _ in range(passes)]
     batches = [batch for order in orders for batch in order.split(BATCH)]
     for number, batch in enumerate(batches):
         if end is not None and time.process_time() >= end:

@@ -142,7 +142,7 @@ def record(table: Columns, averages: Averages, fresh: Fresh, logits: Tensor, tim
     live = None if fresh.live is None else fresh.live.contiguous()
     transition, counts, scratch = averages.transition, averages.counts, None
     if transition is not None:
-        scratch = torch.empty(classes, dtype=torch.float64)
+        scratch = torch.empty(classes, dtype=torch.float64, device="cpu")
     return _native.record(
         rows,
         classes,

@@ -93,7 +93,7 @@ class TableSampler(Sampler[list[int]]):
     def _shuffled(self, ids: Tensor) -> Tensor:
         """``ids`` in this epoch's random order, which follows from the seed, the epoch and the rank."""
         generator = torch.Generator().manual_seed((self.seed + self.epoch * ODD) % (1 << 63))
-        return ids[torch.randperm(len(ids), generator=generator).to(ids.device)]
+        return ids[torch.randperm(len(ids), generator=generator, device="cpu").to(ids.device)]
 
     def __len__(self) -> int:
         return self._length()

@@ -39,7 +39,7 @@ def restore(table: ScoreTable, mine: dict[str, Any], state: Mapping[str, Any]) -
         raise ValueError(f"state of a ScoreTable must have the entries {sorted(mine)}, got {got}")
     switches = table.adaptive and state["noise"] in ("symmetric", "class") and state["noise"] != table.noise
     if switches:
-        square = torch.zeros(table._require_classes(), table._require_classes(), dtype=torch.float64)
+        square = torch.zeros(table._require_classes(), table._require_classes(), dtype=torch.float64, device="cpu")
         entry = square if state["noise"] == "class" else None
         mine |= {"noise": state["noise"], "transition": entry, "counts": entry}
     for name in ("classes", "noise"):

@@ -85,7 +85,7 @@ class GradNormImportance(BaseSelector):
     @property
     def tau(self) -> Tensor:
         """() float64 running mean of tau; 0 before the first batch."""
-        return torch.zeros((), dtype=torch.float64) if self._tau is None else self._tau
+        return torch.zeros((), dtype=torch.float64, device="cpu") if self._tau is None else self._tau
 
     def choose(self, rows: Candidates, k: int) -> Selection:
         """Draw k rows by their gradients' norms. Without any gradient the draw is uniform."""

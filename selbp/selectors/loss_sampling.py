@@ -104,7 +104,9 @@ class LossPercentile(BaseSelector):
 
     def state_dict(self) -> dict[str, Any]:
         """``losses`` (history,) float64: the last valid losses, oldest first, NaN where there were fewer."""
-        losses = torch.full((self.history,), torch.nan, dtype=torch.float64) if self._losses is None else self._losses
+        losses = self._losses
+        if losses is None:
+            losses = torch.full((self.history,), torch.nan, dtype=torch.float64, device="cpu")
         return {"losses": losses.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

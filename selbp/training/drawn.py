@@ -61,7 +61,7 @@ def of_all(draw: Draw, table: ScoreTable, ranks: Ranks, counts: Sequence[int], d
     starts = [0, *itertools.accumulate(counts)]
     first = [row for start, rows in zip(starts, uniform, strict=False) for row in range(start, start + rows)]
     order = [*first, *sorted(set(range(starts[-1])) - set(first))]
-    return Drawn(together, None if order == sorted(order) else torch.tensor(order))
+    return Drawn(together, None if order == sorted(order) else torch.tensor(order, device="cpu"))
 
 
 def _check_tags(draw: Draw, tags: Sequence[int], ranks: Ranks) -> None:
@@ -91,4 +91,4 @@ def digest(table: ScoreTable) -> Tensor:
     for name, value in sorted(table.state_dict().items()):
         data = value.contiguous().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
         found = zlib.crc32(data, zlib.crc32(name.encode(), found))
-    return torch.tensor([found])
+    return torch.tensor([found], device="cpu")

@@ -155,7 +155,8 @@ class Pooled:
     # ----------------------------------------------------------------------------------------------- scoring
 
     def _score(self, batch: Batch, watch: Stopwatch) -> Found:
-        step, unit = self.step, torch.ones((), dtype=torch.float32 if batch.device.type == "mps" else torch.float64)
+        step, wide = self.step, torch.float32 if batch.device.type == "mps" else torch.float64
+        unit = torch.ones((), dtype=wide, device="cpu")
         parts = []
         for rows in self.split(torch.arange(batch.n, device=batch.device)):
             part = batch if len(rows) == batch.n else batch.take(rows)

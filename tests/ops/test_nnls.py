@@ -50,3 +50,11 @@ def test_nnls_on_valid_rows_and_bad_numbers():
     assert both[0].isnan().all() and torch.equal(both[1], ops.nnls(a, b))
     assert torch.equal(ops.nnls(torch.zeros(3, 2), torch.ones(3)), torch.zeros(2))
     assert ops.nnls(torch.zeros(3, 0), torch.ones(3)).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, F32, F64], ids=str)
+def test_inner_products_may_be_as_large_as_their_type_holds(dtype):
+    """Their squares are not finite in float16 from 256 on, in float32 and bfloat16 from 2e19 on."""
+    size = {torch.float16: 400.0, F64: 1e150}.get(dtype, 1e30)
+    x = ops.nnls_gram((size * torch.eye(2, dtype=F64)).to(dtype), torch.tensor([size, -size], dtype=dtype))
+    torch.testing.assert_close(x.double(), torch.tensor([1.0, 0.0], dtype=F64), rtol=1e-6, atol=0.0)

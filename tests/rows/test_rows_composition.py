@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -284,3 +285,58 @@ def test_small_model_with_autocast(name: str) -> None:
 
     got, want = gradient(selbp.select), gradient(indexed)
     assert float((got - want).norm()) <= 0.02 * float(want.norm())
+
+
+@pytest.mark.parametrize("which", ["indices", "any_valid"])
+def test_a_buffer_may_be_written_to_before_the_backward(which: str) -> None:
+    """Two micro-batches whose choices stand in one buffer, and one backward for both."""
+    first, second, valid = torch.tensor([1, 4, 6]), torch.tensor([0, 2, 3]), torch.tensor(True)
+
+    def run(choose: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        model, x, y = pair()
+        chosen = [choose(losses(model, sign * x, y), index) for sign, index in ((1, first), (-1, second))]
+        if which == "any_valid":
+            valid.fill_(False)
+        torch.cat(chosen).sum().backward()
+        return grads(model)
+
+    buffer = first.clone()
+
+    def select(values: Tensor, index: Tensor) -> Tensor:
+        chosen: Tensor = selbp.select(values, buffer.copy_(index), any_valid=valid if which == "any_valid" else None)
+        return chosen
+
+    for got, want in zip(run(select), run(indexed), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_two_cuts_whose_rules_return_one_buffer() -> None:
+    """The lower cut chooses before the rows of the upper one have gone through the skip connection."""
+    buffer = torch.zeros(4, dtype=torch.int64)
+
+    class Last(selbp.BaseSelector):
+        needs = "nothing"
+        reuse = True
+
+        def choose(self, rows: Any, k: int) -> Any:
+            raise AssertionError("`select` chooses")
+
+        def select(self, stats: selbp.BatchStatistics, k: int, **_: Any) -> selbp.Selection:
+            n = len(stats.valid)
+            indices = torch.arange(n - k, n)
+            return selbp.Selection(
+                buffer[:k].copy_(indices) if self.reuse else indices, torch.full((k,), 1 / k, dtype=F64)
+            )
+
+    def run(reuse: bool) -> list[Tensor]:
+        model, x, y = pair()
+        rule = Last()
+        rule.reuse = reuse
+        upper, lower = selbp.BackwardCut(4, selector=rule), selbp.BackwardCut(2, selector=rule)
+        hidden = model[1](model[0](x))
+        skip = model[2](hidden)  # computed first, so that the backward comes to it after the lower cut
+        F.cross_entropy(model[4](upper(lower(hidden.sin()) + skip)), y).backward()
+        return grads(model)
+
+    for got, want in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)

@@ -30,6 +30,8 @@ INDICES = {
     "twice": [3, 0, 3],
     "one": [2],
     "all": list(range(N)),
+    "permuted": [2, 0, *reversed(range(3, N)), 1],  # k = n: the sizes show no rule that is wrong
+    "bootstrap": [2, 0, 0, *range(2, N - 2), 2],
     "none": [],
 }
 TOLERANCE = 1e-10
@@ -100,6 +102,11 @@ DENSIFY: dict[str, set[str]] = {
     "one_sample": {"aten.add.Tensor"},
     "split_samples": {"aten.view.default"},
     "frequency_embedding": {"aten.embedding_dense_backward.default"},
+    "unfold_samples": {"aten.col2im.default"},
+    "fold_samples": {"aten.im2col.default"},
+    "pixel_shuffle_samples": {"aten.pixel_unshuffle.default"},
+    "pixel_unshuffle_samples": {"aten.pixel_shuffle.default"},
+    "all_true_mask": {"aten.index_put.default"},
     "masked_select": {"aten.masked_scatter_backward.default"},
 }
 if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12):

@@ -57,6 +57,11 @@ IMAGES: dict[str, Function] = {
     "channel_shuffle": nn.ChannelShuffle(2),
     "unfold": nn.Unfold(3),
     "fold": lambda x: F.fold(x.view(N, 16, 16), (5, 5), (2, 2)),
+    # A single image, whose channels are the samples.
+    "unfold_samples": lambda x: F.unfold(x[:, 0], 2, stride=2).reshape(len(x), -1),
+    "fold_samples": lambda x: F.fold(x[..., :2].reshape(-1, 16), (8, 8), 2, stride=2),
+    "pixel_shuffle_samples": lambda x: F.pixel_shuffle(x.flatten(0, 1), 2),
+    "pixel_unshuffle_samples": lambda x: F.pixel_unshuffle(x[:, 0], 2).reshape(len(x), -1),
     "dropout2d": nn.Dropout2d(0.3),
     "local_response_norm": nn.LocalResponseNorm(2),
     "conv1d": Own(lambda x, p: F.conv1d(x.flatten(2), p), 3, 4, 3),
@@ -207,5 +212,6 @@ COUPLED: dict[str, Function] = {
     "frequency_embedding": Lambda(
         lambda x, m: x + m(x.detach()[:, 0].long().clamp(0, 8)), m=nn.Embedding(9, 8, scale_grad_by_freq=True)
     ),
+    "all_true_mask": lambda x: x.sin()[x.detach().isfinite().all(1)],
     "masked_select": lambda x: torch.zeros(N, 8, dtype=F64).masked_scatter(x.detach() > 0, x[x.detach() > 0]),
 }

@@ -90,11 +90,10 @@ def index_put(func: Any, zeros: Any, indices: Any, source: Any, accumulate: bool
     return wrap(func(zeros.rows_of(layout), indices, source._data, accumulate), layout)
 
 
-@zero_rule("select_scatter", "slice_scatter", "diagonal_scatter")
+@zero_rule("select_scatter", "slice_scatter")
 def write_view(func: Any, zeros: Any, source: Any, *args: Any) -> Any:
     """A view of the zeros that keeps the samples whole."""
     require(isinstance(zeros, Zeros) and isinstance(source, RowGradient), "the source is dense")
-    require(func is not aten.diagonal_scatter.default, "a diagonal")
     layout = source._layout
     dim = (args[0] if args else 0) % zeros.dim()
     if func is aten.select_scatter.default:
@@ -107,6 +106,8 @@ def _over_samples(layout: Layout, shape: Any, indices: list[Any]) -> list[Tensor
     """Return the chosen rows of index tensors that lead the target and span the samples."""
     used = [index for index in indices if index is not None]
     require(len(used) == len(indices) and not any(isinstance(i, RowGradient) for i in used), "an index is missing")
+    # A mask says by its places where the rows go: rows of it would be other places.
+    require(all(index.dtype not in (torch.bool, torch.uint8) for index in used), "an index is a mask")
     ndim = max(index.dim() for index in used)
     require(layout.dim < ndim, "the samples are not indexed")
     return [layout.take(index.expand(shape[:ndim])) for index in used]

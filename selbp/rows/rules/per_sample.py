@@ -125,8 +125,10 @@ for _mode in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "
     kernel(f"upsample_{_mode}_backward", (0,), "r", adjust=_input_size(2))
 for _mode in ("nearest_exact1d", "nearest_exact2d", "nearest_exact3d", "bilinear2d_aa", "bicubic2d_aa"):
     kernel(f"_upsample_{_mode}_backward", (0,), "r", adjust=_input_size(2))
-for _name in ("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col", "col2im"):
-    kernel(_name, (0,), "r")
+kernel("channel_shuffle", (0,), "r")
+_BATCHED = "The samples are not the channels of a single image."
+for _name, _dims in (("pixel_shuffle", 3), ("pixel_unshuffle", 3), ("im2col", 3), ("col2im", 2)):
+    kernel(_name, (0,), "r", before_last(_dims), text=_BATCHED)
 
 # ------------------------------------------------------------------------------------------------- softmax, losses
 _NOT_ALONG = "The softmax does not run along the samples."

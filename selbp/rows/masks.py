@@ -1,0 +1,158 @@
+"""What a checkpointed block draws: its dropout masks, recorded in the first run and replayed in the second.
+
+Any other draw is refused in the first run: the second run, on the chosen rows alone, could not repeat it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import random
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from selbp.rows.layout import RowSet
+
+_DROPOUTS = {functional.dropout, torch.dropout}
+_CHANNEL_DROPOUTS = {functional.dropout1d, functional.dropout2d, functional.dropout3d, torch.feature_dropout}
+
+OTHER_DRAW = (
+    "selbp.checkpoint: the block draws random numbers that are not a dropout mask (attention or recurrent layers with "
+    "dropout, AlphaDropout, noise), and its second run would draw others. Set that dropout to 0, or use "
+    "torch.utils.checkpoint for this block"
+)
+
+
+def _mask_shape(func: Any, x: Tensor) -> list[int]:
+    """Return the shape in which the mask of dropout ``func`` of ``x`` is kept: once for all places of a channel."""
+    shape = list(x.shape)
+    if func in _CHANNEL_DROPOUTS:
+        shape[2:] = [1] * (len(shape) - 2)
+    return shape
+
+
+class _Dropouts(TorchFunctionMode):
+    """Multiply by masks of our own where the code inside calls dropout."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DROPOUTS or func in _CHANNEL_DROPOUTS:
+            return self._drop(func, *args, **kwargs)
+        if kwargs.get("generator") is not None:
+            raise NotImplementedError(OTHER_DRAW)
+        return func(*args, **kwargs)
+
+    def _drop(
+        self,
+        func: Any,
+        input: Tensor,
+        p: float = 0.5,
+        training: bool = True,
+        inplace: bool = False,
+        train: bool | None = None,  # as torch.dropout names `training`
+    ) -> Tensor:
+        if not (training if train is None else train) or p == 0.0:
+            return input
+        mask = self._mask(func, input, p)
+        scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
+        return input.mul_(mask).mul_(scale) if inplace else input * mask * scale
+
+    def _mask(self, func: Any, x: Tensor, p: float) -> Tensor:
+        """Return the bool mask of this call."""
+        raise NotImplementedError
+
+
+class Recording(_Dropouts):
+    """Record the masks of a first run on n rows, one byte per entry.
+
+    Code that draws anything else moves the random state between two masks, or after the last one. That finds draws in
+    C++ too, and those in functions that torch calls with this mode switched off (multi-head attention).
+    """
+
+    def __init__(self, n: int, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.masks: list[Tensor] = []
+        self._n = n
+        self._devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
+        self._torch, self._others = self._states(), _states_outside_torch()
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        super().__exit__(kind, *error)
+        if kind is None:
+            self._refuse_other_draws()
+            if self._others != _states_outside_torch():
+                raise NotImplementedError(OTHER_DRAW)
+
+    def _mask(self, func: Any, x: Tensor, p: float) -> Tensor:
+        self._refuse_other_draws()
+        # The draw of the network without a checkpoint. Where a block that holds this one is running again, its mode
+        # answers, with the mask that it recorded.
+        mask = func(torch.ones_like(x), p, True) != 0
+        for dim, size in enumerate(_mask_shape(func, x)):
+            mask = mask.narrow(dim, 0, size)
+        if self._n not in mask.shape:
+            raise NotImplementedError(
+                f"selbp.checkpoint: dropout of a tensor {tuple(x.shape)} without a dim of the {self._n} samples"
+            )
+        self.masks.append(mask.contiguous())
+        self._torch = self._states()
+        return mask
+
+    def _states(self) -> list[Tensor]:
+        """Return the states of torch's generators for the CPU and the block's devices."""
+        states = [torch.get_rng_state()]
+        for device in self._devices:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                continue  # the state cannot be read there; the runs before the capture have checked the block
+            module = torch.get_device_module(device)
+            states.append(module.get_rng_state() if device.type == "mps" else module.get_rng_state(device))
+        return states
+
+    def _refuse_other_draws(self) -> None:
+        if not all(map(torch.equal, self._torch, self._states())):
+            raise NotImplementedError(OTHER_DRAW)
+
+
+class Replaying(_Dropouts):
+    """Replay the masks of a first run, in a second one on ``rows`` of its n rows (None: on all of them)."""
+
+    def __init__(self, masks: list[Tensor], rows: RowSet | None) -> None:
+        super().__init__()
+        self._recorded, self._rows, self._next = masks, rows, 0
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        super().__exit__(kind, *error)
+        if kind is None and self._next != len(self._recorded):
+            raise _other_dropouts(f"{self._next} calls", f"{len(self._recorded)}")
+
+    def _mask(self, func: Any, x: Tensor, p: float) -> Tensor:
+        if self._next == len(self._recorded):
+            raise _other_dropouts("more calls", f"{len(self._recorded)}")
+        mask, shape = self._recorded[self._next], _mask_shape(func, x)
+        self._next += 1
+        if self._rows is not None:
+            # The dim whose size went from n to k holds the samples. Where no size changed, all samples share the mask.
+            dims = [dim for dim, (before, now) in enumerate(zip(mask.shape, shape, strict=False)) if before != now]
+            if len(dims) == 1 and mask.shape[dims[0]] == self._rows.n:
+                mask = mask.index_select(dims[0], self._rows.on(mask.device))
+        if list(mask.shape) != shape:
+            raise _other_dropouts(f"a mask {tuple(shape)}", f"{tuple(mask.shape)}")
+        return mask
+
+
+def _other_dropouts(now: str, before: str) -> RuntimeError:
+    return RuntimeError(
+        f"selbp.checkpoint: the block's second run drew other dropout masks than its first, {now} instead of {before}: "
+        "the block must treat samples independently, and keep its mode and its dropout until the backward"
+    )
+
+
+def _states_outside_torch() -> tuple[Any, bytes]:
+    """Return the states of Python's and NumPy's global generators."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), b"" if numpy is None else pickle.dumps(numpy.random.get_state())
