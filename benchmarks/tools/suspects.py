@@ -20,7 +20,8 @@ from torch.utils.data import TensorDataset
 
 from selbp.info import machine
 from selbp.sampling import ScoreTable, fit_proxy
-from selbp.sampling.proxy import _fitted, _read
+from selbp.sampling.proxy import _fitted, _Plan, _scaled
+from selbp.sampling.reading import read
 from selbp_study.data import CHANGES, FASHION_MNIST, load
 
 SHARE, CLASSES, SEEDS, LIKELY = 0.2, 10, range(5), 0.5
@@ -51,8 +52,8 @@ def by_table(data: TensorDataset, seed: int, *, halves: bool, passes: int) -> Fo
 
 def by_confidence(data: TensorDataset, seed: int, *, aware: bool, passes: int) -> Found:
     """Confident learning with two networks, trained by the plain or by the noise-aware loss."""
-    x, y = _read(data, "auto", len(data), CLASSES)
-    logits, _, _ = _fitted(x, y, CLASSES, 64, passes, None, True, seed, aware)
+    x, y = _scaled(*read(data, "auto", len(data), workers=0), CLASSES)
+    logits, _, _ = _fitted(x, y, _Plan(CLASSES, 64, passes, noisy=aware), seconds=None, halves=True, seed=seed)
     return confident_learning(torch.softmax(logits, 1), y)
 
 

@@ -81,7 +81,7 @@ class AcceleratedStep(SelectiveBackprop):
             selection=selection,
             **per_sample,
         )
-        self._count(selection)
+        self._advance_with(selection)
         factor = self._factor(normalizer, num_items_in_batch)
         return loss if factor == 1 else loss * factor
 
@@ -104,11 +104,11 @@ class AcceleratedStep(SelectiveBackprop):
         run = backward_of(scale, lambda loss: self.accelerator.backward(loss * factor))
         call = PerCall.of(normalizer, num_items_in_batch, selection)
         mean = self._with_backward(inputs, target, call, per_sample, run)
-        self._count(selection)
+        self._advance_with(selection)
         return mean
 
-    def _count(self, selection: Selection | None) -> None:
-        """Count an optimizer step where the accelerator takes one; a second pass, whose rows are given, is none."""
+    def _advance_with(self, selection: Selection | None) -> None:
+        """Advance where the accelerator takes an optimizer step; a second pass, whose rows are given, is none."""
         if self.accelerator.sync_gradients and selection is None:
             self.advance()
 

@@ -57,7 +57,7 @@ def _labels(labels: Tensor | list[Any]) -> Tensor:
 def _stacked(inputs: list[Any], auto: bool) -> Any:
     """One tensor of inputs that have one shape; else the list, for ``auto`` with tensors in place of arrays."""
     if auto:
-        inputs = [torch.as_tensor(x) if isinstance(x, ARRAYS) else x for x in inputs]
+        inputs = [torch.as_tensor(x, device="cpu") if isinstance(x, ARRAYS) else x for x in inputs]
     if all(isinstance(x, Tensor) and x.shape == inputs[0].shape for x in inputs):
         return torch.stack(inputs)
     if all(isinstance(x, ARRAYS) and x.shape == inputs[0].shape for x in inputs):
