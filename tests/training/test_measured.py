@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import warnings
 from collections import Counter
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 import selbp
+from selbp import allocator
 from selbp.training import measured, pace, stopwatch
 
 N = 32
@@ -314,6 +316,7 @@ def test_rows_of_a_small_network_warn_where_their_overhead_costs_more_than_they_
     assert step._pace.done and len(said) == (overhead > 0)
     if said:
         assert f"takes about {(least + overhead) / (3 * N):.2f} of a full step's time" in said[0]
+        assert ("selbp.keep_freed_memory()" in said[0]) == (sys.platform.startswith("linux") and not allocator.kept())
         assert f"of all of them would take about {3000 * N:.3g} ms" in said[0]
         assert ("select 0 ms" in said[0], "backward" in said[0]) == (False, True)
 
