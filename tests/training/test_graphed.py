@@ -280,7 +280,8 @@ def test_a_captured_step_is_not_the_one_that_looks_at_the_pace(capturing, monkey
         watch = stopwatch.Stopwatch(torch.device("cuda"))
         for phase in ("score", "select", "forward", "backward"):
             watch.lap(phase)
-        return types.SimpleNamespace(_watch=watch, scored=True, backward="recompute", k=14, n=16)
+        selection = selbp.Selection(torch.arange(14), torch.ones(14))
+        return types.SimpleNamespace(_watch=watch, scored=True, backward="recompute", k=14, n=16, selection=selection)
 
     monkeypatch.setattr(module_pace, "STEPS", 10)
     capturing.on = False
