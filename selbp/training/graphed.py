@@ -28,20 +28,21 @@ Work = Callable[[], None]
 
 
 class Recorder:
-    """Captures work as a CUDA graph, on the stream on which the steps before it ran.
+    """Captures work as a CUDA graph, on the stream of ``device`` on which the steps before it ran.
 
     Autograd's nodes that add up gradients keep the stream on which they were made. A node of another stream would end
     the capture.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device  # which need not be the current one
         self._stream: torch.cuda.Stream | None = None
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """On the stream of the capture, after and before what the current one runs."""
-        self._stream = self._stream or torch.cuda.Stream()
-        current = torch.cuda.current_stream()
+        """On the stream of the capture, after and before what the device's current one runs."""
+        self._stream = self._stream or torch.cuda.Stream(self._device)
+        current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             yield
@@ -53,10 +54,16 @@ class Recorder:
         if generator is not None:
             graph.register_generator_state(generator)
         torch.clear_autocast_cache()
+
+        def replay() -> None:
+            with torch.cuda.device(self._device):
+                graph.replay()
+
         # A data loader's thread may pin memory meanwhile, which a capture that watches all threads would not survive.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            work()
-        return graph.replay
+        with torch.cuda.device(self._device):
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                work()
+        return replay
 
 
 class GraphedStep:
@@ -297,4 +304,5 @@ def cuda_graph(
     """
     batch = (inputs, target, per_sample)
     check_graph(step, batch, optimizer)
-    return GraphedStep(step, batch, optimizer, Recorder())
+    device = next(x.device for x in pytree.tree_leaves(batch) if isinstance(x, Tensor))
+    return GraphedStep(step, batch, optimizer, Recorder(device))

@@ -65,7 +65,7 @@ def without_a_solver(monkeypatch):
 
 
 def test_the_first_host_solve_warns_and_says_what_helps(without_a_solver, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(matching, "capturing", lambda device: False)
     solve = (*without_a_solver, 5, "ols", 1e-3, True, None, 0.0)
     with pytest.warns(UserWarning, match="solved on the host.*not built; there is no libnvrtc.*pip install") as said:
         matching._cuda(*solve)
@@ -76,7 +76,7 @@ def test_the_first_host_solve_warns_and_says_what_helps(without_a_solver, monkey
 
 
 def test_a_capture_refuses_the_host_and_says_why(without_a_solver, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(matching, "capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph.*solved on the host.*not built"):
         matching._cuda(*without_a_solver, 5, "ols", 1e-3, True, None, 0.0)
 

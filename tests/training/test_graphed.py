@@ -218,7 +218,8 @@ def test_an_optimizer_that_reads_its_step_on_the_host_is_refused(optimizer, mess
     step = make()
     call = on_gpu(torch.zeros(4, 6)), on_gpu(torch.zeros(4, dtype=torch.int64))
     if optimizer is None:
-        assert isinstance(selbp.cuda_graph(step, *call), selbp.GraphedStep)
+        graphed = selbp.cuda_graph(step, *call)
+        assert isinstance(graphed, selbp.GraphedStep) and graphed._recorder._device == torch.device("cuda:0")
         selbp.cuda_graph(step, *call, optimizer=torch.optim.SGD(step.model.parameters(), lr=0.1, momentum=0.9))
         return
     with pytest.raises(ValueError, match=message):
@@ -242,7 +243,7 @@ def capturing(monkeypatch):
         def __init__(self, enable_timing):
             assert not flag.on, "an event with timing in a capture"
 
-        def record(self):
+        def record(self, stream):
             pass
 
         def synchronize(self):
@@ -256,6 +257,8 @@ def capturing(monkeypatch):
             return 2000.0
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return flag
 
 
