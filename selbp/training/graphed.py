@@ -290,7 +290,8 @@ def cuda_graph(
         For a step or an optimizer of another type.
     ValueError
         For what a graph cannot hold, with the reason: tensors that are not on a GPU, lists of samples, a rule that
-        remembers, a cut, ``scoring="eval"``, a schedule that does not always choose, several processes.
+        remembers, a cut, ``scoring="eval"``, a schedule that does not always choose, a table of scores, several
+        processes.
 
     See Also
     --------

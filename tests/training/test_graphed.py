@@ -193,6 +193,7 @@ def on_gpu(x):
     return x.as_subclass(FakeCuda)
 
 
+TABLE = selbp.sampling.ScoreTable(9, 3)
 REFUSALS = {
     "CPU tensors": (lambda: make(), {"inputs": torch.zeros(4, 6)}, "must be on one CUDA device.*'cpu'"),
     "lists": (lambda: make(), {"inputs": [on_gpu(torch.zeros(4, 6)), ["a"] * 4]}, "reads no list.*str"),
@@ -201,6 +202,8 @@ REFUSALS = {
     "late start": (lambda: make(schedule=selbp.Schedule(start=5)), {}, "must choose at every step"),
     "scoring": (lambda: make(scoring="eval"), {}, 'scoring="same"'),
     "cut": (lambda: make(selbp.GradientMatching(), cut="2", backward="rows"), {}, "must have no cut"),
+    "table": (lambda: make(table=TABLE), {}, "must have neither table= nor a loss that reads one"),
+    "loss": (lambda: make(loss=selbp.NoiseAwareCrossEntropy(TABLE)), {}, "must have neither table= nor a loss"),
     "micro-batches": (lambda: make(selbp.TopLoss(), micro_batch=2), {}, "must have neither micro_batch"),
 }
 
