@@ -102,7 +102,8 @@ class GraphedStep:
         Raises
         ------
         ValueError
-            If a value has changed that is fixed in the graph, such as a learning rate that is a Python number.
+            If a value has changed that is fixed in the graph, such as a learning rate that is a Python number, or if
+            another tensor is where the graph has read one, such as after ``optimizer.load_state_dict``.
         RuntimeError
             Where the step could not be captured; says why.
         """
@@ -202,25 +203,44 @@ class GraphedStep:
         found: list[tuple[str, Any]] = [("keep", step.keep), ("selector", step.selector), ("autocast", autocast)]
         found.append(("the modules' training modes", [module.training for module in step.model.modules()]))
         found.append(("requires_grad of parameters", [p.requires_grad for p in step.model.parameters()]))
-        for i, group in enumerate(self._optimizer.param_groups if self._optimizer is not None else ()):
-            found += [(f"{name} of the optimizer's group {i}", x) for name, x in group.items() if _is_number(x)]
+        tensors = [*step.model.parameters(), *step.model.buffers()]
+        found.append(("the memory of the model's parameters and buffers", [_Place.of(x) for x in tensors]))
+        if self._optimizer is not None:
+            state = pytree.tree_leaves(list(self._optimizer.state.values()))
+            places = [_Place.of(x) for x in state if isinstance(x, Tensor)]
+            found.append(("the memory of the optimizer's state", places))
+            for i, group in enumerate(self._optimizer.param_groups):
+                for name, value in group.items():
+                    found.append((f"{name} of the optimizer's group {i}", pytree.tree_map(_fixed, value)))
         return found
 
     def _check_conditions(self) -> None:
-        for (name, before), (_, now) in zip(self._conditions, self._present(), strict=True):
+        present = dict(self._present())
+        for name, before in self._conditions:
+            now = present.get(name)
             if before is not now and before != now:
                 raise ValueError(
                     f"{name} must be as when the graph was captured, {_short(before)}, got {_short(now)}: call "
-                    "selbp.cuda_graph again, or keep a learning rate that changes in a tensor"
+                    "selbp.cuda_graph again. Keep a learning rate that changes in a tensor on the GPU, and write to it"
                 )
 
 
-def _is_number(value: Any) -> bool:
-    return (
-        value is None
-        or isinstance(value, (bool, int, float, str))
-        or (isinstance(value, tuple) and all(map(_is_number, value)))
-    )
+def _fixed(value: Any) -> Any:
+    """What a graph holds fast of a value: a number, or where a tensor lies; of one on the CPU, its number."""
+    if isinstance(value, Tensor):
+        return value.item() if value.device.type == "cpu" and value.dim() == 0 else _Place.of(value)
+    return value if isinstance(value, (bool, int, float, str)) else None
+
+
+class _Place(int):
+    """The address of a tensor's memory."""
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Place:
+        return cls(x.data_ptr() if x.layout == torch.strided else id(x))  # a sparse tensor has several
+
+    def __repr__(self) -> str:
+        return f"a tensor at {int(self):#x}"
 
 
 def _short(value: Any) -> str:

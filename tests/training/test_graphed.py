@@ -151,16 +151,29 @@ CHANGES = {
     "training modes": lambda step, optimizer: step.model[1].eval(),
     "requires_grad": lambda step, optimizer: step.model[0].weight.requires_grad_(False),
     "lr of the optimizer's group 0": lambda step, optimizer: optimizer.param_groups[0].update(lr=0.5),
+    "the memory of the model's parameters": lambda step, optimizer: moved(step.model[0].weight),
+    "the memory of .* and buffers": lambda step, optimizer: moved(step.model[1].running_mean),
+    "the memory of the optimizer's state": lambda step, optimizer: loaded(optimizer),
 }
+
+
+def moved(x):
+    """The same values in other memory."""
+    x.data = x.detach().clone()
+
+
+def loaded(optimizer):
+    """As from a file."""
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_what_the_graph_holds_fast_must_not_change(what):
     step = make()
-    optimizer = torch.optim.SGD(step.model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(step.model.parameters(), lr=0.1, momentum=0.9)
     graphed, _ = graph_of(step, optimizer)
     x, y = batches(1)[0]
-    for _ in range(module.EAGER + 1):
+    for _ in range(module.EAGER + 2):
         graphed(x, y)
     CHANGES[what](step, optimizer)
     with pytest.raises(ValueError, match=f"{what}.* must be as when the graph was captured"):
