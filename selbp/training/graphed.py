@@ -116,9 +116,11 @@ class GraphedStep:
             return self._eagerly(inputs, target, per_sample)
         if self._replay is None:
             self._fitting += 1
-            if self._fitting <= EAGER:
+            if self._fitting < EAGER:
                 return self._eagerly(inputs, target, per_sample)
             self._load(leaves)
+            if self._fitting == EAGER:
+                return self._eagerly(*self._as_captured())
             self._capture()
         else:
             self._load(leaves)
@@ -157,6 +159,14 @@ class GraphedStep:
         with torch.no_grad():
             for buffer, leaf in pairs:
                 buffer.copy_(leaf, non_blocking=True)
+
+    def _as_captured(self) -> Any:
+        """Copies of the buffers, with their strides and alignment, for which kernels must be compiled by the capture.
+
+        They are copies since a report reads a step's tensors later, when the buffers hold another minibatch.
+        """
+        copies = [x.clone() if isinstance(x, Tensor) else x for x in self._buffers]
+        return pytree.tree_unflatten(copies, self._form)
 
     def _eagerly(self, inputs: Any, target: Any, per_sample: Mapping[str, Any]) -> Tensor:
         self._set_to_none()

@@ -180,6 +180,48 @@ def test_what_the_graph_holds_fast_must_not_change(what):
         graphed(x, y)
 
 
+@pytest.mark.parametrize("change", ["written", "another", "to a number"])
+def test_a_learning_rate_in_a_tensor(change):
+    """A graph reads a GPU's tensor where it lies, and has read a CPU's once for all."""
+    step = make()
+    optimizer = torch.optim.SGD(step.model.parameters(), lr=torch.tensor(0.1), foreach=False)
+    graphed, _ = graph_of(step, optimizer)
+    x, y = batches(1)[0]
+    for _ in range(module.EAGER + 2):
+        graphed(x, y)
+    rate = optimizer.param_groups[0]["lr"]
+    if change == "written":
+        rate.fill_(0.01)
+    else:
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.01) if change == "another" else 0.01
+    with pytest.raises(ValueError, match=r"lr of the optimizer's group 0 must be .*0\.10*\d*, got 0\.0[01]"):
+        graphed(x, y)
+
+
+def test_the_last_ordinary_step_is_given_what_the_capture_will_be():
+    """Strides and alignment choose the kernels, and none can be compiled in a capture."""
+
+    def strides(module, inputs):
+        seen.append((inputs[0].stride(), inputs[0].data_ptr() % 16))
+
+    def kept(module, inputs):
+        held.append(inputs[0])
+
+    step, seen, held = make(backward="rows"), [], []
+    graphed, _ = graph_of(step)
+    given = [torch.randn(6, 13).T[1:] for _ in range(module.EAGER + 2)]  # strides (1, 13), off by one float
+    step.model.register_forward_pre_hook(strides)
+    step.model.register_forward_pre_hook(kept)
+    for i, x in enumerate(given):
+        graphed(x, batches(1)[0][1])
+        if i == module.EAGER - 1:
+            last, values = held[-1], held[-1].clone()
+            assert torch.equal(last, x)
+    assert seen[0] == ((1, 13), 4) and (6, 1) == graphed._buffers[0].stride()
+    assert {place for place in seen[module.EAGER - 1 :]} == {((6, 1), 0)}
+    assert torch.equal(last, values)  # a report may read them later
+
+
 def test_a_capture_that_fails_says_why_each_time():
     class Failing(Recorder):
         def capture(self, work, generator):
