@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import types
 from pathlib import Path
 
 import pytest
@@ -148,3 +150,94 @@ def test_the_cuda_core_is_built_wherever_nvcc_is(tmp_path, value, built):
     )
     assert run.returncode == 0, run.stderr
     assert ("selbp._native_cuda" in run.stdout.split()) == built
+
+
+PRINT_ARCHITECTURES = """
+import runpy, setuptools
+setuptools.setup = lambda **given: None
+build = runpy.run_path("setup.py")
+print(*build["cuda_architectures"](), *(flag for flag in build["nvcc_flags"]() if "gencode" in flag))
+"""
+
+
+def stand_in(folder, known, then="exit 0"):
+    """An nvcc that says that it knows these architectures, and does ``then`` in place of compiling."""
+    nvcc = folder / "nvcc"
+    listed = " ".join(f"compute_{a}" for a in known)
+    nvcc.write_text(
+        f'#!/bin/sh\ncase "$*" in\n  *dryrun*) echo "#\\$ TOP={folder}" >&2 ;;\n'
+        f"  *list-gpu-arch*) printf '%s\\n' {listed} ;;\n  *) {then} ;;\nesac\n"
+    )
+    nvcc.chmod(0o755)
+    return {k: v for k, v in os.environ.items() if not k.startswith(("SELBP_CUDA", "CUDA_"))}
+
+
+@pytest.mark.parametrize(
+    ("known", "chosen", "wanted"),
+    [
+        ((75, 80, 86, 89, 90), None, "80 90"),
+        ((75, 80, 90, 100, 120), None, "80 90 100"),
+        ((90, 100, 120), None, "90 100"),
+        ((), None, "80 90 100"),
+        ((75, 80, 86, 89, 90), "100", "100"),
+        ((75, 80, 86, 89, 90), "75;80", "75 80"),
+    ],
+    ids=str,
+)
+def test_an_older_nvcc_is_asked_for_what_it_knows(tmp_path, known, chosen, wanted):
+    environment = {**stand_in(tmp_path, known), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    environment |= {"SELBP_CUDA_ARCH": chosen} if chosen else {}
+    run = subprocess.run(
+        [sys.executable, "-c", PRINT_ARCHITECTURES], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    *others, last = wanted.split()
+    flags = [*(f"-gencode=arch=compute_{a},code=sm_{a}" for a in others)]
+    flags.append(f"-gencode=arch=compute_{last},code=[sm_{last},compute_{last}]")
+    assert run.stdout.split() == [*wanted.split(), *flags]
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+def test_this_nvcc_compiles_for_what_is_chosen():
+    environment = {k: v for k, v in os.environ.items() if k != "SELBP_CUDA_ARCH"}
+    run = subprocess.run(
+        [sys.executable, "-c", PRINT_ARCHITECTURES], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    chosen = re.findall(r"(?<!\S)\d+(?!\S)", run.stdout)
+    listed = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    assert chosen and {f"compute_{a}" for a in chosen} <= set(listed)
+
+
+COPIED = ("csrc", "triton_kernels", "selbp", "selbp_study", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+CXX = """#!/bin/sh
+while [ $# -gt 0 ]; do
+  case $1 in -o) : > "$2" ;; esac
+  shift
+done
+"""
+
+
+@pytest.mark.parametrize("value", ["auto", None, "1"], ids=str)
+def test_an_nvcc_that_fails_leaves_the_core_out_unless_it_is_asked_for(tmp_path, value):
+    """By stand-ins for both compilers: what is tested is which extensions the build is content with."""
+    source, tools = tmp_path / "source", tmp_path / "tools"
+    source.mkdir(), tools.mkdir()
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        else:
+            shutil.copy(ROOT / name, source / name)
+    stale = source / "selbp" / ("_native_cuda" + sysconfig.get_config_var("EXT_SUFFIX"))
+    stale.write_bytes(b"of older sources")
+    (tools / "c++").write_text(CXX)
+    (tools / "c++").chmod(0o755)
+    environment = stand_in(tools, (80, 90), then='echo "nvcc fatal: no host compiler" >&2; exit 1')
+    environment |= {"PATH": f"{tools}:/usr/bin:/bin", "CC": str(tools / "c++"), "CXX": str(tools / "c++")}
+    environment |= {"SELBP_CUDA": value} if value else {}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    run = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, timeout=600)
+    said = run.stdout + run.stderr
+    assert "nvcc could not compile csrc/matching/cuda.cu" in said and "nvcc fatal: no host compiler" in said
+    assert (run.returncode == 0) == (value != "1"), said
+    built = {path.name.split(".")[0] for path in (source / "selbp").glob("*.so")}
+    assert built == (set() if value == "1" else {"_native"})
