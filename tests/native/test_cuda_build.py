@@ -10,6 +10,10 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
+
+from selbp import info
+from selbp.ops import _cuda_solver
 
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc")
@@ -106,13 +110,29 @@ def test_the_cuda_module_imports_without_a_driver_and_says_what_is_missing():
         "import torch\nif torch.cuda.is_available(): raise SystemExit(0)\n"
         "from selbp import _native_cuda as core\nassert 'sm_' in core.architectures()\n"
         "try:\n    core.match_workspace(1, False, 128, 32, 0)\n"
-        "except RuntimeError as error:\n    assert str(error).startswith('CUDA: ')\n"
-        "else:\n    raise SystemExit('no error without a device')"
+        "except RuntimeError as error:\n    error_of_match = error\n    assert str(error).startswith('CUDA: ')\n"
+        "else:\n    raise SystemExit('no error without a device')\n"
+        "status = core.probe(0)\nassert status and core.error_text(status) in str(error_of_match), status\n"
+        "from selbp.ops import _cuda_solver\nassert f'({status})' in _cuda_solver.refusal(core, 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
     module = next(ROOT.glob("selbp/_native_cuda*.so"))
     needed = subprocess.run(["ldd", str(module)], capture_output=True, text=True).stdout
     assert "libcudart" not in needed and "libcuda." not in needed
+
+
+def test_selbp_info_says_on_which_device_the_core_does_not_run(monkeypatch):
+    core = types.SimpleNamespace(architectures=lambda: "sm_80 and PTX")
+    monkeypatch.setitem(sys.modules, "selbp._native_cuda", core)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(_cuda_solver, "refusal", lambda core, device: "" if device else "not on cuda:0: no code")
+    monkeypatch.setattr(info._nvrtc, "Compiler", lambda: types.SimpleNamespace(version="12.8"))
+    assert info._cuda_core() == (
+        "built for sm_80 and PTX; not on cuda:0: no code; NVRTC 12.8 compiles its kernels when a GPU first needs them"
+    )
+    monkeypatch.setattr(_cuda_solver, "refusal", lambda core, device: "")
+    assert info._cuda_core() == "built for sm_80 and PTX"
 
 
 @pytest.mark.parametrize("value,said", [("1", "there is no nvcc"), ("maybe", "must be auto, 0 or 1")])
