@@ -9,12 +9,15 @@ needed, and the CUDA runtime is linked statically, so it imports on a machine wi
 Environment:
     MAX_JOBS         parallel compilations
     SELBP_CXXFLAGS   added to the C++ compiler's options; -O0 for a quick build that is not for use
-    SELBP_CUDA       auto (the default): the CUDA core is built wherever there is nvcc; 0: never; 1: always
-    SELBP_CUDA_ARCH  architectures, "80;90;100" by default; the last one is embedded as PTX too, for what comes later
+    SELBP_CUDA       auto (the default): the CUDA core is built wherever there is nvcc, and left out with a warning
+                     where nvcc fails; 0: never; 1: always
+    SELBP_CUDA_ARCH  architectures; by default those of "80;90;100" that nvcc compiles for. The last one is embedded
+                     as PTX too, for what comes later
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -26,6 +29,7 @@ from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
+from setuptools.errors import CCompilerError, CompileError
 
 ROOT = Path(__file__).parent
 SOURCES = runpy.run_path(str(ROOT / "selbp" / "_sources.py"))["digest"](ROOT)  # the import compares it with its own
@@ -37,6 +41,7 @@ if platform.machine() not in ("x86_64", "AMD64"):
     LEVELS = {"baseline": []}
 FLAGS = "-std=c++17 -O3 -ffp-contract=off -fno-math-errno -fvisibility=hidden".split()
 FLAGS += ["-Wall", "-Wextra", "-Werror=return-type", *os.environ.get("SELBP_CXXFLAGS", "").split()]
+ARCHITECTURES = ["80", "90", "100"]
 NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -Werror=all-warnings --threads=0 -Icsrc".split()
 
 
@@ -45,8 +50,12 @@ def relative(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
 
 
+def cuda_wish() -> str:
+    return os.environ.get("SELBP_CUDA", "auto")
+
+
 def cuda_wanted() -> bool:
-    wish = os.environ.get("SELBP_CUDA", "auto")
+    wish = cuda_wish()
     if wish not in ("auto", "0", "1"):
         raise SystemExit(f"SELBP_CUDA must be auto, 0 or 1, got {wish!r}")
     nvcc = find_nvcc()
@@ -67,11 +76,18 @@ def toolkit_root(nvcc: str) -> Path:
     """The toolkit that this nvcc belongs to, which it says itself: the one on PATH may be a wrapper."""
     said = subprocess.run([nvcc, "-dryrun", "x.cu"], capture_output=True, text=True).stderr
     top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
-    return Path(top[1].strip()).resolve() if top else Path(os.environ["CUDA_HOME"])
+    return Path(top[1].strip()).resolve() if top else Path(os.environ.get("CUDA_HOME") or Path(nvcc).parents[1])
 
 
+@functools.cache
 def cuda_architectures() -> list[str]:
-    return [a.strip() for a in re.split("[;, ]", os.environ.get("SELBP_CUDA_ARCH", "80;90;100")) if a.strip()]
+    """Those of SELBP_CUDA_ARCH, else those of the default that nvcc compiles for: sm_100 came with CUDA 12.8."""
+    chosen = [a.strip() for a in re.split("[;, ]", os.environ.get("SELBP_CUDA_ARCH", "")) if a.strip()]
+    if chosen:
+        return chosen
+    command = [find_nvcc() or "nvcc", "--list-gpu-arch"]
+    known = re.findall(r"compute_(\d+)", subprocess.run(command, capture_output=True, text=True).stdout)
+    return [a for a in ARCHITECTURES if a in known] or ARCHITECTURES
 
 
 def nvcc_flags() -> list[str]:
@@ -88,8 +104,7 @@ class NativeBuild(build_ext):
     def build_extension(self, extension: Pybind11Extension) -> None:
         os.chdir(ROOT)
         if extension.name == "selbp._native_cuda":
-            extension.extra_objects = [self.compile_cuda(source) for source in relative("*/cuda.cu")]
-            return super().build_extension(extension)
+            return self.build_cuda(extension)
         built_so_far = Path(self.get_ext_fullpath(extension.name))
         self.force = self.force or not (built_so_far.exists() and SOURCES.encode() in built_so_far.read_bytes())
         include = [str(ROOT / "csrc")]
@@ -113,6 +128,16 @@ class NativeBuild(build_ext):
         extension.extra_objects = objects
         super().build_extension(extension)
 
+    def build_cuda(self, extension: Pybind11Extension) -> None:
+        """The CUDA core. setuptools makes a warning of an error where the extension is optional."""
+        try:
+            extension.extra_objects = [self.compile_cuda(source) for source in relative("*/cuda.cu")]
+            super().build_extension(extension)
+        except CCompilerError:
+            for path in (self.get_ext_fullpath(extension.name), self.get_ext_filename(extension.name)):
+                Path(path).unlink(missing_ok=True)  # one of older sources must not pass for this one
+            raise
+
     def compile_cuda(self, source: str) -> str:
         """One object for all architectures; beside it stands what ptxas said of registers, spills and shared memory.
 
@@ -126,7 +151,7 @@ class NativeBuild(build_ext):
         command = [find_nvcc() or "nvcc", *nvcc_flags(), "-c", source, "-o", str(target)]
         said = subprocess.run(command, capture_output=True, text=True)
         if said.returncode:
-            raise SystemExit(f"nvcc could not compile {source}:\n{said.stdout}{said.stderr}")
+            raise CompileError(f"nvcc could not compile {source}:\n{said.stdout}{said.stderr}")
         target.with_suffix(".ptxas.txt").write_text(said.stdout + said.stderr)
         return str(target)
 
@@ -142,6 +167,7 @@ def cuda_extension() -> Pybind11Extension:
         extra_compile_args=FLAGS,
         library_dirs=[str(library)],
         libraries=["cudart_static", "dl", "rt", "pthread"],
+        optional=cuda_wish() != "1",  # where it cannot be built it is left out, with a warning: NVRTC stands in
     )
 
 

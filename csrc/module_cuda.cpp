@@ -42,6 +42,8 @@ int launch_match(const selbp::matching::Options& options, const std::array<std::
 PYBIND11_MODULE(_native_cuda, m, py::mod_gil_not_used()) {
   m.doc() = "CUDA kernels of selbp; called through selbp.ops, which validates.";
   m.def("architectures", [] { return SELBP_CUDA_ARCHITECTURES; }, "What the kernels were compiled for.");
+  m.def("probe", &selbp::cuda::probe, "A CUDA error code, 0 where the kernels run on the device.");
+  m.def("error_text", &selbp::cuda::error_text, "What CUDA says of an error code.");
   m.def("match_workspace", [](std::int64_t batch, bool is_double, int n, int k, int device) {
     const std::int64_t bytes = selbp::cuda::match_workspace(options(n, k, 0, true, 0.0, 0.0), batch, is_double, device);
     if (bytes == -std::int64_t(selbp::cuda::kTooManyRows))

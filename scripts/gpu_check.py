@@ -16,9 +16,11 @@ on where it ended. Exits with 1 where a check failed, with 2 where there is no G
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -58,20 +60,31 @@ def supervise(part: str, options: argparse.Namespace) -> tuple[Results, bool]:
     command = [sys.executable, __file__, "--only", part, "--device", options.device, "--out", str(options.out)]
     command += ["--tiny"] if options.tiny else []
     deadline = time.monotonic() + options.budget
-    jobs = [subprocess.Popen([*command, "--share", str(i), str(count)]) for i in range(count)]
+    jobs: list[subprocess.Popen[bytes]] = []
     whole = True
-    for job in jobs:
-        try:
-            whole &= job.wait(max(0.0, deadline - time.monotonic())) == 0
-        except subprocess.TimeoutExpired:
-            print(f"gpu_check: {part} is not whole after {options.budget:.0f} s", flush=True)
-            job.kill()
-            job.wait()
-            whole = False
+    try:
+        for i in range(count):
+            jobs.append(subprocess.Popen([*command, "--share", str(i), str(count)], start_new_session=True))
+        for job in jobs:
+            try:
+                whole &= job.wait(max(0.0, deadline - time.monotonic())) == 0
+            except subprocess.TimeoutExpired:
+                print(f"gpu_check: {part} is not whole after {options.budget:.0f} s", flush=True)
+                whole = False
+    finally:
+        for job in jobs:
+            _end(job)
     results = Results(options.out, part)
     if count > 1:
         results.merge(count)
     return results, whole
+
+
+def _end(job: subprocess.Popen[bytes]) -> None:
+    """End a part and all that it has started, which would run beside the next part's timings."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
 
 
 def main() -> int:
@@ -90,6 +103,9 @@ def main() -> int:
         return 2
     if options.share:
         return run_part(options)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the parts, in sessions of their own, do not hear it
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores one
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
     environment = info.information()
     print("\n".join(f"{name}: {value}" for name, value in environment.items()), flush=True)
     failed, incomplete, tables = [], [], []

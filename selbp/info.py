@@ -13,7 +13,7 @@ import torch
 
 import selbp._native as native
 from selbp._version import __version__
-from selbp.ops import _backends, _nvrtc
+from selbp.ops import _backends, _cuda_solver, _nvrtc
 
 
 def machine() -> dict[str, str]:
@@ -54,12 +54,18 @@ def _cuda_core() -> str:
     try:
         core = importlib.import_module("selbp._native_cuda")
     except ImportError as error:
-        try:
-            instead = f"NVRTC {_nvrtc.Compiler().version} compiles its kernels when a GPU first needs them"
-        except _nvrtc.Unavailable as missing:
-            instead = f"CUDA tensors are matched on the host: {missing}"
-        return f"not built ({error}); {instead}"
-    return f"built for {core.architectures()}" if hasattr(core, "architectures") else "built"
+        return f"not built ({error}); {_without_core()}"
+    built = f"built for {core.architectures()}" if hasattr(core, "architectures") else "built"
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    refused = [reason for i in devices if (reason := _cuda_solver.refusal(core, i))]
+    return "; ".join([built, *refused, _without_core()] if refused else [built])
+
+
+def _without_core() -> str:
+    try:
+        return f"NVRTC {_nvrtc.Compiler().version} compiles its kernels when a GPU first needs them"
+    except _nvrtc.Unavailable as missing:
+        return f"CUDA tensors are matched on the host: {missing}"
 
 
 def _cuda() -> str:

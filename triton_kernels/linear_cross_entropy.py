@@ -29,7 +29,10 @@ from .arithmetic import exponential, grouped_tile
 from .matmul_tile import dot_precision, logits_tile, operands
 
 CHUNK_BYTES = 256 << 20  # of residuals
-ADDS_IN_FLOAT = "dtype_out" in torch.ops.aten.addmm.overloads()  # torch.addmm(..., out_dtype=), not in torch 2.6
+# torch.mm(out_dtype=) and torch.addmm(out_dtype=) came with torch 2.8. The latter refuses a float32 total before 2.10,
+# which its schema does not tell.
+MULTIPLIES_IN_FLOAT = "dtype" in torch.ops.aten.mm.overloads()
+ADDS_IN_FLOAT = MULTIPLIES_IN_FLOAT and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 
 
 @triton.jit
@@ -210,7 +213,9 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b`` in float32, from operands of any dtype, without widening them where the device can."""
     if a.dtype == torch.float32:
         return torch.mm(a, b)
-    return torch.mm(a.float(), b.float()) if a.is_cpu else torch.mm(a, b, out_dtype=torch.float32)
+    if a.is_cpu or not MULTIPLIES_IN_FLOAT:
+        return torch.mm(a.float(), b.float())
+    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 def write_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -73,6 +73,13 @@ cudaError_t launch_blocks(const Plan& plan, const Options& options, const Proble
 
 namespace cuda {
 
+int probe(int device) {
+  const OnDevice here(device);
+  cudaFuncAttributes attributes;
+  return here.error() != cudaSuccess ? int(here.error())
+                                     : int(cudaFuncGetAttributes(&attributes, device::match_blocks<float, true>));
+}
+
 std::int64_t match_workspace(const Options& options, std::int64_t batch, bool is_double, int device) {
   const OnDevice here(device);
   if (here.error() != cudaSuccess) return -std::int64_t(here.error());

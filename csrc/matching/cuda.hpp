@@ -9,6 +9,10 @@ namespace cuda {
 // A code beside CUDA's own: the problem has more rows to choose than a block can keep in shared memory.
 constexpr int kTooManyRows = 1 << 20;
 
+// Whether the kernels run on such a device: a CUDA error code, 0 where they do. Not so for a device for which they were not
+// compiled, and with a driver that is older than the runtime which is linked in.
+int probe(int device);
+
 // Bytes of global memory that `launch_match` wants for such a batch on such a device (256-byte aligned); negative: a
 // CUDA error, of which the absolute value is the code.
 std::int64_t match_workspace(const matching::Options& options, std::int64_t batch, bool is_double, int device);

@@ -129,7 +129,7 @@ def gpu_tests(results: Results, device: str) -> None:
     if device == "cpu" or importlib.util.find_spec("pytest") is None:
         results.add("pytest -m gpu", None, detail="needs a GPU and pytest")
         return
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/ops"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "4"}, capture_output=True, text=True)
     last = (done.stdout.strip().splitlines() or [done.stderr[-300:]])[-1]
     results.add("pytest -m gpu", done.returncode == 0, detail=last)

@@ -38,11 +38,6 @@ def without_autocast_cache() -> Iterator[None]:
         torch.set_autocast_cache_enabled(enabled)
 
 
-def capturing(device: torch.device) -> bool:
-    """Whether what is launched on ``device`` now is recorded in a CUDA graph and not run."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 _Group = tuple[str, torch.dtype, torch.device]
 
 

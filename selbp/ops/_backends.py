@@ -77,6 +77,14 @@ def saves_launches(device: torch.device) -> bool:
     return device.type in ("cuda", "meta")
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on ``device`` now is recorded in a CUDA graph and not run."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # torch asks the current device's stream
+        return torch.cuda.is_current_stream_capturing()
+
+
 @functools.cache
 def cuda_core() -> tuple[ModuleType | None, str]:
     """The module ``selbp._native_cuda``, or None and why there is none."""

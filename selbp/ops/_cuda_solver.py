@@ -1,5 +1,8 @@
 """The solver and the choosers of CUDA tensors: the built core, else what NVRTC compiles at first use, else none.
 
+The built core counts where it runs on the device. It does not where it was compiled for newer devices only, nor with a
+driver that is older than the CUDA runtime which is linked in; NVRTC's kernels may.
+
 Where there is none a matching problem is solved on the host: correct, but the device waits, and a CUDA graph cannot
 hold it. Rows are chosen by the reference then, in dozens to thousands of launches.
 """
@@ -13,9 +16,28 @@ from selbp.ops import _nvrtc_core
 from selbp.ops._backends import cuda_core
 
 
+@_nvrtc_core.kept
+def refusal(core: Any, device: int) -> str:
+    """Why the built core does not run on a device; "" where it does."""
+    status = core.probe(device) if hasattr(core, "probe") else 0  # one built from older sources cannot be asked
+    if status == 0:
+        return ""
+    reason = f"the CUDA core does not run on cuda:{device}: {core.error_text(status)} ({status})"
+    if status in _nvrtc_core.PASSING:
+        raise _nvrtc_core.PassingError(reason)
+    return reason
+
+
+def built(device: int) -> tuple[Any, str]:
+    """The built core where it runs on a device; else None and why not."""
+    core, missing = cuda_core()
+    missing = missing if core is None else refusal(core, device)
+    return (None, missing) if missing else (core, "")
+
+
 def solver(device: int, n: int, k: int, is_double: bool) -> tuple[Any, str]:
     """What solves problems of this size on a device: the core or NVRTC's kernels; or None and why there is none."""
-    core, missing = cuda_core()
+    core, missing = built(device)
     if core is not None:
         return core, ""
     made = _nvrtc_core.core(device, is_double)
@@ -28,7 +50,7 @@ def solver(device: int, n: int, k: int, is_double: bool) -> tuple[Any, str]:
 
 def chooser(device: int) -> Any:
     """What launches the kernels of csrc/selection on a device: the core or NVRTC's; None where there is neither."""
-    core, _ = cuda_core()
+    core, _ = built(device)
     if core is not None:
         return core if hasattr(core, "launch_choice") else None  # one built from older sources has no such kernels
     made = _nvrtc_core.choice(device)

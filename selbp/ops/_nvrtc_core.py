@@ -20,6 +20,25 @@ from selbp.ops import _nvrtc
 WARP, MOST_THREADS = 32, 512
 _T = TypeVar("_T")
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+PASSING = (2, *range(900, 909))  # error codes, the driver's and the runtime's: no memory left, and those of a capture
+
+
+class PassingError(RuntimeError):
+    """An error that may be gone at the next call."""
+
+
+def kept(function: Callable[..., _T]) -> Callable[..., _T | str]:
+    """``function``, called once for its arguments. What a :class:`PassingError` says is returned and not kept."""
+    cached = functools.cache(function)
+
+    @functools.wraps(function)
+    def answer(*arguments: Any) -> _T | str:
+        try:
+            return cached(*arguments)
+        except PassingError as error:
+            return str(error)
+
+    return answer
 
 
 class Options(ctypes.Structure):
@@ -121,7 +140,8 @@ class Loaded:
         if status:
             text = ctypes.c_char_p()
             self._driver.cuGetErrorString(status, ctypes.byref(text))
-            raise RuntimeError(f"CUDA driver: {(text.value or b'unknown error').decode()} ({status})")
+            kind = PassingError if status in PASSING else RuntimeError
+            raise kind(f"CUDA driver: {(text.value or b'unknown error').decode()} ({status})")
 
 
 class Core(Loaded):
@@ -192,13 +212,13 @@ def driver() -> ctypes.CDLL:
         raise _nvrtc.Unavailable(f"the driver's library does not load: {error}") from None
 
 
-@functools.cache
+@kept
 def core(device: int, is_double: bool) -> Core | str:
     """The solver for a device and a type, or why there is none. The first call compiles: some seconds."""
     return _made(lambda: Core(device, is_double))
 
 
-@functools.cache
+@kept
 def choice(device: int) -> Choice | str:
     """The kernels that choose rows on a device, or why there are none. The first call compiles: some seconds."""
     return _made(lambda: Choice(device))
@@ -209,5 +229,7 @@ def _made(make: Callable[[], _T]) -> _T | str:
         return "NVRTC is for NVIDIA's GPUs"
     try:
         return make()
+    except PassingError:
+        raise
     except (_nvrtc.Unavailable, OSError, RuntimeError, AttributeError) as error:
         return str(error)

@@ -14,7 +14,7 @@ from torch import Tensor
 from selbp import _native
 from selbp._checks import accumulate_dtype, check_optional_tensor, check_tensor, flag, integer, number
 from selbp.ops import _host_solve
-from selbp.ops._backends import native_threads
+from selbp.ops._backends import capturing, native_threads
 from selbp.ops._cuda_solver import solver, warn_of_host
 from selbp.ops._factors import autocast_factors
 from selbp.ops._match_checks import RULES, check_match
@@ -111,7 +111,7 @@ def _cuda(
     n, device, is_double = inner.shape[-1], inner.device.index, gram.dtype == torch.float64
     core, missing = solver(device, n, k, is_double)
     if core is None:
-        if torch.cuda.is_current_stream_capturing():
+        if capturing(inner.device):
             raise RuntimeError(f"matching cannot be captured in a CUDA graph: it is solved on the host, for {missing}")
         warn_of_host(missing)
         found = _on_host(gram, inner, target_sq, k, rule, ridge, nonnegative, valid, tolerance, pin=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from selbp.ops._backends import capturing
 from selbp.rows.layout import RowSet
 
 _DROPOUTS = {functional.dropout, torch.dropout}
@@ -107,7 +108,7 @@ class Recording(_Dropouts):
         """Return the states of torch's generators for the CPU and the block's devices."""
         states = [torch.get_rng_state()]
         for device in self._devices:
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if capturing(device):
                 continue  # the state cannot be read there; the runs before the capture have checked the block
             module = torch.get_device_module(device)
             states.append(module.get_rng_state() if device.type == "mps" else module.get_rng_state(device))

@@ -128,4 +128,5 @@ def check_ids(ids: Any, n: int, samples: int, device: torch.device) -> Tensor:
         raise ValueError(f"ids must be (n,) = ({n},), one number a sample, got {tuple(ids.shape)}")
     if ids.device.type == "cpu" and n and not (0 <= int(ids.min()) and int(ids.max()) < samples):
         raise ValueError(f"ids must lie in [0, {samples}), got {int(ids.min())} to {int(ids.max())}")
-    return ids.to(device=device, dtype=torch.int64, non_blocking=True).contiguous()
+    # A CPU reads them at once: a copy to it must have landed.
+    return ids.to(device=device, dtype=torch.int64, non_blocking=device.type != "cpu").contiguous()

@@ -224,6 +224,7 @@ class NoiseAwareCrossEntropy:
 
     def __init__(self, noise: KnowsNoise | Tensor | float) -> None:
         self._read: Callable[[], tuple[Tensor | float, Tensor | None]]
+        self.reads_table = not isinstance(noise, Tensor) and isinstance(noise, KnowsNoise)  # at each call
         if isinstance(noise, Tensor):
             if not noise.is_floating_point() or noise.dim() not in (0, 2) or (noise.dim() and noise.shape[0] < 2):
                 raise ValueError(f"noise must be eps () or a transition (C, C), floating, got {shown(noise)}")

@@ -136,6 +136,7 @@ def check_rows(logits: Tensor, target: Tensor, rows: int, classes: int) -> None:
 def _sent(seen: list[Tensor | None], device: torch.device) -> tuple[Any, list[Tensor | None]]:
     """Copies of ``seen`` on their way to ``device``, and the event after which they are there."""
     copies = [None if x is None else x.to(device, non_blocking=True) for x in seen]
+    source = next(x.device for x in seen if x is not None)
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(source if device.type == "cpu" else device))  # the one that copies
     return event, copies

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from selbp.common.batch import Batch
 from selbp.common.distributed import check_not_bypassed
 from selbp.common.exchange import Ranks
-from selbp.common.guards import capturing
 from selbp.common.state import CHOICE_ENTRIES, ChoiceState, check_counts
+from selbp.ops._backends import capturing
 from selbp.sampling.table import ScoreTable
 from selbp.training.interaction import SamplesInteractError
 from selbp.training.kinds import StepKinds

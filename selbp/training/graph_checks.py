@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from selbp.training.losses import PerSample
 from selbp.training.step import SelectiveBackprop
 
 
@@ -36,6 +37,12 @@ def _check_step(step: SelectiveBackprop) -> None:
     schedule, rule = step.schedule, step.selector
     if schedule.every != 1 or schedule.end is not None or schedule.start > step.optimizer_step:
         raise ValueError(f"step must choose at every step from now on for a CUDA graph, got {schedule!r}")
+    loss = step._criterion
+    if step.table is not None or (isinstance(loss, PerSample) and getattr(loss.function, "reads_table", False)):
+        raise ValueError(
+            "step must have neither table= nor a loss that reads one for a CUDA graph: the table is read and written "
+            "in Python at each step, and a replay runs no Python"
+        )
     if step._cut is not None:
         raise ValueError("step must have no cut for a CUDA graph: a choice in the backward is not supported there")
     if step._pooled is not None:

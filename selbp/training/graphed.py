@@ -28,20 +28,21 @@ Work = Callable[[], None]
 
 
 class Recorder:
-    """Captures work as a CUDA graph, on the stream on which the steps before it ran.
+    """Captures work as a CUDA graph, on the stream of ``device`` on which the steps before it ran.
 
     Autograd's nodes that add up gradients keep the stream on which they were made. A node of another stream would end
     the capture.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device  # which need not be the current one
         self._stream: torch.cuda.Stream | None = None
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """On the stream of the capture, after and before what the current one runs."""
-        self._stream = self._stream or torch.cuda.Stream()
-        current = torch.cuda.current_stream()
+        """On the stream of the capture, after and before what the device's current one runs."""
+        self._stream = self._stream or torch.cuda.Stream(self._device)
+        current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             yield
@@ -53,10 +54,16 @@ class Recorder:
         if generator is not None:
             graph.register_generator_state(generator)
         torch.clear_autocast_cache()
+
+        def replay() -> None:
+            with torch.cuda.device(self._device):
+                graph.replay()
+
         # A data loader's thread may pin memory meanwhile, which a capture that watches all threads would not survive.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            work()
-        return graph.replay
+        with torch.cuda.device(self._device):
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                work()
+        return replay
 
 
 class GraphedStep:
@@ -95,7 +102,8 @@ class GraphedStep:
         Raises
         ------
         ValueError
-            If a value has changed that is fixed in the graph, such as a learning rate that is a Python number.
+            If a value has changed that is fixed in the graph, such as a learning rate that is a Python number, or if
+            another tensor is where the graph has read one, such as after ``optimizer.load_state_dict``.
         RuntimeError
             Where the step could not be captured; says why.
         """
@@ -108,9 +116,11 @@ class GraphedStep:
             return self._eagerly(inputs, target, per_sample)
         if self._replay is None:
             self._fitting += 1
-            if self._fitting <= EAGER:
+            if self._fitting < EAGER:
                 return self._eagerly(inputs, target, per_sample)
             self._load(leaves)
+            if self._fitting == EAGER:
+                return self._eagerly(*self._as_captured())
             self._capture()
         else:
             self._load(leaves)
@@ -149,6 +159,14 @@ class GraphedStep:
         with torch.no_grad():
             for buffer, leaf in pairs:
                 buffer.copy_(leaf, non_blocking=True)
+
+    def _as_captured(self) -> Any:
+        """Copies of the buffers, with their strides and alignment, for which kernels must be compiled by the capture.
+
+        They are copies since a report reads a step's tensors later, when the buffers hold another minibatch.
+        """
+        copies = [x.clone() if isinstance(x, Tensor) else x for x in self._buffers]
+        return pytree.tree_unflatten(copies, self._form)
 
     def _eagerly(self, inputs: Any, target: Any, per_sample: Mapping[str, Any]) -> Tensor:
         self._set_to_none()
@@ -195,25 +213,44 @@ class GraphedStep:
         found: list[tuple[str, Any]] = [("keep", step.keep), ("selector", step.selector), ("autocast", autocast)]
         found.append(("the modules' training modes", [module.training for module in step.model.modules()]))
         found.append(("requires_grad of parameters", [p.requires_grad for p in step.model.parameters()]))
-        for i, group in enumerate(self._optimizer.param_groups if self._optimizer is not None else ()):
-            found += [(f"{name} of the optimizer's group {i}", x) for name, x in group.items() if _is_number(x)]
+        tensors = [*step.model.parameters(), *step.model.buffers()]
+        found.append(("the memory of the model's parameters and buffers", [_Place.of(x) for x in tensors]))
+        if self._optimizer is not None:
+            state = pytree.tree_leaves(list(self._optimizer.state.values()))
+            places = [_Place.of(x) for x in state if isinstance(x, Tensor)]
+            found.append(("the memory of the optimizer's state", places))
+            for i, group in enumerate(self._optimizer.param_groups):
+                for name, value in group.items():
+                    found.append((f"{name} of the optimizer's group {i}", pytree.tree_map(_fixed, value)))
         return found
 
     def _check_conditions(self) -> None:
-        for (name, before), (_, now) in zip(self._conditions, self._present(), strict=True):
+        present = dict(self._present())
+        for name, before in self._conditions:
+            now = present.get(name)
             if before is not now and before != now:
                 raise ValueError(
                     f"{name} must be as when the graph was captured, {_short(before)}, got {_short(now)}: call "
-                    "selbp.cuda_graph again, or keep a learning rate that changes in a tensor"
+                    "selbp.cuda_graph again. Keep a learning rate that changes in a tensor on the GPU, and write to it"
                 )
 
 
-def _is_number(value: Any) -> bool:
-    return (
-        value is None
-        or isinstance(value, (bool, int, float, str))
-        or (isinstance(value, tuple) and all(map(_is_number, value)))
-    )
+def _fixed(value: Any) -> Any:
+    """What a graph holds fast of a value: a number, or where a tensor lies; of one on the CPU, its number."""
+    if isinstance(value, Tensor):
+        return value.item() if value.device.type == "cpu" and value.dim() == 0 else _Place.of(value)
+    return value if isinstance(value, (bool, int, float, str)) else None
+
+
+class _Place(int):
+    """The address of a tensor's memory."""
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Place:
+        return cls(x.data_ptr() if x.layout == torch.strided else id(x))  # a sparse tensor has several
+
+    def __repr__(self) -> str:
+        return f"a tensor at {int(self):#x}"
 
 
 def _short(value: Any) -> str:
@@ -283,7 +320,8 @@ def cuda_graph(
         For a step or an optimizer of another type.
     ValueError
         For what a graph cannot hold, with the reason: tensors that are not on a GPU, lists of samples, a rule that
-        remembers, a cut, ``scoring="eval"``, a schedule that does not always choose, several processes.
+        remembers, a cut, ``scoring="eval"``, a schedule that does not always choose, a table of scores, several
+        processes.
 
     See Also
     --------
@@ -297,4 +335,5 @@ def cuda_graph(
     """
     batch = (inputs, target, per_sample)
     check_graph(step, batch, optimizer)
-    return GraphedStep(step, batch, optimizer, Recorder())
+    device = next(x.device for x in pytree.tree_leaves(batch) if isinstance(x, Tensor))
+    return GraphedStep(step, batch, optimizer, Recorder(device))

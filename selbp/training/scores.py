@@ -30,7 +30,8 @@ def with_irreducible(batch: Batch, table: ScoreTable, draw: Draw) -> Batch:
     """The batch with what the table knows of each sample's irreducible loss, unless the caller has said it."""
     if table.irreducible is None or IRREDUCIBLE in batch.extras:
         return batch
-    loss = table.irreducible[draw.ids].to(batch.device, non_blocking=True)
+    waits = batch.device.type == "cpu"  # it reads at once: a copy to it must have landed
+    loss = table.irreducible[draw.ids].to(batch.device, non_blocking=not waits)
     return replace(batch, extras={**batch.extras, IRREDUCIBLE: loss})
 
 

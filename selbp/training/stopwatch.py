@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selbp.common.guards import capturing
+from selbp.ops._backends import capturing
 
 AHEAD = "forward of all"  # the part of "score" that a full step has as well: its forward, and losses with a graph
 
@@ -21,7 +21,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._recorded: dict[str, float] | None = None  # of a copy, which has no marks
-        self._events = device.type == "cuda"
+        self._events, self._device = device.type == "cuda", device
         self.idle = capturing(device)  # then no event may be recorded, nor asked
         self._marks: list[tuple[str, Any]] = [("start", self._now())]
         self._backward: list[Any] = []
@@ -32,7 +32,7 @@ class Stopwatch:
         if not self._events:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def lap(self, phase: str) -> None:

@@ -5,9 +5,15 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import types
 from pathlib import Path
 
 import pytest
+import torch
+
+from selbp import info
+from selbp.ops import _cuda_solver
 
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc")
@@ -104,13 +110,29 @@ def test_the_cuda_module_imports_without_a_driver_and_says_what_is_missing():
         "import torch\nif torch.cuda.is_available(): raise SystemExit(0)\n"
         "from selbp import _native_cuda as core\nassert 'sm_' in core.architectures()\n"
         "try:\n    core.match_workspace(1, False, 128, 32, 0)\n"
-        "except RuntimeError as error:\n    assert str(error).startswith('CUDA: ')\n"
-        "else:\n    raise SystemExit('no error without a device')"
+        "except RuntimeError as error:\n    error_of_match = error\n    assert str(error).startswith('CUDA: ')\n"
+        "else:\n    raise SystemExit('no error without a device')\n"
+        "status = core.probe(0)\nassert status and core.error_text(status) in str(error_of_match), status\n"
+        "from selbp.ops import _cuda_solver\nassert f'({status})' in _cuda_solver.refusal(core, 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
     module = next(ROOT.glob("selbp/_native_cuda*.so"))
     needed = subprocess.run(["ldd", str(module)], capture_output=True, text=True).stdout
     assert "libcudart" not in needed and "libcuda." not in needed
+
+
+def test_selbp_info_says_on_which_device_the_core_does_not_run(monkeypatch):
+    core = types.SimpleNamespace(architectures=lambda: "sm_80 and PTX")
+    monkeypatch.setitem(sys.modules, "selbp._native_cuda", core)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(_cuda_solver, "refusal", lambda core, device: "" if device else "not on cuda:0: no code")
+    monkeypatch.setattr(info._nvrtc, "Compiler", lambda: types.SimpleNamespace(version="12.8"))
+    assert info._cuda_core() == (
+        "built for sm_80 and PTX; not on cuda:0: no code; NVRTC 12.8 compiles its kernels when a GPU first needs them"
+    )
+    monkeypatch.setattr(_cuda_solver, "refusal", lambda core, device: "")
+    assert info._cuda_core() == "built for sm_80 and PTX"
 
 
 @pytest.mark.parametrize("value,said", [("1", "there is no nvcc"), ("maybe", "must be auto, 0 or 1")])
@@ -148,3 +170,94 @@ def test_the_cuda_core_is_built_wherever_nvcc_is(tmp_path, value, built):
     )
     assert run.returncode == 0, run.stderr
     assert ("selbp._native_cuda" in run.stdout.split()) == built
+
+
+PRINT_ARCHITECTURES = """
+import runpy, setuptools
+setuptools.setup = lambda **given: None
+build = runpy.run_path("setup.py")
+print(*build["cuda_architectures"](), *(flag for flag in build["nvcc_flags"]() if "gencode" in flag))
+"""
+
+
+def stand_in(folder, known, then="exit 0"):
+    """An nvcc that says that it knows these architectures, and does ``then`` in place of compiling."""
+    nvcc = folder / "nvcc"
+    listed = " ".join(f"compute_{a}" for a in known)
+    nvcc.write_text(
+        f'#!/bin/sh\ncase "$*" in\n  *dryrun*) echo "#\\$ TOP={folder}" >&2 ;;\n'
+        f"  *list-gpu-arch*) printf '%s\\n' {listed} ;;\n  *) {then} ;;\nesac\n"
+    )
+    nvcc.chmod(0o755)
+    return {k: v for k, v in os.environ.items() if not k.startswith(("SELBP_CUDA", "CUDA_"))}
+
+
+@pytest.mark.parametrize(
+    ("known", "chosen", "wanted"),
+    [
+        ((75, 80, 86, 89, 90), None, "80 90"),
+        ((75, 80, 90, 100, 120), None, "80 90 100"),
+        ((90, 100, 120), None, "90 100"),
+        ((), None, "80 90 100"),
+        ((75, 80, 86, 89, 90), "100", "100"),
+        ((75, 80, 86, 89, 90), "75;80", "75 80"),
+    ],
+    ids=str,
+)
+def test_an_older_nvcc_is_asked_for_what_it_knows(tmp_path, known, chosen, wanted):
+    environment = {**stand_in(tmp_path, known), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    environment |= {"SELBP_CUDA_ARCH": chosen} if chosen else {}
+    run = subprocess.run(
+        [sys.executable, "-c", PRINT_ARCHITECTURES], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    *others, last = wanted.split()
+    flags = [*(f"-gencode=arch=compute_{a},code=sm_{a}" for a in others)]
+    flags.append(f"-gencode=arch=compute_{last},code=[sm_{last},compute_{last}]")
+    assert run.stdout.split() == [*wanted.split(), *flags]
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+def test_this_nvcc_compiles_for_what_is_chosen():
+    environment = {k: v for k, v in os.environ.items() if k != "SELBP_CUDA_ARCH"}
+    run = subprocess.run(
+        [sys.executable, "-c", PRINT_ARCHITECTURES], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    chosen = re.findall(r"(?<!\S)\d+(?!\S)", run.stdout)
+    listed = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    assert chosen and {f"compute_{a}" for a in chosen} <= set(listed)
+
+
+COPIED = ("csrc", "triton_kernels", "selbp", "selbp_study", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+CXX = """#!/bin/sh
+while [ $# -gt 0 ]; do
+  case $1 in -o) : > "$2" ;; esac
+  shift
+done
+"""
+
+
+@pytest.mark.parametrize("value", ["auto", None, "1"], ids=str)
+def test_an_nvcc_that_fails_leaves_the_core_out_unless_it_is_asked_for(tmp_path, value):
+    """By stand-ins for both compilers: what is tested is which extensions the build is content with."""
+    source, tools = tmp_path / "source", tmp_path / "tools"
+    source.mkdir(), tools.mkdir()
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        else:
+            shutil.copy(ROOT / name, source / name)
+    stale = source / "selbp" / ("_native_cuda" + sysconfig.get_config_var("EXT_SUFFIX"))
+    stale.write_bytes(b"of older sources")
+    (tools / "c++").write_text(CXX)
+    (tools / "c++").chmod(0o755)
+    environment = stand_in(tools, (80, 90), then='echo "nvcc fatal: no host compiler" >&2; exit 1')
+    environment |= {"PATH": f"{tools}:/usr/bin:/bin", "CC": str(tools / "c++"), "CXX": str(tools / "c++")}
+    environment |= {"SELBP_CUDA": value} if value else {}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    run = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, timeout=600)
+    said = run.stdout + run.stderr
+    assert "nvcc could not compile csrc/matching/cuda.cu" in said and "nvcc fatal: no host compiler" in said
+    assert (run.returncode == 0) == (value != "1"), said
+    built = {path.name.split(".")[0] for path in (source / "selbp").glob("*.so")}
+    assert built == (set() if value == "1" else {"_native"})

@@ -91,6 +91,27 @@ def test_every_header_that_the_kernels_include_is_handed_over():
                 assert line.split()[1].strip('"<>') in texts, (name, line)
 
 
+@pytest.mark.parametrize(("status", "stays"), [(2, False), (900, False), (901, False), (209, True), (1, True)])
+def test_an_error_that_passes_is_not_kept(monkeypatch, status, stays):
+    """A first use in a capture, or without memory left, must not mean the host for the rest of the process."""
+
+    class Made(_nvrtc_core.Loaded):
+        statuses = []
+
+        def __init__(self, *what):
+            self._driver = type("Driver", (), {"cuGetErrorString": staticmethod(lambda status, text: 0)})
+            self._check(self.statuses.pop(0))
+
+    for name in ("Core", "Choice"):
+        monkeypatch.setattr(_nvrtc_core, name, Made)
+    for number, make in ((False, _nvrtc_core.core), (None, _nvrtc_core.choice)):
+        Made.statuses = [status, 0, 0]
+        key = [f"a device of {status}", number][: 2 - (number is None)]
+        first, second, third = make(*key), make(*key), make(*key)
+        assert f"({status})" in first and second is third
+        assert second == first if stays else isinstance(second, Made)
+
+
 def test_without_a_driver_the_reason_is_given(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: (_ for _ in ()).throw(RuntimeError("none")))
     assert _nvrtc_core.core.__wrapped__(0, False) == "none"

@@ -65,7 +65,7 @@ def without_a_solver(monkeypatch):
 
 
 def test_the_first_host_solve_warns_and_says_what_helps(without_a_solver, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(matching, "capturing", lambda device: False)
     solve = (*without_a_solver, 5, "ols", 1e-3, True, None, 0.0)
     with pytest.warns(UserWarning, match="solved on the host.*not built; there is no libnvrtc.*pip install") as said:
         matching._cuda(*solve)
@@ -76,7 +76,7 @@ def test_the_first_host_solve_warns_and_says_what_helps(without_a_solver, monkey
 
 
 def test_a_capture_refuses_the_host_and_says_why(without_a_solver, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(matching, "capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph.*solved on the host.*not built"):
         matching._cuda(*without_a_solver, 5, "ols", 1e-3, True, None, 0.0)
 
@@ -88,3 +88,51 @@ def test_a_problem_too_large_for_a_block_goes_to_the_host(monkeypatch):
     assert _cuda_solver.solver(0, 50, 5, False) == (small, "")
     found, why = _cuda_solver.solver(0, 100, 5, False)
     assert found is None and "n = 100 with k = 5" in why
+
+
+class BuiltCore:
+    """The built core on devices that answer its question so."""
+
+    def __init__(self, *answers):
+        self.answers, self.asked = list(answers), []
+
+    def probe(self, device):
+        self.asked.append(device)
+        return self.answers.pop(0)
+
+    def error_text(self, code):
+        return f"words for {code}"
+
+    def launch_choice(self):
+        pass
+
+
+@pytest.mark.parametrize("status", [209, 35], ids=["no code for the device", "a driver that is too old"])
+def test_a_core_that_does_not_run_on_the_device_is_not_used(monkeypatch, status):
+    core, small = BuiltCore(status, 0), type("Core", (), {"fits": lambda self, n, k: n < 100})()
+    monkeypatch.setattr(_cuda_solver, "cuda_core", lambda: (core, ""))
+    monkeypatch.setattr(_nvrtc_core, "core", lambda device, is_double: small)
+    monkeypatch.setattr(_nvrtc_core, "choice", lambda device: small)
+    for _ in range(2):
+        assert _cuda_solver.solver(0, 50, 5, False) == (small, "") and _cuda_solver.chooser(0) is small
+        assert _cuda_solver.solver(1, 50, 5, False) == (core, "") and _cuda_solver.chooser(1) is core
+    assert core.asked == [0, 1]
+    why = _cuda_solver.solver(0, 100, 5, False)[1]
+    assert f"the CUDA core does not run on cuda:0: words for {status} ({status})" in why
+
+
+def test_a_core_that_could_not_be_asked_is_asked_again(monkeypatch):
+    core = BuiltCore(2, 0)
+    monkeypatch.setattr(_cuda_solver, "cuda_core", lambda: (core, ""))
+    monkeypatch.setattr(_nvrtc_core, "core", lambda device, is_double: "no NVRTC")
+    why = "the CUDA core does not run on cuda:0: words for 2 (2); no NVRTC"
+    assert _cuda_solver.solver(0, 50, 5, False) == (None, why)
+    for _ in range(2):
+        assert _cuda_solver.solver(0, 50, 5, False) == (core, "")
+    assert core.asked == [0, 0]
+
+
+def test_a_core_of_older_sources_is_used_unasked(monkeypatch):
+    core = object()
+    monkeypatch.setattr(_cuda_solver, "cuda_core", lambda: (core, ""))
+    assert _cuda_solver.solver(0, 50, 5, False) == (core, "") and _cuda_solver.chooser(0) is None

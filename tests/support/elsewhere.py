@@ -111,8 +111,9 @@ def accelerator() -> Iterator[None]:
     objects = "torch.distributed.distributed_c10d._get_object_coll_device"
     with mock.patch("torch.is_autocast_enabled", off), mock.patch("torch.get_autocast_dtype", half):
         with mock.patch(objects, lambda group=None: THERE.type), mock.patch("torch.Generator", _Generator):
-            with mock.patch("torch.cuda.Event", mock.MagicMock), _Functions(), _Operators():
-                yield
+            with mock.patch("torch.cuda.Event", mock.MagicMock), mock.patch("torch.cuda.current_stream"):
+                with _Functions(), _Operators():
+                    yield
 
 
 def moved(value: Any) -> Any:

@@ -151,20 +151,75 @@ CHANGES = {
     "training modes": lambda step, optimizer: step.model[1].eval(),
     "requires_grad": lambda step, optimizer: step.model[0].weight.requires_grad_(False),
     "lr of the optimizer's group 0": lambda step, optimizer: optimizer.param_groups[0].update(lr=0.5),
+    "the memory of the model's parameters": lambda step, optimizer: moved(step.model[0].weight),
+    "the memory of .* and buffers": lambda step, optimizer: moved(step.model[1].running_mean),
+    "the memory of the optimizer's state": lambda step, optimizer: loaded(optimizer),
 }
+
+
+def moved(x):
+    """The same values in other memory."""
+    x.data = x.detach().clone()
+
+
+def loaded(optimizer):
+    """As from a file."""
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_what_the_graph_holds_fast_must_not_change(what):
     step = make()
-    optimizer = torch.optim.SGD(step.model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(step.model.parameters(), lr=0.1, momentum=0.9)
     graphed, _ = graph_of(step, optimizer)
     x, y = batches(1)[0]
-    for _ in range(module.EAGER + 1):
+    for _ in range(module.EAGER + 2):
         graphed(x, y)
     CHANGES[what](step, optimizer)
     with pytest.raises(ValueError, match=f"{what}.* must be as when the graph was captured"):
         graphed(x, y)
+
+
+@pytest.mark.parametrize("change", ["written", "another", "to a number"])
+def test_a_learning_rate_in_a_tensor(change):
+    """A graph reads a GPU's tensor where it lies, and has read a CPU's once for all."""
+    step = make()
+    optimizer = torch.optim.SGD(step.model.parameters(), lr=torch.tensor(0.1), foreach=False)
+    graphed, _ = graph_of(step, optimizer)
+    x, y = batches(1)[0]
+    for _ in range(module.EAGER + 2):
+        graphed(x, y)
+    rate = optimizer.param_groups[0]["lr"]
+    if change == "written":
+        rate.fill_(0.01)
+    else:
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.01) if change == "another" else 0.01
+    with pytest.raises(ValueError, match=r"lr of the optimizer's group 0 must be .*0\.10*\d*, got 0\.0[01]"):
+        graphed(x, y)
+
+
+def test_the_last_ordinary_step_is_given_what_the_capture_will_be():
+    """Strides and alignment choose the kernels, and none can be compiled in a capture."""
+
+    def strides(module, inputs):
+        seen.append((inputs[0].stride(), inputs[0].data_ptr() % 16))
+
+    def kept(module, inputs):
+        held.append(inputs[0])
+
+    step, seen, held = make(backward="rows"), [], []
+    graphed, _ = graph_of(step)
+    given = [torch.randn(6, 13).T[1:] for _ in range(module.EAGER + 2)]  # strides (1, 13), off by one float
+    step.model.register_forward_pre_hook(strides)
+    step.model.register_forward_pre_hook(kept)
+    for i, x in enumerate(given):
+        graphed(x, batches(1)[0][1])
+        if i == module.EAGER - 1:
+            last, values = held[-1], held[-1].clone()
+            assert torch.equal(last, x)
+    assert seen[0] == ((1, 13), 4) and (6, 1) == graphed._buffers[0].stride()
+    assert {place for place in seen[module.EAGER - 1 :]} == {((6, 1), 0)}
+    assert torch.equal(last, values)  # a report may read them later
 
 
 def test_a_capture_that_fails_says_why_each_time():
@@ -193,6 +248,7 @@ def on_gpu(x):
     return x.as_subclass(FakeCuda)
 
 
+TABLE = selbp.sampling.ScoreTable(9, 3)
 REFUSALS = {
     "CPU tensors": (lambda: make(), {"inputs": torch.zeros(4, 6)}, "must be on one CUDA device.*'cpu'"),
     "lists": (lambda: make(), {"inputs": [on_gpu(torch.zeros(4, 6)), ["a"] * 4]}, "reads no list.*str"),
@@ -201,6 +257,8 @@ REFUSALS = {
     "late start": (lambda: make(schedule=selbp.Schedule(start=5)), {}, "must choose at every step"),
     "scoring": (lambda: make(scoring="eval"), {}, 'scoring="same"'),
     "cut": (lambda: make(selbp.GradientMatching(), cut="2", backward="rows"), {}, "must have no cut"),
+    "table": (lambda: make(table=TABLE), {}, "must have neither table= nor a loss that reads one"),
+    "loss": (lambda: make(loss=selbp.NoiseAwareCrossEntropy(TABLE)), {}, "must have neither table= nor a loss"),
     "micro-batches": (lambda: make(selbp.TopLoss(), micro_batch=2), {}, "must have neither micro_batch"),
 }
 
@@ -218,7 +276,8 @@ def test_an_optimizer_that_reads_its_step_on_the_host_is_refused(optimizer, mess
     step = make()
     call = on_gpu(torch.zeros(4, 6)), on_gpu(torch.zeros(4, dtype=torch.int64))
     if optimizer is None:
-        assert isinstance(selbp.cuda_graph(step, *call), selbp.GraphedStep)
+        graphed = selbp.cuda_graph(step, *call)
+        assert isinstance(graphed, selbp.GraphedStep) and graphed._recorder._device == torch.device("cuda:0")
         selbp.cuda_graph(step, *call, optimizer=torch.optim.SGD(step.model.parameters(), lr=0.1, momentum=0.9))
         return
     with pytest.raises(ValueError, match=message):
@@ -242,7 +301,7 @@ def capturing(monkeypatch):
         def __init__(self, enable_timing):
             assert not flag.on, "an event with timing in a capture"
 
-        def record(self):
+        def record(self, stream):
             pass
 
         def synchronize(self):
@@ -256,6 +315,8 @@ def capturing(monkeypatch):
             return 2000.0
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return flag
 
 

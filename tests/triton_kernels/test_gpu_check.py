@@ -1,15 +1,23 @@
 """The checks for a machine with a GPU, kept working where there is none: every part, at the smallest shapes."""
 
+import argparse
+import contextlib
 import json
+import os
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
+import time
+import types
 
 import pytest
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "gpu_check.py"
 sys.path.insert(0, str(SCRIPT.parent))
+import gpu_check  # noqa: E402
+from gpu_parts import bits  # noqa: E402
 from gpu_parts.results import Results  # noqa: E402
 
 PARTS = ("parity", "bits", "sanitizer", "operators", "selection", "steps", "graph")
@@ -73,6 +81,59 @@ def test_the_shares_of_a_part_become_one_file_and_go_on_from_it(tmp_path, capsys
         assert merged.failed == (["row 1"] if attempt else ["row 1", "unit 2: error"])
         assert [path.name for path in tmp_path.iterdir()] == ["parity.json"]
     assert ran == [(0, 0), (1, 0), (2, 0), (2, 1)] and merged.rows.keys() == {"row 0", "row 1", "row 2"}
+
+
+PART = """
+import os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open({pid!r} + ".begun", "w").write(str(child.pid))
+os.rename({pid!r} + ".begun", {pid!r})
+{then}
+"""
+
+
+def running(pid):
+    stat = pathlib.Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"  # ended, if not yet reaped
+
+
+@pytest.mark.parametrize("then", ["child.wait()", "sys.exit(1)"], ids=["out of time", "dead"])
+def test_what_a_part_has_started_ends_with_it(tmp_path, monkeypatch, capsys, then):
+    """Else it would run beside the next part's timings."""
+    part, pid = tmp_path / "part.py", tmp_path / "pid"
+    part.write_text(PART.format(pid=str(pid), then=then))
+
+    class Job(subprocess.Popen):
+        def wait(self, timeout=None):
+            if timeout is None or then == "sys.exit(1)":
+                return super().wait(timeout)
+            while not pid.exists():
+                time.sleep(0.01)
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    monkeypatch.setattr(gpu_check, "__file__", str(part))
+    monkeypatch.setattr(gpu_check.subprocess, "Popen", Job)
+    options = argparse.Namespace(tiny=False, only=["sanitizer"], device="cpu", out=tmp_path, budget=600.0)
+    assert gpu_check.supervise("sanitizer", options)[1] is False
+    child = int(pid.read_text())
+    try:
+        for _ in range(1000):  # a signal that is sent is not yet received
+            if not running(child):
+                break
+            time.sleep(0.01)
+        assert not running(child)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+
+def test_the_gpu_tests_are_those_of_every_folder(tmp_path, monkeypatch):
+    ran = []
+    done = types.SimpleNamespace(stdout="1 passed", stderr="", returncode=0)
+    monkeypatch.setattr(bits.subprocess, "run", lambda command, **how: (ran.append((command, how)), done)[1])
+    bits.gpu_tests(Results(tmp_path, "bits"), "cuda")
+    ((command, how),) = ran
+    assert how["cwd"] / command[-1] == SCRIPT.parents[1] / "tests"
 
 
 @pytest.mark.parametrize("arguments", [["--only", "nothing"], ["--device", "tpu"]], ids=str)
