@@ -9,8 +9,8 @@ namespace cuda {
 // A code beside CUDA's own: the problem has more rows to choose than a block can keep in shared memory.
 constexpr int kTooManyRows = 1 << 20;
 
-// Whether the kernels run on such a device: a CUDA error code, 0 where they do. Not so for a device for which they were not
-// compiled, and with a driver that is older than the runtime which is linked in.
+// Whether the kernels run on such a device: a CUDA error code, 0 where they do. Not so for a device for which they were
+// not compiled, and with a driver that is older than the runtime which is linked in.
 int probe(int device);
 
 // Bytes of global memory that `launch_match` wants for such a batch on such a device (256-byte aligned); negative: a
