@@ -46,6 +46,8 @@ def samples_of(dataset: Any, ids: range, *, auto: bool) -> tuple[Any, Tensor]:
 
 
 def _labels(labels: Tensor | list[Any]) -> Tensor:
+    if isinstance(labels, list):  # torch takes an array for a sequence, which one without a dim is not
+        labels = [x.item() if isinstance(x, ARRAYS) and not x.ndim else x for x in labels]
     found = torch.as_tensor(labels, device="cpu")
     if found.dim() != 1 or found.is_floating_point() or found.dtype == torch.bool:
         raise ValueError(
