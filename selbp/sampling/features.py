@@ -170,7 +170,7 @@ def _pooled(x: Tensor, exact: bool = False) -> Tensor:
 
 def _hashed(texts: Sequence[Any]) -> Tensor:
     """(m, 256) square roots of the counts of hashed single characters or tokens and of pairs, each row of norm 1."""
-    found = torch.zeros(len(texts), WIDTH, device="cpu")
+    found = torch.zeros(len(texts), WIDTH, dtype=torch.float32, device="cpu")
     for row, text in enumerate(texts):
         units = text.split() if isinstance(text, (str, bytes)) else text
         grams = [repr(unit) for unit in units]
