@@ -91,8 +91,8 @@ class SelectiveTrainerMixin:
         arguments: Any = self.args  # type: ignore[attr-defined]
         skip = arguments.ignore_data_skip
         if self._selective is not None and self._selective.sampled is not None:
-            # A batch that is drawn and skipped would have other samples. The trainer must know before it counts how many
-            # to skip: it restores the random state before the first batch only where that number is 0.
+            # A batch that is drawn and skipped would have other samples. The trainer must know before it counts those
+            # to skip: it restores the random state before the first batch only where there are none.
             arguments.ignore_data_skip = True
         try:
             return parent.train(*args, **kwargs)

@@ -92,7 +92,7 @@ class SelectiveCallback(Callback):
         self._calls = {name: self._parts[name]._calls for name in self._windows}
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count the optimizer steps that were taken, and log the figures of the steps that ran, where the trainer logs."""
+        """Count the optimizer steps that were taken; log the figures of the steps that ran, where the trainer logs."""
         self._count(trainer.global_step)
         if not self._log:
             return
