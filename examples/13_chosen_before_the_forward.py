@@ -58,7 +58,7 @@ def chosen(data: TensorDataset) -> nn.Module:
         auto(inputs, target).backward()
         optimizer.step()
         optimizer.zero_grad()
-    suspects = auto.sampler.table.suspects(5)
+    suspects = auto.table.suspects(5)
     print(f"  headroom {auto.report.headroom:.2f}; most suspect samples: {suspects.ids.tolist()}")
     return model
 

@@ -124,7 +124,7 @@ def hookable(tensor: Tensor) -> Tensor:
 
 def source(tensor: Tensor) -> Tensor:
     """``tensor`` cut off from its graph, requiring a gradient; unlike a leaf it may be edited in place."""
-    anchor = torch.empty((), device=tensor.device, requires_grad=True)
+    anchor = torch.empty((), dtype=torch.float32, device=tensor.device, requires_grad=True)
     with torch.enable_grad():
         out: Tensor = _Source.apply(anchor, tensor.detach())
     return out

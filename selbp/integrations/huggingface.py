@@ -90,6 +90,10 @@ class SelectiveTrainerMixin:
         parent: Any = super()
         arguments: Any = self.args  # type: ignore[attr-defined]
         skip = arguments.ignore_data_skip
+        if self._selective is not None and self._selective.sampled is not None:
+            # A batch that is drawn and skipped would have other samples. The trainer must know before it counts those
+            # to skip: it restores the random state before the first batch only where there are none.
+            arguments.ignore_data_skip = True
         try:
             return parent.train(*args, **kwargs)
         finally:
@@ -370,8 +374,6 @@ class _Selective:
         if checkpoint is None:
             return
         file = self._file(checkpoint)
-        if self.sampled is not None:
-            self.trainer.args.ignore_data_skip = True  # a batch that is drawn and skipped would have other samples
         if not os.path.isfile(file):
             self._empty(checkpoint, f"no {os.path.basename(file)}: the rule's memory starts empty")
             return

@@ -48,7 +48,9 @@ class SelectiveCallback(Callback):
 
     Notes
     -----
-    Calls of a step no longer count by themselves: optimizer steps do. Each process has a state of its own in the
+    Calls of a step no longer count by themselves: optimizer steps do. Of a batch in which several were taken, as by
+    several optimizers, a step counts as many as it had calls, and at least one if it has run since the last one. Each
+    process has a state of its own in the
     checkpoint; to go on, there must be as many processes. The figures of a step that did not run are not logged again;
     the trainer itself repeats what it was told last, until the epoch ends.
 
@@ -63,6 +65,9 @@ class SelectiveCallback(Callback):
         self._parts: dict[str, Any] = {}
         self._windows: dict[str, Window] = {}
         self._seen: dict[str, Any] = {}  # each step's last report that its window has
+        self._calls: dict[str, int] = {}  # of each step, before this batch
+        self._ran: set[str] = set()  # steps that were called since the last optimizer step
+        self._taken = 0  # steps of all of the trainer's optimizers, before this batch
         self._saved: Mapping[str, Any] | None = None  # of a checkpoint, until the module is known
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -81,15 +86,14 @@ class SelectiveCallback(Callback):
             self._parts[name]._auto_advance = False
         self._restore()
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Count the optimizer steps that were taken."""
-        for name in self._windows:
-            step = self._parts[name]
-            while step.optimizer_step < trainer.global_step:
-                step.advance()
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Count from here: the trainer may be a new one, and the steps may have run before."""
+        self._taken, self._ran = trainer.global_step, set()
+        self._calls = {name: self._parts[name]._calls for name in self._windows}
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the figures of the steps that ran, where the trainer logs."""
+        """Count the optimizer steps that were taken; log the figures of the steps that ran, where the trainer logs."""
+        self._count(trainer.global_step)
         if not self._log:
             return
         due = trainer.global_step % max(1, trainer.log_every_n_steps) == 0
@@ -102,6 +106,20 @@ class SelectiveCallback(Callback):
             if figures:
                 prefix = self._prefix + (f"{name}/" if len(self._windows) > 1 else "")
                 pl_module.log_dict({prefix + key: value for key, value in figures.items()})
+
+    def _count(self, taken: int) -> None:
+        """Let each step count the optimizer steps of this batch: ``taken`` are those of all optimizers so far."""
+        here, self._taken = taken - self._taken, taken
+        for name in self._windows:
+            step = self._parts[name]
+            calls, self._calls[name] = step._calls - self._calls[name], step._calls
+            if calls:
+                self._ran.add(name)
+            # Of several optimizers that follow one call, each counts in ``taken``.
+            for _ in range(min(here, max(1, calls)) if name in self._ran else 0):
+                step.advance()
+        if here:
+            self._ran.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all processes, as the main one saves them."""

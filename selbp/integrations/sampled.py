@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -67,7 +68,10 @@ class Sampled:
             sampler, self.step_options = sampler_and_options(dataset, **self._drawn)
             self._step, self._used = _StepToCome(sampler.table), False
             self.controller = AutoSelect(self._step, sampler, **self._controlled)
-        return DataLoader(read, batch_sampler=self.controller.sampler, **how)
+        # Without a generator of its own, each pass over the loader takes a number from torch's, and a training that is
+        # resumed in the middle of an epoch makes one pass more. The loader draws on the default device.
+        own = torch.Generator(torch.get_default_device()).manual_seed(torch.initial_seed())
+        return DataLoader(read, batch_sampler=self.controller.sampler, generator=own, **how)
 
     @property
     def table(self) -> ScoreTable:

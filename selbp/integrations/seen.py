@@ -60,7 +60,7 @@ class Replay:
     def __call__(self, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         """The output, without its graph; ``fused_lm_head`` asks for TRL's figures of each token."""
         found = _Output({name: _detached(value) for name, value in dict(self._output).items()})
-        found["loss"] = torch.zeros((), device=self._labels.device)
+        found["loss"] = torch.zeros((), dtype=torch.float32, device=self._labels.device)
         if fused_lm_head:
             found.update(token_figures(found["logits"], self._labels))
         return found
@@ -93,7 +93,7 @@ def token_figures(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         parts[1].append(-(log.exp() * log).nan_to_num(0.0).sum(-1))
         parts[2].append(some.argmax(-1) == target)
     log_probs, entropy, top = (torch.cat(part).view(mask.shape) for part in parts)
-    zero = torch.zeros((), device=logits.device)
+    zero = torch.zeros((), dtype=torch.float32, device=logits.device)
     return {
         "log_probs": torch.where(mask, log_probs, zero),
         "entropy": torch.where(mask, entropy, zero),

@@ -108,7 +108,7 @@ def _even(factor: Tensor) -> Tensor:
 def _of_pairs(out: Tensor, r: Tensor, h: Tensor, bias: bool) -> bool:
     """The kernel that multiplies bfloat16 pairs and sums in float32. Whether the diagonal is finite."""
     n, classes, d = len(r), r.shape[1] // 2, h.shape[1] // 2
-    packed = torch.empty(-(-n // _BLOCK) * _BLOCK * (classes + d), device="cpu")
+    packed = torch.empty(-(-n // _BLOCK) * _BLOCK * (classes + d), dtype=torch.float32, device="cpu")
     return _native.gram_pairs(
         out.data_ptr(), packed.data_ptr(), r.data_ptr(), h.data_ptr(), n, classes, d, bias, native_threads(n * n)
     )

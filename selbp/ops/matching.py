@@ -50,7 +50,7 @@ _Buffers = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, 
 @functools.lru_cache(maxsize=16)
 def _like(batch: tuple[int, ...], k: int, dtype: torch.dtype) -> _Outputs:
     """Patterns for ``empty_like``, which costs half of an allocation that parses sizes and a type."""
-    return _empty(torch.empty((*batch, 0), device="cpu"), dtype, k)
+    return _empty(torch.empty((*batch, 0), dtype=dtype, device="cpu"), dtype, k)
 
 
 def _ready(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -111,7 +111,7 @@ def sketch_projections(
 
     def draw(rows: int, columns: int) -> Tensor:
         if kind == "gaussian":
-            entries = torch.randn(rows, columns, generator=generator, device="cpu")
+            entries = torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
         else:
             signs = torch.randint(0, 2, (rows, columns), generator=generator, dtype=torch.float32, device="cpu")
             entries = signs.mul_(2).sub_(1)

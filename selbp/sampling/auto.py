@@ -14,6 +14,7 @@ from selbp._checks import check_int, check_number, shown
 from selbp.common.exchange import Ranks
 from selbp.sampling.batches import ScoredBatchSampler
 from selbp.sampling.candidates import Candidate, Decision
+from selbp.sampling.table import ScoreTable
 
 __all__ = ["AutoSelect", "Candidate", "Decision"]
 
@@ -193,6 +194,11 @@ class AutoSelect:
         return [] if self._fixed else [name for name, times in self._times.items() if len(times) < self.trial]
 
     @property
+    def table(self) -> ScoreTable:
+        """The sampler's :class:`selbp.sampling.ScoreTable`."""
+        return self.sampler.table
+
+    @property
     def report(self) -> Any:
         """The last step's :class:`selbp.StepReport`. Raises RuntimeError before the first one."""
         if self._last_step is None:
@@ -278,7 +284,7 @@ class AutoSelect:
         return self.current, f"no other is worth {1.0 + self.margin:.2f} times as much: {said}"
 
     def state_dict(self) -> dict[str, Any]:
-        """The candidate in use, the times measured, and the log. The steps' own states are saved beside it."""
+        """The candidate in use, the times measured, and the log. Table, sampler and steps have states of their own."""
         return {
             "current": self.current,
             "steps": self._steps,

@@ -46,6 +46,8 @@ def samples_of(dataset: Any, ids: range, *, auto: bool) -> tuple[Any, Tensor]:
 
 
 def _labels(labels: Tensor | list[Any]) -> Tensor:
+    if isinstance(labels, list):  # torch takes an array for a sequence, which one without a dim is not
+        labels = [x.item() if isinstance(x, ARRAYS) and not x.ndim else x for x in labels]
     found = torch.as_tensor(labels, device="cpu")
     if found.dim() != 1 or found.is_floating_point() or found.dtype == torch.bool:
         raise ValueError(
@@ -168,7 +170,7 @@ def _pooled(x: Tensor, exact: bool = False) -> Tensor:
 
 def _hashed(texts: Sequence[Any]) -> Tensor:
     """(m, 256) square roots of the counts of hashed single characters or tokens and of pairs, each row of norm 1."""
-    found = torch.zeros(len(texts), WIDTH, device="cpu")
+    found = torch.zeros(len(texts), WIDTH, dtype=torch.float32, device="cpu")
     for row, text in enumerate(texts):
         units = text.split() if isinstance(text, (str, bytes)) else text
         grams = [repr(unit) for unit in units]

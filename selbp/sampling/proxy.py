@@ -248,7 +248,7 @@ def _fitted(
     if not halves:
         model, done, epsilon = _trained(x, y, torch.arange(n, device="cpu"), plan, end, seed)
         return _scores(model, x), done, epsilon
-    logits, done, epsilon = torch.empty(n, plan.classes, device="cpu"), 0.0, 0.0
+    logits, done, epsilon = torch.empty(n, plan.classes, dtype=torch.float32, device="cpu"), 0.0, 0.0
     for part in (0, 1):
         until = end if seconds is None or end is None or part else end - seconds / 2  # half of the time for each
         mine = torch.arange(part, n, 2, device="cpu")
@@ -271,8 +271,8 @@ def _trained(
     epsilon = torch.tensor(START if noisy else 0.0, dtype=torch.float64, device="cpu")
     generator = _generator(seed)
     with torch.random.fork_rng(devices=[]):  # layers draw weights when they are made
-        layers = nn.Linear(x.shape[1], hidden, device="cpu"), nn.ReLU(), nn.Linear(hidden, classes, device="cpu")
-        model = nn.Sequential(*layers)
+        made: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        model = nn.Sequential(nn.Linear(x.shape[1], hidden, **made), nn.ReLU(), nn.Linear(hidden, classes, **made))
     with torch.no_grad():
         for layer in (model[0], model[2]):
             assert isinstance(layer, nn.Linear)

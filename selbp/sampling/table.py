@@ -108,8 +108,8 @@ class ScoreTable(WrittenScores):
         self.device = torch.device(device)
         n = self.samples + 1
         self._columns = Columns(
-            torch.full((n,), torch.nan, device=self.device),
-            torch.full((n,), torch.nan, device=self.device),
+            torch.full((n,), torch.nan, dtype=torch.float32, device=self.device),
+            torch.full((n,), torch.nan, dtype=torch.float32, device=self.device),
             torch.full((n,), -1, dtype=torch.int32, device=self.device),
             torch.full((n,), -1, dtype=torch.int32, device=self.device),
             torch.full((n,), -1, dtype=torch.int64, device=self.device),

@@ -34,7 +34,7 @@ def refit_weights(
     """
     gram = proxies.gram()
     support = gram[indices][:, indices] + ridge_of(gram, stats.valid, ridge) * torch.eye(
-        len(indices), device=gram.device
+        len(indices), dtype=gram.dtype, device=gram.device
     )
     weights = nnls_gram(support.to(gram.dtype), proxies.mean_gradient().inner[indices].to(gram.dtype), valid=real)
     return torch.where(real & torch.isfinite(weights), weights, 0.0).to(stats.loss.dtype)

@@ -68,7 +68,8 @@ def auto_select(
     Returns
     -------
     AutoSelect
-        Called as the step is. Its ``sampler`` is the loader's ``batch_sampler``.
+        Called as the step is. Its ``sampler`` is the loader's ``batch_sampler``, its ``table`` the scores, and the step
+        itself ``candidates["random"].step``.
 
     Raises
     ------

@@ -34,6 +34,7 @@ class CountedStep(StepKinds):
         self._synchronised = False  # whether the gradients are known to reach the other ranks
         self._unequal = False  # whether the sampler weighted the rows of the last call that chose
         self._report: StepReport | None = None
+        self._calls = 0  # whose rows were not given, of this object
         self._pace = Pace(self.selector, self.keep)
 
     def _counted(
@@ -88,6 +89,7 @@ class CountedStep(StepKinds):
 
     def _count(self) -> None:
         """Count a call, one whose rows are not given."""
+        self._calls += 1
         self._last = self._step
         self._step += self._auto_advance
 

@@ -263,7 +263,7 @@ class PerSample:
 
     def mass(self, target: Any, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """See :class:`Criterion`: 1 for every sample."""
-        return torch.ones(n, device=device), torch.ones(n, dtype=torch.bool, device=device)
+        return torch.ones(n, dtype=torch.float32, device=device), torch.ones(n, dtype=torch.bool, device=device)
 
     def terms(self, target: Any) -> Tensor | None:
         """None."""

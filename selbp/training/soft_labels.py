@@ -51,7 +51,7 @@ def soft_losses(
 def soft_mass(target: Tensor, class_dim: int | None) -> tuple[Tensor, Tensor]:
     """(n,) positions of each sample, which torch's mean counts whatever their class weights, and (n,) True."""
     positions = classes_last(target, class_dim).shape[1]
-    mass = torch.full((len(target),), float(positions), device=target.device)
+    mass = torch.full((len(target),), float(positions), dtype=torch.float32, device=target.device)
     return mass, torch.ones_like(mass, dtype=torch.bool)
 
 

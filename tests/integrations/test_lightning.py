@@ -91,6 +91,90 @@ def test_a_schedule_counts_optimizer_steps(tmp_path):
     assert module.selected == [False] * 3 + [True] * 3
 
 
+class TwoOptimizers(Module):
+    """Each batch trains the network ``calls`` times, and then something beside it."""
+
+    def __init__(self, calls: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.automatic_optimization, self.calls = False, calls
+        self.other = nn.Linear(6, 1).double()
+
+    def training_step(self, batch: Any, index: int) -> None:
+        first, second = self.optimizers()
+        losses = [(first, lambda: super(TwoOptimizers, self).training_step(batch, index))] * self.calls
+        for optimizer, loss in [*losses, (second, lambda: self.other(batch[0]).square().mean())]:
+            optimizer.zero_grad()
+            self.manual_backward(loss())
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.net, self.other)]
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_the_steps_of_another_optimizer_do_not_count(calls, tmp_path):
+    schedule = selbp.Schedule(start=3 * calls)
+    module = TwoOptimizers(calls, selector=selbp.TopLoss(), keep=2, schedule=schedule)
+    trainer = fit(module, tmp_path)
+    assert trainer.global_step == 6 * (calls + 1) and module.step.optimizer_step == 6 * calls
+    assert module.selected == [False] * 3 * calls + [True] * 3 * calls
+
+
+class TakingTurns(Module):
+    """A second step runs in every third batch."""
+
+    def __init__(self) -> None:
+        super().__init__(selector=selbp.TopLoss(), keep=2)
+        self.rare = selbp.SelectiveBackprop(self.net, selector=selbp.TopLoss(), keep=2)
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        return (self.step if index % 3 else self.rare)(*batch)
+
+
+def test_a_step_counts_only_the_optimizer_steps_that_it_has_part_in(tmp_path):
+    module = TakingTurns()
+    fit(module, tmp_path)
+    assert (module.step.optimizer_step, module.rare.optimizer_step) == (4, 2)
+    module = TakingTurns()
+    fit(module, tmp_path, accumulate_grad_batches=2)  # batches 0 and 1, 2 and 3, 4 and 5
+    assert (module.step.optimizer_step, module.rare.optimizer_step) == (3, 2)
+
+
+@pytest.mark.parametrize("log", [True, False])
+@pytest.mark.parametrize("saved", [True, False])
+def test_counting_goes_on_in_another_trainer(saved, log, tmp_path):
+    """A new one counts from 0, and one that takes over a checkpoint from where that was."""
+    module = Module(selector=selbp.TopLoss(), keep=2, schedule=selbp.Schedule(every=2))
+    before = fit(module, tmp_path, callback=SelectiveCallback(log=log))
+    assert module.step.optimizer_step == 6 and module.selected == [True, False] * 3
+    resume = str(tmp_path / "half.ckpt") if saved else None
+    if saved:
+        before.save_checkpoint(resume)
+        module = Module(selector=selbp.TopLoss(), keep=2, schedule=selbp.Schedule(every=2))
+    epochs = 2 if saved else 1
+    fit(module, tmp_path, callback=SelectiveCallback(log=log), resume=resume, max_epochs=epochs)
+    assert module.step.optimizer_step == 12
+    assert module.selected == [True, False] * (3 if saved else 6)
+
+
+def test_a_checkpoint_in_the_middle_of_an_epoch_has_the_count(tmp_path):
+    checkpoint = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "half", every_n_train_steps=3, save_top_k=-1)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+        max_steps=5,
+        callbacks=[checkpoint, SelectiveCallback()],
+    )
+    module = Module(selector=selbp.TopLoss(), keep=2)
+    trainer.fit(module, loader())
+    resumed = Module(selector=selbp.TopLoss(), keep=2, schedule=selbp.Schedule(start=4))
+    resuming = fit(resumed, tmp_path, resume=str(tmp_path / "half.ckpt"))
+    assert resumed.selected[:3] == [False, True, True]  # an older trainer runs the last batch again
+    assert resumed.step.optimizer_step == resuming.global_step
+
+
 @pytest.mark.parametrize("rule", [selbp.LossPercentile, selbp.Random], ids=lambda kind: kind.__name__)
 def test_a_resumed_run_goes_on_bit_for_bit(rule, tmp_path):
     def build():

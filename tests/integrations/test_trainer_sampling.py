@@ -63,18 +63,31 @@ def test_it_trains_as_a_loop_by_hand(tmp_path):
     assert line["headroom"] >= 1.0 and 0.0 < line["coverage"] <= 1.0
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_resumed_run_goes_on_bit_for_bit_in_the_middle_of_an_epoch(workers, tmp_path):
+def with_dropout():
+    model = bert()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    return model
+
+
+@pytest.mark.parametrize(
+    ("workers", "saved"), [(0, 3), (0, 4), pytest.param(2, 3, marks=pytest.mark.slow)], ids=["middle", "end", "workers"]
+)
+@pytest.mark.parametrize("build", [bert, with_dropout])
+def test_a_resumed_run_goes_on_bit_for_bit_in_the_middle_of_an_epoch(build, workers, saved, tmp_path):
     common = {"optim": "adamw_torch", "learning_rate": 1e-3, "dataloader_num_workers": workers}
+    saving = {"save_strategy": "steps", "save_steps": saved}
     sampling = {**SAMPLING, "pool": 8}  # four batches an epoch
-    whole = bert()
-    trainer_of(whole, tmp_path / "whole", sampling, max_steps=7, **common).train()
-    first = trainer_of(bert(), tmp_path / "part", sampling, max_steps=3, save_strategy="steps", save_steps=3, **common)
+    whole = build()
+    trainer_of(whole, tmp_path / "whole", sampling, max_steps=10, **common).train()
+    first = trainer_of(build(), tmp_path / "part", sampling, max_steps=saved, **saving, **common)
     first.train()
-    resumed = trainer_of(bert(), tmp_path / "part", sampling, max_steps=7, **common)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-3"))
+    torch.rand(7)  # wherever torch's generator is
+    resumed = trainer_of(build(), tmp_path / "part", sampling, max_steps=10, **common)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "part" / f"checkpoint-{saved}"))
     assert torch.equal(weights(resumed.model), weights(whole))
-    assert resumed.selective_step.optimizer_step == 6
+    assert resumed.selective_step.optimizer_step == 9
 
 
 def test_its_arguments_are_afterwards_as_they_were(tmp_path):

@@ -121,6 +121,22 @@ def test_metrics_are_those_of_the_rows_that_ran(rule, backward, tmp_path):
     assert "gain" in trainer.state.log_history[0] or rule is selbp.Random
 
 
+@pytest.mark.parametrize("rule", [selbp.TopLoss, selbp.LossPercentile], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("backward", ["rows", "recompute"])
+def test_metrics_of_all_rows_in_whatever_order_a_rule_has_them(rule, backward, tmp_path):
+    """Each row's logits meet its own labels."""
+
+    def build():
+        model = llama()
+        model.lm_head.weight.data.mul_(50.0)  # the tokens' entropies differ
+        return model
+
+    selecting = train(build(), tmp_path, {"selector": rule(), "keep": 1.0, "backward": backward}, max_steps=1)
+    theirs = train(build(), tmp_path, kind=trl.SFTTrainer, max_steps=1)
+    for metric in METRICS if OWN_METRICS else ():
+        assert logged(selecting, metric) == pytest.approx(logged(theirs, metric), rel=1e-4), metric
+
+
 def test_low_rank_adapters(tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed")
 

@@ -91,6 +91,29 @@ def test_a_function_or_a_matrix_tells_the_features(kind, workers):
     assert torch.equal(losses(dataset, features=matrix, workers=workers), want)
 
 
+LABELS: dict[str, Any] = {
+    "tensor": torch.tensor,
+    "array": np.array,
+    "array of bytes": lambda y: np.array(y, dtype=np.uint8),
+    "number": np.int64,
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize("named", [False, True], ids=["pairs", "dicts"])
+def test_a_label_is_whatever_a_loader_takes(kind, named):
+    plain = samples("dicts" if named else "vectors")
+    made = [{**x, "label": LABELS[kind](x["label"])} if named else (x[0], LABELS[kind](x[1])) for x in plain]
+    assert len(torch.utils.data.default_collate([x["label"] if named else x[1] for x in made])) == N
+    assert torch.equal(losses(made), losses(plain))
+
+
+@pytest.mark.parametrize("wrong", [[1], np.array(0.5), np.array(True)], ids=["row", "float", "bool"])
+def test_labels_that_are_no_classes_are_refused(wrong):
+    with pytest.raises(ValueError, match="a proxy needs one class a sample"):
+        losses([(x, wrong) for x, _ in samples("vectors")])
+
+
 class Counted(torch.utils.data.Dataset):
     """Items of 4000 bytes; notes how many were asked for at a time."""
 

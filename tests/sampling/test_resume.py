@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from support.sampling_kit import data, known_table, model
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 import selbp
@@ -89,6 +90,59 @@ def test_a_resumed_run_draws_and_trains_as_if_it_had_not_stopped(workers, option
     assert other.go(15) == ids[stop:]
     assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), other.model.parameters(), strict=True))
     assert torch.equal(whole.table.probability.nan_to_num(), other.table.probability.nan_to_num())
+
+
+class Controlled:
+    """A training by ``AutoSelect`` that draws from torch's generator: in dropout, and in a rule with a memory."""
+
+    def __init__(self, rule):
+        made, dataset = model(), data()
+        self.model = torch.nn.Sequential(made[0], torch.nn.Dropout(0.2), *made[1:])
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+        self.schedule = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.9)
+        auto = selbp.auto_select(self.model, dataset, classes=4, k=8, pool=40, selector=rule(), keep=0.5)
+        step, prices = auto.candidates["random"].step, {"random": 1.0, "drawn": 1.1}
+        self.auto = selbp.AutoSelect(step, auto.sampler, prices=prices, every=3)
+        self.loader = DataLoader(dataset, batch_sampler=auto.sampler, generator=torch.Generator())
+        self.parts = [self.model, self.optimizer, self.schedule]
+        self.parts += [self.auto.table, self.auto.sampler, step, self.auto]
+
+    def go(self, steps):
+        done = 0
+        while done < steps:
+            for x, y in self.loader:
+                self.auto(x, y).backward()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self.schedule.step()
+                done += 1
+                if done == steps:
+                    break
+
+    def state(self):
+        return copy.deepcopy([part.state_dict() for part in self.parts]), torch.get_rng_state()
+
+
+@pytest.mark.parametrize("stop", [3, 5, 7], ids=["middle", "end", "later"])
+@pytest.mark.parametrize("rule", [selbp.LossPercentile, selbp.GradNormImportance, selbp.Random])
+def test_what_the_guide_tells_to_save_is_enough(rule, stop):
+    stopped, whole = Controlled(rule), Controlled(rule)
+    torch.manual_seed(2)
+    stopped.go(stop)
+    states, random = stopped.state()
+    torch.manual_seed(2)
+    whole.go(stop + 10)
+    resumed = Controlled(rule)
+    for part, state in zip(resumed.parts, states, strict=True):
+        part.load_state_dict(state)
+    torch.set_rng_state(random)
+    resumed.go(10)
+    assert "drawn" in {decision.chosen for decision in whole.auto.log}
+    for a, b in zip(*map(pytree.tree_leaves, (resumed.state(), whole.state())), strict=True):
+        if isinstance(a, torch.Tensor):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert a == b
 
 
 @pytest.mark.parametrize(
