@@ -63,7 +63,8 @@ class SelectiveBackprop(CountedStep):
         ``"bfloat16"`` or ``"float16"`` scores under autocast to that type; the forward of the chosen rows keeps the
         caller's precision, so it goes with ``backward="recompute"``.
     head_gradient : {"subset", "full"}
-        ``"full"`` gives the head its exact full-batch gradient and uses the chosen rows for the layers below only.
+        ``"full"`` gives the head its exact full-batch gradient and uses the chosen rows for the layers below only. The
+        head's weight must be its own parameter: not normalised, parametrized or pruned.
     schedule : Schedule or None
         On which optimizer steps to choose; the others are full, or train on rows drawn at random.
     generator : torch.Generator or None
