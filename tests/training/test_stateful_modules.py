@@ -15,6 +15,7 @@ import torch
 from support.processes import in_two_processes
 from support.training_kit import assert_same
 from torch import Tensor, nn
+from torch.distributed import broadcast
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as older_spectral_norm
@@ -383,6 +384,13 @@ def check_ranks(rank: int) -> None:
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         found.append({**scored, **gradients, **dict(model.named_buffers())})
     assert_same(found[1], found[0], rtol=EXACT)
+
+    model = Net(nn.BatchNorm1d(8)).double()
+    step = step_of(DistributedDataParallel(model), backward="recompute")
+    step(x, y).backward()
+    first = model.module.running_mean.clone()
+    broadcast(first, 0)
+    assert torch.equal(model.module.running_mean, first)
 
 
 def test_the_ranks_of_a_wrapper_keep_the_buffers_of_the_first() -> None:
