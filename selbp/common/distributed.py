@@ -71,6 +71,25 @@ def parallel_in(model: nn.Module) -> DistributedDataParallel | None:
     return model
 
 
+@contextmanager
+def buffers_synchronised(model: nn.Module) -> Iterator[None]:
+    """The buffers are rank 0's on every rank, and the wrapper's forward inside does not see to that once more.
+
+    For a forward that runs on copies of buffers: the wrapper would broadcast the copies.
+    """
+    parallel = parallel_in(model)
+    if parallel is None or not parallel._check_sync_bufs_pre_fwd():
+        yield
+        return
+    parallel._sync_buffers()
+    parallel.require_forward_param_sync = False  # until the forward has run
+    try:
+        yield
+    except BaseException:
+        parallel.require_forward_param_sync = True
+        raise
+
+
 def inner_outputs(model: nn.Module, *, trains: bool) -> AbstractContextManager[list[Any]]:
     """Inside, what the module in a ``DistributedDataParallel`` returns, before that puts a node of its own on top.
 

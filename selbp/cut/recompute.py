@@ -26,6 +26,7 @@ from selbp.common.guards import (
 from selbp.common.hooks import COMPILED, is_compiled, watched
 from selbp.common.in_place import Kept, Untouched, source
 from selbp.common.keep import kept_rows
+from selbp.common.written import WrittenBuffers
 from selbp.cut.choice import Cut
 from selbp.cut.report import CutReport
 from selbp.rows.engine import nodes_of
@@ -51,6 +52,7 @@ class RecomputedCut:
             )
         self._model, self._module, self._name, self._cut, self._precision = model, module, name, cut, precision
         self._running, self._untouched = RunningStatistics(model), Untouched()
+        self._buffers = WrittenBuffers(model)
         self._checked = False
 
     def prepare(self, batch: Batch) -> None:
@@ -87,7 +89,7 @@ class RecomputedCut:
                     indices, rows, report = self._cut.pick(delta, activation.take(), k)
                 self._cut.last = report
                 on_choice(report)
-                with self._running.paused():  # in the backward too, where a checkpoint runs its layers again
+                with written.replayed(), self._running.paused():  # a checkpoint runs layers again in the backward
                     with torch.enable_grad(), mode.within():
                         below = self._rerun(batch.take(indices))
                     if below.requires_grad:
@@ -98,9 +100,11 @@ class RecomputedCut:
 
         lowered = scoring_autocast(batch.device, self._precision)
         place = cut_at(self._module, self._name, leave, once=True)
-        with torch.no_grad(), without_autocast_cache(), lowered, place as runs:
-            output = self._untouched.feed(batch, self._model)
-        check_reached(runs, self._model, self._name)
+        with self._buffers.followed() as written:
+            with torch.no_grad(), without_autocast_cache(), lowered, place as runs:
+                output = self._untouched.feed(batch, self._model)
+            check_reached(runs, self._model, self._name)
+            written.end()
         return output
 
     def _rerun(self, batch: Batch) -> Tensor:

@@ -15,7 +15,16 @@ from selbp.common.distributed import unwrap
 from selbp.common.hooks import COMPILED, is_compiled, watched
 from selbp.common.in_place import Kept, edge_of, hookable, source, version_of
 from selbp.common.modules import check_hookable
-from selbp.training.head_kinds import is_adapter, is_pointwise, raw_parameter_after, through_adapter, widths
+from selbp.training.head_kinds import (
+    derived_weights,
+    is_adapter,
+    is_pointwise,
+    layer_of,
+    raw_parameter_after,
+    through_adapter,
+    weight_shape,
+    widths,
+)
 
 
 def listed_candidates(model: nn.Module) -> str:
@@ -27,8 +36,9 @@ def listed_candidates(model: nn.Module) -> str:
 def find_head(model: nn.Module, head: nn.Module | str | None) -> nn.Module:
     """Return the head: ``head``, a module or its name. For None, the last layer that has parameters, if it is linear.
 
-    ``nn.Linear`` and 1x1 convolutions are linear. Of a linear layer inside an adapter such as LoRA's, the adapter is
-    the head. Raises ValueError that lists the candidates if the head is ambiguous, absent, or not of this model.
+    ``nn.Linear`` and 1x1 convolutions are linear, also with a parametrized weight. Of a linear layer inside an adapter
+    such as LoRA's, the adapter is the head. Raises ValueError that lists the candidates if the head is ambiguous,
+    absent, or not of this model.
     """
     inner = unwrap(model)
     names = dict(inner.named_modules())
@@ -46,7 +56,9 @@ def find_head(model: nn.Module, head: nn.Module | str | None) -> nn.Module:
     elif head is not None:
         raise TypeError(f"head must be a module, its name or None, got {type(head).__name__}")
     else:
-        last = [name for name, module in names.items() if next(module.parameters(recurse=False), None) is not None]
+        candidates = [name for name in candidates if layer_of(names, name) == name]
+        owners = (name for name, module in names.items() if next(module.parameters(recurse=False), None) is not None)
+        last = [layer_of(names, name) for name in owners]
         if last and is_pointwise(names[last[-1]]):
             candidates = [name for name, module in names.items() if is_pointwise(module)]
         if not candidates or last[-1] != candidates[-1]:
@@ -65,8 +77,8 @@ def find_head(model: nn.Module, head: nn.Module | str | None) -> nn.Module:
             )
         found = names[chosen]
     check_hookable("head", model, found)
-    weight = getattr(found, "weight", None)
-    if not isinstance(weight, Tensor) or (weight.dim() != 2 and not is_pointwise(found)):
+    shape = weight_shape(found)
+    if shape is None or (len(shape) != 2 and not is_pointwise(found)):
         raise ValueError(f"head must be a linear layer with a weight (C, d), got {type(found).__name__}; {listed}")
     return found
 
@@ -94,9 +106,15 @@ def find_clear_head(model: nn.Module) -> nn.Module | None:
 
 
 def check_full_gradient(model: nn.Module, head: nn.Module) -> None:
-    """Raise ValueError unless the head's gradient can be replaced: trainable, not shared, not in compiled code."""
+    """Raise ValueError unless the head's gradient can be replaced: its own, trainable, not shared, not compiled."""
     if is_adapter(head):
         raise ValueError(f'head_gradient="full" needs a plain linear head, but {type(head).__name__} is an adapter')
+    if derived := derived_weights(head):
+        raise ValueError(
+            f'head_gradient="full" needs a head whose weight and bias are parameters of its own, but {derived} of '
+            f"{type(head).__name__} come from others, as with weight normalisation, spectral normalisation or pruning: "
+            'take that off the head, or pass head_gradient="subset"'
+        )
     mine = {id(p) for p in head.parameters(recurse=False)}
     owners = [name for name, p in unwrap(model).named_parameters(remove_duplicate=False) if id(p) in mine]
     if len(owners) > len(mine):

@@ -1,8 +1,12 @@
-"""Heads beside a plain ``nn.Linear``: 1x1 convolutions, adapters around a linear layer, and raw parameters."""
+"""Heads beside a plain ``nn.Linear``: 1x1 convolutions, adapters, derived weights, and raw parameters."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from selbp.common.guards import buffers_put_back
 
 
 def is_pointwise(module: nn.Module) -> bool:
@@ -21,11 +25,48 @@ def positions_last(head: nn.Module | None, x: Tensor) -> Tensor:
 
 def widths(module: nn.Module) -> tuple[int, int]:
     """Features that a linear or 1x1 convolution layer reads, and classes that it gives; its weight may be sharded."""
+    if (told := _told_widths(module)) is not None:
+        return told
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.shape[1], weight.shape[0]
+
+
+def _told_widths(module: nn.Module) -> tuple[int, int] | None:
     for reads, gives in (("in_features", "out_features"), ("in_channels", "out_channels")):
         if isinstance(found := getattr(module, reads, None), int):
             return found, int(getattr(module, gives))
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.shape[1], weight.shape[0]
+    return None
+
+
+def layer_of(names: dict[str, nn.Module], name: str) -> str:
+    """The layer that the module ``name`` is a parametrization of, such as weight normalisation; else ``name``."""
+    layer = f".{name}".partition(".parametrizations.")[0][1:]
+    return layer if layer in names and is_parametrized(names[layer]) else name
+
+
+def weight_shape(layer: nn.Module | None) -> tuple[int, ...] | None:
+    """The shape of the layer's weight, None where it has none.
+
+    To read a parametrized weight computes it, and spectral normalisation then goes on by a step. So the layer is asked
+    for its widths (C, d); one that does not tell them keeps its buffers.
+    """
+    if layer is None or not is_parametrized(layer, "weight"):
+        weight = getattr(layer, "weight", None)
+        return tuple(weight.shape) if isinstance(weight, Tensor) else None
+    if (told := _told_widths(layer)) is not None:
+        return told[::-1]
+    with torch.no_grad(), buffers_put_back(layer):
+        return tuple(layer.weight.shape)  # type: ignore[arg-type]
+
+
+def derived_weights(layer: nn.Module) -> list[str]:
+    """Which of weight and bias are no parameters of the layer: a parametrization or a hook computes them."""
+    own = {*layer._parameters, *layer._buffers}
+    return [
+        name
+        for name in ("weight", "bias")
+        if is_parametrized(layer, name) or (name not in own and isinstance(getattr(layer, name, None), Tensor))
+    ]
 
 
 def is_adapter(module: nn.Module | None) -> bool:

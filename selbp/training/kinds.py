@@ -7,8 +7,8 @@ the first one's graph. A step with a cut chooses in the backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from selbp.common.batch import Batch
 from selbp.common.distributed import averaging
-from selbp.common.guards import RunningStatistics, without_autocast
+from selbp.common.guards import RunningStatistics, buffers_put_back, without_autocast
 from selbp.common.in_place import Untouched
 from selbp.common.keep import kept_rows
+from selbp.common.written import Written, WrittenBuffers
 from selbp.cut.report import CutReport
 from selbp.ops._backends import saves_launches
 from selbp.ops.minibatch import weighted_loss
@@ -28,6 +29,7 @@ from selbp.selectors.top import TARGETS
 from selbp.training.auxiliary import Auxiliary, add
 from selbp.training.head import check_full_gradient, find_clear_head, find_head
 from selbp.training.head_gradient import FullHeadGradient, mean_of
+from selbp.training.head_kinds import weight_shape
 from selbp.training.interaction import FirstComparison, Forwards, normalises_by_rows
 from selbp.training.linear_loss import LinearCausalLM
 from selbp.training.losses import Criterion, CrossEntropy, of_some
@@ -66,9 +68,8 @@ class StepKinds:
         self._cut = None if options.cut is None else _placed(model, options.cut, options)
         wanted = self._gradients or options.head is not None or options.linear
         self.head = find_head(model, options.head) if wanted else find_clear_head(model)
-        width = getattr(self.head, "weight", None)
-        if isinstance(self._criterion, CrossEntropy) and isinstance(width, Tensor):
-            self._criterion.check_classes(len(width), "the head")
+        if isinstance(self._criterion, CrossEntropy) and (shape := weight_shape(self.head)) is not None:
+            self._criterion.check_classes(shape[0], "the head")
         if options.linear:
             self._without_logits()
         if self._full_head:
@@ -88,6 +89,7 @@ class StepKinds:
             keep_output=self._table is not None,
         )
         self._running, self._comparison = RunningStatistics(model), FirstComparison(model)
+        self._buffers = WrittenBuffers(model)
         self._untouched = Untouched()
         self._pooled = Pooled.of(self, options)
 
@@ -106,7 +108,8 @@ class StepKinds:
         """Run the kind of step that the schedule, the rule and the call ask for."""
         with self._headless():
             if self._pooled is not None:
-                return self._pooled.run(batch, call, draw, backward)
+                with self._buffers.followed() as written:
+                    return self._pooled.run(batch, call, draw, backward, written)
             return self._run_kind(batch, call, draw)
 
     def _run_kind(self, batch: Batch, call: PerCall, draw: Draw | None) -> tuple[Tensor, StepReport]:
@@ -157,10 +160,13 @@ class StepKinds:
             way.decide(self.model, m.batch, m.k, self._criterion, self._scoring, self._auxiliary)
         head = FullHeadGradient(self.head) if self._full_head and self.head is not None else None
         trained = nullcontext if head is None else head.replacing
-        losses = self._by_rows(m, trained) if way.keeps_graph else self._by_recompute(m, trained)
-        loss = self._loss(m, losses, head)
-        if not way.keeps_graph and self._scoring == "same":
-            self._running.paused_in_backward(loss)
+        if way.keeps_graph:
+            loss = self._loss(m, self._by_rows(m, trained), head)
+        else:
+            with self._buffers.followed() as written:
+                loss = self._loss(m, self._by_recompute(m, trained, written), head)
+            if self._scoring == "same":
+                self._kept_in_backward(loss, written)
         return loss, m.report(StepReport, way.name, way.reason, scored=True)
 
     def _by_rows(self, m: Minibatch, trained: Context) -> Tensor:
@@ -174,7 +180,7 @@ class StepKinds:
             assert m.trains is not None, "the scoring forward was asked to keep its graph"
 
             def again() -> Tensor:
-                with self._running.paused():
+                with self._running.paused(), buffers_put_back(self.model):
                     return self._forward(m, m.batch.rows(None, self._finite(m)))
 
             def of_logits(logits: Tensor, indices: Tensor) -> Tensor:
@@ -183,17 +189,18 @@ class StepKinds:
             to_losses = None if m.trains.dim() == 1 else of_logits
             return row_losses(m.trains, m.selection, again, to_losses, way.batchnorm, way.dense)
 
-    def _by_recompute(self, m: Minibatch, trained: Context) -> Tensor:
+    def _by_recompute(self, m: Minibatch, trained: Context, written: Written) -> Tensor:
         """(k,) losses of a second forward, of the chosen rows. The first such step compares it with the scoring one."""
         self._comparison.begin(m.batch, m.k < m.batch.n)
         self._choose(m, self._score(m.batch, m.watch, keep_graph=False))
+        self._scored(written)
         same_mode = self._scoring == "same"
 
         def again(rows: Batch) -> tuple[Tensor, Any]:
-            output = rows.feed(self.model)
+            output = rows.feed(self._unwrapped)
             return self._losses(output, rows, m.batch.n), output
 
-        with trained(), self._running.paused() if same_mode else nullcontext():
+        with trained(), self._as_scored(written) if same_mode else nullcontext():
             losses = self._forward(m, self._chosen_rows(m))
             if self._comparison.due:
                 self._comparison.end(
@@ -201,9 +208,27 @@ class StepKinds:
                     Forwards(m.selection.indices, m.live, m.unscaled, losses, m.output),
                     self._finite(m),
                     again,
-                    same_forward=same_mode and self._precision == "same",
+                    same_forward=same_mode and self._precision == "same" and not written.end(),
                 )
         return losses
+
+    @contextmanager
+    def _as_scored(self, written: Written) -> Iterator[None]:
+        """Forwards inside start from the buffers from which the scoring forward started, and leave what that wrote."""
+        with written.replayed(), self._running.paused():
+            yield
+
+    def _scored(self, written: Written) -> None:
+        """The scoring forward has run: what it wrote is known, or in evaluation mode undone."""
+        if self._scoring == "same":
+            written.end()
+        else:
+            written.undo()
+
+    def _kept_in_backward(self, loss: Tensor, written: Written) -> None:
+        """The backward of ``loss`` changes no buffer, though a checkpoint runs layers there."""
+        self._running.paused_in_backward(loss)
+        written.kept_in_backward(loss)
 
     def _cut_step(self, m: Minibatch, cut: PlacedCut) -> tuple[Tensor, StepReport]:
         """Run an ordinary forward on all rows to the mean loss. The backward makes the choice."""
@@ -240,9 +265,7 @@ class StepKinds:
 
     def _score(self, batch: Batch, watch: Stopwatch, *, keep_graph: bool, unit: Tensor | None = None) -> Scored:
         """Run the forward that scores ``batch``. With ``unit``, ``batch`` is a part and its losses are in that unit."""
-        model = self.model
-        if isinstance(model, nn.parallel.DistributedDataParallel) and not keep_graph:
-            model = model.module  # its reducer must not see a forward that no backward follows
+        model = self.model if keep_graph else self._unwrapped
         return self._scorer.score(
             batch,
             model,
@@ -252,6 +275,14 @@ class StepKinds:
             unit=unit,
             ran=lambda: watch.lap(AHEAD),
         )
+
+    @property
+    def _unwrapped(self) -> nn.Module:
+        """The model for a forward that no backward follows: a wrapper's reducer must not see that."""
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            inner: nn.Module = self.model.module
+            return inner
+        return self.model
 
     def _choose(self, m: Minibatch, scored: Scored) -> None:
         """Have the rule choose by ``scored``, of which the minibatch keeps what the rest of the step needs."""

@@ -21,6 +21,7 @@ from selbp.common.guards import without_autocast
 from selbp.common.keep import kept_rows
 from selbp.common.lengths import Lengths
 from selbp.common.outputs import logits_of
+from selbp.common.written import Written
 from selbp.sampling.issued import Draw
 from selbp.training.auxiliary import add
 from selbp.training.drawn import Drawn, digest, of_all
@@ -106,7 +107,7 @@ class Pooled:
         return cls(step, options.micro_batch, ranks, options.lengths())
 
     def run(
-        self, batch: Batch, call: PerCall, draw: Draw | None, backward: Backward | None
+        self, batch: Batch, call: PerCall, draw: Draw | None, backward: Backward | None, written: Written
     ) -> tuple[Tensor, StepReport]:
         """One step. Without ``backward`` there is one micro-batch, and its scalar is returned with its graph."""
         step = self.step
@@ -120,7 +121,7 @@ class Pooled:
         scoring = m.selected and (m.rule.needs != "nothing" or step._full_head)
         step._comparison.begin(batch, scoring and m.k < m.batch.n)
         self._share_seed(batch.device)
-        found = self._score(batch, m.watch) if scoring else self._unscored(batch)
+        found = self._score(batch, m.watch, written) if scoring else self._unscored(batch)
         if self._ranks is not None:
             found, extras = found.over(self._ranks, counts, batch.extras, factors=self._reads_factors)
             m.batch = replace(m.batch, extras=extras)
@@ -128,7 +129,7 @@ class Pooled:
         del found  # and the factors, before the first graph
         mine = self._mine(batch, m, counts)
         m.watch.lap("select")
-        training = Training(self, m, mine, scoring)
+        training = Training(self, m, mine, scoring, written)
         loss = training.run(backward)
         m.scaled = torch.cat(training.losses) * m.scale
         if not scoring:
@@ -154,7 +155,7 @@ class Pooled:
 
     # ----------------------------------------------------------------------------------------------- scoring
 
-    def _score(self, batch: Batch, watch: Stopwatch) -> Found:
+    def _score(self, batch: Batch, watch: Stopwatch, written: Written) -> Found:
         step, wide = self.step, torch.float32 if batch.device.type == "mps" else torch.float64
         unit = torch.ones((), dtype=wide, device="cpu")
         parts = []
@@ -164,6 +165,7 @@ class Pooled:
             keeps = {"factors": self._reads_factors, "keep_output": self.keeps_logits}
             parts.append(Found.of(scored, step.head, batch.n, **keeps))
             watch.lap("score")
+        step._scored(written)
         return Found.joined(parts)
 
     @property
@@ -251,8 +253,9 @@ class Pooled:
 class Training:
     """The chosen rows' forward and backward, a micro-batch at a time, and what they gave."""
 
-    def __init__(self, pooled: Pooled, m: Minibatch, mine: Mine, scoring: bool) -> None:
+    def __init__(self, pooled: Pooled, m: Minibatch, mine: Mine, scoring: bool, written: Written) -> None:
         self._pooled, self._step, self._m, self._mine, self._scoring = pooled, pooled.step, m, mine, scoring
+        self._written = written
         self._pause = scoring and pooled.step._scoring == "same"
         self.losses: list[Tensor] = []  # unscaled
         self.outputs: list[Tensor] = []  # that a table wants, of a step that scored nothing
@@ -264,13 +267,13 @@ class Training:
         parts = list(zip(*map(self._pooled.split, (mine.rows, mine.weights, mine.finite)), strict=True))
         for turn, (rows, weights, finite) in enumerate(parts):
             last = turn == len(parts) - 1
-            with self._averaged(last), self._step._running.paused() if self._pause else nullcontext():
+            with self._averaged(last), self._step._as_scored(self._written) if self._pause else nullcontext():
                 loss = self._forward(rows, weights, finite, last)
                 m.watch.lap("forward")
                 if backward is None:
                     m.watch.follow(loss)
                     if self._pause:
-                        self._step._running.paused_in_backward(loss)
+                        self._step._kept_in_backward(loss, self._written)
                 else:
                     with without_autocast(loss.device):
                         backward(loss)

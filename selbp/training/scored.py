@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from selbp.common.proxies import DIAGNOSTIC_BYTES, HeadProxies, sequence_norm_sq
 from selbp.reference.losses import scale_of
+from selbp.training.head_kinds import weight_shape
 from selbp.training.linear_proxies import StreamedProxies
 from selbp.training.loss_rows import LossRows
 from selbp.training.sketched import Sketcher
@@ -97,6 +98,5 @@ def worth_keeping(proxies: HeadProxies | None, head: nn.Module | None, n: int) -
     if proxies.complete:
         proxies.release()
         return proxies
-    weight = getattr(head, "weight", None)
-    factors = n * proxies.positions * sum(weight.shape) if isinstance(weight, Tensor) else 0
+    factors = n * proxies.positions * sum(weight_shape(head) or ())
     return proxies if 4 * factors <= DIAGNOSTIC_BYTES else None

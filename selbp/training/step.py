@@ -54,16 +54,19 @@ class SelectiveBackprop(CountedStep):
         them. It refuses a loss in which samples interact, such as a contrastive one, because the chosen rows alone
         have another loss; the first step checks this. ``"auto"`` takes rows where samples interact. Else it models both
         on the first minibatch and takes the cheaper, see :func:`diagnose`; on a GPU, where rows are unmeasured, it
-        recomputes.
+        recomputes. A second forward changes a module's Python attributes once more, such as the hidden state that a
+        recurrent network keeps: ``"rows"`` is exact there.
     scoring : {"same", "eval"}
         ``"same"`` scores with the forward as it trains: dropout is active, and batch norm updates its running
-        statistics there and not in the forward of the chosen rows, which draws its own dropout masks. ``"eval"`` scores
-        in evaluation mode and leaves no trace: batch norm then follows the chosen rows.
+        statistics there and not in the forward of the chosen rows, which draws its own dropout masks. Other buffers
+        that a forward writes stay as this one leaves them; that of the chosen rows starts from what they were before.
+        ``"eval"`` scores in evaluation mode and leaves no trace: batch norm then follows the chosen rows.
     scoring_precision : {"same", "bfloat16", "float16"}
         ``"bfloat16"`` or ``"float16"`` scores under autocast to that type; the forward of the chosen rows keeps the
         caller's precision, so it goes with ``backward="recompute"``.
     head_gradient : {"subset", "full"}
-        ``"full"`` gives the head its exact full-batch gradient and uses the chosen rows for the layers below only.
+        ``"full"`` gives the head its exact full-batch gradient and uses the chosen rows for the layers below only. The
+        head's weight must be its own parameter: not normalised, parametrized or pruned.
     schedule : Schedule or None
         On which optimizer steps to choose; the others are full, or train on rows drawn at random.
     generator : torch.Generator or None
