@@ -18,8 +18,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from selbp.common.distributed import buffers_synchronised
-from selbp.common.guards import capturing
 from selbp.common.in_place import version_of
+from selbp.ops._backends import capturing
 
 _ABSENT: Any = object()  # in place of a buffer that a module has not
 
