@@ -56,7 +56,10 @@ class Batch:
         if target is None and isinstance(inputs, Mapping):
             inputs, target = places.take_target(inputs)
         if target is None:
-            raise ValueError('target is missing: pass step(inputs, target), or a dict batch with "labels"')
+            raise ValueError(
+                'target is missing: pass step(inputs, target), a dict batch with "labels", or target_keys=(name,), '
+                "which names the entry that is the target"
+            )
         refuse_packed(inputs)
         if places.plain:
             inputs, target = unpacked(inputs, target)
@@ -199,4 +202,10 @@ def _wrong_rows(x: Tensor, inputs: Any, n: int) -> str:
         return f"{packed_message(names)}; {message}"
     if isinstance(inputs, list) and len(inputs) > 1 and not isinstance(inputs[0], Mapping):
         message += ". A list is the model's arguments: where it holds the samples, pass step((samples,), target)"
+    elif isinstance(inputs, (Mapping, tuple)):
+        entries = inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs)
+        name = next((name for name, entry in entries if entry is x), None)
+        if name is not None:
+            message += f", {name!r}: where it holds no samples pass shared=({name!r},), where they are in another dim "
+            message += f"batch_dims={{{name!r}: dim}}"
     return message

@@ -22,7 +22,8 @@ from selbp.rows.layout import BatchNormPolicy, RowSet
 from selbp.rows.observe import Observer, current_observers
 from selbp.rows.select import as_row_gradient
 from selbp.rows.unsupported import refuse_backward, refuse_forward, transformed
-from selbp.selectors import GradientMatching, ReducibleLoss, Selector, TopLoss
+from selbp.selectors import Full, GradientMatching, ReducibleLoss, Selector, TopLoss
+from selbp.selectors.base import check_selection
 from selbp.types import BatchStatistics, Selection, real_dtype
 
 
@@ -158,13 +159,15 @@ class Cut:
             stats = BatchStatistics.unscored(
                 torch.ones(m, dtype=torch.bool, device=delta.device), real_dtype(delta.dtype)
             )
-            return self.selector.select(stats, k, generator=self.generator), stats, None
+            found = self.selector.select(stats, k, generator=self.generator)
+            return check_selection(self.selector, found, None if isinstance(self.selector, Full) else k, m), stats, None
         proxies = proxies_at_cut(delta, activation, self.proxy, greatest)
         loss = None if self.losses is None else self.losses()
         if loss is not None and loss.shape != (m,):
             raise ValueError(f"losses() must return ({m},) losses, got {tuple(loss.shape)}")
         stats = statistics_at_cut(proxies, loss, needs == "gradients")
-        selection = self.selector.select(stats, k, proxies=proxies, generator=self.generator)
+        found = self.selector.select(stats, k, proxies=proxies, generator=self.generator)
+        selection = check_selection(self.selector, found, k, m)
         if proxies.complete:
             proxies.release()
         small = sum(x.numel() * x.element_size() for x in (delta, activation)) <= DIAGNOSTIC_BYTES

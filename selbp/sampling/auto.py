@@ -199,6 +199,11 @@ class AutoSelect:
         return self.sampler.table
 
     @property
+    def step(self) -> Any:
+        """The :class:`selbp.SelectiveBackprop` of ``"random"`` and ``"drawn"``."""
+        return self.candidates[FALLBACK].step
+
+    @property
     def report(self) -> Any:
         """The last step's :class:`selbp.StepReport`. Raises RuntimeError before the first one."""
         if self._last_step is None:

@@ -48,12 +48,17 @@ def samples_of(dataset: Any, ids: range, *, auto: bool) -> tuple[Any, Tensor]:
 def _labels(labels: Tensor | list[Any]) -> Tensor:
     if isinstance(labels, list):  # torch takes an array for a sequence, which one without a dim is not
         labels = [x.item() if isinstance(x, ARRAYS) and not x.ndim else x for x in labels]
-    found = torch.as_tensor(labels, device="cpu")
-    if found.dim() != 1 or found.is_floating_point() or found.dtype == torch.bool:
-        raise ValueError(
-            f"a proxy needs one class a sample: the labels are {shown(found)}; without classes leave the proxy out"
-        )
-    return found.long()
+    try:
+        found = torch.as_tensor(labels, device="cpu")
+        fits = found.dim() == 1 and not found.is_floating_point() and found.dtype != torch.bool
+        if fits:
+            return found.long()
+        got = shown(found)
+    except (TypeError, ValueError, RuntimeError):  # strings, or tensors of several numbers
+        got = shown(labels[0])
+    raise ValueError(
+        f"a proxy needs one class a sample, an integer: the labels are {got}; without classes leave the proxy out"
+    )
 
 
 def _stacked(inputs: list[Any], auto: bool) -> Any:

@@ -196,6 +196,34 @@ def state_tensor(state: Mapping[str, Any], name: str, shape: tuple[int, ...]) ->
     return value.clone()
 
 
+def check_selection(rule: object, selection: object, k: int | None, n: int) -> Selection:
+    """What ``rule`` returned, as it is. Raises TypeError or ValueError unless it is k of n rows; None for any number.
+
+    Whether the rows of a rule from elsewhere lie in [0, n) is looked at on a CPU; on a GPU it would wait.
+    """
+    if not isinstance(selection, tuple) or len(selection) != 2 or not all(isinstance(x, Tensor) for x in selection):
+        raise TypeError(
+            f"{rule!r} must return a selbp.Selection of two tensors, indices and weights, got {shown(selection)}"
+        )
+    indices, weights = selection
+    wanted = "k" if k is None else f"k = {k}"
+    if (
+        indices.dim() != 1
+        or indices.shape != weights.shape
+        or indices.dtype != torch.int64
+        or (k is not None and len(indices) != k)
+    ):
+        raise ValueError(
+            f"{rule!r} must return indices ({wanted},) int64 and weights ({wanted},), "
+            f"got {indices.dtype} {tuple(indices.shape)} and {tuple(weights.shape)}"
+        )
+    if indices.device.type == "cpu" and len(indices) and type(rule).__module__.partition(".")[0] != "selbp":
+        least, most = (int(x) for x in indices.aminmax())
+        if least < 0 or most >= n:
+            raise ValueError(f"{rule!r} must return rows in [0, n = {n}), got values from {least} to {most}")
+    return Selection(indices, weights)
+
+
 def check_select(stats: BatchStatistics, k: int, generator: torch.Generator | None) -> int:
     """Check what every ``select`` is given, and return k."""
     if not isinstance(stats, BatchStatistics):

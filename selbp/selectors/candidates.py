@@ -82,8 +82,9 @@ class Candidates:
         if extras is not None and not isinstance(extras, Mapping):
             raise TypeError(f"extras must be a dict of tensors (n,), got {type(extras).__name__}")
         if extras is None or name not in extras:
-            got = "none" if not extras else ", ".join(map(repr, extras))
-            raise ValueError(f"extras must hold {name!r}, {meaning}, got {got}")
+            given = [repr(key) for key in extras or () if key.isidentifier()]  # others are the step's own
+            got = ", ".join(given) or "none"
+            raise ValueError(f"extras must hold {name!r}, {meaning}, got {got}: pass it as step(x, y, {name}=...)")
         found = extras[name]
         if not isinstance(found, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(found).__name__}")

@@ -28,6 +28,7 @@ def auto_select(
     step_seconds: float | None = None,
     seed: int = 0,
     workers: int = 0,
+    prices: dict[str, float] | None = None,
     **options: Any,
 ) -> AutoSelect:
     """Make everything that trains ``model`` on chosen samples of ``dataset``: table, proxy, sampler, step, controller.
@@ -62,14 +63,18 @@ def auto_select(
         Of the proxy and of every draw.
     workers : int
         Processes that read the data set for the proxy; 0: this one. The loader of the training has its own.
+    prices : dict or None
+        Of a step over random's, such as ``{"random": 1.0, "drawn": 1.0}``, where they are known: nothing is timed then,
+        and a run is the same each time. See :class:`selbp.AutoSelect`.
     **options
-        Further arguments of :class:`selbp.SelectiveBackprop`.
+        Further arguments of :class:`selbp.SelectiveBackprop`. ``keep`` goes with a ``selector``, which chooses among
+        the k rows that were drawn.
 
     Returns
     -------
     AutoSelect
-        Called as the step is. Its ``sampler`` is the loader's ``batch_sampler``, its ``table`` the scores, and the step
-        itself ``candidates["random"].step``.
+        Called as the step is. Its ``sampler`` is the loader's ``batch_sampler``, its ``table`` has the scores, its
+        ``step`` is the step.
 
     Raises
     ------
@@ -91,6 +96,8 @@ def auto_select(
     >>> auto.report.k
     16
     """
+    if "keep" in options and "selector" not in options:
+        raise ValueError("keep must come with a selector=, which chooses among the rows of a batch; k= says how many")
     sampler, found = sampler_and_options(
         dataset,
         classes=classes,
@@ -106,7 +113,7 @@ def auto_select(
     )
     step = SelectiveBackprop(model, **{**found, **options})
     begin_alike(step, sampler.table)
-    return AutoSelect(step, sampler)
+    return AutoSelect(step, sampler, prices=prices)
 
 
 def begin_alike(step: SelectiveBackprop, table: ScoreTable) -> None:

@@ -25,6 +25,7 @@ from selbp.ops._backends import saves_launches
 from selbp.ops.minibatch import weighted_loss
 from selbp.sampling.issued import Draw
 from selbp.selectors import Full, Random, Selector
+from selbp.selectors.base import check_selection
 from selbp.selectors.top import TARGETS
 from selbp.training.auxiliary import Auxiliary, add
 from selbp.training.head import check_full_gradient, find_clear_head, find_head
@@ -302,17 +303,12 @@ class StepKinds:
         return selection if factor is None else weighted(selection, factor, m.rule)
 
     def _select(self, rule: Selector, batch: Batch, scored: Scored, k: int) -> Selection:
-        """The rule's choice. Raises ValueError for one of other shapes."""
+        """The rule's choice. Raises TypeError or ValueError for what is no choice of k rows."""
         extras = batch.extras if scored.mass is None else {**batch.extras, TARGETS: scored.mass}
-        selection = rule.select(scored.stats, k, proxies=scored.proxies, extras=extras, generator=self.generator)
-        indices, weights = selection
-        if indices.dim() != 1 or indices.shape != weights.shape or indices.dtype != torch.int64:
-            raise ValueError(
-                f"{rule!r} must return indices (k,) int64 and weights (k,), "
-                f"got {indices.dtype} {tuple(indices.shape)} and {tuple(weights.shape)}"
-            )
+        found = rule.select(scored.stats, k, proxies=scored.proxies, extras=extras, generator=self.generator)
         chosen = not isinstance(rule, (Full, Given))
-        return in_order(selection, scored) if chosen and len(indices) == batch.n else selection
+        selection = check_selection(rule, found, k if chosen else None, batch.n)
+        return in_order(selection, scored) if chosen and len(selection.indices) == batch.n else selection
 
     def _finite(self, m: Minibatch) -> Tensor:
         """(n,) bool: the rows that may run as they came, see :func:`may_run`."""

@@ -76,8 +76,12 @@ class StepOptions:
         depends on the model is checked where the model's part is looked for.
         """
         rule = self.selector
-        if isinstance(rule, type) or not isinstance(rule, Selector) or rule.needs not in NEEDS:
+        if isinstance(rule, type) or not isinstance(rule, Selector):
             raise TypeError(f"selector must be an instance of a selector such as selbp.Random(), got {rule!r}")
+        if rule.needs not in NEEDS:
+            raise TypeError(
+                f"selector must say what it reads, needs = one of {NEEDS}, got {rule!r} with {rule.needs!r}"
+            )
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:

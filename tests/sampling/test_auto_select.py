@@ -47,7 +47,7 @@ def test_it_chooses_while_headroom_exceeds_the_price_and_stays_where_it_may(monk
 
 def test_its_state_continues(monkeypatch):
     used, auto = run(monkeypatch, [3.0], {"random": 1.0, "drawn": 1.2})
-    other = AutoSelect(auto.candidates["random"].step, auto.sampler, every=10, trial=4)
+    other = AutoSelect(auto.step, auto.sampler, every=10, trial=4)
     other.load_state_dict(auto.state_dict())
     assert other.current == "drawn" and other.log == auto.log and other.prices == auto.prices
     with pytest.raises(ValueError, match="must have the entries"):

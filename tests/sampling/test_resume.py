@@ -101,7 +101,7 @@ class Controlled:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
         self.schedule = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.9)
         auto = selbp.auto_select(self.model, dataset, classes=4, k=8, pool=40, selector=rule(), keep=0.5)
-        step, prices = auto.candidates["random"].step, {"random": 1.0, "drawn": 1.1}
+        step, prices = auto.step, {"random": 1.0, "drawn": 1.1}
         self.auto = selbp.AutoSelect(step, auto.sampler, prices=prices, every=3)
         self.loader = DataLoader(dataset, batch_sampler=auto.sampler, generator=torch.Generator())
         self.parts = [self.model, self.optimizer, self.schedule]
