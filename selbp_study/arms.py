@@ -89,6 +89,11 @@ class Arm:
                 raise ValueError(f"arm {text!r}: {name} must be a number, got {own[name]!r}")
         if not 0 < own.get("share", 1) <= 1:
             raise ValueError(f"arm {text!r}: share must be in (0, 1], got {own['share']!r}")
+        if rule.sampling and (given.get("sampling") != rule.sampling or given.get("proxy") is False):
+            raise ValueError(
+                f"{text!r} lacks what the rule reads, which sampling={rule.sampling} and its proxy give it: take the "
+                f"arm {rule.arm}, or write {selector}@keep=32,sampling={rule.sampling},pool=128"
+            )
         further = ",".join(f"{name}={value}" for name, value in given.items() if name not in known)
         return cls(selector, **{"title": title, **own}, options=further)
 

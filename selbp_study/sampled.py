@@ -90,6 +90,8 @@ class SampledOrder:
             epochs = max(1, -(-self.config.steps * rows // len(self.split)))
             return info_batch(self.table, rows, epochs=epochs, seed=seed)
         if self.options.sampling == "rho":
+            if proxy is None:
+                raise ValueError("sampling=rho needs a proxy and one class a sample, which a text has not")
             sampler, arguments = rho_loss(self.table, proxy, rows, pool, seed=seed)
             self.step_options["keep"] = arguments["keep"]
             return sampler

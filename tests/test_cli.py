@@ -92,6 +92,8 @@ BAD = {
     "rows": (["train", "--batch-size", "100000"], "--batch-size"),
     "device": (["train", "--device", "abacus"], "--device abacus"),
     "arm": (["compare", "--arms", "random,best"], "there is no selector 'best'"),
+    "rule alone": (["train", "--selector", "rho"], "take the arm rho-loss"),
+    "rule alone in a list": (["compare", "--arms", "random,rho"], "take the arm rho-loss"),
     "twice": (["compare", "--arms", "random,random"], "random is given twice"),
 }
 

@@ -76,6 +76,20 @@ def test_a_step_reads_what_the_arm_keeps(config, dataset, tmp_path):
     assert trained.backward_samples == 8 * trained.step
 
 
+def test_rho_on_a_text_is_refused(config, text, tmp_path):
+    wanted = config_of(config, "rho-loss", dataset=text.name, fingerprint=text.fingerprint, model="transformer")
+    with pytest.raises(ValueError, match="sampling=rho needs a proxy and one class a sample"):
+        Run(wanted, text, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["auto", "rho-loss", "scored-plain-loss"])
+def test_the_log_gives_no_accuracy_where_the_loss_says_none(config, dataset, tmp_path, name):
+    run = finish(config_of(config, name), dataset, tmp_path)
+    logged = [row["accuracy"] for row in run.log.read() if row["kind"] == "train"]
+    assert logged and all(value is None if name == "auto" else 0 <= value <= 100 for value in logged)
+    assert (run.wrapper.report.accuracy is None) == (name == "auto")
+
+
 def test_what_is_paid_once_comes_out_of_the_budget(config, dataset):
     costs = measure({"auto": config_of(config, "auto"), "random": config}, dataset, rounds=2)
     assert costs["auto"].phases[ONCE] > 0 and ONCE not in costs["random"].phases
