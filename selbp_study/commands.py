@@ -9,7 +9,7 @@ import math
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from selbp_study.arms import Arm, build_selector, keep_for, parse
-from selbp_study.compare import Comparison, run_all, tune
+from selbp_study.compare import Comparison, lost_runs, run_all, tune
 from selbp_study.config import RunConfig
 from selbp_study.costs import Costs, measure
 from selbp_study.data import DataError, Dataset, load
@@ -224,9 +224,23 @@ def compare(arguments: argparse.Namespace) -> int:
     folder = arguments.out or Path("runs") / ("demo" if demo else "compare")
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder):
+        undecided = [*(["lr"] if arguments.tune else []), *(["steps", "evaluate_every"] if timed else [])]
+        _keep_report(comparison, folder, undecided)  # before anything is measured or tuned
         if timed:
             comparison = _timed(comparison, data, folder)
+            _keep_report(comparison, folder, ["lr"] if arguments.tune else [])
         return _compare(comparison, data, folder, arguments)
+
+
+def _keep_report(comparison: Comparison, folder: Path, undecided: Sequence[str] = ()) -> None:
+    """UsageError where the report of ``comparison`` would take the place of one with other runs."""
+    lost = lost_runs(comparison, folder, undecided)
+    if lost:
+        more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UsageError(
+            f"{folder} holds another comparison, with runs that this one lacks: {lost[0]}{more}. Another --out starts "
+            "a new one; the same settings, with as many or more arms and seeds, go on with it"
+        )
 
 
 def _compare(comparison: Comparison, data: Dataset, folder: Path, arguments: argparse.Namespace) -> int:
@@ -239,6 +253,7 @@ def _compare(comparison: Comparison, data: Dataset, folder: Path, arguments: arg
         if arguments.tune:
             comparison, scores = tune(comparison, arguments.tune, data, folder, progress=show.progress)
             show.close()
+            _keep_report(comparison, folder)
             write_text(folder / "tuning.json", json.dumps(scores, indent=1) + "\n")
             for arm in comparison.arms:
                 tried = ", ".join(f"{rate:g}: {score:.2f} %" for rate, score in scores[arm.name].items())

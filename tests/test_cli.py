@@ -70,6 +70,47 @@ def test_compare_prints_the_table_and_the_page(
     assert capsys.readouterr().out.count("(from before)") == 2 * len(commands.DEMO_ARMS)
 
 
+def test_compare_leaves_the_report_of_another_comparison_alone(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*changes: str) -> int:
+        return main(["compare", "--data", str(images), *FAST, *changes, "--out", str(tmp_path)])
+
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file() and path.name[0] != "."}
+
+    two = ("--arms", "random,top-loss", "--seeds", "0-1")
+    assert run(*two) == 0
+    before = files()
+    for changes, reason in (
+        (("--arms", "random,full", "--seeds", "0-1"), r"top loss, seed 0, and 1 more\."),
+        (("--arms", "random,top-loss", "--seeds", "0"), r"random, seed 1, and 1 more\."),
+        ((*two, "--steps", "13"), r"random, seed 0 \(steps: 12, not 13.*\), and 3 more\."),
+        ((*two, "--lr", "0.07"), r"random, seed 0 \(lr: 0.05, not 0.07\), and 3 more\."),
+        ((*two, "--keep", "2", "--tune", "0.1,0.2"), r"random, seed 0 \(keep: 0.25, not 2\), and 3 more\."),
+        ((*two, "--batch-size", "8", "--budget", "time"), r"random, seed 0 \(batch_size: 16, not 8\), and 3 more\."),
+    ):
+        capsys.readouterr()
+        assert run(*changes) == 2, changes
+        message = capsys.readouterr().err
+        assert re.search(f"holds another comparison, with runs that this one lacks: {reason}.*--out", message), message
+        assert files() == before  # nothing was measured or tuned either
+    assert run(*two) == 0 and run("--arms", "top-loss,random,full", "--seeds", "0-2") == 0
+    assert run("--arms", "top-loss,random,full", "--seeds", "0-2") == 0
+    (tmp_path / "results.jsonl").write_text('{"arm": "random"}\n')
+    assert run(*two) == 2 and "line 1 is no run of a comparison" in capsys.readouterr().err
+
+
+def test_a_tuned_comparison_goes_on_and_another_tuning_is_refused(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "--data", str(images), *FAST, "--arms", "random", "--seeds", "0", "--out", str(tmp_path)]
+    assert main([*command, "--tune", "0.0001,0.2"]) == 0 == main([*command, "--tune", "0.0001,0.2"])
+    before = (tmp_path / "tuning.json").read_text()
+    assert main([*command, "--tune", "0.0001,0.1"]) == 2
+    assert "(lr: 0.2, not 0.1)" in capsys.readouterr().err and (tmp_path / "tuning.json").read_text() == before
+
+
 def test_compare_with_a_failing_arm_exits_1_and_keeps_the_rest(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
