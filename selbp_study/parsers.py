@@ -72,7 +72,7 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         type=threads_argument,
         default=0,
         metavar="N",
-        help="torch's threads (default: as torch decides)",
+        help="torch's threads (default: 0, as torch decides)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--debug", action="store_true", help="on an error, show where it came from")

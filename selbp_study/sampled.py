@@ -86,6 +86,7 @@ class SampledOrder:
     def _sampler(self, proxy: Any) -> TableSampler:
         rows, seed = self.config.kept(), self.config.seed
         pool = max(rows, min(self.options.pool, len(self.split)))
+        self.pool = rows if self.options.sampling in ("info-batch", "uniform") else pool  # samples to choose among
         if self.options.sampling == "info-batch":
             epochs = max(1, -(-self.config.steps * rows // len(self.split)))
             return info_batch(self.table, rows, epochs=epochs, seed=seed)

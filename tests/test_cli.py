@@ -57,6 +57,47 @@ def test_train_then_refuse_then_resume(images: Path, tmp_path: Path, capsys: pyt
     assert "holds another run: lr: 0.05, not 0.3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "told", "backward"),
+    [
+        ("full --keep 0.25", "12 steps, 16 of 16 samples run backward", 12 * 16),
+        ("full@keep=4", "12 steps, 16 of 16 samples run backward", 12 * 16),
+        ("top-loss --keep 4", "12 steps, 4 of 16 samples run backward", 12 * 4),
+        ("auto --keep 8", "12 steps, 8 samples run backward, drawn from pools of 256", 12 * 8),
+        ("auto-half --keep 8", "6 of 12 steps, 8 samples run backward, drawn from pools of 256", 6 * 8),
+        ("rho-loss --keep 8", "12 steps, 8 of 128 samples run backward", 12 * 8),
+        ("info-batch --keep 8", "12 steps, 8 samples run backward\n", 12 * 8),
+    ],
+)
+def test_train_says_what_runs(
+    options: str, told: str, backward: int, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--data", str(images), *FAST, "--selector", *options.split(), "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert told in out and f"{backward} backward samples" in out
+
+
+@pytest.mark.parametrize("changes", [["--model", "transformer"], ["--keep", "17"], ["--selector", "top-loss@x=1"]])
+def test_arguments_are_checked_before_the_folder(
+    changes: list[str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--data", str(images), *FAST, "--selector", "random", "--out", str(tmp_path)]
+    assert main(command) == 0 and main([*command, *changes]) == 2
+    message = capsys.readouterr().err
+    assert changes[1].rpartition("@")[2] in message and "holds" not in message
+    assert main([*command, "--lr", "0.3"]) == 2
+    assert "holds another run: lr: 0.05, not 0.3. Another --out" in capsys.readouterr().err
+
+
+def test_a_missing_folder_recommends_what_the_command_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = ["--data", str(tmp_path / "missing"), "--out", str(tmp_path / "out")]
+    assert main(["train", *missing]) == 2
+    assert "or use --dataset digits" in capsys.readouterr().err
+    assert main(["study", "--protocol", "quick", "--workers", "0", *missing]) == 2
+    message = capsys.readouterr().err
+    assert "no such folder" in message and "--dataset" not in message
+
+
 def test_compare_prints_the_table_and_the_page(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,7 +169,11 @@ def test_tune_writes_what_decided(images: Path, tmp_path: Path, capsys: pytest.C
 
 BAD = {
     "unknown selector": (["train", "--selector", "best"], "there is no selector 'best'"),
-    "unknown option": (["train", "--selector", "random:colour=red"], "colour"),
+    "unknown option": (["train", "--selector", "random:colour=red"], "has no option 'colour': it has none"),
+    "another option": (["train", "--selector", "matching:colour=red"], "its options are rule, ridge, nonnegative"),
+    "an arm's option": (["train", "--selector", "auto:pool=64"], "write it out, full@keep=48,sampling=auto"),
+    "keep": (["compare", "--arms", "random", "--keep", "500"], "--keep must be at most the minibatch's 128"),
+    "arms, too": (["compare", "--arms", "best"], "and the arms matching-head, "),
     "selector value": (["train", "--selector", "loss-percentile:beta=-1"], "beta"),
     "rows": (["train", "--batch-size", "100000"], "--batch-size"),
     "device": (["train", "--device", "abacus"], "--device abacus"),
