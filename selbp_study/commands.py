@@ -179,7 +179,7 @@ def _train(arguments: argparse.Namespace, arm: Arm, together: Together) -> int:
 
 
 def _check_run(config: RunConfig, data: Dataset, keep: float | int | None) -> None:
-    """What is wrong with a run's arguments, before its folder is looked at or a proxy trained. ``keep`` is the given."""
+    """Refuse a run's arguments before its folder is looked at or a proxy trained. ``keep`` is what --keep gave."""
     if isinstance(keep, int) and keep > config.batch_size:
         raise UsageError(f"--keep must be at most the minibatch's {config.batch_size} samples, got {keep}")
     with asked_by(f"--model {config.model}"):

@@ -70,6 +70,8 @@ class SampledOrder:
         self.proxy_seconds = 0.0
         proxy = None
         if options.proxy and classes is not None:
+            # A process's first optimizer imports hundreds of modules of torch, which is no part of the proxy's price.
+            torch.optim.SGD([torch.zeros(1, requires_grad=True)])
             started = clock()
             data = torch.utils.data.TensorDataset(*split.batch(torch.arange(len(split))))
             proxy = fit_proxy(

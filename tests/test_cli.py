@@ -77,6 +77,25 @@ def test_train_says_what_runs(
     assert told in out and f"{backward} backward samples" in out
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize(
+    "command", [["train", "--selector", "random"], ["compare", "--arms", "random", "--seeds", "0"]]
+)
+def test_a_bar_is_drawn_on_a_terminal_alone(
+    command: list[str],
+    terminal: bool,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    options = [option for option in FAST if option != "--quiet"]
+    assert main([*command, "--data", str(images), *options, "--out", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert ("samples/s" in err) == terminal and "\r" not in out and (terminal or err == "")
+
+
 @pytest.mark.parametrize("changes", [["--model", "transformer"], ["--keep", "17"], ["--selector", "top-loss@x=1"]])
 def test_arguments_are_checked_before_the_folder(
     changes: list[str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
