@@ -133,7 +133,8 @@ def _train(arguments: argparse.Namespace, arm: Arm, together: Together) -> int:
     base = _base(arguments, data, arm.selector, lr, arguments.seed)
     own = replace(arm, lr=lr) if arguments.keep is None else replace(arm, lr=lr, keep=arguments.keep)
     config = Comparison(base, [own], [arguments.seed]).config(own, arguments.seed)  # an arm's share of the steps, too
-    _check_run(config, data, arguments.keep)
+    with asked_by(f"--selector {arguments.selector}"):
+        _check_run(config, data, arguments.keep)
     name = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in arguments.selector)
     folder = arguments.out or Path("runs") / f"{data.name}-{name}-seed{arguments.seed}"
     before = together.share(lambda: read_config(folder))
@@ -243,8 +244,8 @@ def compare(arguments: argparse.Namespace) -> int:
     base = replace(base, keep=0.25 if arguments.keep is None else arguments.keep)
     for name, arm in zip(names, arms, strict=True):
         config = arm.config(base, 0)
-        _check_run(config, data, arguments.keep if arm.keep is None else None)
         with asked_by(f"--arms {name}"):
+            _check_run(config, data, arguments.keep if arm.keep is None else None)
             Run(config, data, Path())  # its training options, before any arm trains
     timed = arguments.budget == "time"
     comparison = Comparison(base, arms, arguments.seeds or [0, 1, 2], "steps" if timed else arguments.budget)
