@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -18,8 +19,10 @@ Value = bool | int | float | str
 def parse(spec: str) -> tuple[Rule, dict[str, Any]]:
     """Split ``name[:option=value,...]`` into the rule and its options. ValueError says what is wrong with it."""
     name, _, rest = spec.partition(":")
+    if name in ARMS:
+        raise ValueError(f"the arm {name!r} takes no options: write it out, {ARMS[name][1]}")
     if name not in RULES:
-        raise ValueError(f"there is no selector {name!r}; there are {', '.join(RULES)}")
+        raise ValueError(f"there is no selector {name!r}; there are {', '.join(RULES)} and the arms {', '.join(ARMS)}")
     return RULES[name], {**RULES[name].options, **options_of(rest)}
 
 
@@ -39,6 +42,11 @@ def build_selector(spec: str) -> Selector:
     rule, options = parse(spec)
     module, _, name = rule.selector.rpartition(":")
     constructor = getattr(importlib.import_module(module or "selbp.selectors"), name)
+    known = list(inspect.signature(constructor).parameters)
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        has = f"its options are {', '.join(known)}" if known else "it has none"
+        raise ValueError(f"selector {spec!r} has no option {unknown[0]!r}: {has}")
     try:
         return constructor(**options)
     except TypeError as error:
@@ -89,6 +97,11 @@ class Arm:
                 raise ValueError(f"arm {text!r}: {name} must be a number, got {own[name]!r}")
         if not 0 < own.get("share", 1) <= 1:
             raise ValueError(f"arm {text!r}: share must be in (0, 1], got {own['share']!r}")
+        if rule.sampling and (given.get("sampling") != rule.sampling or given.get("proxy") is False):
+            raise ValueError(
+                f"{text!r} lacks what the rule reads, which sampling={rule.sampling} and its proxy give it: take the "
+                f"arm {rule.arm}, or write {selector}@keep=32,sampling={rule.sampling},pool=128"
+            )
         further = ",".join(f"{name}={value}" for name, value in given.items() if name not in known)
         return cls(selector, **{"title": title, **own}, options=further)
 
@@ -114,6 +127,8 @@ class Arm:
     def config(self, base: RunConfig, seed: int) -> RunConfig:
         """``base`` with what is this arm's own."""
         keep = keep_for(self.selector, base.keep) if self.keep is None else self.keep
+        if "sampling" not in options_of(self.options):  # with it, the keep is how many samples are drawn
+            keep = keep_for(self.selector, keep)
         own = {name: getattr(self, name) for name in OWN[1:-1] if getattr(self, name) is not None}
         return replace(base, selector=self.selector, keep=keep, lr=self.rate(), seed=seed, options=self.options, **own)
 

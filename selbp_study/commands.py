@@ -9,7 +9,7 @@ import math
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,17 +17,17 @@ from pathlib import Path
 import torch
 
 from selbp_study.arms import Arm, build_selector, keep_for, parse
-from selbp_study.compare import Comparison, run_all, tune
+from selbp_study.compare import Comparison, lost_runs, run_all, tune
 from selbp_study.config import RunConfig
 from selbp_study.costs import Costs, measure
 from selbp_study.data import DataError, Dataset, load
 from selbp_study.folder import read_config, read_result
-from selbp_study.models import model_for
+from selbp_study.models import build_model, model_for
 from selbp_study.run import Diverged, Run
 from selbp_study.sampled import SampledOrder
 from selbp_study.show import Bar, Show, say
 from selbp_study.storage import Lock, LockedError, StorageError, write_text
-from selbp_study.timing import CLOCKS, clock_for
+from selbp_study.timing import CLOCKS, clock_for, wrapper_of
 from selbp_study.together import SharedRun, Together, starts
 
 DEMO_ARMS = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching", "auto")
@@ -76,7 +76,10 @@ def asked_by(option: str) -> Iterator[None]:
 
 def _load(arguments: argparse.Namespace, *, fallback: bool = False) -> Dataset:
     _check_device(arguments.device)
-    return load(arguments.dataset, arguments.data, fallback=fallback, say=say)
+    try:
+        return load(arguments.dataset, arguments.data, fallback=fallback, say=say)
+    except DataError as error:
+        raise DataError(f"{error}" if arguments.dataset == "digits" else f"{error}, or use --dataset digits") from error
 
 
 def _base(arguments: argparse.Namespace, data: Dataset, selector: str, lr: float, seed: int) -> RunConfig:
@@ -128,18 +131,22 @@ def _train(arguments: argparse.Namespace, arm: Arm, together: Together) -> int:
     data = together.in_turn(lambda: _load(arguments))
     lr = arm.rate() if arguments.lr is None else arguments.lr
     base = _base(arguments, data, arm.selector, lr, arguments.seed)
-    own = arm if arguments.keep is None else replace(arm, keep=arguments.keep)
-    config = replace(own.config(base, arguments.seed), lr=lr)
+    own = replace(arm, lr=lr) if arguments.keep is None else replace(arm, lr=lr, keep=arguments.keep)
+    config = Comparison(base, [own], [arguments.seed]).config(own, arguments.seed)  # an arm's share of the steps, too
+    with asked_by(f"--selector {arguments.selector}"):
+        _check_run(config, data, arguments.keep)
     name = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in arguments.selector)
     folder = arguments.out or Path("runs") / f"{data.name}-{name}-seed{arguments.seed}"
     before = together.share(lambda: read_config(folder))
     resume = arguments.resume or starts() > 0
+    if before is not None and before != config:
+        raise UsageError(
+            f"{folder} holds another run: {'; '.join(before.differences(config))}. Another --out starts a new one"
+        )
     if before is not None and not resume:
         raise UsageError(f"{folder} holds a run already: --resume goes on with it, another --out starts a new one")
     if before is None and resume:
         tell(f"{folder} holds no run yet: starting one")
-    if before is not None and before != config:
-        raise UsageError(f"{folder} holds another run: {'; '.join(before.differences(config))}")
     result = together.share(lambda: read_result(folder))
     if result is not None:
         tell(f"{folder} is finished")
@@ -148,8 +155,8 @@ def _train(arguments: argparse.Namespace, arm: Arm, together: Together) -> int:
         done = run.open()
         among = "" if together.size == 1 else f", shared by {together.size} processes"
         tell(
-            f"{'going on at step ' + str(done) if done else 'training'} in {folder}: {config.steps} steps, "
-            f"{config.kept()} of {config.batch_size} samples run backward{among}"
+            f"{'going on at step ' + str(done) if done else 'training'} in {folder}: {config.steps} "
+            f"{'' if config.steps == base.steps else f'of {base.steps} '}steps, {_per_step(run)}{among}"
         )
         bar = Bar(arguments.selector, arguments.quiet or not together.leads).add(config, done)
         try:
@@ -170,6 +177,25 @@ def _train(arguments: argparse.Namespace, arm: Arm, together: Together) -> int:
     )
     tell(f"log {folder / 'log.jsonl'}, weights {folder / 'model.pt'}, result {folder / 'result.json'}")
     return OK
+
+
+def _check_run(config: RunConfig, data: Dataset, keep: float | int | None) -> None:
+    """Refuse a run's arguments before its folder is looked at or a proxy trained. ``keep`` is what --keep gave."""
+    if isinstance(keep, int) and keep > config.batch_size:
+        raise UsageError(f"--keep must be at most the minibatch's {config.batch_size} samples, got {keep}")
+    with asked_by(f"--model {config.model}"):
+        model = build_model(config.model, data.train, data.n_classes, config.seed)
+    wrapper_of(config, model, torch.Generator())
+
+
+def _per_step(run: Run) -> str:
+    """What a step reads and runs backward."""
+    k, order = run.config.kept(), run.order
+    if not isinstance(order, SampledOrder):
+        return f"{k} of {run.config.batch_size} samples run backward"
+    if order.options.sampling == "rho":  # the pool runs forward, and the rule chooses
+        return f"{k} of {order.pool} samples run backward"
+    return f"{k} samples run backward" + (f", drawn from pools of {order.pool}" if order.pool > k else "")
 
 
 def _keep_quiet(text: str) -> None:
@@ -217,16 +243,32 @@ def compare(arguments: argparse.Namespace) -> int:
     base = _base(arguments, data, arms[0].selector, parse(arms[0].selector)[0].lr, 0)  # each arm sets its own rate
     base = replace(base, keep=0.25 if arguments.keep is None else arguments.keep)
     for name, arm in zip(names, arms, strict=True):
+        config = arm.config(base, 0)
         with asked_by(f"--arms {name}"):
-            Run(arm.config(base, 0), data, Path())  # its training options, before any arm trains
+            _check_run(config, data, arguments.keep if arm.keep is None else None)
+            Run(config, data, Path())  # its training options, before any arm trains
     timed = arguments.budget == "time"
     comparison = Comparison(base, arms, arguments.seeds or [0, 1, 2], "steps" if timed else arguments.budget)
     folder = arguments.out or Path("runs") / ("demo" if demo else "compare")
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder):
+        undecided = [*(["lr"] if arguments.tune else []), *(["steps", "evaluate_every"] if timed else [])]
+        _keep_report(comparison, folder, undecided)  # before anything is measured or tuned
         if timed:
             comparison = _timed(comparison, data, folder)
+            _keep_report(comparison, folder, ["lr"] if arguments.tune else [])
         return _compare(comparison, data, folder, arguments)
+
+
+def _keep_report(comparison: Comparison, folder: Path, undecided: Sequence[str] = ()) -> None:
+    """UsageError where the report of ``comparison`` would take the place of one with other runs."""
+    lost = lost_runs(comparison, folder, undecided)
+    if lost:
+        more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UsageError(
+            f"{folder} holds another comparison, with runs that this one lacks: {lost[0]}{more}. Another --out starts "
+            "a new one; the same settings, with as many or more arms and seeds, go on with it"
+        )
 
 
 def _compare(comparison: Comparison, data: Dataset, folder: Path, arguments: argparse.Namespace) -> int:
@@ -239,6 +281,7 @@ def _compare(comparison: Comparison, data: Dataset, folder: Path, arguments: arg
         if arguments.tune:
             comparison, scores = tune(comparison, arguments.tune, data, folder, progress=show.progress)
             show.close()
+            _keep_report(comparison, folder)
             write_text(folder / "tuning.json", json.dumps(scores, indent=1) + "\n")
             for arm in comparison.arms:
                 tried = ", ".join(f"{rate:g}: {score:.2f} %" for rate, score in scores[arm.name].items())

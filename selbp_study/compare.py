@@ -15,6 +15,7 @@ from selbp_study.config import RunConfig
 from selbp_study.costs import Costs, steps_of
 from selbp_study.data import Dataset
 from selbp_study.engine import Finished, Job, drive, searched
+from selbp_study.folder import read_compared
 from selbp_study.protocols import BUDGETS
 from selbp_study.tuning import grid, tuning_config
 from selbp_study.turns import Progress, Turns, no_progress
@@ -81,6 +82,23 @@ def run_folder(folder: Path, arm: Arm, config: RunConfig) -> Path:
     """Where a run of a comparison lives; its name ends with the key, so that it is found again by its configuration."""
     name = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in arm.name)
     return folder / "runs" / f"{name}-seed{config.seed}-{config.key()}"
+
+
+def lost_runs(comparison: Comparison, folder: Path, undecided: Sequence[str] = ()) -> list[str]:
+    """The runs that the report in ``folder`` has and that of ``comparison`` would not have, each in words.
+
+    Fields that are ``undecided`` yet, such as a rate that is to be tuned, count as equal.
+    """
+    configs = [config for _, config in comparison.runs()]
+    lost = []
+    for label, before in read_compared(folder):
+        alike = [replace(config, **{name: getattr(before, name) for name in undecided}) for config in configs]
+        if before in alike:
+            continue
+        nearest = min((before.differences(config) for config in alike), key=len)
+        own = any(text.startswith(("selector:", "seed:")) for text in nearest)  # another arm, not another setting
+        lost.append(f"{label}, seed {before.seed}" + ("" if own else f" ({'; '.join(nearest)})"))
+    return lost
 
 
 def run_all(

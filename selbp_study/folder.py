@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selbp_study.config import RunConfig
-from selbp_study.storage import JsonLines, StorageError, checked, read_object
+from selbp_study.storage import JsonLines, StorageError, checked, read_bytes, read_object
 from selbp_study.timing import PHASES
 
 POINT = ("step", "accuracy", "backward_samples", "seconds")  # of a curve
@@ -50,6 +50,20 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     if not same:
         raise StorageError(f"{path}: is not the result of the run that config.json describes; {ANEW}")
     return value
+
+
+def read_compared(folder: Path) -> list[tuple[str, RunConfig]]:
+    """Label and configuration of every run that the comparison in ``folder`` reports, those that failed left out."""
+    path = folder / "results.jsonl"
+    found = []
+    for number, line in enumerate((read_bytes(path) or b"").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            if row["error"] is None:
+                found.append((str(row["arm"]), RunConfig.from_dict(row["config"])))
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+            raise StorageError(f"{path}: line {number} is no run of a comparison; {ANEW}") from error
+    return found
 
 
 def finished(folder: Path, config: RunConfig) -> dict[str, Any] | None:

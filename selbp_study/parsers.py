@@ -72,9 +72,11 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         type=threads_argument,
         default=0,
         metavar="N",
-        help="torch's threads (default: as torch decides)",
+        help="torch's threads (default: 0, as torch decides)",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument(
+        "--quiet", action="store_true", help="no progress bar (there is none where stderr is no terminal)"
+    )
     parser.add_argument("--debug", action="store_true", help="on an error, show where it came from")
 
 
@@ -198,7 +200,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="run nothing: write the document of DIR's results to --out (default: docs/measurements/study.md)",
     )
-    study.add_argument("--quiet", action="store_true", help="no progress bar")
+    study.add_argument(
+        "--quiet", action="store_true", help="no progress bar (there is none where stderr is no terminal)"
+    )
     study.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
 
     bench = commands.add_parser(

@@ -14,7 +14,7 @@ from selbp_study.data import Dataset
 from selbp_study.page import embedded, page, to_html
 from selbp_study.plots import Bars, bars_plot, curves_plot
 from selbp_study.storage import write_bytes, write_text
-from selbp_study.table import Line, lines_of, markdown
+from selbp_study.table import Line, lines_of, markdown, on_terminal
 from selbp_study.text import plain
 from selbp_study.timing import PARTS, clock_for
 
@@ -152,9 +152,8 @@ def plots_of(name: str, lines: Sequence[Line]) -> dict[str, bytes]:
 def write_report(
     comparison: Comparison, data: Dataset, outcomes: Sequence[Outcome], folder: Path, command: str
 ) -> tuple[Path, str]:
-    """Write everything into ``folder``; returns the page's path and the table in Markdown."""
+    """Write everything into ``folder``; returns the page's path and the table for a terminal."""
     lines = lines_of(outcomes)
-    table = markdown(lines)
     rows = []
     for outcome in outcomes:
         row = {"arm": outcome.arm.label, "config": outcome.config.as_dict(), "error": outcome.error}
@@ -163,9 +162,9 @@ def write_report(
         rows.append(json.dumps(row, sort_keys=True))
     write_text(folder / "results.jsonl", "\n".join(rows) + "\n")
     notes = "\n\n".join(map(plain, caveats(comparison, lines)))
-    write_text(folder / "table.md", f"{table}\n{notes}\n")
+    write_text(folder / "table.md", f"{markdown(lines)}\n{notes}\n")
     plots = plots_of(f"{data.name}, {comparison.base.model}", lines)
     for plot, png in plots.items():
         write_bytes(folder / f"{plot}.png", png)
     write_text(folder / "report.html", comparison_page(comparison, data, lines, plots, command))
-    return folder / "report.html", table
+    return folder / "report.html", on_terminal(lines)

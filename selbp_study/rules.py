@@ -18,6 +18,8 @@ class Rule:
     options: dict[str, Any] = field(default_factory=dict)
     lr: float = 0.05
     training: str = ""  # options of the training that every arm with this rule has: option=value,...
+    sampling: str = ""  # the one that hands the rule what it needs, where it cannot do without
+    arm: str = ""  # of ARMS, which has that sampling
 
 
 RULES: dict[str, Rule] = {
@@ -34,7 +36,13 @@ RULES: dict[str, Rule] = {
     "matching-average": Rule(
         "selbp_study.ideas:AveragedTarget", "matching an average", "matches the mean gradient's exponential average"
     ),
-    "rho": Rule("ReducibleLoss", "RHO-LOSS", "the largest losses above those of a small network"),
+    "rho": Rule(
+        "ReducibleLoss",
+        "RHO-LOSS",
+        "the largest losses above those of a small network; only with sampling=rho, as in the arm rho-loss",
+        sampling="rho",
+        arm="rho-loss",
+    ),
     "divbs": Rule("DivBS", "diverse (DivBS)", "odds by what the chosen ones do not yet span"),
 }
 

@@ -240,7 +240,7 @@ class Run(KeptRun):
             "kind": "train",
             "step": self.step,
             "loss": report.loss,
-            "accuracy": 100 * (report.accuracy or 0.0),
+            "accuracy": None if report.accuracy is None else 100 * report.accuracy,  # a loss of its own says none
             "lr": self.config.rate(self.step - 1),
             "backward_samples": self.backward_samples,
             "seconds": self.seconds["total"],

@@ -70,6 +70,8 @@ class SampledOrder:
         self.proxy_seconds = 0.0
         proxy = None
         if options.proxy and classes is not None:
+            # A process's first optimizer imports hundreds of modules of torch, which is no part of the proxy's price.
+            torch.optim.SGD([torch.zeros(1, requires_grad=True)])
             started = clock()
             data = torch.utils.data.TensorDataset(*split.batch(torch.arange(len(split))))
             proxy = fit_proxy(
@@ -86,10 +88,13 @@ class SampledOrder:
     def _sampler(self, proxy: Any) -> TableSampler:
         rows, seed = self.config.kept(), self.config.seed
         pool = max(rows, min(self.options.pool, len(self.split)))
+        self.pool = rows if self.options.sampling in ("info-batch", "uniform") else pool  # samples to choose among
         if self.options.sampling == "info-batch":
             epochs = max(1, -(-self.config.steps * rows // len(self.split)))
             return info_batch(self.table, rows, epochs=epochs, seed=seed)
         if self.options.sampling == "rho":
+            if proxy is None:
+                raise ValueError("sampling=rho needs a proxy and one class a sample, which a text has not")
             sampler, arguments = rho_loss(self.table, proxy, rows, pool, seed=seed)
             self.step_options["keep"] = arguments["keep"]
             return sampler

@@ -16,19 +16,19 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def new_bar(title: str, unit: str, quiet: bool, seconds: float, **options: Any) -> Any:
-    """A progress bar, drawn every so many seconds where no terminal shows it."""
+def new_bar(title: str, unit: str, quiet: bool, **options: Any) -> Any:
+    """A progress bar; none where no terminal shows it."""
     from tqdm import tqdm
 
-    often = 0.2 if sys.stderr.isatty() else seconds
-    return tqdm(desc=title, unit=unit, disable=quiet, mininterval=often, dynamic_ncols=True, **options)
+    hidden = quiet or not sys.stderr.isatty()
+    return tqdm(desc=title, unit=unit, disable=hidden, mininterval=0.2, dynamic_ncols=True, **options)
 
 
 class Bar:
     """A progress bar of one run, or of several that train in turn: samples a second and the last loss."""
 
     def __init__(self, name: str, quiet: bool) -> None:
-        self.bar = new_bar(name, " samples", quiet, 15.0, total=0, unit_scale=True, leave=False)
+        self.bar = new_bar(name, " samples", quiet, total=0, unit_scale=True, leave=False)
 
     def add(self, config: RunConfig, done: int) -> Bar:
         """One more run, which stands at step ``done``."""

@@ -53,7 +53,7 @@ def study(arguments: argparse.Namespace) -> int:
 
     def progress(done: int, known: int) -> None:
         if not bars:  # not before the first run: what is wrong with the call is said on a line of its own
-            bars.append(new_bar(f"study {protocol.name}", " runs", arguments.quiet, 30.0))
+            bars.append(new_bar(f"study {protocol.name}", " runs", arguments.quiet))
         bars[0].total = known
         bars[0].update(done - bars[0].n)
 

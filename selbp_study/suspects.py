@@ -48,12 +48,13 @@ def _page(table: ScoreTable, data: Dataset, rows: list[dict[str, Any]], lines: l
     known = [row for row in rows if row.get("headroom") is not None]
     plot = embedded(_curves(known), "headroom and noise share over the training") if known else ""
     samples = "".join(_sample(data, *line) for line in lines[:SHOWN])
+    listed = f"""<h2>The {min(SHOWN, len(lines))} most suspect samples</h2>
+<p>All of them are in suspects.csv: number, given label, probable label, probability.</p>
+<div class="samples">{samples}</div>"""
     body = f"""<h1>What the scores of {html.escape(data.name)} say</h1>
 <p class="lead">{len(lines)} of {len(table)} samples are thought mislabelled (probability at least {LIKELY:g}). The
 noise share is {table.noise_share:.1%}, headroom {table.headroom:.2f}: choosing can pay where it exceeds its price.</p>
-{plot}<h2>The {min(SHOWN, len(lines))} most suspect samples</h2>
-<p>All of them are in suspects.csv: number, given label, probable label, probability.</p>
-<div class="samples">{samples}</div>"""
+{plot}{listed if lines else ""}"""
     return page(f"selbp: scores of {data.name}", [body])
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from selbp_study.compare import Outcome
 from selbp_study.plots import Curve
 from selbp_study.statistics import paired
-from selbp_study.text import markdown_table, plain
+from selbp_study.text import markdown_table, one_line, plain
 
 BASELINE = "random"
 
@@ -130,4 +130,13 @@ def rows_of(lines: Sequence[Line]) -> list[list[str]]:
 
 def markdown(lines: Sequence[Line]) -> str:
     """The table in Markdown, columns aligned; marks in names and errors are escaped."""
-    return markdown_table(HEADINGS, [[plain(cell) for cell in row] for row in rows_of(lines)], aligned=True) + "\n"
+    return _aligned(lines, plain)
+
+
+def on_terminal(lines: Sequence[Line]) -> str:
+    """The same table for a terminal, where an escaped mark would show its backslash."""
+    return _aligned(lines, one_line)
+
+
+def _aligned(lines: Sequence[Line], written: Callable[[str], str]) -> str:
+    return markdown_table(HEADINGS, [[written(cell) for cell in row] for row in rows_of(lines)], aligned=True) + "\n"

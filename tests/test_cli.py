@@ -57,6 +57,66 @@ def test_train_then_refuse_then_resume(images: Path, tmp_path: Path, capsys: pyt
     assert "holds another run: lr: 0.05, not 0.3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "told", "backward"),
+    [
+        ("full --keep 0.25", "12 steps, 16 of 16 samples run backward", 12 * 16),
+        ("full@keep=4", "12 steps, 16 of 16 samples run backward", 12 * 16),
+        ("top-loss --keep 4", "12 steps, 4 of 16 samples run backward", 12 * 4),
+        ("auto --keep 8", "12 steps, 8 samples run backward, drawn from pools of 256", 12 * 8),
+        ("auto-half --keep 8", "6 of 12 steps, 8 samples run backward, drawn from pools of 256", 6 * 8),
+        ("rho-loss --keep 8", "12 steps, 8 of 128 samples run backward", 12 * 8),
+        ("info-batch --keep 8", "12 steps, 8 samples run backward\n", 12 * 8),
+    ],
+)
+def test_train_says_what_runs(
+    options: str, told: str, backward: int, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--data", str(images), *FAST, "--selector", *options.split(), "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert told in out and f"{backward} backward samples" in out
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize(
+    "command", [["train", "--selector", "random"], ["compare", "--arms", "random", "--seeds", "0"]]
+)
+def test_a_bar_is_drawn_on_a_terminal_alone(
+    command: list[str],
+    terminal: bool,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    options = [option for option in FAST if option != "--quiet"]
+    assert main([*command, "--data", str(images), *options, "--out", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert ("samples/s" in err) == terminal and "\r" not in out and (terminal or err == "")
+
+
+@pytest.mark.parametrize("changes", [["--model", "transformer"], ["--keep", "17"], ["--selector", "top-loss@x=1"]])
+def test_arguments_are_checked_before_the_folder(
+    changes: list[str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--data", str(images), *FAST, "--selector", "random", "--out", str(tmp_path)]
+    assert main(command) == 0 and main([*command, *changes]) == 2
+    message = capsys.readouterr().err
+    assert changes[1].rpartition("@")[2] in message and "holds" not in message
+    assert main([*command, "--lr", "0.3"]) == 2
+    assert "holds another run: lr: 0.05, not 0.3. Another --out" in capsys.readouterr().err
+
+
+def test_a_missing_folder_recommends_what_the_command_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = ["--data", str(tmp_path / "missing"), "--out", str(tmp_path / "out")]
+    assert main(["train", *missing]) == 2
+    assert "or use --dataset digits" in capsys.readouterr().err
+    assert main(["study", "--protocol", "quick", "--workers", "0", *missing]) == 2
+    message = capsys.readouterr().err
+    assert "no such folder" in message and "--dataset" not in message
+
+
 def test_compare_prints_the_table_and_the_page(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,6 +128,47 @@ def test_compare_prints_the_table_and_the_page(
     assert f"page: {tmp_path / 'report.html'}" in out and (tmp_path / "report.html").exists()
     assert main(command) == 0
     assert capsys.readouterr().out.count("(from before)") == 2 * len(commands.DEMO_ARMS)
+
+
+def test_compare_leaves_the_report_of_another_comparison_alone(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*changes: str) -> int:
+        return main(["compare", "--data", str(images), *FAST, *changes, "--out", str(tmp_path)])
+
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file() and path.name[0] != "."}
+
+    two = ("--arms", "random,top-loss", "--seeds", "0-1")
+    assert run(*two) == 0
+    before = files()
+    for changes, reason in (
+        (("--arms", "random,full", "--seeds", "0-1"), r"top loss, seed 0, and 1 more\."),
+        (("--arms", "random,top-loss", "--seeds", "0"), r"random, seed 1, and 1 more\."),
+        ((*two, "--steps", "13"), r"random, seed 0 \(steps: 12, not 13.*\), and 3 more\."),
+        ((*two, "--lr", "0.07"), r"random, seed 0 \(lr: 0.05, not 0.07\), and 3 more\."),
+        ((*two, "--keep", "2", "--tune", "0.1,0.2"), r"random, seed 0 \(keep: 0.25, not 2\), and 3 more\."),
+        ((*two, "--batch-size", "8", "--budget", "time"), r"random, seed 0 \(batch_size: 16, not 8\), and 3 more\."),
+    ):
+        capsys.readouterr()
+        assert run(*changes) == 2, changes
+        message = capsys.readouterr().err
+        assert re.search(f"holds another comparison, with runs that this one lacks: {reason}.*--out", message), message
+        assert files() == before  # nothing was measured or tuned either
+    assert run(*two) == 0 and run("--arms", "top-loss,random,full", "--seeds", "0-2") == 0
+    assert run("--arms", "top-loss,random,full", "--seeds", "0-2") == 0
+    (tmp_path / "results.jsonl").write_text('{"arm": "random"}\n')
+    assert run(*two) == 2 and "line 1 is no run of a comparison" in capsys.readouterr().err
+
+
+def test_a_tuned_comparison_goes_on_and_another_tuning_is_refused(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "--data", str(images), *FAST, "--arms", "random", "--seeds", "0", "--out", str(tmp_path)]
+    assert main([*command, "--tune", "0.0001,0.2"]) == 0 == main([*command, "--tune", "0.0001,0.2"])
+    before = (tmp_path / "tuning.json").read_text()
+    assert main([*command, "--tune", "0.0001,0.1"]) == 2
+    assert "(lr: 0.2, not 0.1)" in capsys.readouterr().err and (tmp_path / "tuning.json").read_text() == before
 
 
 def test_compare_with_a_failing_arm_exits_1_and_keeps_the_rest(
@@ -87,11 +188,20 @@ def test_tune_writes_what_decided(images: Path, tmp_path: Path, capsys: pytest.C
 
 BAD = {
     "unknown selector": (["train", "--selector", "best"], "there is no selector 'best'"),
-    "unknown option": (["train", "--selector", "random:colour=red"], "colour"),
+    "unknown option": (["train", "--selector", "random:colour=red"], "has no option 'colour': it has none"),
+    "another option": (["train", "--selector", "matching:colour=red"], "its options are rule, ridge, nonnegative"),
+    "an arm's option": (["train", "--selector", "auto:pool=64"], "write it out, full@keep=48,sampling=auto"),
+    "step's option": (["train", "--selector", "random@x=1"], "--selector random@x=1: training options 'x=1'"),
+    "an arm's step": (["compare", "--arms", "random@x=1"], "--arms random@x=1: training options 'x=1'"),
+    "model": (["compare", "--arms", "random", "--model", "transformer"], "selbp: --model transformer: "),
+    "keep": (["compare", "--arms", "random", "--keep", "500"], "--keep must be at most the minibatch's 128"),
+    "arms, too": (["compare", "--arms", "best"], "and the arms matching-head, "),
     "selector value": (["train", "--selector", "loss-percentile:beta=-1"], "beta"),
     "rows": (["train", "--batch-size", "100000"], "--batch-size"),
     "device": (["train", "--device", "abacus"], "--device abacus"),
     "arm": (["compare", "--arms", "random,best"], "there is no selector 'best'"),
+    "rule alone": (["train", "--selector", "rho"], "take the arm rho-loss"),
+    "rule alone in a list": (["compare", "--arms", "random,rho"], "take the arm rho-loss"),
     "twice": (["compare", "--arms", "random,random"], "random is given twice"),
 }
 

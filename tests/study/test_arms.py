@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from selbp_study.arms import ARMS, Arm
+from selbp_study.arms import ARMS, RULES, Arm
 from selbp_study.config import RunConfig
 from selbp_study.data import Dataset
 from selbp_study.models import CUTS, MODELS, place_of
@@ -51,6 +51,22 @@ BAD = (
 def test_bad_arms_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="best|fast|slow|batch_size|share must be"):
         Arm.parse(text)
+
+
+@pytest.mark.parametrize("text", ["rho", "rho@keep=16", "rho@sampling=scored", "rho@sampling=rho,proxy=false"])
+def test_a_rule_that_lacks_what_it_reads_names_the_arm_that_has_it(text: str) -> None:
+    with pytest.raises(ValueError, match="lacks what the rule reads.*take the arm rho-loss, or write rho@"):
+        Arm.parse(text)
+    for rule in RULES.values():
+        if rule.sampling:
+            assert f"sampling={rule.sampling}" in Arm.parse(rule.arm).options
+
+
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if not rule.sampling])
+def test_every_rule_trains(name: str, config: RunConfig, dataset: Dataset, tmp_path: Path) -> None:
+    run = Run(Arm.parse(name).config(dataclasses.replace(config, steps=2), 0), dataset, tmp_path)
+    run.open()
+    assert run.execute()["steps"] == 2
 
 
 @pytest.mark.parametrize("name", ARMS)

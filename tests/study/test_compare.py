@@ -17,6 +17,7 @@ from selbp_study.costs import ONCE, Cost
 from selbp_study.data import Dataset, Split
 from selbp_study.report import write_report
 from selbp_study.run import Run
+from selbp_study.text import ESCAPED, cells
 
 ARMS = [Arm("full"), Arm("random"), Arm("matching", lr=0.03)]
 
@@ -250,5 +251,9 @@ def test_the_page_stands_alone(tmp_path: Path, dataset: Dataset, comparison: Com
         assert part in text
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"runs", "report.html", "table.md", "results.jsonl", "samples.png", "seconds.png", "time.png"}
-    assert table in (tmp_path / "table.md").read_text()
+    kept = (tmp_path / "table.md").read_text()
+    assert "\\" not in table and re.search(r"[^\\]\[[-+]\d", table) and table.count("\n") == 5
+    assert [cells(line) for line in table.splitlines()[2:]] == [
+        [ESCAPED.sub(r"\1", cell) for cell in cells(line)] for line in kept.splitlines()[2:5]
+    ]
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 6

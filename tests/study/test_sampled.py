@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from selbp.sampling import ScoreTable
+from selbp.sampling.known import Suspects
 from selbp_study.arms import ARMS, Arm
 from selbp_study.cli import main
 from selbp_study.config import RunConfig
@@ -17,6 +21,7 @@ from selbp_study.data import load, resolve
 from selbp_study.protocols import PROTOCOLS, Cell, Protocol
 from selbp_study.run import Run
 from selbp_study.sampled import WAYS, SampledOrder, Sampling
+from selbp_study.suspects import write
 
 NAMED = ["scored", "auto", "aware-random", "scored-history", "scored-proxy", "info-batch", "rho-loss"]
 
@@ -76,6 +81,45 @@ def test_a_step_reads_what_the_arm_keeps(config, dataset, tmp_path):
     assert trained.backward_samples == 8 * trained.step
 
 
+IMPORTS = """
+import sys
+from selbp_study.sampled import SampledOrder, Sampling
+from selbp_study.config import RunConfig
+from selbp_study.data import load
+
+seen = []
+
+def clock():
+    seen.append({name for name in sys.modules if name.startswith(("torch._dynamo", "sympy"))})
+    return float(len(seen))
+
+data = load("digits")
+config = RunConfig("digits", data.fingerprint, "full", 4, 0.1, keep=16, threads=1)
+order = SampledOrder(Sampling("auto", passes=1), config, data.train, data.n_classes, clock)
+assert len(seen) == 2 and order.proxy_seconds == 1.0
+print(sorted(seen[1] - seen[0]))
+"""
+
+
+def test_the_proxys_seconds_hold_no_import():
+    made = subprocess.run([sys.executable, "-W", "ignore", "-c", IMPORTS], capture_output=True, text=True, check=True)
+    assert made.stdout.strip() == "[]"
+
+
+def test_rho_on_a_text_is_refused(config, text, tmp_path):
+    wanted = config_of(config, "rho-loss", dataset=text.name, fingerprint=text.fingerprint, model="transformer")
+    with pytest.raises(ValueError, match="sampling=rho needs a proxy and one class a sample"):
+        Run(wanted, text, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["auto", "rho-loss", "scored-plain-loss"])
+def test_the_log_gives_no_accuracy_where_the_loss_says_none(config, dataset, tmp_path, name):
+    run = finish(config_of(config, name), dataset, tmp_path)
+    logged = [row["accuracy"] for row in run.log.read() if row["kind"] == "train"]
+    assert logged and all(value is None if name == "auto" else 0 <= value <= 100 for value in logged)
+    assert (run.wrapper.report.accuracy is None) == (name == "auto")
+
+
 def test_what_is_paid_once_comes_out_of_the_budget(config, dataset):
     costs = measure({"auto": config_of(config, "auto"), "random": config}, dataset, rounds=2)
     assert costs["auto"].phases[ONCE] > 0 and ONCE not in costs["random"].phases
@@ -108,6 +152,16 @@ def test_train_writes_what_is_thought_mislabelled(tmp_path, capsys):
     assert "headroom and noise share" in page and 'name="viewport"' in page
     logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert any(row.get("noise_share") is not None for row in logged)
+
+
+def test_the_page_lists_suspects_where_there_are_some(dataset, tmp_path, monkeypatch):
+    table = ScoreTable(len(dataset.train), dataset.n_classes)
+    for columns, wanted in (([[]] * 4, False), ([[3], [1], [2], [0.75]], True)):
+        monkeypatch.setattr(table, "suspects", lambda _n, found=columns: Suspects(*map(torch.tensor, found)))
+        _, page = write(tmp_path, table, dataset, [], with_page=True)
+        text = page.read_text()
+        assert f"{len(columns[0])} of {len(table)} samples are thought mislabelled" in text
+        assert ("most suspect" in text) == wanted == ("3: given 1, probably 2 (75%)" in text)
 
 
 def test_suspects_find_planted_errors(tmp_path):
