@@ -24,13 +24,13 @@ from selbp.ops._backends import capturing
 _ABSENT: Any = object()  # in place of a buffer that a module has not
 
 
-# What has been seen of a buffer. A write is unseen where neither the version nor the tensor tells of it.
+# How forwards treat a buffer. UNSEEN: they write to it, and neither its version nor its identity shows that.
 STAYS, WRITTEN, UNSEEN = "stays", "written", "unseen"
 _Key = tuple[int, str, bool]  # the module's place in the list, the buffer's name, and the module's mode
 
 
 class _Mark(NamedTuple):
-    """What a buffer was before a forward."""
+    """A buffer as it was before a forward."""
 
     tensor: Tensor | None
     version: int  # -1: it has no memory yet
@@ -47,14 +47,14 @@ class _Change(NamedTuple):
 
 
 class Written:
-    """What one scoring forward wrote. To be ended when it has run."""
+    """The writes of one scoring forward. Call :meth:`end` when it has run."""
 
     def __init__(self, buffers: WrittenBuffers) -> None:
         self._buffers, self._marks = buffers, buffers.marks()
         self._changes: list[_Change] | None = None
 
     def end(self) -> list[_Change]:
-        """Look, once, at what was written since."""
+        """Find, once, what has been written since this was made."""
         if self._changes is None:
             self._changes = self._buffers.changes(self._marks)
             self._marks = []
@@ -132,7 +132,7 @@ class WrittenBuffers:
         return marks
 
     def changes(self, before: list[dict[str, _Mark] | None]) -> list[_Change]:
-        """What has changed since ``before``. Takes note of what has not."""
+        """Find what has changed since ``before``, and remember which buffers have not."""
         found = []
         for place, (module, marks) in enumerate(zip(self._modules, before, strict=True)):
             if marks is None and not module._buffers:
