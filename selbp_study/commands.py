@@ -243,8 +243,8 @@ def compare(arguments: argparse.Namespace) -> int:
     base = _base(arguments, data, arms[0].selector, parse(arms[0].selector)[0].lr, 0)  # each arm sets its own rate
     base = replace(base, keep=0.25 if arguments.keep is None else arguments.keep)
     for name, arm in zip(names, arms, strict=True):
-        config = arm.config(base, 0)
         with asked_by(f"--arms {name}"):
+            config = arm.config(base, 0)
             _check_run(config, data, arguments.keep if arm.keep is None else None)
             Run(config, data, Path())  # its training options, before any arm trains
     timed = arguments.budget == "time"
