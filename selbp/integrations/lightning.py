@@ -50,9 +50,8 @@ class SelectiveCallback(Callback):
     -----
     Calls of a step no longer count by themselves: optimizer steps do. Of a batch in which several were taken, as by
     several optimizers, a step counts as many as it had calls, and at least one if it has run since the last one. Each
-    process has a state of its own in the
-    checkpoint; to go on, there must be as many processes. The figures of a step that did not run are not logged again;
-    the trainer itself repeats what it was told last, until the epoch ends.
+    process has a state of its own in the checkpoint; to go on, there must be as many processes. The figures of a step
+    that did not run are not logged again; the trainer itself repeats what it was told last, until the epoch ends.
 
     Examples
     --------
