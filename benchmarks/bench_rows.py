@@ -1,8 +1,9 @@
 """A backward through chosen rows against the full step, a second forward on the rows, and the model's own bound.
 
-The bound is T_full / (T_forward + f T_backward): a backward that costs exactly its share. Process-CPU time is the clock
-to trust on a shared machine (``python -m benchmarks rows --clock process``); the optimizer is not in it. The process
-keeps the memory that it frees, for all contenders alike: see ``selbp.keep_freed_memory``.
+The ideal is a backward that costs exactly its share: T_forward + f (T_full - T_forward). No kernel reaches it, since a
+GEMM of fewer rows runs at a lower rate; ``benchmarks.tools.rows_auto`` prints what the kernels of k rows leave of it.
+Process-CPU time is the clock to trust on a shared machine (``python -m benchmarks rows --clock process``). The
+optimizer is not in it. The process keeps the memory that it frees, for all contenders: see ``selbp.keep_freed_memory``.
 
 Programs that look further are ``benchmarks.tools.rows_dispatch``, ``rows_memory``, ``rows_auto`` and ``rows_compile``.
 """
@@ -10,6 +11,7 @@ Programs that look further are ``benchmarks.tools.rows_dispatch``, ``rows_memory
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from benchmarks.harness import Case, suite
 from selbp_study.row_models import TIMED, Task
 
 SHARES = (0.25,)  # `throughput` times whole steps at others
+IDEAL = "the ideal: T_forward + f (T_full - T_forward)"
 
 
 def _inputs(task: Task, share: float, device: torch.device) -> tuple[Any, ...]:
@@ -58,6 +61,12 @@ def forward_alone(task: Task, model: nn.Module, x: Tensor, y: Tensor, chosen: Te
     return task.losses(model(x), y)
 
 
+def ideal(share: float, seconds: Mapping[str, float]) -> float:
+    """The seconds of a step whose backward costs its ``share`` of the full one, from those of contenders."""
+    forward = seconds["forward alone"]
+    return forward + share * (seconds["full step"] - forward)
+
+
 def _case(name: str, share: float) -> Case:
     task = TIMED[name]
     contenders = {
@@ -65,14 +74,16 @@ def _case(name: str, share: float) -> Case:
         "second forward on the rows": second_forward,
         "full step": full_step,
         "losses[indices], plain autograd": _indexed,
-        "forward alone (for the bound)": forward_alone,
+        "forward alone": forward_alone,
     }
     return Case(
         f"rows {name} n={task.n} keep={share}",
         functools.partial(_inputs, task, share),
         {label: functools.partial(run, task) for label, run in contenders.items()},
+        formula=IDEAL,
         limits={"second forward on the rows": 1.0},
         quick=name == "MLP" and share == 0.25,
+        ideal=functools.partial(ideal, share),
     )
 
 

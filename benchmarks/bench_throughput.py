@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import selbp
+from benchmarks.bench_rows import IDEAL, ideal
 from benchmarks.harness import Case, Unavailable, suite
 from benchmarks.peers.selection import select_using_loss
 from selbp_study.row_models import TIMED, Task
@@ -80,11 +81,6 @@ def _composer(task: Task, share: float, rule: Any, ready: _Ready) -> None:
     _finish(ready.model, task.losses(ready.model(x), y).mean())
 
 
-def _ideal(share: float, seconds: Mapping[str, float]) -> float:
-    forward = seconds["forward alone"]
-    return forward + share * (seconds["full step"] - forward)
-
-
 def _case(name: str, share: float) -> Case:
     task, composer = TIMED[name], select_using_loss()
     contenders: dict[str, Callable[..., object] | Unavailable] = {
@@ -103,11 +99,11 @@ def _case(name: str, share: float) -> Case:
         f"step of {name} n={task.n} keep={share}",
         partial(_inputs, name, share),
         contenders,
-        formula="the ideal: T_forward + f (T_full - T_forward)",
+        formula=IDEAL,
         limits={"Composer select_using_loss, then its second forward": 1.0},
         quick=name == "MLP" and share == 0.25,
         rounds=5,
-        ideal=partial(_ideal, share),
+        ideal=partial(ideal, share),
         samples=task.n,
     )
 

@@ -268,7 +268,7 @@ def _plot(file: Path, results: Results) -> Path | None:
     shares = [found[0].roofline if math.isnan(found[0].ideal) else found[0].ideal for found in cases]
     bound.barh(places, [share if share > 0 else 0.0 for share in shares], color="C0")
     bound.set_yticks(places, [found[0].case for found in cases], fontsize=6)
-    bound.set_xlabel("ours, fraction of the roofline (whole steps: of the ideal)")
+    bound.set_xlabel("ours, fraction of the roofline (rows and whole steps: of the ideal)")
     for place, found in enumerate(cases):
         times = [(row.ratio, "C1" if row.peer else "0.6") for row in found[1:] if row.ratio > 0 and not row.ours]
         ratio.scatter([t for t, _ in times], [place] * len(times), c=[c for _, c in times], s=12)

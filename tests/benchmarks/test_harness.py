@@ -106,7 +106,7 @@ def test_marks_and_variants_are_no_peers(roofline, ticker):
         "ours",
         "ours: other",
         "its GEMM alone",
-        "forward alone (for the bound)",
+        "forward alone",
         "its GEMMs alone, whole",
         "eager",
     )
