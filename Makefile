@@ -40,7 +40,8 @@ help:
 	@echo "make docs       the documentation as a site: build/docs/index.html"
 	@echo "make wheel      the sdist, and repaired wheels for the interpreters at hand; SELBP_CUDA=1 with the CUDA core"
 	@echo "make gpu-check  on a machine with a GPU: parity, bits, sanitizer, operators, selection, steps, graph; a table;"
-	@echo "                ARGS='--only steps --out FOLDER --budget SECONDS' for a part, which goes on where it ended"
+	@echo "                ARGS=--quick: in minutes; ARGS='--only steps --out FOLDER --budget SECONDS' for a part,"
+	@echo "                which goes on where it ended"
 	@echo "make clean      remove the environment and everything built"
 
 $(VENV)/.torch:

@@ -10,7 +10,10 @@ graph       selbp.cuda_graph: the bits of ordinary steps, and the time of both
 
 Each part is a process of its own, within ``--budget`` seconds, so that one that dies takes no other with it. It writes
 ``PART.json`` to ``--out`` after each row, and a table to ``results.md``; started again with the same ``--out`` it goes
-on where it ended. Exits with 1 where a check failed, with 2 where there is no GPU, with 3 where a part is not whole.
+on where it ended, if the folder is still there. ``--quick`` runs what shows soonest whether all is well, in less than
+eight minutes together. Where the environment names a folder in OUT, the table and one file of all rows are copied
+there after each part, for a machine that is lent. Exits with 1 where a check failed, with 2 where there is no GPU, with
+3 where a part is not whole.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import json
 import os
 import pathlib
 import signal
@@ -35,6 +39,7 @@ from selbp import info  # noqa: E402
 
 PARTS = ("parity", "bits", "sanitizer", "operators", "selection", "steps", "graph")
 SHARED = {"parity": 8}  # processes that do a part together, most of it compiling; one a core at most
+QUICK = {"graph": 60.0, "selection": 60.0, "parity": 200.0, "bits": 120.0}  # seconds at most
 
 
 def run_part(options: argparse.Namespace) -> int:
@@ -53,13 +58,14 @@ def shares_of(part: str, options: argparse.Namespace) -> int:
 
 def supervise(part: str, options: argparse.Namespace) -> tuple[Results, bool]:
     """Run a part in processes of its own; returns its rows and whether it came to its end."""
-    if options.tiny and part != options.only[0]:  # one process is test enough, and six starts take a test's time
+    # One process is test enough, and six starts take a test's time.
+    if options.tiny and (options.quick or part != options.only[0]):
         importlib.import_module(f"gpu_parts.{part}").run(Results(options.out, part), options.device, True)
         return Results(options.out, part), True
     count = shares_of(part, options)
     command = [sys.executable, __file__, "--only", part, "--device", options.device, "--out", str(options.out)]
     command += ["--tiny"] if options.tiny else []
-    deadline = time.monotonic() + options.budget
+    deadline = time.monotonic() + (min(options.budget, QUICK[part]) if options.quick else options.budget)
     jobs: list[subprocess.Popen[bytes]] = []
     whole = True
     try:
@@ -69,15 +75,29 @@ def supervise(part: str, options: argparse.Namespace) -> tuple[Results, bool]:
             try:
                 whole &= job.wait(max(0.0, deadline - time.monotonic())) == 0
             except subprocess.TimeoutExpired:
-                print(f"gpu_check: {part} is not whole after {options.budget:.0f} s", flush=True)
+                print(f"gpu_check: {part} is not whole in its time", flush=True)
                 whole = False
     finally:
         for job in jobs:
             _end(job)
-    results = Results(options.out, part)
-    if count > 1:
-        results.merge(count)
+        results = Results(options.out, part)
+        if count > 1:
+            results.merge(count)
     return results, whole
+
+
+def write_up(options: argparse.Namespace, environment: dict[str, object]) -> None:
+    """Write the table of all parts so far; into $OUT as well, with one file of their rows."""
+    parts = [Results(options.out, part) for part in PARTS if (options.out / f"{part}.json").exists()]
+    facts = "\n".join(f"* {name}: {value}" for name, value in environment.items())
+    table = "\n".join([f"# gpu_check\n\n{facts}\n", *(part.markdown() for part in parts)])
+    (options.out / "results.md").write_text(table)
+    if folder := os.environ.get("OUT"):
+        rows = {part.part: {"complete": part.complete, "rows": part.rows} for part in parts}
+        pathlib.Path(folder, "gpu-check.md").write_text(table)
+        pathlib.Path(folder, "gpu-check.json").write_text(
+            json.dumps({"environment": environment, "parts": rows}, indent=1, default=str)
+        )
 
 
 def _end(job: subprocess.Popen[bytes]) -> None:
@@ -90,7 +110,9 @@ def _end(job: subprocess.Popen[bytes]) -> None:
 def main() -> int:
     """Run what was asked for; see the module's docstring for the exit status."""
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
+    which = parse.add_mutually_exclusive_group()
+    which.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
+    which.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)}: at most {sum(QUICK.values()):.0f} s")
     parse.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/gpu-check"))
     parse.add_argument("--budget", type=float, default=480.0, help="seconds for each part (480)")
     parse.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a stand-in, for tests")
@@ -108,17 +130,15 @@ def main() -> int:
             signal.signal(number, lambda received, _: sys.exit(128 + received))
     environment = info.information()
     print("\n".join(f"{name}: {value}" for name, value in environment.items()), flush=True)
-    failed, incomplete, tables = [], [], []
-    for part in options.only:
+    failed, incomplete = [], []
+    for part in QUICK if options.quick else options.only:
         print(f"== {part}", flush=True)
-        results, whole = supervise(part, options)
+        try:
+            results, whole = supervise(part, options)
+        finally:
+            write_up(options, environment)
         failed += [f"{part}: {name}" for name in results.failed]
         incomplete += [] if whole else [part]
-    for part in PARTS:
-        if (options.out / f"{part}.json").exists():
-            tables.append(Results(options.out, part).markdown())
-    facts = "\n".join(f"* {name}: {value}" for name, value in environment.items())
-    (options.out / "results.md").write_text("\n".join([f"# gpu_check\n\n{facts}\n", *tables]))
     print(f"{len(failed)} failed" + "".join(f"\n  {name}" for name in failed))
     print(f"not whole: {', '.join(incomplete) or 'none'}; {options.out / 'results.md'}")
     return 1 if failed else 3 if incomplete else 0

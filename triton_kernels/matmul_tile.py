@@ -145,6 +145,6 @@ def operands(
     """Whether descriptors are used, and what the kernel is given for each matrix."""
     tensors = [tensor for tensor, _, _ in matrices]
     aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
-    if not (wanted and aligned and min(t.shape[1] for t in tensors) > 0):
+    if not (wanted and aligned and all(t.numel() for t in tensors)):  # a descriptor has no empty dim
         return False, tensors
     return True, [TensorDescriptor.from_tensor(tensor, [rows, depth]) for tensor, rows, depth in matrices]

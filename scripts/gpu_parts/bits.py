@@ -129,7 +129,10 @@ def gpu_tests(results: Results, device: str) -> None:
     if device == "cpu" or importlib.util.find_spec("pytest") is None:
         results.add("pytest -m gpu", None, detail="needs a GPU and pytest")
         return
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    workers = min(8, len(os.sched_getaffinity(0)) // 2) if importlib.util.find_spec("xdist") else 0
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    command += ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
+    command += ["tests"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "4"}, capture_output=True, text=True)
     last = (done.stdout.strip().splitlines() or [done.stderr[-300:]])[-1]
     results.add("pytest -m gpu", done.returncode == 0, detail=last)

@@ -142,11 +142,9 @@ def cases(tiny: bool) -> list[tuple[torch.dtype, dict[str, object], tuple[int, i
 
 
 def run(results: Results, device: str, tiny: bool) -> None:
-    """All cases of this process's share; a case that is whole in the results is not run again."""
-    for index, case in enumerate(cases(tiny)):
-        if index % results.shares == results.share:
-            dtype, option, shape = case
-            results.row(f"parity of {dtype} {shape} {sorted(option)}", partial(parity, results, *case, device))
-    if results.share == 0:
-        choices.run(results, device, tiny)
-        minibatch.run(results, device, tiny)
+    """All cases; several processes share them."""
+    for dtype, option, shape in cases(tiny):
+        work = partial(parity, results, dtype, option, shape, device)
+        results.row(f"parity of {dtype} {shape} {sorted(option)}", work)
+    choices.run(results, device, tiny)
+    minibatch.run(results, device, tiny)

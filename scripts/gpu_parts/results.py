@@ -19,6 +19,7 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         self.rows: dict[str, dict[str, Any]] = {}
         self.complete: dict[str, bool] = {}  # units of work -> whether they came to their end
+        self._met = 0  # units that this part has named so far; they are dealt to its processes in turn
         for path in (folder / f"{part}.json", self.path):  # the part's own, of which a share knows what is whole
             if path.exists():
                 written = json.loads(path.read_text())
@@ -26,8 +27,10 @@ class Results:
                 self.rows = written["rows"] if path == self.path else {}
 
     def row(self, unit: str, work: Callable[[], None]) -> None:
-        """Run one unit of work, unless it is whole already; an error is a row that failed."""
-        if self.complete.get(unit):
+        """Run one unit of work, unless it is another process's or whole already; an error is a row that failed."""
+        mine = self._met % self.shares == self.share
+        self._met += 1
+        if not mine or self.complete.get(unit):
             return
         self.complete[unit] = False
         self.rows.pop(f"{unit}: error", None)

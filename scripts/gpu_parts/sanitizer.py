@@ -64,8 +64,12 @@ def driver(device: str) -> None:
         rules = selbp.TopLoss(), selbp.LossRank(), selbp.LossPercentile(), selbp.GradNormImportance()
         for rule in (*rules, selbp.CubeSampling(), selbp.DivBS()):
             rule.select(stats, 12, proxies=proxies)
-    for size, k in ((600, 200), (1024, 256)):  # a tableau in global memory, and the whole grid on one problem
-        rows = torch.randn(size, 64, device=device)
+    for size, k, wide in (  # tableaus in global memory, and the whole grid on one problem
+        (512, 128, torch.float32),
+        (300, 100, torch.float64),
+        (1024, 256, torch.float32),
+    ):
+        rows = torch.randn(size, 64, dtype=wide, device=device)
         ops.match(rows @ rows.T, rows @ rows.mean(0), rows.mean(0).square().sum(), k)
     if device != "cpu":
         torch.cuda.synchronize()

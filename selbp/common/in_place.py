@@ -37,6 +37,8 @@ class Kept:
 
 
 def _copy(tensor: Tensor) -> Tensor:
+    if tensor.is_cuda and torch.cuda.current_stream(tensor.device) != torch.cuda.default_stream(tensor.device):
+        return tensor.clone()  # a lazy copy is made on the default stream, which waits for no other
     try:
         return torch._lazy_clone(tensor)
     except (AttributeError, RuntimeError, NotImplementedError):  # no such function, or memory of another kind

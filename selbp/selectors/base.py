@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -103,6 +103,9 @@ class BaseSelector:
     ----------
     needs : {"nothing", "loss", "statistics", "gradients"}
         What the rule reads, see :class:`selbp.Selector`.
+    replays : bool
+        Whether a CUDA graph may hold the rule although it remembers earlier minibatches: what it remembers is written
+        to the same tensors each time. False; a rule without memory does not need it.
 
     Raises
     ------
@@ -129,6 +132,8 @@ class BaseSelector:
     >>> Easiest()
     Easiest()
     """
+
+    replays: ClassVar[bool] = False
 
     @property
     def needs(self) -> Needs:

@@ -71,6 +71,7 @@ class GradNormImportance(BaseSelector):
     _tau: Tensor | None = field(default=None, init=False, repr=False)  # () float64
 
     needs: ClassVar[Needs] = "statistics"
+    replays: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_choice("norm", self.norm, ("residual", "gradient"))
@@ -85,19 +86,20 @@ class GradNormImportance(BaseSelector):
     @property
     def tau(self) -> Tensor:
         """() float64 running mean of tau; 0 before the first batch."""
-        return torch.zeros((), dtype=torch.float64, device="cpu") if self._tau is None else self._tau
+        return torch.zeros((), dtype=torch.float64, device="cpu") if self._tau is None else self._tau.clone()
 
     def choose(self, rows: Candidates, k: int) -> Selection:
         """Draw k rows by their gradients' norms. Without any gradient the draw is uniform."""
         stats, generator = rows.stats, rows.generator
         feature_sq = stats.feature_sq if self.norm == "gradient" else None
-        tau = self.tau.to(stats.valid.device)
+        tau = (self.tau if self._tau is None else self._tau).to(stats.valid.device)
         threshold = self._least_tau(k / rows.n)
         if self.replacement:
-            odds, self._tau = norm_odds(stats.residual_sq, feature_sq, stats.valid, tau, self.momentum, threshold)
+            odds, tau = norm_odds(stats.residual_sq, feature_sq, stats.valid, tau, self.momentum, threshold)
+            self._remember(tau)
             indices, real, chance = sample_with_replacement(odds, k, generator)
             return Selection(indices, slot_weights(self.weights, stats.valid, real, k * chance).to(stats.loss.dtype))
-        indices, weights, self._tau = choose_by_norm(
+        indices, weights, tau = choose_by_norm(
             stats.residual_sq,
             feature_sq,
             stats.valid,
@@ -109,7 +111,15 @@ class GradNormImportance(BaseSelector):
             threshold,
             stats.loss.dtype == torch.float32,
         )
+        self._remember(tau)
         return Selection(indices, in_dtype(weights, stats.loss.dtype))
+
+    def _remember(self, tau: Tensor) -> None:
+        """Write ``tau`` to the memory that held the one before, where the replays of a captured graph read it."""
+        if self._tau is None or self._tau.device != tau.device or self._tau.is_inference():
+            self._tau = tau
+        else:
+            self._tau.copy_(tau)
 
     def _least_tau(self, keep: float) -> float | None:
         """What the running mean of tau must exceed for draws by norm; None for always."""
@@ -119,9 +129,9 @@ class GradNormImportance(BaseSelector):
 
     def state_dict(self) -> dict[str, Any]:
         """``tau`` () float64."""
-        return {"tau": self.tau.clone()}
+        return {"tau": self.tau}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict`."""
         check_state(self, state, ("tau",))
-        self._tau = state_tensor(state, "tau", ())
+        self._remember(state_tensor(state, "tau", ()))

@@ -47,10 +47,10 @@ def _check_step(step: SelectiveBackprop) -> None:
         raise ValueError("step must have no cut for a CUDA graph: a choice in the backward is not supported there")
     if step._pooled is not None:
         raise ValueError("step must have neither micro_batch nor scope='global' for a CUDA graph: the host takes part")
-    if rule.state_dict():
+    if rule.state_dict() and not getattr(rule, "replays", False):
         raise ValueError(
             f"step's selector must not remember earlier minibatches for a CUDA graph, which would show it the same "
-            f"memory at each replay: got {rule!r}"
+            f"memory at each replay, unless it writes to it in place and says so by replays = True: got {rule!r}"
         )
     if step._scoring == "eval":
         raise ValueError('step must have scoring="same" for a CUDA graph: "eval" saves and restores random states')

@@ -320,8 +320,8 @@ def cuda_graph(
         For a step or an optimizer of another type.
     ValueError
         For what a graph cannot hold, with the reason: tensors that are not on a GPU, lists of samples, a rule that
-        remembers, a cut, ``scoring="eval"``, a schedule that does not always choose, a table of scores, several
-        processes.
+        remembers (but see ``replays`` of :class:`selbp.BaseSelector`), a cut, ``scoring="eval"``, a schedule that does
+        not always choose, a table of scores, several processes.
 
     See Also
     --------

@@ -13,7 +13,7 @@ BUDGETS = {
     "TopLoss": (5, 2, 10),
     "LossRank": (5, 3, 10),
     "LossPercentile": (7, 3, 10),
-    "GradNormImportance": (6, 3, 10),
+    "GradNormImportance": (6, 4, 10),
     "GradientMatching": (5, 5, 10),
     "DivBS": (5, 8, 10),
     "CubeSampling": (5, 6, 10),

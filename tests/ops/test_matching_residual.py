@@ -17,7 +17,7 @@ def check(operator, residual, features, selection, bias):
     """Equal to the definition up to float64 rounding of sums over n and over k."""
     got = operator(residual, features, selection, bias=bias)
     r, h = residual.double(), with_bias(features, bias)
-    a = torch.full((len(r),), 1.0 / max(len(r), 1), dtype=torch.float64)
+    a = torch.full((len(r),), 1.0 / max(len(r), 1), dtype=torch.float64, device=r.device)
     size = (r.abs() * a[:, None]).t() @ h.abs()
     mean = (r * a[:, None]).t() @ h
     taken = selection.indices >= 0

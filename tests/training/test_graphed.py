@@ -117,6 +117,22 @@ def test_replays_train_as_ordinary_steps_do(name, inside):
         assert torch.equal(a, b)
 
 
+def test_a_replay_goes_on_from_the_memory_of_a_rule_that_may_be_captured():
+    """A replay runs no Python: it reads and writes the tensor that the capture met."""
+    rule = selbp.GradNormImportance(threshold=1.0)
+    step = make(rule, generator=torch.Generator().manual_seed(5))
+    with pytest.raises(ValueError, match="must be on one CUDA device"):  # and not: must not remember
+        selbp.cuda_graph(step, *batches(1)[0])
+    given = batches(3)
+    step(*given[0])
+    memory, means = rule._tau, [rule.tau]
+    for x, y in given[1:]:
+        step(x, y)
+        means.append(rule.tau)
+    rule.load_state_dict({"tau": means[0]})
+    assert rule._tau is memory and rule.tau == means[0] != means[1] != means[2]
+
+
 def test_what_was_returned_and_reported_stays():
     step = make()
     graphed, _ = graph_of(step)

@@ -269,6 +269,21 @@ def test_a_kept_value(lazy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         untouched.take()
 
 
+class _OnAStream(torch.Tensor):
+    is_cuda = True  # type: ignore[assignment]
+
+
+def test_a_value_is_copied_at_once_on_a_stream_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lazy copy runs on the default stream, which would not wait for what computes the value."""
+    lazy: list[Tensor] = []
+    monkeypatch.setattr(torch, "_lazy_clone", lambda x: (lazy.append(x), x.clone())[1], raising=False)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
+    for stream in ("another", "default"):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=stream: stream)
+        in_place.Kept(torch.ones(2).as_subclass(_OnAStream))
+        assert len(lazy) == (stream == "default")
+
+
 class Normalised(nn.Module):
     """Edits its input in place, and can be told when."""
 

@@ -75,7 +75,8 @@ def test_the_shares_of_a_part_become_one_file_and_go_on_from_it(tmp_path, capsys
     for attempt in range(2):
         for share in range(3):
             results = Results(tmp_path, "parity", share, 3)
-            results.row(f"unit {share}", lambda: work(results, share, attempt))  # noqa: B023
+            for unit in range(3):  # each process names every unit, and runs its own
+                results.row(f"unit {unit}", lambda: work(results, share, attempt))  # noqa: B023
         merged = Results(tmp_path, "parity")
         merged.merge(3)
         assert merged.failed == (["row 1"] if attempt else ["row 1", "unit 2: error"])
@@ -113,7 +114,7 @@ def test_what_a_part_has_started_ends_with_it(tmp_path, monkeypatch, capsys, the
 
     monkeypatch.setattr(gpu_check, "__file__", str(part))
     monkeypatch.setattr(gpu_check.subprocess, "Popen", Job)
-    options = argparse.Namespace(tiny=False, only=["sanitizer"], device="cpu", out=tmp_path, budget=600.0)
+    options = argparse.Namespace(tiny=False, quick=False, only=["sanitizer"], device="cpu", out=tmp_path, budget=600.0)
     assert gpu_check.supervise("sanitizer", options)[1] is False
     child = int(pid.read_text())
     try:
@@ -125,6 +126,33 @@ def test_what_a_part_has_started_ends_with_it(tmp_path, monkeypatch, capsys, the
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
+
+
+def test_a_quick_run_brings_its_rows_back_though_it_is_cut_off(tmp_path, monkeypatch, capsys):
+    """What ends it arrives while a part is waited for; the table and the rows go where a lent machine is read."""
+    monkeypatch.setenv("OUT", str(tmp_path / "back"))
+    (tmp_path / "back").mkdir()
+    command = ["gpu_check.py", "--quick", "--device", "cpu", "--tiny", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    ran = []
+
+    def supervise(part, options):
+        ran.append(part)
+        results = Results(options.out, part)
+        results.add(f"row of {part}", True)
+        if len(ran) == 2:
+            sys.exit(128 + signal.SIGTERM)
+        return results, True
+
+    monkeypatch.setattr(gpu_check, "supervise", supervise)
+    with pytest.raises(SystemExit):
+        gpu_check.main()
+    assert ran == list(gpu_check.QUICK)[:2] and set(gpu_check.QUICK) <= set(PARTS)
+    assert sum(gpu_check.QUICK.values()) <= 450.0
+    parts = json.loads((tmp_path / "back" / "gpu-check.json").read_text())["parts"]
+    assert [parts[part]["rows"][f"row of {part}"]["good"] for part in ran] == [True, True]
+    assert f"row of {ran[1]}" in (tmp_path / "back" / "gpu-check.md").read_text()
+    assert (tmp_path / "back" / "gpu-check.md").read_text() == (tmp_path / "out" / "results.md").read_text()
 
 
 def test_the_gpu_tests_are_those_of_every_folder(tmp_path, monkeypatch):

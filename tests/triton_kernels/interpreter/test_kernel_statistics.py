@@ -195,9 +195,11 @@ def test_one_bit_more_of_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_empty_batch():
-    case = cases.make(0, 8, 5)
-    assert [len(field) for field in cases.run_linear(case, POINTER)] == [0] * 6
+@pytest.mark.parametrize("tile", [POINTER, DESCRIPTOR], ids=["pointers", "descriptors"])
+def test_empty_batch(tile):
+    """A descriptor, which has no empty dim, is not made either: of no rows, and as the sketch of none."""
+    case = cases.make(0, 8, 5, torch.bfloat16)
+    assert [len(field) for field in cases.run_linear(case, tile)] == [0] * 6
 
 
 def test_many_classes():
