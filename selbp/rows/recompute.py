@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selbp.common.guards import without_autocast_cache
 from selbp.rows.exposed import densify
 from selbp.rows.gradient import RowGradient
 from selbp.rows.layout import Layout, RowSet
@@ -58,7 +59,7 @@ class Checkpoint(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         device = inputs[0].device.type
         ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        with Recording(inputs[0].shape[0], tensors) as recording:
+        with without_autocast_cache(), Recording(inputs[0].shape[0], tensors) as recording:
             out = module(*inputs)
         if not isinstance(out, Tensor):
             raise TypeError(f"a checkpointed block must return a Tensor, got {type(out).__name__}")

@@ -170,3 +170,23 @@ def test_reentrant_checkpoints_hand_rows_on(nested: bool) -> None:
     for a, b in zip(got, gradients(lambda values: values[torch.tensor([1, 4, 6])]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert dense.total() == 3  # the gradients of x and of the two parameters of one row a sample
+
+
+def test_autocast_keeps_no_weight_of_the_forward_without_a_graph() -> None:
+    """Up to about torch 2.10 a later use of the layer would get that weight, and lose its gradient."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(8, 8), torch.randn(N, 8)
+
+    def run(wrapped: bool) -> Tensor:
+        layer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = selbp.checkpoint(layer, x) if wrapped else layer(x)
+            loss = layer(torch.tanh(h)).float().square().sum()
+        loss.backward()
+        return layer.weight.grad.clone()
+
+    torch.testing.assert_close(run(True), run(False), rtol=0.02, atol=0.02)
+    kept: list[bool] = []
+    layer.register_forward_hook(lambda *_: kept.append(torch.is_autocast_cache_enabled()))
+    run(True)
+    assert kept == [False, True, True]  # the block, the layer again, and the block in the backward
