@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from selbp.common.guards import without_autocast_cache
+from selbp.common.in_place import version_of
 from selbp.rows.exposed import densify
 from selbp.rows.gradient import RowGradient
 from selbp.rows.layout import Layout, RowSet
@@ -59,8 +60,10 @@ class Checkpoint(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         device = inputs[0].device.type
         ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        versions = [version_of(x) for x in inputs]
         with without_autocast_cache(), Recording(inputs[0].shape[0], tensors) as recording:
             out = module(*inputs)
+        _refuse_edits(inputs, versions)
         if not isinstance(out, Tensor):
             raise TypeError(f"a checkpointed block must return a Tensor, got {type(out).__name__}")
         ctx.masks = recording.masks
@@ -97,6 +100,19 @@ class Checkpoint(torch.autograd.Function):
                 if result is not None and own:
                     results[i] = wrap(result[: layout.rows.k].resolve_conj().resolve_neg(), layout)
         return None, None, None, *results
+
+
+def _refuse_edits(inputs: tuple[Tensor, ...], versions: list[int]) -> None:
+    """Raise ValueError where an input has been written to since ``versions``.
+
+    A second run would edit it again. What the caller computes from it later would not see the block's gradient.
+    """
+    for i, (x, version) in enumerate(zip(inputs, versions, strict=True)):
+        if version_of(x) != version:
+            raise ValueError(
+                f"inputs[{i}] must not be edited in place by a checkpointed block, whose second run would edit it "
+                "again: pass inplace=False to the layer that does, or let the block edit a copy"
+            )
 
 
 def _one_more(rows: RowSet, gradient: Tensor) -> tuple[RowSet, Tensor]:
