@@ -68,7 +68,8 @@ def checkpoint(module: nn.Module, *inputs: Tensor, shared: Iterable[int] = ()) -
         input in place, as one that begins with ``ReLU(inplace=True)``.
     NotImplementedError
         If the module draws random numbers other than the masks of dropout layers: attention or recurrent layers with
-        dropout, ``AlphaDropout``, noise. Also for dropout of a tensor in which no dim has size n.
+        dropout, ``AlphaDropout``, noise. Also for dropout of a tensor in which no dim has size n. Global generators are
+        seen to move: a run during which another thread draws from one is made again, and refused after 16 such runs.
     RuntimeError
         In the backward, if the module calls dropout otherwise than in the forward, for instance because its mode was
         changed between them.
