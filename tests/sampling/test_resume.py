@@ -136,6 +136,7 @@ def test_what_the_guide_tells_to_save_is_enough(rule, stop):
     for part, state in zip(resumed.parts, states, strict=True):
         part.load_state_dict(state)
     torch.set_rng_state(random)
+    assert resumed.auto.table.price == stopped.auto.report.price is not None
     resumed.go(10)
     assert "drawn" in {decision.chosen for decision in whole.auto.log}
     for a, b in zip(*map(pytree.tree_leaves, (resumed.state(), whole.state())), strict=True):
