@@ -107,7 +107,7 @@ def _chunks(chunks: Chunks, n: int, workers: int) -> Iterator[Chunk]:
     ranges = Ranges(n)
     made: Iterable[Chunk] = map(chunks.__getitem__, ranges)
     if workers:
-        loader = DataLoader(
+        loader: DataLoader[Chunk] = DataLoader(
             chunks,  # type: ignore[arg-type]
             batch_size=None,
             sampler=ranges,
