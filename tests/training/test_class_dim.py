@@ -125,6 +125,27 @@ def test_an_earlier_minibatch_tells(last):
         assert_same(got, gradients(model, by_hand(model, (x, y), step.report.selection, last)))
 
 
+@pytest.mark.parametrize("last", [True, False], ids=["last", "dim 1"])
+def test_a_resumed_step_knows_what_an_earlier_minibatch_told(last):
+    def begun():
+        return selbp.SelectiveBackprop(network(4, (3,), last), keep=3, selector=selbp.TopLoss())
+
+    step = begun()
+    assert step.state_dict()["classes_last"] is None
+    step(*minibatch(4, (3,)))
+    state = step.state_dict()
+    model, batch = network(4, (4,), last), minibatch(4, (4,))
+    resumed = selbp.SelectiveBackprop(model, keep=3, selector=selbp.TopLoss())
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    got = gradients(model, resumed(*batch))
+    assert_same(got, gradients(model, by_hand(model, batch, resumed.report.selection, last)), rtol=3e-7)
+    del state["classes_last"]  # as states were
+    resumed.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"pass class_dim=1 or class_dim=-1"):
+        resumed(*batch)
+
+
 @pytest.mark.parametrize("how", STEPS)
 def test_a_linear_layer_over_the_positions(how):
     torch.manual_seed(1)
