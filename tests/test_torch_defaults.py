@@ -86,10 +86,13 @@ def sampled() -> Any:
     return [torch.as_tensor([int(i) for i in batch], device="cpu") for batch, _ in zip(sampler, range(4), strict=False)]
 
 
-def fitted() -> Any:
-    table = selbp.sampling.ScoreTable(200, 4, noise="class")
-    fit_proxy(DATA, table, passes=2)
-    return [value for value in table.state_dict().values() if isinstance(value, torch.Tensor)]
+def fitted(workers: int) -> Callable[[], Any]:
+    def run() -> Any:
+        table = selbp.sampling.ScoreTable(200, 4, noise="class")
+        fit_proxy(DATA, table, passes=2, workers=workers)
+        return [value for value in table.state_dict().values() if isinstance(value, torch.Tensor)]
+
+    return run
 
 
 def automatic(noise: str, dataset: Any) -> Callable[[], Any]:
@@ -130,7 +133,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "auto of float64": automatic("class", DOUBLE),
     "texts": hashed,
     "sampler": sampled,
-    "proxy": fitted,
+    "proxy": fitted(0),
+    "proxy by a worker": fitted(1),
 }
 
 

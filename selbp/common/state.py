@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Mapping
+from types import NoneType
 from typing import Any, Literal
 
 import torch
@@ -15,11 +16,16 @@ from selbp.common.batch import map_tensors
 from selbp.selectors import Selector
 
 CHOICE_ENTRIES = ("selector_type", "selector", "generator")
-COUNT_ENTRIES = ("optimizer_step", "auto_advance", "backward")
+COUNT_ENTRIES = ("optimizer_step", "auto_advance", "backward", "classes_last")
 
 
-def check_counts(state: Mapping[str, Any]) -> tuple[int, bool, Literal["rows", "recompute"] | None]:
-    """Steps counted, whether calls count, and what ``"auto"`` decided, of a whole state. Raises ValueError."""
+def check_counts(state: Mapping[str, Any]) -> tuple[int, bool, Literal["rows", "recompute"] | None, bool | None]:
+    """Steps counted, whether calls count, what ``"auto"`` decided, and where classes are known to be, of a whole state.
+
+    Raises ValueError.
+    """
+    if isinstance(state, Mapping) and "optimizer_step" in state:
+        state = {"classes_last": None, **state}  # states were saved without it
     expected = {*COUNT_ENTRIES, *CHOICE_ENTRIES}
     if not isinstance(state, Mapping) or set(state) != expected:
         got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
@@ -31,7 +37,9 @@ def check_counts(state: Mapping[str, Any]) -> tuple[int, bool, Literal["rows", "
         )
     if state["backward"] not in (None, "rows", "recompute"):
         raise ValueError(f'the state\'s backward must be "rows", "recompute" or None, got {shown(state["backward"])}')
-    return count, auto, state["backward"]
+    if not isinstance(state["classes_last"], (bool, NoneType)):
+        raise ValueError(f"the state's classes_last must be a bool or None, got {shown(state['classes_last'])}")
+    return count, auto, state["backward"], state["classes_last"]
 
 
 class ChoiceState:

@@ -62,6 +62,7 @@ class SelectiveCallback(Callback):
         super().__init__()
         self._log, self._prefix = log, prefix
         self._parts: dict[str, Any] = {}
+        self._names: dict[str, str] = {}  # of the parts, by every name that a checkpoint may have
         self._windows: dict[str, Window] = {}
         self._seen: dict[str, Any] = {}  # each step's last report that its window has
         self._calls: dict[str, int] = {}  # of each step, before this batch
@@ -71,7 +72,7 @@ class SelectiveCallback(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Find the steps of the module, and give them a checkpoint's state."""
-        self._parts = _found(pl_module)
+        self._parts, self._names = _found(pl_module)
         steps = [name for name, part in self._parts.items() if isinstance(part, SelectiveBackprop)]
         cuts = any(isinstance(part, BackwardCut) for part in pl_module.modules())
         if not self._parts and not cuts:
@@ -133,7 +134,7 @@ class SelectiveCallback(Callback):
     def _restore(self) -> None:
         if self._saved is None:
             return
-        states, self._saved = own(self._saved), None
+        states, self._saved = {self._names.get(name, name): x for name, x in own(self._saved).items()}, None
         if set(states) != set(self._parts):
             raise ValueError(
                 f"the checkpoint has the state of {', '.join(states) or 'no step'}, and the module has "
@@ -143,16 +144,30 @@ class SelectiveCallback(Callback):
             part.load_state_dict(states[name])
 
 
-def _found(module: Any) -> dict[str, Any]:
-    """Attributes of a module that have a state which its own ``state_dict`` has not."""
-    parts: dict[str, Any] = {}
-    for name, value in vars(module).items():
-        if name.startswith("__"):
-            continue
-        if isinstance(value, (SelectiveBackprop, InsertedCut)):
-            parts[name] = value
-        elif isinstance(value, AutoSelect):
-            steps = dict.fromkeys(candidate.step for candidate in value.candidates.values())
-            own_parts = [*steps, value.sampler.table, value.sampler, value]
-            parts |= {f"{name}.{place}": part for place, part in enumerate(own_parts)}
-    return parts
+def _found(module: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """Attributes of a module that have a state which its own ``state_dict`` has not, and the names by their other ones.
+
+    What several attributes hold is found once. Its other names are those attributes', and what it had in checkpoints
+    that went by places.
+    """
+    held = {name: value for name, value in vars(module).items() if not name.startswith("__")}
+    found: list[tuple[str, str, Any]] = []  # name, other name, part
+    for name, value in held.items():
+        if isinstance(value, AutoSelect):
+            own_parts = _parts_of(value).items()
+            found += [(f"{name}.{part}", f"{name}.{place}", x) for place, (part, x) in enumerate(own_parts)]
+    found += [(name, name, x) for name, x in held.items() if isinstance(x, (SelectiveBackprop, InsertedCut))]
+    names: dict[int, str] = {}
+    for name, _, part in found:
+        names.setdefault(id(part), name)
+    parts = {name: part for name, _, part in found if names[id(part)] == name}
+    return parts, {known: names[id(part)] for name, other, part in found for known in (name, other)}
+
+
+def _parts_of(auto: AutoSelect) -> dict[str, Any]:
+    """A controller and what it controls, by name."""
+    parts = {"step": auto.step}
+    for name, candidate in auto.candidates.items():
+        if all(candidate.step is not step for step in parts.values()):
+            parts[f"step.{name}"] = candidate.step
+    return {**parts, "table": auto.table, "sampler": auto.sampler, "controller": auto}

@@ -64,10 +64,12 @@ def checkpoint(module: nn.Module, *inputs: Tensor, shared: Iterable[int] = ()) -
         If ``module`` is not a module, an input is not a tensor, or the output is not one tensor.
     ValueError
         If an input is not (n, ...) and not named in ``shared``, or if the module contains BatchNorm in training mode:
-        its statistics couple the samples, and a second forward would count them again.
+        its statistics couple the samples, and a second forward would count them again. Also if the module edits an
+        input in place, as one that begins with ``ReLU(inplace=True)``.
     NotImplementedError
         If the module draws random numbers other than the masks of dropout layers: attention or recurrent layers with
-        dropout, ``AlphaDropout``, noise. Also for dropout of a tensor in which no dim has size n.
+        dropout, ``AlphaDropout``, noise. Also for dropout of a tensor in which no dim has size n. Global generators are
+        seen to move: a run during which another thread draws from one is made again, and refused after 16 such runs.
     RuntimeError
         In the backward, if the module calls dropout otherwise than in the forward, for instance because its mode was
         changed between them.

@@ -1,6 +1,8 @@
 """What a checkpointed block draws: its dropout masks, recorded in the first run and replayed in the second.
 
-Any other draw is refused in the first run: the second run, on the chosen rows alone, could not repeat it.
+Any other draw is refused: the second run, on the chosen rows alone, could not repeat it. Generators are the process's,
+and another thread may have drawn. So a run in which somebody drew is made again, and the one that counts is one in
+which nobody did.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import pickle
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,10 +24,16 @@ from selbp.rows.layout import RowSet
 _DROPOUTS = {functional.dropout, torch.dropout}
 _CHANNEL_DROPOUTS = {functional.dropout1d, functional.dropout2d, functional.dropout3d, torch.feature_dropout}
 
+RUNS = 16  # of a block before it is taken to draw
+
 OTHER_DRAW = (
     "selbp.checkpoint: the block draws random numbers that are not a dropout mask (attention or recurrent layers with "
     "dropout, AlphaDropout, noise), and its second run would draw others. Set that dropout to 0, or use "
     "torch.utils.checkpoint for this block"
+)
+SOMEBODY_DREW = (
+    f"{OTHER_DRAW}. If the block draws nothing, another thread drew from a global generator (random, numpy.random, "
+    f"torch) in each of {RUNS} runs of it: give that thread a generator of its own"
 )
 
 
@@ -38,7 +46,43 @@ def _mask_shape(func: Any, x: Tensor) -> list[int]:
 
 
 class _Dropouts(TorchFunctionMode):
-    """Multiply by masks of our own where the code inside calls dropout."""
+    """Multiply by masks of our own where the code inside calls dropout, and see whether anything else is drawn.
+
+    Code that draws moves a generator's state. That finds draws in C++ too, and those in functions that torch calls with
+    this mode switched off (multi-head attention).
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.drew = False  # whether anybody drew anything else in the last run
+        self._next = 0  # the next mask
+        self._devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
+
+    def __enter__(self) -> Any:
+        super().__enter__()
+        self.drew, self._next = False, 0
+        self._torch, self._others = self._states(), _states_outside_torch()
+        return self
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        super().__exit__(kind, *error)
+        if kind is None:
+            self._look()
+            self.drew |= self._others != _states_outside_torch()
+
+    def _states(self) -> list[Tensor]:
+        """Return the states of torch's generators for the CPU and the block's devices."""
+        states = [torch.get_rng_state()]
+        for device in self._devices:
+            if capturing(device):
+                continue  # the state cannot be read there; the runs before the capture have checked the block
+            module = torch.get_device_module(device)
+            states.append(module.get_rng_state() if device.type == "mps" else module.get_rng_state(device))
+        return states
+
+    def _look(self) -> None:
+        """Note whether torch's generators have moved since the last mask."""
+        self.drew |= not all(map(torch.equal, self._torch, self._states()))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -69,28 +113,26 @@ class _Dropouts(TorchFunctionMode):
 
 
 class Recording(_Dropouts):
-    """Record the masks of a first run on n rows, one byte per entry.
-
-    Code that draws anything else moves the random state between two masks, or after the last one. That finds draws in
-    C++ too, and those in functions that torch calls with this mode switched off (multi-head attention).
-    """
+    """Record the masks of a first run on n rows, one byte per entry. A run that is made again gets them again."""
 
     def __init__(self, n: int, tensors: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__(tensors)
         self.masks: list[Tensor] = []
         self._n = n
-        self._devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
-        self._torch, self._others = self._states(), _states_outside_torch()
 
     def __exit__(self, kind: Any, *error: Any) -> None:
         super().__exit__(kind, *error)
-        if kind is None:
-            self._refuse_other_draws()
-            if self._others != _states_outside_torch():
-                raise NotImplementedError(OTHER_DRAW)
+        del self.masks[self._next :]
 
     def _mask(self, func: Any, x: Tensor, p: float) -> Tensor:
-        self._refuse_other_draws()
+        self._look()
+        if self._next == len(self.masks) or list(self.masks[self._next].shape) != _mask_shape(func, x):
+            self.masks[self._next :] = [self._drawn(func, x, p)]
+            self._torch = self._states()
+        self._next += 1
+        return self.masks[self._next - 1]
+
+    def _drawn(self, func: Any, x: Tensor, p: float) -> Tensor:
         # The draw of the network without a checkpoint. Where a block that holds this one is running again, its mode
         # answers, with the mask that it recorded.
         mask = func(torch.ones_like(x), p, True) != 0
@@ -100,31 +142,15 @@ class Recording(_Dropouts):
             raise NotImplementedError(
                 f"selbp.checkpoint: dropout of a tensor {tuple(x.shape)} without a dim of the {self._n} samples"
             )
-        self.masks.append(mask.contiguous())
-        self._torch = self._states()
-        return mask
-
-    def _states(self) -> list[Tensor]:
-        """Return the states of torch's generators for the CPU and the block's devices."""
-        states = [torch.get_rng_state()]
-        for device in self._devices:
-            if capturing(device):
-                continue  # the state cannot be read there; the runs before the capture have checked the block
-            module = torch.get_device_module(device)
-            states.append(module.get_rng_state() if device.type == "mps" else module.get_rng_state(device))
-        return states
-
-    def _refuse_other_draws(self) -> None:
-        if not all(map(torch.equal, self._torch, self._states())):
-            raise NotImplementedError(OTHER_DRAW)
+        return mask.contiguous()
 
 
 class Replaying(_Dropouts):
     """Replay the masks of a first run, in a second one on ``rows`` of its n rows (None: on all of them)."""
 
-    def __init__(self, masks: list[Tensor], rows: RowSet | None) -> None:
-        super().__init__()
-        self._recorded, self._rows, self._next = masks, rows, 0
+    def __init__(self, masks: list[Tensor], rows: RowSet | None, tensors: Iterable[Tensor]) -> None:
+        super().__init__(tensors)
+        self._recorded, self._rows = masks, rows
 
     def __exit__(self, kind: Any, *error: Any) -> None:
         super().__exit__(kind, *error)
@@ -144,6 +170,19 @@ class Replaying(_Dropouts):
         if list(mask.shape) != shape:
             raise _other_dropouts(f"a mask {tuple(shape)}", f"{tuple(mask.shape)}")
         return mask
+
+
+def undisturbed(masks: _Dropouts, run: Callable[[], Any]) -> Any:
+    """Return what ``run`` gives inside ``masks`` where nobody draws anything else.
+
+    Raises NotImplementedError where somebody does in each of ``RUNS`` runs.
+    """
+    for _ in range(RUNS):
+        with masks:
+            out = run()
+        if not masks.drew:
+            return out
+    raise NotImplementedError(SOMEBODY_DREW)
 
 
 def _other_dropouts(now: str, before: str) -> RuntimeError:

@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selbp.common.guards import without_autocast_cache
+from selbp.common.in_place import version_of
 from selbp.rows.exposed import densify
 from selbp.rows.gradient import RowGradient
 from selbp.rows.layout import Layout, RowSet
-from selbp.rows.masks import Recording, Replaying
+from selbp.rows.masks import Recording, Replaying, undisturbed
 from selbp.rows.unsupported import refuse_backward
 from selbp.rows.wrap import wrap
 
 
 @contextmanager
-def _as_in_forward(device: str, autocast: tuple[bool, torch.dtype], masks: Replaying) -> Iterator[None]:
-    """Record a graph inside, under the forward's autocast and its dropout masks."""
-    with torch.enable_grad(), torch.autocast(device, enabled=autocast[0], dtype=autocast[1]), masks:
+def _as_in_forward(device: str, autocast: tuple[bool, torch.dtype]) -> Iterator[None]:
+    """Record a graph inside, under the forward's autocast."""
+    with torch.enable_grad(), torch.autocast(device, enabled=autocast[0], dtype=autocast[1]):
         yield
 
 
@@ -58,8 +60,16 @@ class Checkpoint(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         device = inputs[0].device.type
         ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        with Recording(inputs[0].shape[0], tensors) as recording:
+        versions = [version_of(x) for x in inputs]
+
+        def run() -> Any:
             out = module(*inputs)
+            _refuse_edits(inputs, versions)
+            return out
+
+        recording = Recording(inputs[0].shape[0], tensors)
+        with without_autocast_cache():
+            out = undisturbed(recording, run)
         if not isinstance(out, Tensor):
             raise TypeError(f"a checkpointed block must return a Tensor, got {type(out).__name__}")
         ctx.masks = recording.masks
@@ -83,10 +93,12 @@ class Checkpoint(torch.autograd.Function):
         needs = ctx.needs_input_grad[3:]
         leaves = [t.detach().requires_grad_(wants) for t, wants in zip((*inputs, *parameters), needs, strict=True)]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        named = dict(zip(ctx.names, leaves[count:], strict=True))
         with _announced(layout):
-            with _as_in_forward(gradient.device.type, ctx.autocast, Replaying(ctx.masks, rows)):
-                out = torch.func.functional_call(
-                    ctx.module, dict(zip(ctx.names, leaves[count:], strict=True)), tuple(leaves[:count])
+            with _as_in_forward(gradient.device.type, ctx.autocast):
+                out = undisturbed(
+                    Replaying(ctx.masks, rows, leaves),
+                    lambda: torch.func.functional_call(ctx.module, named, tuple(leaves[:count])),
                 )
             gradients = iter(torch.autograd.grad(out, wanted, gradient, allow_unused=True))
         results: list[Tensor | None] = [next(gradients) if leaf.requires_grad else None for leaf in leaves]
@@ -96,6 +108,19 @@ class Checkpoint(torch.autograd.Function):
                 if result is not None and own:
                     results[i] = wrap(result[: layout.rows.k].resolve_conj().resolve_neg(), layout)
         return None, None, None, *results
+
+
+def _refuse_edits(inputs: tuple[Tensor, ...], versions: list[int]) -> None:
+    """Raise ValueError where an input has been written to since ``versions``.
+
+    A second run would edit it again. What the caller computes from it later would not see the block's gradient.
+    """
+    for i, (x, version) in enumerate(zip(inputs, versions, strict=True)):
+        if version_of(x) != version:
+            raise ValueError(
+                f"inputs[{i}] must not be edited in place by a checkpointed block, whose second run would edit it "
+                "again: pass inplace=False to the layer that does, or let the block edit a copy"
+            )
 
 
 def _one_more(rows: RowSet, gradient: Tensor) -> tuple[RowSet, Tensor]:

@@ -71,6 +71,11 @@ class Issued:
         self._owner, self._token = owner, object()
         return self._token
 
+    def end(self) -> None:
+        """Forget what has been handed out, and let the iteration that did hand out no more."""
+        self.draws.clear()
+        self._token = object()
+
     @property
     def in_use(self) -> bool:
         """Whether a sampler has been iterated over."""
@@ -81,13 +86,18 @@ class Issued:
         handed_out = self._owner is not None and any(draw is other for other in self.draws)
         return (self._owner.rank, self._owner.world_size) if self._owner is not None and handed_out else (0, 0)
 
-    def add(self, draw: Draw, token: object) -> None:
-        """Hand out ``draw``. Raises RuntimeError where another iteration has begun since."""
+    def check(self, token: object) -> None:
+        """Raise RuntimeError where another iteration has begun since, or a state was loaded."""
         if token is not self._token:
             raise RuntimeError(
-                "another iteration over a sampler of this table has begun: a table serves one at a time. Give each "
-                "loader that is iterated over at the same time a table of its own"
+                "another iteration over a sampler of this table has begun, or a sampler's state was loaded: a table "
+                "serves one at a time. Give each loader that is iterated over at the same time a table of its own, and "
+                "begin to iterate anew after load_state_dict"
             )
+
+    def add(self, draw: Draw, token: object) -> None:
+        """Hand out ``draw``. Raises RuntimeError as :meth:`check` does."""
+        self.check(token)
         self.draws.append(draw)
 
     def front(self, n: int, ids: Any = None) -> Draw | None:

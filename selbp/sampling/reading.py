@@ -107,7 +107,7 @@ def _chunks(chunks: Chunks, n: int, workers: int) -> Iterator[Chunk]:
     ranges = Ranges(n)
     made: Iterable[Chunk] = map(chunks.__getitem__, ranges)
     if workers:
-        made = DataLoader(
+        loader: DataLoader[Chunk] = DataLoader(
             chunks,  # type: ignore[arg-type]
             batch_size=None,
             sampler=ranges,
@@ -115,6 +115,8 @@ def _chunks(chunks: Chunks, n: int, workers: int) -> Iterator[Chunk]:
             collate_fn=_as_it_is,
             generator=torch.Generator(),  # else the loader would draw from torch's own
         )
+        with torch.device("cpu"):  # else it would draw on the default device, and a fork would make tensors there
+            made = iter(loader)
     for chunk in made:
         ranges.note(chunk)
         yield chunk

@@ -112,6 +112,7 @@ class TableSampler(Sampler[list[int]]):
         self._begun, self._resumed = True, False
         token, index = self.table.issued.begin(self), self._consumed
         while index < self._length():
+            self.table.issued.check(token)  # first: what is to be handed out again waits for another iteration
             made = self._replay.popleft() if self._replay else self._draw(index)
             self.table.issued.add(made, token)
             index += 1
@@ -155,7 +156,7 @@ class TableSampler(Sampler[list[int]]):
         return {"epoch": self.epoch, "consumed": self._consumed, "issued": issued, "plan": plan, "shard": shard}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a :meth:`state_dict`: the next iteration goes on from there.
+        """Take over a :meth:`state_dict`: the next iteration goes on from there, and one that is running ends.
 
         Raises ValueError, and changes nothing, where it does not fit this sampler's samples, rank, world size or seed.
         """
@@ -176,7 +177,7 @@ class TableSampler(Sampler[list[int]]):
         self.epoch, self._consumed = epoch, consumed
         self._plan = {name: value.to(device, copy=True) for name, value in state["plan"].items()}
         self._replay = deque(issued)
-        self.table.issued.draws.clear()
+        self.table.issued.end()
         # Before the first batch of all there is no plan yet; after the last one of an epoch the next epoch is due.
         self._begun = bool(self._plan)
         self._resumed = self._begun and consumed < self._length()

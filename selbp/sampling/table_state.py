@@ -22,6 +22,7 @@ def saved(table: ScoreTable) -> dict[str, Any]:
         "noise": table.noise,
         "time": table._time,
         "prior": table._prior,
+        "price": table.price,
     }
     for name, column in zip(Columns._fields, table._columns, strict=True):
         state[name] = column[:-1].detach().cpu().clone()
@@ -34,6 +35,8 @@ def saved(table: ScoreTable) -> dict[str, Any]:
 
 def restore(table: ScoreTable, mine: dict[str, Any], state: Mapping[str, Any]) -> None:
     """Have ``table``, whose own state is ``mine``, take over ``state``. ValueError, and no change, where it misfits."""
+    if isinstance(state, Mapping):
+        state = {"price": None, **state}  # states were saved without it
     if not isinstance(state, Mapping) or set(state) != set(mine):
         got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"state of a ScoreTable must have the entries {sorted(mine)}, got {got}")
@@ -47,8 +50,12 @@ def restore(table: ScoreTable, mine: dict[str, Any], state: Mapping[str, Any]) -
             raise ValueError(f"the state's {name} is {shown(state[name])}, the table's {shown(mine[name])}")
     check_int("the state's time", state["time"], 0)
     check_number("the state's prior", state["prior"], 0.0, 1.0)
+    if state["price"] is not None:
+        check_number("the state's price", state["price"], 0.0)
     for name, own in mine.items():
         value = state[name]
+        if name == "price":
+            continue
         if name == "irreducible":
             own = table.probability.cpu() if value is not None else None
         if (own is None) != (value is None) or (isinstance(own, Tensor) and not _same_kind(own, value)):
@@ -62,7 +69,7 @@ def restore(table: ScoreTable, mine: dict[str, Any], state: Mapping[str, Any]) -
             getattr(table._averages, name).copy_(state[name])
     irreducible = state["irreducible"]
     table.irreducible = None if irreducible is None else irreducible.to(table.device, copy=True)
-    table._time, table._prior = int(state["time"]), float(state["prior"])
+    table._time, table._prior, table.price = int(state["time"]), float(state["prior"]), state["price"]
 
 
 def _same_kind(own: Tensor, value: Any) -> bool:

@@ -93,10 +93,17 @@ class WrittenScores(KnownScores):
         assert target is not None
         fresh = Fresh(draw.ids, draw.uniform, place, live, target)
         self._raise_mismatch(record(self._columns, self._averages, fresh, first, time), fresh)
-        self._prior *= max(0.0, 1.0 - draw.uniform / self.window)
+        self._prior *= max(0.0, 1.0 - self._entered(fresh, time) / self.window)
         learns = draw.uniform and not self.adaptive  # a transition that was read off the surest samples stays
         if self._averages.counts is not None and self._averages.transition is not None and learns:
             self._averages.transition.copy_(normalised(self._averages.counts, 1.0 / self.window))
+
+    def _entered(self, fresh: Fresh, time: int) -> int:
+        """How many of the rows that :func:`record` was given have entered the averages."""
+        if self.device.type != "cpu":  # to count them would wait; only a table on the CPU reads the prior
+            return min(fresh.uniform, len(fresh.target))
+        written = self._columns.seen[fresh.samples()] == time
+        return int((written & fresh.drawn_uniformly()).sum())
 
     def _write_losses(self, fresh: Fresh, losses: Tensor, time: int) -> None:
         p = (-losses.double()).exp().clamp(max=1.0)

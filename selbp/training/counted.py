@@ -15,6 +15,7 @@ from selbp.ops._backends import capturing
 from selbp.sampling.table import ScoreTable
 from selbp.training.interaction import SamplesInteractError
 from selbp.training.kinds import StepKinds
+from selbp.training.losses import CrossEntropy
 from selbp.training.options import StepOptions
 from selbp.training.pace import Pace
 from selbp.training.per_call import PerCall
@@ -129,12 +130,15 @@ class CountedStep(StepKinds):
         Without a ``generator`` of its own, draws come from torch's global one, whose state is the caller's to save.
         """
         counts = {"optimizer_step": self._step, "auto_advance": self._auto_advance, "backward": self._strategy.decision}
-        return {**counts, **self._choice.state_dict()}
+        last = self._criterion.told if isinstance(self._criterion, CrossEntropy) else None
+        return {**counts, "classes_last": last, **self._choice.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict`. Raises ValueError, and changes nothing, where it does not fit."""
-        count, auto, backward = check_counts(state)
+        count, auto, backward, last = check_counts(state)
         self._choice.load_state_dict({name: state[name] for name in CHOICE_ENTRIES})
         self._step, self._auto_advance = count, auto
         self._last = max(count - auto, 0)
         self._strategy.restore(backward)
+        if isinstance(self._criterion, CrossEntropy):
+            self._criterion.tell(last)

@@ -30,7 +30,6 @@ from selbp.selectors.top import TARGETS
 from selbp.training.auxiliary import Auxiliary, add
 from selbp.training.head import check_full_gradient, find_clear_head, find_head
 from selbp.training.head_gradient import FullHeadGradient, mean_of
-from selbp.training.head_kinds import weight_shape
 from selbp.training.interaction import FirstComparison, Forwards, normalises_by_rows
 from selbp.training.linear_loss import LinearCausalLM
 from selbp.training.losses import Criterion, CrossEntropy, of_some
@@ -69,8 +68,6 @@ class StepKinds:
         self._cut = None if options.cut is None else _placed(model, options.cut, options)
         wanted = self._gradients or options.head is not None or options.linear
         self.head = find_head(model, options.head) if wanted else find_clear_head(model)
-        if isinstance(self._criterion, CrossEntropy) and (shape := weight_shape(self.head)) is not None:
-            self._criterion.check_classes(shape[0], "the head")
         if options.linear:
             self._without_logits()
         if self._full_head:

@@ -101,6 +101,15 @@ class CrossEntropy:
     _moved: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
     _last: list[bool] = field(default_factory=list, repr=False)  # what the first unambiguous minibatch told
 
+    @property
+    def told(self) -> bool | None:
+        """Whether an earlier minibatch told that the classes are the last dim; None where none told."""
+        return self._last[0] if self._last else None
+
+    def tell(self, last: bool | None) -> None:
+        """Take over a :attr:`told`."""
+        self._last[:] = [] if last is None else [last]
+
     def weight_on(self, device: torch.device) -> Tensor | None:
         """The class weights on ``device``, copied there once."""
         if self.class_weight is None:

@@ -234,6 +234,58 @@ def test_a_table_its_sampler_and_its_controller_are_saved(tmp_path):
     assert resumed.step.log == whole.step.log and resumed.step.report.step == whole.step.report.step == 11
 
 
+class Known(Drawn):
+    """The controller's step and sampler are attributes too, before it or after."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        made = self.step
+        del self.step
+        if first:
+            self.inner, self.sampler = made.step, made.sampler
+        self.step = made
+        if not first:
+            self.inner, self.sampler = made.step, made.sampler
+
+
+PARTS = ["step.step", "step.table", "step.sampler", "step.controller"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_step_that_two_attributes_hold_counts_once(first, tmp_path):
+    module, callback = Known(first), SelectiveCallback()
+    trainer = fit(module, tmp_path, callback=callback, batches=module.batches)
+    assert module.inner.optimizer_step == trainer.global_step == 4
+    (states,) = callback.state_dict()["ranks"]
+    assert list(states) == PARTS and list(callback._windows) == PARTS[:1]
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["by places", "and by two attributes"])
+def test_a_checkpoint_with_other_names_is_taken(other, tmp_path):
+    module = Known(True)
+    fit(module, tmp_path, batches=module.batches).save_checkpoint(tmp_path / "half.ckpt")
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=False)
+    (callback,) = saved["callbacks"].values()
+    (states,) = callback["ranks"]
+    before = {f"step.{place}": states[part] for place, part in enumerate(PARTS)}
+    callback["ranks"] = [before | ({"inner": states["step.step"]} if other else {})]
+    torch.save(saved, tmp_path / "half.ckpt")
+    resumed = Known(True)
+    fit(resumed, tmp_path, resume=str(tmp_path / "half.ckpt"), max_epochs=2, batches=resumed.batches)
+    assert resumed.inner.optimizer_step == 8 and resumed.sampler.epoch == 1
+
+
+def test_a_further_candidates_step_has_the_candidates_name():
+    module = Drawn()
+    step = selbp.SelectiveBackprop(module.net, selector=selbp.TopLoss(), keep=2, table=module.step.table)
+    pool = {"pool": selbp.sampling.Candidate(step, k=9, scored=False)}
+    module.auto = selbp.AutoSelect(module.step.step, module.step.sampler, others=pool)
+    del module.step
+    callback = SelectiveCallback()
+    callback.setup(None, module, "fit")
+    assert list(callback._parts) == ["auto.step", "auto.step.pool", "auto.table", "auto.sampler", "auto.controller"]
+
+
 def test_it_logs_the_figures(tmp_path):
     module = Module(selector=selbp.GradientMatching(), keep=0.5)
     logger = CSVLogger(tmp_path)

@@ -170,3 +170,53 @@ def test_reentrant_checkpoints_hand_rows_on(nested: bool) -> None:
     for a, b in zip(got, gradients(lambda values: values[torch.tensor([1, 4, 6])]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert dense.total() == 3  # the gradients of x and of the two parameters of one row a sample
+
+
+def test_autocast_keeps_no_weight_of_the_forward_without_a_graph() -> None:
+    """Up to about torch 2.10 a later use of the layer would get that weight, and lose its gradient."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(8, 8), torch.randn(N, 8)
+
+    def run(wrapped: bool) -> Tensor:
+        layer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = selbp.checkpoint(layer, x) if wrapped else layer(x)
+            loss = layer(torch.tanh(h)).float().square().sum()
+        loss.backward()
+        return layer.weight.grad.clone()
+
+    torch.testing.assert_close(run(True), run(False), rtol=0.02, atol=0.02)
+    kept: list[bool] = []
+    layer.register_forward_hook(lambda *_: kept.append(torch.is_autocast_cache_enabled()))
+    run(True)
+    assert kept == [False, True, True]  # the block, the layer again, and the block in the backward
+
+
+class Subtracts(nn.Module):
+    """Edits the second of two inputs."""
+
+    def forward(self, x: Tensor, mean: Tensor) -> Tensor:
+        return x.tanh() * mean.sub_(1.0)
+
+
+EDITS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
+    "leaky relu": (0, lambda: nn.Sequential(nn.LeakyReLU(0.1, inplace=True), nn.Linear(4, 4))),
+    "relu": (0, lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))),
+    "dropout": (0, lambda: nn.Sequential(nn.Dropout(0.4, inplace=True), nn.Linear(4, 4))),
+    "a view": (0, lambda: nn.Sequential(nn.Flatten(), nn.ReLU(inplace=True))),
+    "the second input": (1, Subtracts),
+}
+
+
+@pytest.mark.parametrize("below", [False, True], ids=["data", "a layer's output"])
+@pytest.mark.parametrize("name", EDITS)
+def test_a_block_that_edits_its_input_in_place_is_refused(name: str, below: bool) -> None:
+    """Its second run would edit it again."""
+    which, make = EDITS[name]
+    torch.manual_seed(0)
+    block, layer = make(), nn.Linear(4, 4)
+    inputs = [layer(torch.randn(N, 4)) if below else torch.randn(N, 4) for _ in range(1 + which)]
+    with pytest.raises(ValueError, match=rf"inputs\[{which}\] must not be edited in place.*inplace=False"):
+        selbp.checkpoint(block, *inputs)
+    with torch.no_grad():
+        selbp.checkpoint(block, *inputs)  # no second run

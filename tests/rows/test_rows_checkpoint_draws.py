@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 
 import numpy
@@ -319,3 +320,60 @@ def test_what_is_shared_is_not_guessed() -> None:
             selbp.checkpoint(Adds(), x, x, scale, shared=shared)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"inputs\[0\] must be \(n, \.\.\.\)"):
         selbp.checkpoint(nn.Tanh(), scale)
+
+
+DRAWS: dict[str, Callable[[], object]] = {
+    "python": random.random,
+    "numpy": numpy.random.rand,
+    "torch": lambda: torch.rand(()),
+}
+
+
+def beside(block: Computes, name: str, runs: Callable[[int], bool]) -> list[int]:
+    """Have a thread draw within those runs of ``block``; returns a list that grows with each run."""
+    made: list[int] = []
+
+    def draw(*_: object) -> None:
+        if runs(len(made)):
+            thread = threading.Thread(target=DRAWS[name])
+            thread.start(), thread.join()
+        made.append(len(made))
+
+    block.last.register_forward_hook(draw)
+    return made
+
+
+@pytest.mark.parametrize("which", [(0,), (0, 1, 2), (1,), (0, 2, 3)], ids=str)
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_run_during_which_a_thread_draws_is_made_again(name: str, which: tuple[int, ...]) -> None:
+    """With the same masks, and whether it is the forward's or the backward's."""
+    block, x = block_of("two")
+    index = torch.tensor([6, 2])
+    want = torch.autograd.grad(losses_of(block, x, wrapped=False)[index].sum(), list(block.parameters()))
+    made = beside(block, name, lambda run: run in which)
+    got = torch.autograd.grad(selbp.select(losses_of(block, x, wrapped=True), index).sum(), list(block.parameters()))
+    assert len(made) == 2 + len(which)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws_in_every_run_are_refused_and_threads_are_named(name: str) -> None:
+    block, x = block_of("two")
+    beside(block, name, lambda run: True)
+    with pytest.raises(NotImplementedError, match="not a dropout mask.*another thread drew"):
+        losses_of(block, x, wrapped=True)
+    block, x = block_of("two")
+    beside(block, name, lambda run: run > 0)
+    losses = losses_of(block, x, wrapped=True)
+    with pytest.raises(NotImplementedError, match="not a dropout mask.*another thread drew"):
+        selbp.select(losses, torch.tensor([6, 2])).sum().backward()
+
+
+def test_a_block_that_draws_in_its_second_run_alone_is_refused() -> None:
+    """As where its mode is changed before the backward."""
+    block = Computes(Attention(False)).to(F64).eval()
+    losses = losses_of(block, torch.randn(N, 5, 4, dtype=F64), wrapped=True)
+    block.train()
+    with pytest.raises(NotImplementedError, match="not a dropout mask"):
+        selbp.select(losses, torch.tensor([6, 2])).sum().backward()

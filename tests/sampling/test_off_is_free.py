@@ -1,5 +1,7 @@
 """What choosing costs while it is off, in work and not by the clock; and that no noise is found where there is none."""
 
+import math
+
 import pytest
 import torch
 from support.sampling_kit import data
@@ -111,6 +113,34 @@ def test_the_first_guess_of_a_table_shows_nothing():
     other = ScoreTable(4000, 4, window=512)
     other.load_state_dict(table.state_dict())
     assert other._prior == table._prior < 1e-3
+
+
+@pytest.mark.parametrize("window", [48, 1024])
+@pytest.mark.parametrize("how", ["some rows", "rows not live", "rows not numbers", "rows chosen freely"])
+def test_the_first_guess_fades_by_the_rows_that_are_recorded(how, window):
+    """As it does where no others were drawn: eps and its bound are then the same."""
+    one, other = ScoreTable(4000, 10, window=window), ScoreTable(4000, 10, window=window)
+    for start in range(0, 4000, 128):
+        ids = torch.arange(start, min(start + 128, 4000))
+        y = ids % 10
+        logits = math.log(0.15 / (0.85 / 9)) * nn.functional.one_hot(y, 10).float()  # p = .15 of each label
+        live = (torch.arange(len(ids)) % 4 == 1) & (ids < 3900)  # of the last 100, none
+        place = live.nonzero()[:, 0]
+        one.record(one.next(len(place), ids[place]), y[place], logits=logits[place])
+        draw = other.next(len(ids), ids)
+        if how == "some rows":
+            other.record(draw, y[place], logits=logits[place], place=place)
+        elif how == "rows not live":
+            other.record(draw, y, logits=logits, live=live)
+        elif how == "rows not numbers":
+            other.record(draw, y, logits=torch.where(live[:, None], logits, torch.nan))
+        else:  # by a score: places from ``uniform`` on
+            order = torch.cat([place, (~live).nonzero()[:, 0]])
+            draw = draw._replace(ids=ids[order], uniform=len(place))
+            other.record(draw, y[order], logits=logits[order])
+        assert other._prior == one._prior
+        assert other.shown_epsilon == one.shown_epsilon == 0.0
+    assert one._prior < 1.0
 
 
 def test_the_level_of_the_bound_holds():

@@ -92,6 +92,24 @@ def test_a_resumed_run_draws_and_trains_as_if_it_had_not_stopped(workers, option
     assert torch.equal(whole.table.probability.nan_to_num(), other.table.probability.nan_to_num())
 
 
+@pytest.mark.parametrize("taken", [0, 2])
+def test_a_loaded_state_ends_the_iteration_that_is_running(taken):
+    """Which would hand out what is to be handed out again."""
+    one, other = (ScoredBatchSampler(known_table(40), k=4, pool=12, seed=5) for _ in range(2))
+    fetched = iter(one)
+    want = [next(fetched) for _ in range(3)]
+    for _ in range(taken):
+        one.skip()
+    state = one.state_dict()
+    want = [*want[taken:], *fetched]
+    running = iter(other)
+    next(running)
+    other.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="a sampler's state was loaded.*begin to iterate anew"):
+        next(running)
+    assert list(other) == want
+
+
 class Controlled:
     """A training by ``AutoSelect`` that draws from torch's generator: in dropout, and in a rule with a memory."""
 
@@ -136,6 +154,7 @@ def test_what_the_guide_tells_to_save_is_enough(rule, stop):
     for part, state in zip(resumed.parts, states, strict=True):
         part.load_state_dict(state)
     torch.set_rng_state(random)
+    assert resumed.auto.table.price == stopped.auto.report.price is not None
     resumed.go(10)
     assert "drawn" in {decision.chosen for decision in whole.auto.log}
     for a, b in zip(*map(pytree.tree_leaves, (resumed.state(), whole.state())), strict=True):

@@ -265,7 +265,7 @@ def test_a_state_is_exact(options):
     draw, target = Draw(torch.arange(9), 9), torch.randint(0, 4, (9,))
     seen = {"logits": torch.randn(9, 4)} if options["classes"] else {"losses": torch.rand(9)}
     table.record(draw, target, **seen)
-    table.irreducible = torch.rand(20)
+    table.irreducible, table.price = torch.rand(20), 1.25
     file = io.BytesIO()
     torch.save(table.state_dict(), file)
     file.seek(0)
@@ -278,6 +278,15 @@ def test_a_state_is_exact(options):
         assert torch.equal(value.nan_to_num(), got.nan_to_num()) if isinstance(value, torch.Tensor) else value == got
 
 
+def test_a_state_without_a_price_is_taken():
+    table = known_table(20)
+    state = table.state_dict()
+    del state["price"]
+    table.price = 2.0
+    table.load_state_dict(state)
+    assert table.price is None
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -287,8 +296,9 @@ def test_a_state_is_exact(options):
         (lambda s: s.update(probability=torch.zeros(3)), "probability must be a Tensor float32 .20,."),
         (lambda s: s.update(label=torch.zeros(20)), "label must be a Tensor int32"),
         (lambda s: s.update(time=-1), "time must be at least 0"),
+        (lambda s: s.update(price=-1.0), "price must be finite and at least 0"),
     ],
-    ids=["entry", "classes", "noise", "shape", "dtype", "time"],
+    ids=["entry", "classes", "noise", "shape", "dtype", "time", "price"],
 )
 def test_a_state_that_does_not_fit_changes_nothing(change, says):
     table = known_table(20)

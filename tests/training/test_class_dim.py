@@ -125,6 +125,27 @@ def test_an_earlier_minibatch_tells(last):
         assert_same(got, gradients(model, by_hand(model, (x, y), step.report.selection, last)))
 
 
+@pytest.mark.parametrize("last", [True, False], ids=["last", "dim 1"])
+def test_a_resumed_step_knows_what_an_earlier_minibatch_told(last):
+    def begun():
+        return selbp.SelectiveBackprop(network(4, (3,), last), keep=3, selector=selbp.TopLoss())
+
+    step = begun()
+    assert step.state_dict()["classes_last"] is None
+    step(*minibatch(4, (3,)))
+    state = step.state_dict()
+    model, batch = network(4, (4,), last), minibatch(4, (4,))
+    resumed = selbp.SelectiveBackprop(model, keep=3, selector=selbp.TopLoss())
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    got = gradients(model, resumed(*batch))
+    assert_same(got, gradients(model, by_hand(model, batch, resumed.report.selection, last)), rtol=3e-7)
+    del state["classes_last"]  # as states were
+    resumed.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"pass class_dim=1 or class_dim=-1"):
+        resumed(*batch)
+
+
 @pytest.mark.parametrize("how", STEPS)
 def test_a_linear_layer_over_the_positions(how):
     torch.manual_seed(1)
@@ -132,6 +153,47 @@ def test_a_linear_layer_over_the_positions(how):
     step = selbp.SelectiveBackprop(model, keep=3, **STEPS[how])
     got = gradients(model, step(*batch))
     assert_same(got, gradients(model, by_hand(model, batch, step.report.selection, False)), rtol=3e-7)
+
+
+class Viewed(nn.Module):
+    """Logits (n, L, C) as a view of a linear layer's (n, L C)."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 3 * 5)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x))).view(len(x), 3, 5)
+
+
+RESHAPED = {  # the model, its classes, their places, and whether the classes are the last dim
+    "a view": (Viewed, 5, (3,), True),
+    "pixel shuffle": (
+        lambda: nn.Sequential(nn.Linear(6, 12), nn.Unflatten(1, (3, 2, 2)), nn.Conv2d(3, 20, 1), nn.PixelShuffle(2)),
+        *(5, (4, 4), False),
+    ),
+    "over the positions": (
+        lambda: nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Unflatten(1, (4, 3)), nn.Linear(3, 3)),
+        *(4, (3,), False),
+    ),
+}
+
+
+@pytest.mark.parametrize("backward", ["rows", "recompute"])
+@pytest.mark.parametrize("rule", [selbp.TopLoss, selbp.GradientMatching], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", RESHAPED)
+def test_class_weights_where_the_heads_output_is_reshaped_to_the_classes(name, rule, backward):
+    make, classes, places, last = RESHAPED[name]
+    torch.manual_seed(1)
+    model, batch = make().double(), minibatch(classes, places)
+    weight = torch.rand(classes, dtype=torch.float64) + 0.5
+    step = selbp.SelectiveBackprop(model, keep=3, selector=rule(), backward=backward, class_weight=weight)
+    got = gradients(model, step(*batch))
+    assert_same(got, gradients(model, by_hand(model, batch, step.report.selection, last, weight=weight)), rtol=3e-7)
+    step = selbp.SelectiveBackprop(model, keep=3, selector=rule(), backward=backward, class_weight=torch.ones(2))
+    with pytest.raises(ValueError, match=f"class_weight must have one entry for each of the {classes} classes"):
+        step(*batch)
+    assert step.optimizer_step == 0
 
 
 def test_matching_sees_the_same_gradients_either_way():

@@ -70,6 +70,7 @@ def test_a_round_trip_continues_bit_for_bit(rule, between):
         {"optimizer_step": -1},
         {"optimizer_step": 1.0},
         {"auto_advance": None},
+        {"classes_last": 1},
         {"selector_type": "Random"},
         {"selector": {}},
         {"selector": {"losses": torch.zeros(3)}},

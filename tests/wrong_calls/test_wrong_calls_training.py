@@ -123,12 +123,6 @@ STEP = [  # (argument, values, error, words)
         ValueError,
         "class_weight must be finite and nowhere negative",
     ),
-    (
-        "class_weight",
-        {"short": torch.ones(C - 1)},
-        ValueError,
-        "class_weight must have one entry for each of the 5 classes",
-    ),
     ("ignore_index", {**NUMBERS, "float": 1.0}, TypeError, "ignore_index must be an int|got"),
     ("label_smoothing", NUMBERS, TypeError, "label_smoothing must be a number|got"),
     (
