@@ -28,6 +28,8 @@ COLUMNS = {
     "minus random": "mean over seeds of the difference to the random arm of the same seed (the same initial weights "
     "and order of samples), with its 95 % t interval when there are several seeds. An interval that holds 0 shows no "
     "difference. One interval in twenty misses by chance alone; nothing here is corrected for the number of arms.",
+    "at equal seconds": "mean over seeds of the test accuracy when the quickest arm had ended, read off each run's "
+    "curve. The other arms' rates have not decayed by then, so this favours the quickest.",
     "backward samples": "samples that ran backward in one run: steps times the samples kept of each minibatch.",
     "forward": "seconds of one run in forward passes: scoring the whole minibatch (its per-sample statistics "
     "included), and the forward of the chosen samples where they run again. The random arm scores nothing.",
@@ -53,7 +55,7 @@ def settings_of(comparison: Comparison, data: Dataset) -> dict[str, str]:
     return {
         "data": f"{data.name}: {len(data.train)} training and {len(data.test)} test images ({data.source})",
         "model": base.model,
-        "minibatch": f"{base.batch_size} samples, of which {base.kept()} run backward",
+        "minibatch": f"{base.batch_size} samples, of which {base.kept()} run backward, unless the arm says otherwise",
         "budget": budget[comparison.budget],
         "optimizer": f"SGD, Nesterov momentum {base.momentum:g}, weight decay {base.weight_decay:g}; each run's rate "
         f"rises for {base.warmup:.0%} of its steps, then falls linearly to 0",
@@ -123,7 +125,8 @@ def comparison_page(
         (
             "<h1>Training on a chosen part of each minibatch</h1>",
             f'<p class="lead">{html.escape(data.name)}, {html.escape(base.model)}: each step chooses {base.kept()} of '
-            f"{base.batch_size} samples and runs backward through those alone.</p>",
+            f"{base.batch_size} samples, or as many as the table says under keep, and runs backward through those "
+            "alone.</p>",
             f'<div class="note">{items("p", caveats(comparison, lines))}</div>',
             f"<h2>Results</h2>\n{to_html(markdown(lines))}",
             f"<p>Accuracy: mean ± standard deviation over seeds.</p>{errors and f'<ul>{errors}</ul>'}",
