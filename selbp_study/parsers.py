@@ -122,7 +122,12 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--seed", type=seed_argument, default=0, help="weights, order of samples, draws (default: %(default)s)"
     )
-    train.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/DATA-RULE-seedN)")
+    train.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of the run (default: runs/DATA-RULE-seedN-DIGEST, one for each set of options)",
+    )
     train.add_argument("--resume", action="store_true", help="go on with the run that --out holds")
     _training_options(train)
 
@@ -159,7 +164,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="choose each arm's rate among these, on a tenth of the training data held out",
     )
     compare.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder (default: runs/compare, runs/demo for the demo)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder (default: runs/compare-DATA-MODEL-DIGEST, the same with more arms or seeds)",
     )
     _training_options(compare)
 
