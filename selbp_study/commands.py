@@ -33,7 +33,7 @@ from selbp_study.together import SharedRun, Together, starts
 
 DEMO_ARMS = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching", "auto")
 DEFAULT_EPOCHS = 4.0
-DEMO_EPOCHS = 3.0  # twenty-one runs in about a quarter of an hour on two cores
+DEMO_EPOCHS = 3.0  # twenty-one runs in 7 to 15 minutes on two cores
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 

@@ -40,9 +40,10 @@ def protocol_of(arguments: argparse.Namespace) -> Protocol:
 
 def _keep_result(protocol: Protocol, path: Path) -> None:
     """UsageError where the result of ``protocol`` would take the place of one that has more than it."""
-    before = (read_object(path) or {}).get("protocol")
+    found = (read_object(path) or {}).get("protocol")
+    before: dict[str, Any] = found if isinstance(found, dict) else {}
     now = json.loads(json.dumps(asdict(protocol)))
-    for name in ("arms", "seeds", "cells") if isinstance(before, dict) else ():
+    for name in ("arms", "seeds", "cells"):
         lost = [value for value in before.get(name) or () if value not in now[name]]
         if lost:
             shown = [f"{cell['steps']} steps of {cell['dataset']}" for cell in lost] if name == "cells" else lost
