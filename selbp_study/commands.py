@@ -207,7 +207,7 @@ def _per_step(run: Run) -> str:
 
 
 def _keep_quiet(text: str) -> None:
-    """The first process says it."""
+    """Print nothing: of several processes, the first one prints for all."""
 
 
 def _write_scores(run: Run, data: Dataset) -> None:
