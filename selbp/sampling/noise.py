@@ -46,8 +46,8 @@ class KnowsNoise(Protocol):
 def noise_aware(loss: Tensor, epsilon: Tensor | float, classes: int) -> Tensor:
     """Cross-entropies (n,) turned into ``-log((1 - eps) exp(-loss) + eps / classes)``; differentiable.
 
-    The gradient is that of ``loss`` times ``r = (1 - eps) p / ((1 - eps) p + eps / C)``, the probability that the label is
-    right. Only the losses are read, so this goes with heads that never store their logits::
+    The gradient is that of ``loss`` times ``r = (1 - eps) p / ((1 - eps) p + eps / C)``, the probability that the label
+    is right. Only the losses are read, so this goes with heads that never store their logits::
 
         losses = selbp.sampling.noise_aware(selbp.ops.linear_cross_entropy(h, w, b, y), 0.2, len(w))
 
