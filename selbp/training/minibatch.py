@@ -61,6 +61,7 @@ class Minibatch:
     mean: MeanGradient | None = None  # of the head, for its full-batch gradient
     # From the choice:
     selection: Selection = field(init=False)
+    own: Selection | None = None  # the rule's, without a sampler's factors, where there are some
     live: Tensor = field(init=False)  # (k,) bool: the slots that have a weight
     # From the forward that trains:
     output: Any = None
@@ -96,4 +97,5 @@ class Minibatch:
             _hits=self.hits,
             _watch=self.watch,
             share=self.share,
+            _own=self.own,
         )

@@ -33,7 +33,7 @@ class Scored:
     mass: Tensor | None = None  # (n,) what each sample counts in torch's mean: its targets, or their class weights
     output: Any = None  # the model's, where it was to be kept
     scaled: Tensor | None = None  # (n,) stats.loss times the scale, where that came with it
-    finite: Tensor | None = None  # (n,) bool: whether the sample's inputs and target are finite; None where nobody looked
+    finite: Tensor | None = None  # (n,) bool: whether inputs and target are finite; None where nobody looked
 
 
 def in_units(
