@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from selbp_study.page import embedded, page, to_html
 from selbp_study.plots import Bars, bars_plot, curves_plot
 from selbp_study.storage import write_bytes, write_text
 from selbp_study.table import Line, lines_of, markdown, on_terminal
-from selbp_study.text import plain
+from selbp_study.text import one_line, plain
 from selbp_study.timing import PARTS, clock_for
 
 CAPTIONS = {  # of the plots, by the names of their files
@@ -155,7 +156,7 @@ def plots_of(name: str, lines: Sequence[Line]) -> dict[str, bytes]:
 def write_report(
     comparison: Comparison, data: Dataset, outcomes: Sequence[Outcome], folder: Path, command: str
 ) -> tuple[Path, str]:
-    """Write everything into ``folder``; returns the page's path and the table for a terminal."""
+    """Write everything into ``folder``; returns the page's path, and for a terminal the table and its caveats."""
     lines = lines_of(outcomes)
     rows = []
     for outcome in outcomes:
@@ -164,10 +165,11 @@ def write_report(
             row |= {name: value for name, value in outcome.result.items() if name != "config"}
         rows.append(json.dumps(row, sort_keys=True))
     write_text(folder / "results.jsonl", "\n".join(rows) + "\n")
-    notes = "\n\n".join(map(plain, caveats(comparison, lines)))
-    write_text(folder / "table.md", f"{markdown(lines)}\n{notes}\n")
+    notes = caveats(comparison, lines)
+    write_text(folder / "table.md", "\n\n".join([markdown(lines).rstrip(), *map(plain, notes)]) + "\n")
     plots = plots_of(f"{data.name}, {comparison.base.model}", lines)
     for plot, png in plots.items():
         write_bytes(folder / f"{plot}.png", png)
     write_text(folder / "report.html", comparison_page(comparison, data, lines, plots, command))
-    return folder / "report.html", on_terminal(lines)
+    said = [textwrap.fill(one_line(note), 110, break_on_hyphens=False) for note in notes]
+    return folder / "report.html", "\n\n".join([on_terminal(lines).rstrip(), *said])

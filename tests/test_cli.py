@@ -130,6 +130,15 @@ def test_compare_prints_the_table_and_the_page(
     assert capsys.readouterr().out.count("(from before)") == 2 * len(commands.DEMO_ARMS)
 
 
+def test_digits_train_long_enough_to_learn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["compare", "--dataset", "digits", "--model", "mlp", "--arms", "random", "--seeds", "0", "--quiet"]
+    for place, more in enumerate(([], ["--preset", "demo"])):
+        assert main([*command, *more, "--threads", "1", "--out", str(tmp_path / str(place))]) == 0
+        rows = (tmp_path / str(place) / "results.jsonl").read_text().splitlines()
+        assert [json.loads(row)["steps"] for row in rows] == [440] and json.loads(rows[0])["accuracy"] > 90
+    assert "Every arm takes the same number of steps." in capsys.readouterr().out
+
+
 def test_compare_leaves_the_report_of_another_comparison_alone(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
