@@ -309,9 +309,8 @@ def _compare(comparison: Comparison, data: Dataset, folder: Path, arguments: arg
     finally:
         show.close()
     report, table = write_report(comparison, data, outcomes, folder, command)
-    say(
-        f"\n{table}\n\npage: {report.resolve()}\nalso: table.md, results.jsonl, samples.png, seconds.png, time.png there"
-    )
+    say(f"\n{table}\n\npage: {report.resolve()}")
+    say("also: table.md, results.jsonl, samples.png, seconds.png, time.png there")
     return FAILED if any(outcome.result is None for outcome in outcomes) else OK
 
 

@@ -254,8 +254,8 @@ def _lines(texts: Mapping[str, str]) -> str:
 def _arm_help() -> str:
     named = {name: f"{title}: {text}" for name, (title, text) in ARMS.items()}
     return (
-        f"{_lines(SELECTORS | named)}\n\nauto is selbp.auto_select: batches drawn by a table of scores while that pays, "
-        "and a noise-aware loss.\n\nAn arm is written rule:option=value,...@option=value,..., the rule's options "
+        f"{_lines(SELECTORS | named)}\n\nauto is selbp.auto_select: batches drawn by a table of scores while that "
+        "pays, and a noise-aware loss.\n\nAn arm is written rule:option=value,...@option=value,..., the rule's options "
         "after the colon and\nthe arm's own training after the @: keep, lr, cut, head_gradient, backward, scoring, "
         "batch_size, precision,\nshare (of the budget), title, sampling (auto, scored, ...), every and between (a "
         "schedule), or any further\nargument of the step. In a list, write ; for the comma between options, and quote "
