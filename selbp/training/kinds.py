@@ -46,7 +46,7 @@ from selbp.training.scores import told, weighted, write_back
 from selbp.training.scoring import Scorer, may_run, unscored
 from selbp.training.sketched import Sketcher
 from selbp.training.stopwatch import AHEAD, Stopwatch
-from selbp.training.strategies import row_losses
+from selbp.training.strategies import UNSCORED, row_losses
 from selbp.types import Selection
 
 Context = Callable[[], AbstractContextManager[None]]
@@ -152,7 +152,7 @@ class StepKinds:
     def _train_unscored(self, m: Minibatch, rows: Batch) -> tuple[Tensor, StepReport]:
         """The one forward of ``rows``, and what the step returns."""
         loss = self._loss(m, self._first_forward(m, rows, rows.feed(self.model)))
-        return loss, m.report(StepReport, "recompute", self._strategy.reason)
+        return loss, m.report(StepReport, "recompute", UNSCORED)
 
     def _scored_step(self, m: Minibatch) -> tuple[Tensor, StepReport]:
         """Choose by a forward of all rows. The first such step decides what ``backward="auto"`` is."""
