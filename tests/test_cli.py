@@ -243,6 +243,8 @@ BAD = {
     "an arm's step": (["compare", "--arms", "random@x=1"], "--arms random@x=1: training options 'x=1'"),
     "model": (["compare", "--arms", "random", "--model", "transformer"], "selbp: --model transformer: "),
     "keep": (["compare", "--arms", "random", "--keep", "500"], "--keep must be at most the minibatch's 128"),
+    "nearly": (["train", "--selector", "toploss:weights=refit"], "no selector 'toploss' (did you mean top-loss?)"),
+    "a comma": (["compare", "--arms", "random,matching:ridge=1,rule=raw"], "write ; between a rule's options"),
     "arms, too": (["compare", "--arms", "best"], "and the arms matching-head, "),
     "selector value": (["train", "--selector", "loss-percentile:beta=-1"], "beta"),
     "rows": (["train", "--batch-size", "100000"], "--batch-size"),
