@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 from dataclasses import dataclass, fields, replace
@@ -22,7 +23,12 @@ def parse(spec: str) -> tuple[Rule, dict[str, Any]]:
     if name in ARMS:
         raise ValueError(f"the arm {name!r} takes no options: write it out, {ARMS[name][1]}")
     if name not in RULES:
-        raise ValueError(f"there is no selector {name!r}; there are {', '.join(RULES)} and the arms {', '.join(ARMS)}")
+        near = difflib.get_close_matches(name, [*RULES, *ARMS], n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = " (in a list, write ; between a rule's options)" if "=" in name else hint
+        raise ValueError(
+            f"there is no selector {name!r}{hint}; there are {', '.join(RULES)} and the arms {', '.join(ARMS)}"
+        )
     return RULES[name], {**RULES[name].options, **options_of(rest)}
 
 

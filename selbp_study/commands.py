@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import math
@@ -32,7 +33,8 @@ from selbp_study.together import SharedRun, Together, starts
 
 DEMO_ARMS = ("full", "random", "top-loss", "loss-percentile", "gradnorm", "matching", "auto")
 DEFAULT_EPOCHS = 4.0
-DEMO_EPOCHS = 3.0  # twenty-one runs in about a quarter of an hour on two cores
+DIGITS_EPOCHS = 40.0  # 440 steps, seconds each run: 4 epochs are 44 steps, after which no network has learned much
+DEMO_EPOCHS = 3.0  # twenty-one runs in 7 to 15 minutes on two cores
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -90,6 +92,7 @@ def _base(arguments: argparse.Namespace, data: Dataset, selector: str, lr: float
     steps = arguments.steps
     if steps is None:
         default = DEMO_EPOCHS if getattr(arguments, "preset", None) == "demo" else DEFAULT_EPOCHS
+        default = DIGITS_EPOCHS if data.name == "digits" else default
         epochs = default if arguments.epochs is None else arguments.epochs
         steps = max(1, round(epochs * (len(data.train) // batch_size)))
     given = {
@@ -114,6 +117,11 @@ def _base(arguments: argparse.Namespace, data: Dataset, selector: str, lr: float
     return config
 
 
+def _folder_of(name: str, *settings: object) -> Path:
+    """Where a command keeps its files if no --out says so: a folder for each of the ``settings``."""
+    return Path("runs") / f"{name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
+
+
 # ------------------------------------------------------------------------------------------------------- train
 
 
@@ -136,7 +144,7 @@ def _train(arguments: argparse.Namespace, arm: Arm, together: Together) -> int:
     with asked_by(f"--selector {arguments.selector}"):
         _check_run(config, data, arguments.keep)
     name = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in arguments.selector)
-    folder = arguments.out or Path("runs") / f"{data.name}-{name}-seed{arguments.seed}"
+    folder = arguments.out or _folder_of(f"{data.name}-{name}-seed{arguments.seed}", config.key())
     before = together.share(lambda: read_config(folder))
     resume = arguments.resume or starts() > 0
     if before is not None and before != config:
@@ -146,7 +154,9 @@ def _train(arguments: argparse.Namespace, arm: Arm, together: Together) -> int:
     if before is not None and not resume:
         raise UsageError(f"{folder} holds a run already: --resume goes on with it, another --out starts a new one")
     if before is None and resume:
-        tell(f"{folder} holds no run yet: starting one")
+        others = [] if arguments.out else sorted(map(str, folder.parent.glob(f"{folder.name[:-8]}????????")))
+        told = f"; with other settings there are {', '.join(others)}" if others else ""
+        tell(f"{folder} holds no run yet: starting one{told}")
     result = together.share(lambda: read_result(folder))
     if result is not None:
         tell(f"{folder} is finished")
@@ -199,7 +209,7 @@ def _per_step(run: Run) -> str:
 
 
 def _keep_quiet(text: str) -> None:
-    """The first process says it."""
+    """Print nothing: of several processes, the first one prints for all."""
 
 
 def _write_scores(run: Run, data: Dataset) -> None:
@@ -249,11 +259,14 @@ def compare(arguments: argparse.Namespace) -> int:
             Run(config, data, Path())  # its training options, before any arm trains
     timed = arguments.budget == "time"
     comparison = Comparison(base, arms, arguments.seeds or [0, 1, 2], "steps" if timed else arguments.budget)
-    folder = arguments.out or Path("runs") / ("demo" if demo else "compare")
+    shared = replace(base, selector="", lr=1.0).key()  # by what all arms and seeds share: more of them go on there
+    name = f"{'demo' if demo else 'compare'}-{data.name}-{base.model}"
+    folder = arguments.out or _folder_of(name, shared, arguments.budget, arguments.lr, arguments.tune)
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder):
         undecided = [*(["lr"] if arguments.tune else []), *(["steps", "evaluate_every"] if timed else [])]
         _keep_report(comparison, folder, undecided)  # before anything is measured or tuned
+        say(f"in {folder}: {', '.join(names)}; seeds {', '.join(map(str, comparison.seeds))}")
         if timed:
             comparison = _timed(comparison, data, folder)
             _keep_report(comparison, folder, ["lr"] if arguments.tune else [])
@@ -296,7 +309,8 @@ def _compare(comparison: Comparison, data: Dataset, folder: Path, arguments: arg
     finally:
         show.close()
     report, table = write_report(comparison, data, outcomes, folder, command)
-    say(f"\n{table}\npage: {report.resolve()}\nalso: table.md, results.jsonl, samples.png, seconds.png, time.png there")
+    say(f"\n{table}\n\npage: {report.resolve()}")
+    say("also: table.md, results.jsonl, samples.png, seconds.png, time.png there")
     return FAILED if any(outcome.result is None for outcome in outcomes) else OK
 
 

@@ -50,7 +50,10 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     )
     length = run.add_mutually_exclusive_group()
     length.add_argument(
-        "--epochs", type=above_zero, metavar="E", help="length in passes over the data (default: 4; the demo: 3)"
+        "--epochs",
+        type=above_zero,
+        metavar="E",
+        help="length in passes over the data (default: 4; the demo: 3; of digits: 40)",
     )
     length.add_argument("--steps", type=count_argument, metavar="N", help="length in optimizer steps")
     run.add_argument("--batch-size", type=count_argument, metavar="N", help="samples of a minibatch (default: 128)")
@@ -122,8 +125,13 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--seed", type=seed_argument, default=0, help="weights, order of samples, draws (default: %(default)s)"
     )
-    train.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/DATA-RULE-seedN)")
-    train.add_argument("--resume", action="store_true", help="go on with the run that --out holds")
+    train.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of the run (default: runs/DATA-RULE-seedN-DIGEST, one for each set of options)",
+    )
+    train.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     _training_options(train)
 
     compare = commands.add_parser(
@@ -159,7 +167,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="choose each arm's rate among these, on a tenth of the training data held out",
     )
     compare.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder (default: runs/compare, runs/demo for the demo)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder (default: runs/compare-DATA-MODEL-DIGEST, the same with more arms or seeds)",
     )
     _training_options(compare)
 
@@ -243,7 +254,8 @@ def _lines(texts: Mapping[str, str]) -> str:
 def _arm_help() -> str:
     named = {name: f"{title}: {text}" for name, (title, text) in ARMS.items()}
     return (
-        f"{_lines(SELECTORS | named)}\n\nAn arm is written rule:option=value,...@option=value,..., the rule's options "
+        f"{_lines(SELECTORS | named)}\n\nauto is selbp.auto_select: batches drawn by a table of scores while that "
+        "pays, and a noise-aware loss.\n\nAn arm is written rule:option=value,...@option=value,..., the rule's options "
         "after the colon and\nthe arm's own training after the @: keep, lr, cut, head_gradient, backward, scoring, "
         "batch_size, precision,\nshare (of the budget), title, sampling (auto, scored, ...), every and between (a "
         "schedule), or any further\nargument of the step. In a list, write ; for the comma between options, and quote "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from selbp_study.page import embedded, page, to_html
 from selbp_study.plots import Bars, bars_plot, curves_plot
 from selbp_study.storage import write_bytes, write_text
 from selbp_study.table import Line, lines_of, markdown, on_terminal
-from selbp_study.text import plain
+from selbp_study.text import one_line, plain
 from selbp_study.timing import PARTS, clock_for
 
 CAPTIONS = {  # of the plots, by the names of their files
@@ -28,6 +29,8 @@ COLUMNS = {
     "minus random": "mean over seeds of the difference to the random arm of the same seed (the same initial weights "
     "and order of samples), with its 95 % t interval when there are several seeds. An interval that holds 0 shows no "
     "difference. One interval in twenty misses by chance alone; nothing here is corrected for the number of arms.",
+    "at equal seconds": "mean over seeds of the test accuracy when the quickest arm had ended, read off each run's "
+    "curve. The other arms' rates have not decayed by then, so this favours the quickest.",
     "backward samples": "samples that ran backward in one run: steps times the samples kept of each minibatch.",
     "forward": "seconds of one run in forward passes: scoring the whole minibatch (its per-sample statistics "
     "included), and the forward of the chosen samples where they run again. The random arm scores nothing.",
@@ -53,7 +56,7 @@ def settings_of(comparison: Comparison, data: Dataset) -> dict[str, str]:
     return {
         "data": f"{data.name}: {len(data.train)} training and {len(data.test)} test images ({data.source})",
         "model": base.model,
-        "minibatch": f"{base.batch_size} samples, of which {base.kept()} run backward",
+        "minibatch": f"{base.batch_size} samples, of which {base.kept()} run backward, unless the arm says otherwise",
         "budget": budget[comparison.budget],
         "optimizer": f"SGD, Nesterov momentum {base.momentum:g}, weight decay {base.weight_decay:g}; each run's rate "
         f"rises for {base.warmup:.0%} of its steps, then falls linearly to 0",
@@ -123,7 +126,8 @@ def comparison_page(
         (
             "<h1>Training on a chosen part of each minibatch</h1>",
             f'<p class="lead">{html.escape(data.name)}, {html.escape(base.model)}: each step chooses {base.kept()} of '
-            f"{base.batch_size} samples and runs backward through those alone.</p>",
+            f"{base.batch_size} samples, or as many as the table says under keep, and runs backward through those "
+            "alone.</p>",
             f'<div class="note">{items("p", caveats(comparison, lines))}</div>',
             f"<h2>Results</h2>\n{to_html(markdown(lines))}",
             f"<p>Accuracy: mean ± standard deviation over seeds.</p>{errors and f'<ul>{errors}</ul>'}",
@@ -152,7 +156,7 @@ def plots_of(name: str, lines: Sequence[Line]) -> dict[str, bytes]:
 def write_report(
     comparison: Comparison, data: Dataset, outcomes: Sequence[Outcome], folder: Path, command: str
 ) -> tuple[Path, str]:
-    """Write everything into ``folder``; returns the page's path and the table for a terminal."""
+    """Write everything into ``folder``; returns the page's path, and for a terminal the table and its caveats."""
     lines = lines_of(outcomes)
     rows = []
     for outcome in outcomes:
@@ -161,10 +165,11 @@ def write_report(
             row |= {name: value for name, value in outcome.result.items() if name != "config"}
         rows.append(json.dumps(row, sort_keys=True))
     write_text(folder / "results.jsonl", "\n".join(rows) + "\n")
-    notes = "\n\n".join(map(plain, caveats(comparison, lines)))
-    write_text(folder / "table.md", f"{markdown(lines)}\n{notes}\n")
+    notes = caveats(comparison, lines)
+    write_text(folder / "table.md", "\n\n".join([markdown(lines).rstrip(), *map(plain, notes)]) + "\n")
     plots = plots_of(f"{data.name}, {comparison.base.model}", lines)
     for plot, png in plots.items():
         write_bytes(folder / f"{plot}.png", png)
     write_text(folder / "report.html", comparison_page(comparison, data, lines, plots, command))
-    return folder / "report.html", on_terminal(lines)
+    said = [textwrap.fill(one_line(note), 110, break_on_hyphens=False) for note in notes]
+    return folder / "report.html", "\n\n".join([on_terminal(lines).rstrip(), *said])

@@ -7,17 +7,17 @@ import json
 import os
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from selbp_study.arms import Arm, build_selector
-from selbp_study.commands import FAILED, INTERRUPTED, OK, asked_by, require_plots
+from selbp_study.commands import FAILED, INTERRUPTED, OK, UsageError, asked_by, require_plots
 from selbp_study.document import document, read_result_file, result_files, section, study_page
 from selbp_study.pool import pool
 from selbp_study.protocols import PROTOCOLS, Protocol
 from selbp_study.show import new_bar
-from selbp_study.storage import Lock, write_text
+from selbp_study.storage import Lock, read_object, write_text
 from selbp_study.study import run_study
 
 
@@ -36,6 +36,21 @@ def protocol_of(arguments: argparse.Namespace) -> Protocol:
     if arguments.name:
         protocol = replace(protocol, name=arguments.name)
     return protocol
+
+
+def _keep_result(protocol: Protocol, path: Path) -> None:
+    """UsageError where the result of ``protocol`` would take the place of one that has more than it."""
+    found = (read_object(path) or {}).get("protocol")
+    before: dict[str, Any] = found if isinstance(found, dict) else {}
+    now = json.loads(json.dumps(asdict(protocol)))
+    for name in ("arms", "seeds", "cells"):
+        lost = [value for value in before.get(name) or () if value not in now[name]]
+        if lost:
+            shown = [f"{cell['steps']} steps of {cell['dataset']}" for cell in lost] if name == "cells" else lost
+            raise UsageError(
+                f"{path} holds a result with {name} that this one lacks: {', '.join(map(str, shown))}. --name gives "
+                "this one a name of its own; what both train is trained once"
+            )
 
 
 def study(arguments: argparse.Namespace) -> int:
@@ -60,8 +75,12 @@ def study(arguments: argparse.Namespace) -> int:
     def say(text: str) -> None:
         tqdm.write(text, file=sys.stdout)
 
+    home = arguments.results or folder
+    path = home / f"study-{protocol.name}.json"
     try:
         with Lock(folder), pool(workers, folder, arguments.data) as runs:
+            if protocol != PROTOCOLS[arguments.protocol]:
+                _keep_result(protocol, path)
             result = run_study(protocol, runs, progress=progress, say=say)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from there", flush=True)
@@ -69,9 +88,7 @@ def study(arguments: argparse.Namespace) -> int:
     finally:
         for bar in bars:
             bar.close()
-    home = arguments.results or folder
     home.mkdir(parents=True, exist_ok=True)
-    path = home / f"study-{protocol.name}.json"
     write_text(path, dumps(result))
     write_text(folder / f"study-{protocol.name}.html", study_page(result))
     print(section(result), flush=True)

@@ -83,5 +83,6 @@ def _curves(rows: list[dict[str, Any]]) -> bytes:
     other.plot(steps, [100 * (row["noise_share"] or 0.0) for row in rows], color="#D55E00", label="noise share, %")
     other.set_ylabel("noise share, %")
     other.set_ylim(bottom=0)
-    axes.legend(handles=[*axes.lines[:1], *other.lines], loc="upper left", frameon=False)
+    handles = [*axes.lines[:1], *other.lines]
+    axes.legend(handles=handles, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=10)
     return png_of(figure)

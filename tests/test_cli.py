@@ -130,6 +130,15 @@ def test_compare_prints_the_table_and_the_page(
     assert capsys.readouterr().out.count("(from before)") == 2 * len(commands.DEMO_ARMS)
 
 
+def test_digits_train_long_enough_to_learn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["compare", "--dataset", "digits", "--model", "mlp", "--arms", "random", "--seeds", "0", "--quiet"]
+    for place, more in enumerate(([], ["--preset", "demo"])):
+        assert main([*command, *more, "--threads", "1", "--out", str(tmp_path / str(place))]) == 0
+        rows = (tmp_path / str(place) / "results.jsonl").read_text().splitlines()
+        assert [json.loads(row)["steps"] for row in rows] == [440] and json.loads(rows[0])["accuracy"] > 90
+    assert "Every arm takes the same number of steps." in capsys.readouterr().out
+
+
 def test_compare_leaves_the_report_of_another_comparison_alone(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,6 +168,45 @@ def test_compare_leaves_the_report_of_another_comparison_alone(
     assert run("--arms", "top-loss,random,full", "--seeds", "0-2") == 0
     (tmp_path / "results.jsonl").write_text('{"arm": "random"}\n')
     assert run(*two) == 2 and "line 1 is no run of a comparison" in capsys.readouterr().err
+
+
+OWN = (["--steps", "13"], ["--batch-size", "8"], ["--lr", "0.07"], ["--keep", "2"], ["--head-gradient", "full"])
+
+
+def test_comparisons_with_other_settings_have_folders_of_their_own(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["compare", "--data", str(images), *FAST, "--arms", "random", "--seeds", "0"]
+
+    def first_line(*changes: str) -> str:
+        assert main([*command, *changes]) == 0, changes
+        return capsys.readouterr().out.splitlines()[0]
+
+    first = first_line()
+    assert re.fullmatch(r"in runs/compare-fashion-mnist-mlp-[0-9a-f]{8}: random; seeds 0", first)
+    folder = first.partition(": ")[0]
+    assert first_line("--arms", "top-loss,random", "--seeds", "0-1") == f"{folder}: top-loss, random; seeds 0, 1"
+    others = [first_line(*changes).partition(": ")[0] for changes in (*OWN, ["--budget", "samples"], ["--tune", "0.1"])]
+    assert len({folder, *others}) == 1 + len(others) == len(list((tmp_path / "runs").iterdir()))
+    assert main([*command, "--arms", "top-loss"]) == 2  # fewer arms: that one's report is not replaced
+    assert "with as many or more arms and seeds, go on with it" in capsys.readouterr().err
+
+
+def test_trainings_with_other_settings_have_folders_of_their_own(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "--data", str(images), *FAST, "--selector", "random"]
+    for changes in ([], *OWN, ["--seed", "1"]):
+        assert main([*command, *changes]) == 0, changes
+    folders = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert len(folders) == 2 + len(OWN)
+    assert all(re.fullmatch(r"fashion-mnist-random-seed[01]-[0-9a-f]{8}", name) for name in folders)
+    assert main(command) == 2 and "holds a run already: --resume" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0 and "is finished" in capsys.readouterr().out
+    assert main([*command, "--resume", "--steps", "14"]) == 0  # what runs with other options is said, not taken up
+    assert f"no run yet: starting one; with other settings there are runs/{folders[0]}, " in capsys.readouterr().out
 
 
 def test_a_tuned_comparison_goes_on_and_another_tuning_is_refused(
@@ -195,6 +243,8 @@ BAD = {
     "an arm's step": (["compare", "--arms", "random@x=1"], "--arms random@x=1: training options 'x=1'"),
     "model": (["compare", "--arms", "random", "--model", "transformer"], "selbp: --model transformer: "),
     "keep": (["compare", "--arms", "random", "--keep", "500"], "--keep must be at most the minibatch's 128"),
+    "nearly": (["train", "--selector", "toploss:weights=refit"], "no selector 'toploss' (did you mean top-loss?)"),
+    "a comma": (["compare", "--arms", "random,matching:ridge=1,rule=raw"], "write ; between a rule's options"),
     "arms, too": (["compare", "--arms", "best"], "and the arms matching-head, "),
     "selector value": (["train", "--selector", "loss-percentile:beta=-1"], "beta"),
     "rows": (["train", "--batch-size", "100000"], "--batch-size"),
@@ -379,6 +429,15 @@ def test_a_study_from_the_command_line_is_cached_and_rendered(
     first = (tmp_path / "study-quick.json").read_text()
     assert main(arguments) == 0 and (tmp_path / "study-quick.json").read_text() == first
     assert (tmp_path / "study-quick.html").stat().st_size > 50_000
+    for changes, lost in (
+        (["--seeds", "0"], "seeds that this one lacks: 1. --name"),
+        (["--arms", "random,full"], "arms that this one lacks: matching. --name"),
+        (["--steps", "5"], "cells that this one lacks: 4 steps of digits. --name"),
+    ):
+        capsys.readouterr()
+        assert main([*arguments, *changes]) == 2 and lost in capsys.readouterr().err
+        assert (tmp_path / "study-quick.json").read_text() == first
+    assert main([*arguments, "--seeds", "0", "--name", "one"]) == 0 and (tmp_path / "study-one.json").exists()
     assert main(["study", "--render", str(tmp_path), "--out", str(tmp_path / "study.md")]) == 0
     assert "digits, MLP, 32 of 128 samples" in (tmp_path / "study.md").read_text()
     for bad, word in (

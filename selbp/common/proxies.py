@@ -186,6 +186,17 @@ class HeadProxies(GradientProxies):
         spread = Selection(tokens, (w / length).repeat_interleave(length, output_size=len(w) * length))
         return ops.matching_residual(*self.flat, spread, bias=self.bias)
 
+    def times(self, factor: Tensor) -> HeadProxies:
+        """Proxies of the gradients times ``factor`` (n,), computed where they are read."""
+
+        def left() -> Tensor:
+            residual = self.token_residual
+            return residual * factor.to(residual)[:, None, None]
+
+        return HeadProxies(
+            left, lambda: self.token_features, positions=self.positions, bias=self.bias, reduce=self._reduce
+        )
+
     def release(self) -> None:
         """Let go of the factors."""
         self._factors = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 FENCE = "put selbp.fence(x) around the tensor x whose gradient this is: it gets an ordinary one"
-_INSTEAD = 'use backward="recompute" there'
+_INSTEAD = 'use backward="recompute" there, or cut.eval(), with which a cut passes every row on'
 
 
 def refuse_backward() -> None:

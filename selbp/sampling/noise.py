@@ -39,15 +39,15 @@ class KnowsNoise(Protocol):
 
     @property
     def transition(self) -> Tensor | None:
-        """(C, C) float64, or None where eps says all."""
+        """(C, C) float64; None where labels are wrong in no particular direction, so that epsilon is enough."""
         ...
 
 
 def noise_aware(loss: Tensor, epsilon: Tensor | float, classes: int) -> Tensor:
     """Cross-entropies (n,) turned into ``-log((1 - eps) exp(-loss) + eps / classes)``; differentiable.
 
-    The gradient is that of ``loss`` times ``r = (1 - eps) p / ((1 - eps) p + eps / C)``, how far the label is believed.
-    It needs nothing but the loss, and so goes with heads that never store their logits::
+    The gradient is that of ``loss`` times ``r = (1 - eps) p / ((1 - eps) p + eps / C)``, the probability that the label
+    is right. Only the losses are read, so this goes with heads that never store their logits::
 
         losses = selbp.sampling.noise_aware(selbp.ops.linear_cross_entropy(h, w, b, y), 0.2, len(w))
 

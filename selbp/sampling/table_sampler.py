@@ -101,7 +101,8 @@ class TableSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """The next epoch, or the rest of the one that a loaded state was in.
 
-        It begins with its first batch: a loader with workers makes two iterators, and uses the second.
+        An epoch begins when its first batch is asked for, not when its iterator is made: a loader with workers makes
+        two iterators, and asks the second one alone.
         """
         if not self._resumed:
             self.epoch += self._begun

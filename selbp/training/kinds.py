@@ -45,7 +45,7 @@ from selbp.training.scores import told, weighted, write_back
 from selbp.training.scoring import Scorer, may_run, unscored
 from selbp.training.sketched import Sketcher
 from selbp.training.stopwatch import AHEAD, Stopwatch
-from selbp.training.strategies import row_losses
+from selbp.training.strategies import UNSCORED, row_losses
 from selbp.types import Selection
 
 Context = Callable[[], AbstractContextManager[None]]
@@ -149,7 +149,7 @@ class StepKinds:
     def _train_unscored(self, m: Minibatch, rows: Batch) -> tuple[Tensor, StepReport]:
         """The one forward of ``rows``, and what the step returns."""
         loss = self._loss(m, self._first_forward(m, rows, rows.feed(self.model)))
-        return loss, m.report(StepReport, "recompute", self._strategy.reason)
+        return loss, m.report(StepReport, "recompute", UNSCORED)
 
     def _scored_step(self, m: Minibatch) -> tuple[Tensor, StepReport]:
         """Choose by a forward of all rows. The first such step decides what ``backward="auto"`` is."""
@@ -285,12 +285,17 @@ class StepKinds:
     def _choose(self, m: Minibatch, scored: Scored) -> None:
         """Have the rule choose by ``scored``, of which the minibatch keeps what the rest of the step needs."""
         m.watch.lap("score")
+        factor, proxies = None if m.draw is None else m.draw.weights, scored.proxies
         with torch.no_grad(), without_autocast(m.batch.device):
-            selection = self._weighted(m, self._select(m.rule, m.batch, scored, m.k))
-            if self._full_head and scored.proxies is not None:
-                m.mean = mean_of(scored.proxies, None if m.draw is None else m.draw.weights)
-        m.proxies, m.k = worth_keeping(scored.proxies, self.head, m.batch.n), len(selection.indices)
+            own = self._select(m.rule, m.batch, scored, m.k)
+            selection = self._weighted(m, own)
+            if self._full_head and proxies is not None:
+                m.mean = mean_of(proxies, factor)
         m.take(scored)
+        if factor is not None and proxies is not None:  # figures are about what is trained: the weighted gradients
+            proxies, m.own = proxies.times(factor), own
+            m.stats = m.stats._replace(residual_sq=m.stats.residual_sq * factor.to(m.stats.residual_sq).square())
+        m.proxies, m.k = worth_keeping(proxies, self.head, m.batch.n), len(selection.indices)
         m.choose(selection)
         m.watch.lap("select")
 

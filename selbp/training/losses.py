@@ -145,6 +145,7 @@ class CrossEntropy:
             raise TypeError(
                 f"target must be int64 class indices (n,) or (n, T), or class probabilities of the logits' shape "
                 f"(n, C), got {got}"
+                + ('; loss="mse" takes numbers' if isinstance(target, Tensor) and target.is_floating_point() else "")
             )
         if self.shift:
             if target.dim() != 2 or target.shape[1] < 2:

@@ -50,17 +50,18 @@ class Minibatch:
     # From the scoring, or from what is known without one:
     stats: BatchStatistics = field(init=False)  # losses scaled as the report averages them
     unscaled: Tensor = field(init=False)  # (n,) losses as the criterion gives them
-    trains: Tensor | None = field(init=False)  # (n,) the same, or the logits (n, ..., C), with the graph that is kept
+    trains: Tensor | None = field(init=False)  # (n,) losses, or the logits (n, ..., C); None unless their graph is kept
     scale: Tensor = field(init=False)  # ()
     share: Tensor | None = field(init=False)  # () of an accumulated loss
     auxiliary: Tensor | None = field(init=False)  # () the model's own further loss
     hits: tuple[Tensor, Tensor] | None = field(init=False)
     seen: tuple[Any, Tensor, Tensor | None, Tensor] = field(init=False)  # output, losses, rows, live: for the table
-    finite: Tensor | None = None  # (n,) bool: the rows that may run as they came, once that is known
+    finite: Tensor | None = None  # (n,) bool: the rows that :func:`may_run`; None until somebody asks
     proxies: HeadProxies | None = None  # for the report
     mean: MeanGradient | None = None  # of the head, for its full-batch gradient
     # From the choice:
     selection: Selection = field(init=False)
+    own: Selection | None = None  # the rule's, without a sampler's factors, where there are some
     live: Tensor = field(init=False)  # (k,) bool: the slots that have a weight
     # From the forward that trains:
     output: Any = None
@@ -96,4 +97,5 @@ class Minibatch:
             _hits=self.hits,
             _watch=self.watch,
             share=self.share,
+            _own=self.own,
         )

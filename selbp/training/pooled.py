@@ -36,6 +36,7 @@ from selbp.training.scored import Scored
 from selbp.training.scores import told
 from selbp.training.scoring import may_run, unscored
 from selbp.training.stopwatch import Stopwatch
+from selbp.training.strategies import UNSCORED
 from selbp.types import MeanGradient
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class Pooled:
             known = told(step._table, step._criterion, batch.target)
             drawn.write(step._table, self._ranks, counts, known, m.seen)
         way = step._strategy
-        return loss, m.report(StepReport, way.name, way.reason, scored=scoring)
+        return loss, m.report(StepReport, way.name, way.reason if scoring else UNSCORED, scored=scoring)
 
     def _asked(self, batch: Batch, call: PerCall, draw: Draw | None, counts: list[int]) -> Minibatch:
         """What the schedule, the rule and the call ask for. Its batch is of all ranks' samples, but for the inputs."""

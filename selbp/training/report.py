@@ -31,6 +31,9 @@ class StepReport(SelectionFigures):
     nothing was scored, no head was found, a rule that reads losses would have to keep large tensors for them, or the
     mean gradient is that of all ranks and the rule did not read it.
 
+    In batches of a sampler with ``weights="unbiased"`` samples have factors. ``relative_residual`` and ``gain`` compare
+    the choice with the mean of the gradients times these; the weights hold them; ``loss`` and ``accuracy`` do not.
+
     Attributes
     ----------
     n : int
@@ -87,6 +90,7 @@ class StepReport(SelectionFigures):
     _watch: Stopwatch = field(repr=False)
     share: Tensor | None = field(default=None, repr=False)  # () of an accumulated loss, where a normalizer was given
     table: ScoreTable | None = field(default=None, repr=False)  # the step's, whose figures are those of the moment
+    _own: Selection | None = field(default=None, repr=False)  # the rule's choice, where a sampler's factors came on top
 
     @cached_property
     def headroom(self) -> float | None:
@@ -140,7 +144,8 @@ class StepReport(SelectionFigures):
         return self._gain_over(rows_at_cost(self.n, step_cost(self.n, self.k, scored=True, backward=self.backward)))
 
     def _choice(self) -> Choice:
-        return Choice(self.selection.weights, self.selection, self._stats, self._proxies)
+        own = self.selection if self._own is None else self._own
+        return Choice(self.selection.weights, own, self._stats, self._proxies)
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -27,13 +27,13 @@ class Scored:
     stats: BatchStatistics  # loss as the criterion gives it, comparable between minibatches; residual_sq scaled by s^2
     scale: Tensor  # () s = n / total mass of the valid samples
     proxies: HeadProxies | None = None
-    trains: Tensor | None = None  # with its graph, where that is kept: (n,) losses, or the logits (n, ..., C) for them
+    trains: Tensor | None = None  # (n,) losses, or the logits (n, ..., C) for them; None unless their graph is kept
     hits: tuple[Tensor, Tensor] | None = None  # () correct entries and () all entries, for a loss with classes
     auxiliary: Tensor | None = None  # () the model's own further loss, of all n rows
     mass: Tensor | None = None  # (n,) what each sample counts in torch's mean: its targets, or their class weights
     output: Any = None  # the model's, where it was to be kept
     scaled: Tensor | None = None  # (n,) stats.loss times the scale, where that came with it
-    finite: Tensor | None = None  # (n,) bool: what came of the sample is finite, where that was looked at
+    finite: Tensor | None = None  # (n,) bool: whether inputs and target are finite; None where nobody looked
 
 
 def in_units(

@@ -15,13 +15,18 @@ def is_soft(target: Any) -> bool:
 
 
 def classes_last(x: Tensor, class_dim: int | None) -> Tensor:
-    """(n, T, C) of (n, C), (n, ..., C) or (n, C, ...). Raises ValueError where the classes' dim must be told."""
+    """(n, T, C) of (n, C), (n, ..., C) or (n, C, ...). ValueError where the classes' dim must be told, or has one."""
     if x.dim() > 2 and class_dim is None:
         raise ValueError(
             f"class probabilities {tuple(x.shape)} may have their classes in dim 1, as torch has them, or in the last "
             "dim: pass class_dim=1 or class_dim=-1"
         )
     moved = x.movedim(1, -1) if x.dim() > 2 and class_dim == 1 else x
+    if moved.shape[-1] == 1:  # what comes of a regression with the default loss: nothing would train
+        raise ValueError(
+            f"a floating target {tuple(x.shape)} is taken for probabilities of one class, whose cross-entropy is 0 "
+            'whatever the model gives: pass loss="mse" for a number, or "bce" for yes and no'
+        )
     return moved.reshape(len(x), -1, moved.shape[-1])
 
 

@@ -25,6 +25,7 @@ from selbp.types import Selection
 Way = Literal["rows", "recompute"]
 WAYS = ("auto", "rows", "recompute")  # what ``backward=`` may be
 UNDECIDED = "not decided yet"
+UNSCORED = "nothing is scored: one forward, of the rows that train"
 
 
 def may_ask(device: torch.device) -> bool:

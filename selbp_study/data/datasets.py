@@ -241,7 +241,7 @@ def load(
         return source.read(places[0] if places else cached)
     except DataError as error:
         if places or cached.is_dir() or not fallback:
-            raise DataError(f"{error}. Name a folder with its files (--data)") from error
+            raise DataError(f"{error}. Name a folder with the files of {source.title} (--data)") from error
         say(f"{source.title} cannot be had here ({error}).")
         say("Going on with scikit-learn's 1797 digits instead: a far smaller and easier set; its table says so.")
         return load_digits()

@@ -342,8 +342,11 @@ def test_create_graph_is_refused_and_the_state_is_empty() -> None:
     trunk, head, x = trunk_and_head("vector")
     cut = selbp.BackwardCut(2)
     assert not cut.state_dict() and "keep=2" in repr(cut)
-    with pytest.raises(NotImplementedError, match="create_graph"):
+    with pytest.raises(NotImplementedError, match=r"create_graph.*or cut\.eval\(\)"):
         torch.autograd.grad(loss_of(head(cut(trunk(x)))), list(trunk.parameters()), create_graph=True)
+    got = torch.autograd.grad(loss_of(head(cut.eval()(trunk(x)))), list(trunk.parameters()), create_graph=True)
+    want = torch.autograd.grad(loss_of(head(trunk(x))), list(trunk.parameters()), create_graph=True)
+    assert all(torch.equal(mine, plain) and mine.grad_fn is not None for mine, plain in zip(got, want, strict=True))
 
 
 def test_the_figures_of_a_lower_cut_are_about_the_rows_that_arrive() -> None:

@@ -115,6 +115,41 @@ def test_the_mean_is_that_of_the_gradients_times_the_factors(positions, bias):
     torch.testing.assert_close(whole.head_weight, samples.mean(0))
 
 
+def figures(network, x, y, factor, indices, own, k):
+    """Relative residual and gain of a choice for the weighted mean, from each sample's own gradient at the head."""
+    logits = network(x).detach().requires_grad_()
+    F.cross_entropy(logits, y, reduction="sum").backward()
+    h = torch.cat([network[:2](x).detach(), torch.ones(len(x), 1)], 1)
+    g = torch.einsum("nc,nd->ncd", logits.grad, h).flatten(1) * factor[:, None]
+    mean, n = g.mean(0), len(x)
+    error = (mean - (own[:, None] * g[indices]).sum(0)).square().sum()
+    spread = (g.square().sum() / n - mean.square().sum()) * (n - k) / (n - 1) / k  # of k drawn without repetition
+    return (error / mean.square().sum()).sqrt(), spread / error
+
+
+@pytest.mark.parametrize("micro_batch", [None, 5])
+def test_residual_and_gain_are_those_of_the_weighted_mean(micro_batch):
+    network, table, x, y, factor = drawn()
+    options = {"micro_batch": micro_batch, "backward": "recompute", "table": table, "keep": 0.25}
+    step = selbp.SelectiveBackprop(network, selector=selbp.TopGradNorm(), **options)
+    step.backward(x, y)
+    report = step.report
+    own = report.selection.weights / factor[report.selection.indices]
+    residual, gain = figures(network, x, y, factor, report.selection.indices, own, 4)
+    assert report.relative_residual == pytest.approx(float(residual), rel=1e-6)
+    assert report.gain == pytest.approx(float(gain), rel=1e-6)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 5])
+def test_all_rows_have_no_residual(micro_batch):
+    network, table, x, y, _ = drawn()
+    step = selbp.SelectiveBackprop(
+        network, selector=EveryRow(), keep=1.0, table=table, micro_batch=micro_batch, backward="recompute"
+    )
+    step.backward(x, y)
+    assert step.report.relative_residual == pytest.approx(0, abs=1e-12)
+
+
 def test_a_second_pass_of_a_full_head_is_refused():
     """The chosen rows' weights hold the factors, but those of all rows are known in the first pass only."""
     network, table, x, y, _ = drawn()

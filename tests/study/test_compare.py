@@ -240,7 +240,8 @@ class Page(HTMLParser):
 
 def test_the_page_stands_alone(tmp_path: Path, dataset: Dataset, comparison: Comparison) -> None:
     outcomes = run_all(comparison, dataset, tmp_path)
-    path, table = write_report(comparison, dataset, outcomes, tmp_path, "selbp compare --arms '<b>'")
+    path, told = write_report(comparison, dataset, outcomes, tmp_path, "selbp compare --arms '<b>'")
+    table, *notes = told.split("\n\n")
     text = path.read_text()
     page = Page()
     page.feed(text)
@@ -252,7 +253,8 @@ def test_the_page_stands_alone(tmp_path: Path, dataset: Dataset, comparison: Com
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"runs", "report.html", "table.md", "results.jsonl", "samples.png", "seconds.png", "time.png"}
     kept = (tmp_path / "table.md").read_text()
-    assert "\\" not in table and re.search(r"[^\\]\[[-+]\d", table) and table.count("\n") == 5
+    assert [note.replace("\n", " ") for note in notes] == kept.rstrip().split("\n\n")[1:] and len(notes) == 3
+    assert "\\" not in table and re.search(r"[^\\]\[[-+]\d", table) and table.count("\n") == 4
     assert [cells(line) for line in table.splitlines()[2:]] == [
         [ESCAPED.sub(r"\1", cell) for cell in cells(line)] for line in kept.splitlines()[2:5]
     ]

@@ -41,6 +41,6 @@ def test_the_guide_has_the_figures_of_the_result_file():
     for wanted in (
         f"one half, {mine['precision']:.0%} were wrong, and they held {mine['recall']:.0%}",
         f"listed {theirs['precision']:.0%} were wrong, and they held {theirs['recall']:.0%} of all",
-        f"as were planted, {mine[order]:.0%} are wrong by the table and {theirs[order]:.0%} by confident learning",
+        f"as were planted: {mine[order]:.0%} of the table's are wrong, and {theirs[order]:.0%} of confident learning's",
     ):
         assert wanted.replace("%", " %") in text, wanted

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -11,8 +9,8 @@ from scipy import stats
 from selbp_study.arms import Arm
 from selbp_study.compare import Outcome
 from selbp_study.config import RunConfig
-from selbp_study.plots import bars_plot, curves_plot, spread_labels
-from selbp_study.report import plots_of
+from selbp_study.plots import bars_plot, curves_plot
+from selbp_study.report import COLUMNS, plots_of
 from selbp_study.table import HEADINGS, lines_of, markdown, rows_of
 from selbp_study.timing import PARTS
 
@@ -81,6 +79,11 @@ def test_without_random_there_is_no_difference() -> None:
     assert rows_of(lines_of(OUTCOMES[4:]))[0][4] == "-"
 
 
+def test_the_page_explains_every_column_that_its_name_does_not() -> None:
+    named = {heading.partition(",")[0] for heading in HEADINGS}
+    assert named - set(COLUMNS) == {"arm", "keep", "lr", "test accuracy"} and not set(COLUMNS) - named
+
+
 def test_curves_and_plots() -> None:
     lines = lines_of([*OUTCOMES, outcome("matching", 0, None, "no result")])
     curve = lines[1].curve("seconds")
@@ -90,13 +93,3 @@ def test_curves_and_plots() -> None:
     assert set(plots) == {"samples", "seconds", "time"}
     assert all(png.startswith(b"\x89PNG") and len(png) > 5000 for png in plots.values())
     assert all(png.startswith(b"\x89PNG") for png in (curves_plot([], "s", "t"), bars_plot([])))
-
-
-def test_labels_keep_their_distance_and_order() -> None:
-    places = spread_labels([5.0, 5.1, 4.9, 9.9, 0.1], 1.0, 0.0, 10.0)
-    ordered = sorted(places)
-    assert all(b - a >= 1.0 - 1e-9 for a, b in zip(ordered, ordered[1:], strict=False))
-    assert places[4] < places[2] < places[0] < places[1] < places[3]
-    assert min(places) >= 0 and max(places) <= 10
-    crowded = spread_labels([1.0] * 50, 1.0, 0.0, 10.0)
-    assert min(crowded) >= -1e-9 and max(crowded) <= 10 and not any(map(math.isnan, crowded))

@@ -191,6 +191,25 @@ def test_phases_are_timed():
     assert step.report.backward == "recompute" and step.report.backward_reason == "asked for"
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"backward": way} for way in ("auto", "rows", "recompute")),
+        *({"backward": way, "schedule": selbp.Schedule(start=1)} for way in ("auto", "rows", "recompute")),
+        *({"backward": way, "micro_batch": 8} for way in ("auto", "recompute")),
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+def test_a_step_that_scores_nothing_says_so(options):
+    rule = selbp.TopLoss() if "schedule" in options else selbp.Random()
+    step = selbp.SelectiveBackprop(mlp(), selector=rule, keep=0.25, **options)
+    step.backward(*samples())
+    assert step.report.backward == "recompute" and "nothing is scored" in step.report.backward_reason
+    if "schedule" in options:
+        step.backward(*samples())
+        assert "nothing is scored" not in step.report.backward_reason
+
+
 def test_large_factors_do_not_outlive_the_choice(monkeypatch):
     monkeypatch.setattr("selbp.training.scored.DIAGNOSTIC_BYTES", 1)
     x, y = samples()
