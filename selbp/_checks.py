@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +84,14 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
+
+
+def check_entries(what: str, state: object, names: Iterable[str]) -> None:
+    """Raise ValueError unless ``state`` is a mapping with exactly the entries ``names``; ``what`` is its name."""
+    expected = set(names)
+    if not isinstance(state, Mapping) or set(state) != expected:
+        got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"{what} must have the entries {sorted(expected)}, got {got}")
 
 
 def check_generator(generator: object, device: torch.device | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from selbp._checks import shown
+from selbp._checks import check_entries, shown
 from selbp.common.batch import map_tensors
 from selbp.selectors import Selector
 
@@ -20,10 +20,7 @@ COUNT_ENTRIES = ("optimizer_step", "auto_advance", "backward")
 
 def check_counts(state: Mapping[str, Any]) -> tuple[int, bool, Literal["rows", "recompute"] | None]:
     """Steps counted, whether calls count, and what ``"auto"`` decided, of a whole state. Raises ValueError."""
-    expected = {*COUNT_ENTRIES, *CHOICE_ENTRIES}
-    if not isinstance(state, Mapping) or set(state) != expected:
-        got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(f"state must have the entries {sorted(expected)}, got {got}")
+    check_entries("state", state, (*COUNT_ENTRIES, *CHOICE_ENTRIES))
     count, auto = state["optimizer_step"], state["auto_advance"]
     if isinstance(count, bool) or not isinstance(count, int) or count < 0 or not isinstance(auto, bool):
         raise ValueError(
@@ -98,10 +95,8 @@ def unpack(packed: Any) -> dict[str, Any]:
         state = torch.load(io.BytesIO(packed.cpu().numpy().tobytes()), weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"the state does not read as a rule's state of tensors and numbers: {error}") from error
-    if not isinstance(state, dict) or set(state) != set(CHOICE_ENTRIES):
-        got = str(sorted(map(str, state))) if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"the state must have the entries {sorted(CHOICE_ENTRIES)}, got {got}")
-    return state
+    check_entries("the state", state, CHOICE_ENTRIES)
+    return dict(state)
 
 
 def _copy(state: Mapping[str, Any]) -> dict[str, Any]:

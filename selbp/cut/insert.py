@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from selbp._checks import check_choice, shown
+from selbp._checks import check_choice, check_entries, shown
 from selbp.common.hooks import is_compiled, mark
 from selbp.common.modules import find_place
 from selbp.common.state import CHOICE_ENTRIES, ChoiceState
@@ -93,8 +93,7 @@ class InsertedCut:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict`. Raises ValueError, and changes nothing, where it does not fit."""
-        if not isinstance(state, Mapping) or set(state) != set(CHOICE_ENTRIES):
-            raise ValueError(f"state must have the entries {sorted(CHOICE_ENTRIES)}, got {shown(state)}")
+        check_entries("state", state, CHOICE_ENTRIES)
         self._choice.load_state_dict(state)
 
     def remove(self) -> None:

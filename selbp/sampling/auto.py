@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from selbp._checks import check_int, check_number, shown
+from selbp._checks import check_entries, check_int, check_number, shown
 from selbp.common.exchange import Ranks
 from selbp.sampling.batches import ScoredBatchSampler
 from selbp.sampling.candidates import Candidate, Decision
@@ -300,10 +300,7 @@ class AutoSelect:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict`. Raises ValueError, and changes nothing, where it does not fit."""
-        names = {"current", "steps", "times", "count", "log"}
-        if not isinstance(state, Mapping) or set(state) != names:
-            got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"state of AutoSelect must have the entries {sorted(names)}, got {got}")
+        check_entries("state of AutoSelect", state, ("current", "steps", "times", "count", "log"))
         if set(state["times"]) != set(self.candidates) or state["current"] not in self.candidates:
             raise ValueError(f"the state is of the candidates {sorted(state['times'])}, here {sorted(self.candidates)}")
         self._times = self._kept(state["times"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from selbp._checks import check_int, shown
+from selbp._checks import check_entries, check_int, shown
 from selbp.sampling.issued import Draw
 from selbp.sampling.table import ScoreTable
 
@@ -159,9 +159,7 @@ class TableSampler(Sampler[list[int]]):
 
         Raises ValueError, and changes nothing, where it does not fit this sampler's samples, rank, world size or seed.
         """
-        if not isinstance(state, Mapping) or set(state) != set(_STATE):
-            got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"state of a sampler must have the entries {sorted(_STATE)}, got {got}")
+        check_entries("state of a sampler", state, _STATE)
         shard = [self.table.samples, self.rank, self.world_size, self.seed]
         if list(state["shard"]) != shard:
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from selbp._checks import check_int, check_number, shown
+from selbp._checks import check_entries, check_int, check_number, shown
 from selbp.sampling.draw import Columns
 
 if TYPE_CHECKING:
@@ -34,9 +34,7 @@ def saved(table: ScoreTable) -> dict[str, Any]:
 
 def restore(table: ScoreTable, mine: dict[str, Any], state: Mapping[str, Any]) -> None:
     """Have ``table``, whose own state is ``mine``, take over ``state``. ValueError, and no change, where it misfits."""
-    if not isinstance(state, Mapping) or set(state) != set(mine):
-        got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(f"state of a ScoreTable must have the entries {sorted(mine)}, got {got}")
+    check_entries("state of a ScoreTable", state, mine)
     switches = table.adaptive and state["noise"] in ("symmetric", "class") and state["noise"] != table.noise
     if switches:
         square = torch.zeros(table._require_classes(), table._require_classes(), dtype=torch.float64, device="cpu")
