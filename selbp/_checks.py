@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,6 +93,15 @@ def check_entries(what: str, state: object, names: Iterable[str]) -> None:
     if not isinstance(state, Mapping) or set(state) != expected:
         got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"{what} must have the entries {sorted(expected)}, got {got}")
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Inside, an entry of ``what`` that is missing or of another kind is a ValueError."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{what} does not read: {error!r}") from error
 
 
 def check_generator(generator: object, device: torch.device | None = None) -> None:

@@ -76,6 +76,22 @@ class ChoiceState:
         return lambda: self.load_state_dict(saved)
 
 
+def load_all(what: str, parts: Mapping[str, Any], states: Any) -> None:
+    """Have each of ``parts`` take over its entry of ``states``; where one refuses, all are put back. Raises ValueError.
+
+    ``what`` is the name of ``states``.
+    """
+    check_entries(what, states, parts)
+    before = {name: part.state_dict() for name, part in parts.items()}
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(states[name])
+    except BaseException:
+        for name, part in parts.items():
+            part.load_state_dict(before[name])
+        raise
+
+
 def pack(state: Mapping[str, Any]) -> Tensor:
     """A state as one uint8 tensor (bytes,) on the CPU, which every format of checkpoints holds.
 

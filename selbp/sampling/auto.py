@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from selbp._checks import check_entries, check_int, check_number, shown
+from selbp._checks import check_choice, check_entries, check_int, check_number, reading, shown
 from selbp.common.exchange import Ranks
 from selbp.sampling.batches import ScoredBatchSampler
 from selbp.sampling.candidates import Candidate, Decision
@@ -301,14 +301,18 @@ class AutoSelect:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict`. Raises ValueError, and changes nothing, where it does not fit."""
         check_entries("state of AutoSelect", state, ("current", "steps", "times", "count", "log"))
-        if set(state["times"]) != set(self.candidates) or state["current"] not in self.candidates:
-            raise ValueError(f"the state is of the candidates {sorted(state['times'])}, here {sorted(self.candidates)}")
-        self._times = self._kept(state["times"])
-        self._count = {name: int(state["count"][name]) for name in self.candidates}
-        self._steps, self._last = check_int("steps", state["steps"], 0), ("", 0.0)
-        self._all_priced = not self._without_price()
-        self.log = [Decision(*line) for line in state["log"]]
+        check_entries("the state's times", state["times"], self.candidates)
+        check_entries("the state's count", state["count"], self.candidates)
+        check_choice("the state's current", state["current"], tuple(self.candidates))
+        with reading("state of AutoSelect"):
+            steps = check_int("the state's steps", state["steps"], 0)
+            count = {name: check_int("the state's count", made, 0) for name, made in state["count"].items()}
+            times = {name: [check_number("the state's times", x) for x in of] for name, of in state["times"].items()}
+            log = [Decision(*line) for line in state["log"]]
         self._use(state["current"])
+        self._times, self._count, self.log = self._kept(times), count, log
+        self._steps, self._last = steps, ("", 0.0)
+        self._all_priced = not self._without_price()
 
 
 def _on_gpu(batch: Any) -> bool:

@@ -112,11 +112,11 @@ class ScoredBatchSampler(TableSampler):
         The name is handed to the step with each batch. Of ``record_every`` batches the step writes what it saw of one
         to the table. Raises ValueError for a k above the pool.
         """
-        self._every = check_int("record_every", record_every, 1)
+        every = check_int("record_every", record_every, 1)
         rows = self.k if k is None else check_int("k", k, 1)
         if rows > min(self.pool, self.table.samples // self.world_size):
             raise ValueError(f"k must be at most the pool's {self.pool} samples, got {rows}")
-        self._scored, self._rows, self._tag = scored, rows, tag
+        self._scored, self._rows, self._tag, self._every = scored, rows, tag, every
 
     def _before_epoch(self) -> None:
         if self._scored:  # else nothing is drawn by a score

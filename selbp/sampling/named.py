@@ -43,6 +43,8 @@ class InfoBatchSampler(TableSampler):
     ([4, 2], [4, 4])
     """
 
+    _planned = ("order", "weight")
+
     def __init__(self, table: ScoreTable, k: int, ratio: float, epochs: int, anneal: float, seed: int) -> None:
         super().__init__(table, seed, None, None)
         if self.world_size > 1:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from selbp._checks import check_entries, check_int, check_number, shown
+from selbp._checks import check_entries, check_int, check_number, reading, shown
 from selbp.sampling.draw import Columns
 
 if TYPE_CHECKING:
@@ -43,8 +43,9 @@ def restore(table: ScoreTable, mine: dict[str, Any], state: Mapping[str, Any]) -
     for name in ("classes", "noise"):
         if state[name] != mine[name]:
             raise ValueError(f"the state's {name} is {shown(state[name])}, the table's {shown(mine[name])}")
-    check_int("the state's time", state["time"], 0)
-    check_number("the state's prior", state["prior"], 0.0, 1.0)
+    with reading("state of a ScoreTable"):
+        check_int("the state's time", state["time"], 0)
+        check_number("the state's prior", state["prior"], 0.0, 1.0)
     for name, own in mine.items():
         value = state[name]
         if name == "irreducible":
