@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selbp._checks import check_int, check_number, shown
-from selbp.common.outputs import logits_of
+from selbp.common.outputs import check_classes_of, logits_of
 from selbp.ops._backends import saves_launches
 from selbp.ops.minibatch import count_hits
 from selbp.reference.losses import label_mass
@@ -180,6 +180,7 @@ class CrossEntropy:
         if self.shift and logits.dim() == 3 and logits.shape[:2] == target.shape:
             return _LastIdle.apply(logits), F.pad(labels, (0, 1), value=self.ignore_index)
         logits = logits if self.classes_last(logits, target) else logits.movedim(1, -1)
+        check_classes_of(logits)
         return self.positions(logits, target, labels), labels
 
     def positions(self, x: Tensor, target: Tensor, labels: Tensor) -> Tensor:
