@@ -288,6 +288,9 @@ class AutoSelect:
             )
         return self.current, f"no other is worth {1.0 + self.margin:.2f} times as much: {said}"
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(current={self.current!r} of {list(self.candidates)}, steps={self._steps})"
+
     def state_dict(self) -> dict[str, Any]:
         """The candidate in use, the times measured, and the log. Table, sampler and steps have states of their own."""
         return {

@@ -106,6 +106,10 @@ class ScoredBatchSampler(TableSampler):
         self._scored, self._rows, self._tag, self._every = True, self.k, "", 1
         self._sweep = -1, torch.empty(0, dtype=torch.int64, device="cpu")  # its number and its permutation
 
+    def __repr__(self) -> str:
+        at = f"epoch={self.epoch}, consumed={self._consumed}"
+        return f"{type(self).__name__}({self.table!r}, k={self.k}, pool={self.pool}, {at})"
+
     def use(self, *, k: int | None = None, scored: bool = True, tag: str = "", record_every: int = 1) -> None:
         """From the next draw on: rows of a batch (None: as constructed), whether by the odds or uniformly, and a name.
 
