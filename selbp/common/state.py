@@ -105,8 +105,7 @@ def pack(state: Mapping[str, Any]) -> Tensor:
 def unpack(packed: Any) -> dict[str, Any]:
     """What :func:`pack` was given: tensors and plain values, nothing else is read. Raises ValueError."""
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.dim() != 1:
-        got = f"{packed.dtype} {tuple(packed.shape)}" if isinstance(packed, Tensor) else type(packed).__name__
-        raise ValueError(f"the state must be a uint8 tensor (bytes,), got {got}")
+        raise ValueError(f"the state must be a uint8 tensor (bytes,), got {shown(packed)}")
     try:
         state = torch.load(io.BytesIO(packed.cpu().numpy().tobytes()), weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:

@@ -189,8 +189,7 @@ def state_tensor(state: Mapping[str, Any], name: str, shape: tuple[int, ...]) ->
     """A copy of the state's entry ``name``. Raises ValueError unless it is a float64 tensor of ``shape``."""
     value = state[name]
     if not isinstance(value, Tensor) or value.shape != shape or value.dtype != torch.float64:
-        got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{name} must be a float64 tensor of shape {shape}, got {got}")
+        raise ValueError(f"{name} must be a float64 tensor of shape {shape}, got {shown(value)}")
     return value.clone()
 
 

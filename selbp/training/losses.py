@@ -132,10 +132,9 @@ class CrossEntropy:
     def _indices(self, target: Any) -> Tensor:
         """The class indices (n,) or (n, ...), after the shift. Raises TypeError or ValueError for anything else."""
         if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.dim() < 1:
-            got = f"{target.dtype} {tuple(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
             raise TypeError(
                 f"target must be int64 class indices (n,) or (n, T), or class probabilities of the logits' shape "
-                f"(n, C), got {got}"
+                f"(n, C), got {shown(target)}"
             )
         if self.shift:
             if target.dim() != 2 or target.shape[1] < 2:
@@ -258,8 +257,7 @@ class PerSample:
         """See :class:`Criterion`. Raises ValueError unless the function returns (n,)."""
         losses = self.function(output, target)
         if not isinstance(losses, Tensor) or losses.shape != (n,):
-            got = f"a tensor {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-            raise ValueError(f"loss {self.name} must return {HINT}; got {got} for n = {n}")
+            raise ValueError(f"loss {self.name} must return {HINT}; got {shown(losses)} for n = {n}")
         return losses.float() if losses.dtype in (torch.bfloat16, torch.float16) else losses
 
     def mass(self, target: Any, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
