@@ -12,6 +12,7 @@ from selbp._checks import check_choice, check_entries, shown
 from selbp.common.hooks import is_compiled, mark
 from selbp.common.modules import find_place
 from selbp.common.state import CHOICE_ENTRIES, ChoiceState
+from selbp.cut.choice import cut_output
 from selbp.cut.module import BackwardCut
 from selbp.cut.proxies import Proxy
 from selbp.cut.report import CutReport
@@ -29,14 +30,7 @@ class _Hook:
         """After the module."""
         if not module.training:
             return output
-        given = [*args, *kwargs.values()]
-        features = given[0] if isinstance(module, nn.Linear) and len(given) == 1 else None
-        if isinstance(output, Tensor):
-            return self.cut(output, features)
-        if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-            values = [self.cut(output[0]), *output[1:]]
-            return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
-        raise TypeError(f"the cut at {self.name!r}: it must return a Tensor or a tuple that starts with one")
+        return cut_output(self.cut, self.name, module, (*args, *kwargs.values()), output)
 
     def input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the module."""

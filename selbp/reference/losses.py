@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from selbp.types import BatchStatistics
+from selbp.types import BatchStatistics, widest
 
 
 def soft_cap(logits: Tensor, softcap: float) -> Tensor:
@@ -39,7 +39,7 @@ def label_mass(
 
 def scale_of(mass: Tensor, valid: Tensor) -> Tensor:
     """() s with (1/n) sum s l_i = torch's mean over valid samples; 0 where there is none."""
-    wide = torch.float32 if mass.device.type == "mps" else torch.float64
+    wide = widest(mass.device)
     total = torch.where(valid, mass, 0.0).sum(dtype=wide)
     return torch.where(total > 0, len(mass) / total, 0.0)
 

@@ -17,7 +17,7 @@ from selbp.common.outputs import logits_of
 from selbp.common.proxies import HeadProxies
 from selbp.reference.losses import scale_of
 from selbp.training.scored import Scored, worth_keeping
-from selbp.types import BatchStatistics
+from selbp.types import BatchStatistics, widest
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Found:
         """
         if ranks.size == 1:
             return self, dict(extras)
-        wide = torch.float32 if self.mass.device.type == "mps" else torch.float64
+        wide = widest(self.mass.device)
         hits = torch.stack(self.hits).to(wide) if self.hits is not None else self.mass.new_zeros(2, dtype=wide)
         names = sorted(extras)  # a caller may pass them in another order on each rank
         floating = [name for name in names if extras[name].is_floating_point()]

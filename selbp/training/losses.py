@@ -25,6 +25,7 @@ from selbp.ops._backends import saves_launches
 from selbp.ops.minibatch import count_hits
 from selbp.reference.losses import label_mass
 from selbp.training.soft_labels import is_soft, soft_hits, soft_losses, soft_mass
+from selbp.types import widest
 
 LOSSES = ("cross_entropy", "mse", "bce", "causal_lm", "linear_causal_lm")
 CAUSAL = ("causal_lm", "linear_causal_lm")
@@ -224,7 +225,7 @@ class CrossEntropy:
             return soft_mass(target, self.class_dim)
         labels = self._indices(target)
         weight = self.weight_on(labels.device)
-        exact = torch.float32 if weight is None or labels.device.type == "mps" else torch.float64  # for a float64 loss
+        exact = torch.float32 if weight is None else widest(labels.device)  # for a float64 loss
         return label_mass(labels if labels.dim() == 1 else labels.flatten(1), weight, self.ignore_index, exact)
 
     def terms(self, target: Any) -> Tensor | None:

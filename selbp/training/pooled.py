@@ -36,7 +36,7 @@ from selbp.training.scored import Scored
 from selbp.training.scores import told
 from selbp.training.scoring import may_run, unscored
 from selbp.training.stopwatch import Stopwatch
-from selbp.types import MeanGradient
+from selbp.types import MeanGradient, widest
 
 if TYPE_CHECKING:
     from selbp.training.kinds import StepKinds
@@ -156,8 +156,7 @@ class Pooled:
     # ----------------------------------------------------------------------------------------------- scoring
 
     def _score(self, batch: Batch, watch: Stopwatch, written: Written) -> Found:
-        step, wide = self.step, torch.float32 if batch.device.type == "mps" else torch.float64
-        unit = torch.ones((), dtype=wide, device="cpu")
+        step, unit = self.step, torch.ones((), dtype=widest(batch.device), device="cpu")
         parts = []
         for rows in self.split(torch.arange(batch.n, device=batch.device)):
             part = batch if len(rows) == batch.n else batch.take(rows)
