@@ -71,6 +71,15 @@ def parallel_in(model: nn.Module) -> DistributedDataParallel | None:
     return model
 
 
+def without_parallel(model: nn.Module) -> nn.Module:
+    """The module in the ``DistributedDataParallel`` that ``model`` is, by itself or compiled; else ``model``.
+
+    For forwards that the wrapper must not see. What is compiled with the wrapper runs as it was written.
+    """
+    parallel = parallel_in(model)
+    return model if parallel is None else parallel.module
+
+
 @contextmanager
 def buffers_synchronised(model: nn.Module) -> Iterator[None]:
     """The buffers are rank 0's on every rank, and the wrapper's forward inside does not see to that once more.

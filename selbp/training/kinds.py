@@ -279,7 +279,10 @@ class StepKinds:
 
     @property
     def _unwrapped(self) -> nn.Module:
-        """The model for a forward that no backward follows: a wrapper's reducer must not see that."""
+        """The model for a forward that no backward follows: a wrapper's reducer must not see that.
+
+        Code that was compiled with the wrapper runs as it is: without a gradient, the wrapper does not hear of it.
+        """
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
             inner: nn.Module = self.model.module
             return inner

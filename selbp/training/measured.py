@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from selbp.common.distributed import parallel_in
 from selbp.common.guards import buffers_put_back, random_state_put_back
 from selbp.rows.gradient import Wrapper
 from selbp.sampling.auto import median
@@ -85,10 +85,17 @@ def measure(
     Gradients, buffers, random state, the rule and its generator are left as they are.
 
     Raises:
-        TypeError, ValueError: for an option that no kind of step takes, or that needs more than single steps.
+        TypeError, ValueError: for an option that no kind of step takes, or that needs more than single steps, and for
+            a wrapper with ``static_graph=True``.
     """
     if wrong := [name for name in NOT_MEASURED if name in options]:
         raise ValueError(f"{wrong[0]} does nothing in the single steps that are measured: leave it out")
+    parallel = parallel_in(model)
+    if parallel is not None and parallel.static_graph:
+        raise ValueError(
+            "selector= times single steps, which DistributedDataParallel with static_graph=True takes for the first of "
+            "the training: measure the model before it is wrapped"
+        )
     kinds = _kinds(model, rule, keep, options)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     wanted = [p for p in model.parameters() if p.requires_grad]
@@ -148,8 +155,8 @@ def _untouched(model: nn.Module, device: torch.device, generator: torch.Generato
     """Buffers and random state are put back."""
     state = None if generator is None else generator.get_state()
     alone: AbstractContextManager[Any] = nullcontext()
-    if isinstance(model, DistributedDataParallel):  # whose reducer must not see forwards without a backward
-        alone = model.no_sync()
+    if (parallel := parallel_in(model)) is not None:  # whose reducer must not see forwards without a backward
+        alone = parallel.no_sync()
     with buffers_put_back(model), random_state_put_back(device), alone:
         try:
             yield

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from selbp.common.batch import Batch
-from selbp.common.distributed import parallel_in
+from selbp.common.distributed import parallel_in, without_parallel
 from selbp.common.exchange import Plan, Ranks
 from selbp.common.guards import without_autocast
 from selbp.common.keep import kept_rows
@@ -310,8 +310,7 @@ class Training:
     def _compare(self, rows: Tensor, live: Tensor, losses: Tensor, output: Any) -> None:
         """Look for samples that interact, on a few that came to this process: all at once may not fit."""
         step, m = self._step, self._m
-        parallel = parallel_in(step.model)
-        model = step.model if parallel is None else parallel.module
+        model = without_parallel(step.model)
 
         def alone(some: Batch) -> tuple[Tensor, Any]:
             made = some.feed(model)
