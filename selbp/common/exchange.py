@@ -58,6 +58,14 @@ class Ranks:
         distributed.all_gather(parts, x.contiguous(), group=self.group)
         return parts
 
+    def average(self, x: Tensor) -> Tensor:
+        """``x`` averaged over the ranks, in place."""
+        if self.size == 1:
+            return x
+        x = x.contiguous()
+        distributed.all_reduce(x, group=self.group)
+        return x.div_(self.size)
+
     def rows(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """(sum of counts, ...) ``x`` (n, ...) of every rank, one after the other; ``counts`` are their n."""
         most = max(counts)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from selbp.common.batch import Batch
-from selbp.common.distributed import averaging
+from selbp.common.exchange import Ranks
 from selbp.common.guards import RunningStatistics, buffers_put_back, without_autocast
 from selbp.common.in_place import Untouched
 from selbp.common.keep import kept_rows
@@ -76,7 +76,7 @@ class StepKinds:
         if self._full_head:
             assert self.head is not None
             check_full_gradient(model, self.head)
-        self._reduce = averaging(model) if options.target == "global" else None
+        self._reduce = Ranks(model).average if options.target == "global" else None
         self._table = options.table
         self._scorer = Scorer(
             self.head,
