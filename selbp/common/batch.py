@@ -27,9 +27,6 @@ from selbp.common.samples import (
 from selbp.ops._backends import saves_launches
 from selbp.ops.minibatch import finite_rows, plain_finite_rows
 
-__all__ = ["Batch", "map_tensors"]
-
-
 _NOTHING: Mapping[Key, Any] = {}
 
 

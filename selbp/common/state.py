@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from selbp._checks import check_entries, shown
-from selbp.common.batch import map_tensors
+from selbp.common.samples import map_tensors
 from selbp.selectors import Selector
 
 CHOICE_ENTRIES = ("selector_type", "selector", "generator")

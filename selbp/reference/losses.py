@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -169,9 +171,9 @@ def sketch(
     n, length, d = features.shape
     h, y = features.reshape(n * length, d), target.reshape(n * length)
     logits = torch.nn.functional.linear(h, weight, bias)
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "softcap": softcap}
-    stats = cross_entropy_statistics(logits, y, h, class_weight=class_weight, **options)  # type: ignore[arg-type]
-    r = residual(logits, y, stats.lse, class_weight=class_weight, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "softcap": softcap}
+    stats = cross_entropy_statistics(logits, y, h, class_weight=class_weight, **options)
+    r = residual(logits, y, stats.lse, class_weight=class_weight, **options)
     if bias is not None:
         h = torch.cat([h, h.new_ones(len(h), 1)], 1)
     h = torch.where(stats.valid[:, None], h, 0.0)

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from selbp._checks import check_choice, check_entries, check_int, check_number, reading, shown
 from selbp.common.exchange import Ranks
+from selbp.common.figures import median
 from selbp.sampling.batches import ScoredBatchSampler
 from selbp.sampling.candidates import Candidate, Decision
 from selbp.sampling.table import ScoreTable
-
-__all__ = ["AutoSelect", "Candidate", "Decision"]
 
 FALLBACK = "random"
 TIMES = 32  # of the last steps of each candidate, whose median counts; of more where the trial is longer
@@ -335,9 +334,3 @@ def _checked(prices: Mapping[str, float], candidates: Mapping[str, Candidate]) -
     if min(found.values()) == 0.0:
         raise ValueError(f"prices must be above 0, got {found}")
     return found
-
-
-def median(values: Iterable[float]) -> float:
-    """The middle value, or the mean of the two in the middle; ``statistics`` would load four modules for it."""
-    ordered = sorted(values)
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2

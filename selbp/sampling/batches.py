@@ -13,8 +13,6 @@ from selbp.sampling.issued import Draw
 from selbp.sampling.table import ScoreTable
 from selbp.sampling.table_sampler import ODD, TableSampler
 
-__all__ = ["ScoredBatchSampler", "TableSampler"]
-
 
 class ScoredBatchSampler(TableSampler):
     """Batches of k samples, drawn from a uniform pool by the odds that a table gives: hard *and* probably right.

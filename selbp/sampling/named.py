@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from selbp._checks import check_int, check_number, shown
-from selbp.sampling.batches import ScoredBatchSampler, TableSampler
+from selbp.sampling.batches import ScoredBatchSampler
 from selbp.sampling.draw import uniform
 from selbp.sampling.issued import Draw
 from selbp.sampling.proxy import Proxy
 from selbp.sampling.table import ScoreTable
+from selbp.sampling.table_sampler import TableSampler
 from selbp.selectors import ReducibleLoss
 
 

@@ -118,7 +118,8 @@ class TableSampler(Sampler[list[int]]):
             self.table.issued.add(made, token)
             index += 1
             # A list for a loader; a table on a GPU draws for data that is there.
-            yield made.ids.tolist() if made.ids.device.type == "cpu" else made.ids  # type: ignore[misc]
+            batch: Any = made.ids.tolist() if made.ids.device.type == "cpu" else made.ids
+            yield batch
 
     def consumed(self) -> None:
         """A batch was trained on: the step says so."""

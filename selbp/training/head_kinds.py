@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -27,7 +29,7 @@ def widths(module: nn.Module) -> tuple[int, int]:
     """Features that a linear or 1x1 convolution layer reads, and classes that it gives; its weight may be sharded."""
     if (told := _told_widths(module)) is not None:
         return told
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight: Any = module.weight
     return weight.shape[1], weight.shape[0]
 
 
@@ -56,7 +58,8 @@ def weight_shape(layer: nn.Module | None) -> tuple[int, ...] | None:
     if (told := _told_widths(layer)) is not None:
         return told[::-1]
     with torch.no_grad(), buffers_put_back(layer):
-        return tuple(layer.weight.shape)  # type: ignore[arg-type]
+        weight = layer.weight
+        return tuple(weight.shape) if isinstance(weight, Tensor) else None
 
 
 def derived_weights(layer: nn.Module) -> list[str]:

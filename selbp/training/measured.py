@@ -9,6 +9,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selbp.common.distributed import parallel_in
+from selbp.common.figures import median
 from selbp.common.guards import buffers_put_back, random_state_put_back
 from selbp.rows.gradient import Wrapper
-from selbp.sampling.auto import median
 from selbp.selectors import Full, Selector
 from selbp.training.diagnosis import Measured
 from selbp.training.interaction import SamplesInteractError
@@ -117,7 +118,7 @@ def measure(
                     continue
                 if turn >= WARM:
                     seconds[name].append(now(device) - began)
-        memory = {name: live_peak(lambda step=step: run(step)) for name, step in kinds.items()}  # type: ignore[misc]
+        memory = {name: live_peak(partial(run, step)) for name, step in kinds.items()}
     medians = {name: median(values) for name, values in seconds.items()}
     clock = "the processor's time" if device.type == "cpu" else "the clock's time"
     return Measured(repr(rule), medians, memory, steps, clock)
@@ -129,9 +130,11 @@ def _kinds(model: nn.Module, rule: Selector, keep: float | int, options: Mapping
     kinds = {"full": SelectiveBackprop(model, selector=Full(), keep=1.0, **plain)}
     refused: list[Exception] = []
     for way in ("recompute",) if rule.needs == "nothing" and options.get("cut") is None else ("rows", "recompute"):
-        fitting = dict(options) if way == "rows" else {k: v for k, v in options.items() if k != "batchnorm"}
+        fitting = {**options, "backward": way}
+        if way != "rows":
+            fitting.pop("batchnorm", None)
         try:
-            made: Any = SelectiveBackprop(model, selector=copy.deepcopy(rule), keep=keep, backward=way, **fitting)  # type: ignore[arg-type]
+            made: Any = SelectiveBackprop(model, selector=copy.deepcopy(rule), keep=keep, **fitting)
         except (TypeError, ValueError) as error:
             refused.append(error)
             continue

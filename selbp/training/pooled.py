@@ -324,4 +324,4 @@ class Training:
 
 def _zero(mean: MeanGradient) -> MeanGradient:
     """A mean gradient of 0, for the micro-batches that the whole one is not delivered with."""
-    return MeanGradient(*(None if x is None else torch.zeros_like(x) for x in mean))  # type: ignore[arg-type]
+    return MeanGradient._make(None if x is None else torch.zeros_like(x) for x in mean)

@@ -67,8 +67,8 @@ class Scorer:
         factors: bool,
         keep_graph: bool,
         feed: Callable[[Batch, nn.Module], Any],
-        unit: Tensor | None = None,
-        ran: Callable[[], None] = lambda: None,
+        unit: Tensor | None,
+        ran: Callable[[], None],
     ) -> Scored:
         """Score all rows of ``batch``.
 
