@@ -40,7 +40,8 @@ class ScoredBatchSampler(TableSampler):
     k : int
         Rows of a batch.
     pool : int
-        Samples that a batch is drawn from, at least k; all there are where they are fewer.
+        Samples that a batch is drawn from, at least k; all there are where they are fewer. :func:`selbp.auto_select`
+        asks for 256.
     power : float
         Of the hardness 1 - p, at least 0; 0 draws by responsibility alone.
     floor : float

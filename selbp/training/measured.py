@@ -25,13 +25,11 @@ from selbp.rows.gradient import Wrapper
 from selbp.selectors import Full, Selector
 from selbp.training.diagnosis import Measured
 from selbp.training.interaction import SamplesInteractError
+from selbp.training.options import OF_BATCH, OF_CRITERION
 from selbp.training.step import SelectiveBackprop
 
 WARM = 2  # first steps of each kind, which allocate and decide
-OF_THE_LOSS = (
-    *("loss", "class_weight", "ignore_index", "label_smoothing", "class_dim", "shared", "batch_dims"),
-    *("target_keys", "pass_labels", "aux_weight", "head", "skip_mass"),
-)
+OF_A_FULL_STEP = ("loss", "head", "aux_weight", *OF_CRITERION, *OF_BATCH)
 NOT_MEASURED = ("backward", "schedule", "auto_advance", "table", "micro_batch", "scope", "target")
 
 
@@ -126,7 +124,7 @@ def measure(
 
 def _kinds(model: nn.Module, rule: Selector, keep: float | int, options: Mapping[str, Any]) -> dict[str, Any]:
     """A full step, and the steps of ``rule`` by their way."""
-    plain = {name: options[name] for name in OF_THE_LOSS if name in options}
+    plain = {name: options[name] for name in OF_A_FULL_STEP if name in options}
     kinds = {"full": SelectiveBackprop(model, selector=Full(), keep=1.0, **plain)}
     refused: list[Exception] = []
     for way in ("recompute",) if rule.needs == "nothing" and options.get("cut") is None else ("rows", "recompute"):
