@@ -55,7 +55,7 @@ class RecomputedCut:
         self._buffers = WrittenBuffers(model)
         self._checked = False
 
-    def prepare(self, batch: Batch) -> None:
+    def check_once(self, batch: Batch) -> None:
         """Look once, by a forward of two samples, whether the part below can be recomputed. Raises ValueError."""
         if not self._checked and torch.is_grad_enabled() and kept_rows(self._cut.keep, batch.n) < batch.n:
             self._check_bypass(batch)
@@ -68,7 +68,7 @@ class RecomputedCut:
         """
         if not torch.is_grad_enabled():
             return batch.feed(self._model)
-        self.prepare(batch)
+        self.check_once(batch)
         k = kept_rows(self._cut.keep, batch.n)
         mode = AutocastMode(batch.device)
 

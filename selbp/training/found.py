@@ -106,11 +106,11 @@ class Found:
             hits=None if self.hits is None else (correct, total),
             logits=None if self.logits is None else ranks.rows(self.logits, counts),
         )
-        told = dict(zip(floating, back[fields + 1 :], strict=True))
+        given = dict(zip(floating, back[fields + 1 :], strict=True))
         if integers:
             whole_numbers = ranks.rows(torch.stack([extras[name].to(torch.int64) for name in integers], 1), counts)
-            told |= {name: x.to(extras[name].dtype) for name, x in zip(integers, whole_numbers.unbind(1), strict=True)}
-        return whole, told
+            given |= {name: x.to(extras[name].dtype) for name, x in zip(integers, whole_numbers.unbind(1), strict=True)}
+        return whole, given
 
     def scaled(self, reduce: Any = None) -> Scored:
         """In the units of torch's mean over these samples."""

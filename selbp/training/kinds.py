@@ -42,7 +42,7 @@ from selbp.training.pooled import Backward, Pooled
 from selbp.training.report import StepReport
 from selbp.training.schedule import Schedule
 from selbp.training.scored import Scored, worth_keeping
-from selbp.training.scores import told, weighted, write_back
+from selbp.training.scores import for_table, weighted, write_back
 from selbp.training.scoring import Scorer, may_run, unscored
 from selbp.training.sketched import Sketcher
 from selbp.training.stopwatch import AHEAD, Stopwatch
@@ -194,7 +194,7 @@ class StepKinds:
         """(k,) losses of a second forward, of the chosen rows. The first such step compares it with the scoring one."""
         self._comparison.begin(m.batch, m.k < m.batch.n)
         self._choose(m, self._score(m.batch, m.watch, keep_graph=False))
-        self._scored(written)
+        self._end_scoring(written)
         same_mode = self._scoring == "same"
 
         def again(rows: Batch) -> tuple[Tensor, Any]:
@@ -219,7 +219,7 @@ class StepKinds:
         with written.replayed(), self._running.paused():
             yield
 
-    def _scored(self, written: Written) -> None:
+    def _end_scoring(self, written: Written) -> None:
         """The scoring forward has run: what it wrote is known, or in evaluation mode undone."""
         if self._scoring == "same":
             written.end()
@@ -243,7 +243,7 @@ class StepKinds:
         m.take(scored)
         m.choose(self._weighted(m, FULL.select(scored.stats, m.batch.n)))
         rows = m.batch.rows(None, self._finite(m))
-        cut.prepare(rows)
+        cut.check_once(rows)
         if isinstance(self._criterion, LinearCausalLM):
             self._criterion.forget()  # the forward of a look ahead
         losses = self._first_forward(m, rows, cut.feed(rows, on_choice))
@@ -363,7 +363,7 @@ class StepKinds:
         m.watch.lap("forward")
         m.watch.follow(loss)
         if self._table is not None and m.draw is not None and m.draw.recorded:
-            write_back(self._table, m.draw, told(self._table, self._criterion, m.batch.target), *m.seen)
+            write_back(self._table, m.draw, for_table(self._table, self._criterion, m.batch.target), *m.seen)
         return loss
 
 

@@ -33,7 +33,7 @@ from selbp.training.options import UNSEEDED, StepOptions
 from selbp.training.per_call import PerCall
 from selbp.training.report import StepReport
 from selbp.training.scored import Scored
-from selbp.training.scores import told
+from selbp.training.scores import for_table
 from selbp.training.scoring import may_run, unscored
 from selbp.training.stopwatch import Stopwatch
 from selbp.types import MeanGradient, widest
@@ -138,7 +138,7 @@ class Pooled:
             losses, m.scaled = self._everyone(losses, mine), self._everyone(m.scaled, mine)
             m.seen = logits, losses, m.selection.indices, m.live
         if step._table is not None and drawn is not None and drawn.draw.recorded:
-            known = told(step._table, step._criterion, batch.target)
+            known = for_table(step._table, step._criterion, batch.target)
             drawn.write(step._table, self._ranks, counts, known, m.seen)
         way = step._strategy
         return loss, m.report(StepReport, way.name, way.reason, scored=scoring)
@@ -164,7 +164,7 @@ class Pooled:
             keeps = {"factors": self._reads_factors, "keep_output": self.keeps_logits}
             parts.append(Found.of(scored, step.head, batch.n, **keeps))
             watch.lap("score")
-        step._scored(written)
+        step._end_scoring(written)
         return Found.joined(parts)
 
     @property

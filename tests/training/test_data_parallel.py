@@ -266,26 +266,26 @@ def check_looks_ahead(rank):
     batch = data(rank)
     for static in (False, True):
         for compiled in (False, True):
-            told = static, compiled
-            model = wrapped(*told)
+            case = static, compiled
+            model = wrapped(*case)
             step = selbp.SelectiveBackprop(model, selector=selbp.GradientMatching(), keep=0.25)  # backward="auto"
-            assert averaged(model, [lambda turn=turn, step=step: step(*data(rank, turn)) for turn in range(3)]), told
+            assert averaged(model, [lambda turn=turn, step=step: step(*data(rank, turn)) for turn in range(3)]), case
             with pytest.raises(ValueError, match="one process for a CUDA graph"):
                 check_graph(step, batch, None)
 
-            model = wrapped(*told)
+            model = wrapped(*case)
             if rank == 0:  # on its own
                 selbp.diagnose(model, batch, keep=0.25)
-            assert averaged(model, [lambda model=model: F.cross_entropy(model(batch[0]), batch[1])] * 3), told
+            assert averaged(model, [lambda model=model: F.cross_entropy(model(batch[0]), batch[1])] * 3), case
 
-            model = wrapped(*told)
+            model = wrapped(*case)
             options = {"keep": 0.25, "selector": selbp.GradientMatching(), "steps": 1}
             if static:
                 with pytest.raises(ValueError, match="static_graph=True.*before it is wrapped"):
                     selbp.diagnose(model, batch, **options)
             else:
                 selbp.diagnose(model, batch, **options)
-            assert averaged(model, [lambda model=model: F.cross_entropy(model(batch[0]), batch[1])] * 3), told
+            assert averaged(model, [lambda model=model: F.cross_entropy(model(batch[0]), batch[1])] * 3), case
 
 
 def test_looks_ahead_in_two_processes():
