@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,6 +87,23 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
 
 
+def check_entries(what: str, state: object, names: Iterable[str]) -> None:
+    """Raise ValueError unless ``state`` is a mapping with exactly the entries ``names``; ``what`` is its name."""
+    expected = set(names)
+    if not isinstance(state, Mapping) or set(state) != expected:
+        got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"{what} must have the entries {sorted(expected)}, got {got}")
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Inside, an entry of ``what`` that is missing or of another kind is a ValueError."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{what} does not read: {error!r}") from error
+
+
 def check_generator(generator: object, device: torch.device | None = None) -> None:
     """Raise TypeError or ValueError unless ``generator`` is None or a generator on ``device``'s kind of device."""
     if generator is None:
@@ -97,37 +115,24 @@ def check_generator(generator: object, device: torch.device | None = None) -> No
         raise TypeError(f"generator must be a torch.Generator or None, got {shown(generator)}")
 
 
-def number(name: str, value: object) -> float:
+def symbolic_float(name: str, value: object) -> float:
     """``value`` as a float; a symbolic number stays symbolic. Raises TypeError for anything else."""
     if isinstance(value, float):  # np.float64 is one
         return value
     if isinstance(value, torch.SymFloat):
         return value  # type: ignore[return-value]
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Real)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
     return float(value)
 
 
 def check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
     """``value`` as a float. Raises TypeError or ValueError unless it is a finite number in [low, high]."""
-    found = number(name, value)
+    found = symbolic_float(name, value)
     if not (math.isfinite(found) and low <= found <= high):
         limits = f" and at least {low:g}" if high == math.inf else f" and lie in [{low:g}, {high:g}]"
         raise ValueError(f"{name} must be finite{limits}, got {value}")
     return found
-
-
-def integer(name: str, value: object) -> int:
-    """``value`` as an int; a symbolic one stays symbolic. Raises TypeError, or ValueError beyond 64 bits."""
-    if isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]
-    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not isinstance(value, int):
-        value = int(value)
-    if not -_INT64 <= value < _INT64:
-        raise ValueError(f"{name} must fit into 64 bits, got {value}")
-    return value
 
 
 def check_int(name: str, value: object, low: int | None = None, meaning: str = "an int") -> int:
@@ -139,17 +144,18 @@ def check_int(name: str, value: object, low: int | None = None, meaning: str = "
     return int(value)
 
 
-def flag(name: str, value: object) -> bool:
-    """``value`` as a bool: Python's or numpy's. Raises TypeError for anything else."""
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, BOOLS):
-        return bool(value)
-    raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+def symbolic_int(name: str, value: object) -> int:
+    """``value`` as an int of 64 bits; a symbolic one stays symbolic. Raises TypeError or ValueError."""
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    found = check_int(name, value)
+    if not -_INT64 <= found < _INT64:
+        raise ValueError(f"{name} must fit into 64 bits, got {value}")
+    return found
 
 
 def check_flag(name: str, value: object) -> bool:
-    """``value`` as a bool, as :func:`flag`; the error shows the value itself."""
+    """``value`` as a bool: Python's or numpy's. Raises TypeError for anything else."""
     if not isinstance(value, BOOLS):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)

@@ -72,6 +72,11 @@ def real_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The type of sums that no rounding may touch: float64, float32 on a device that has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def gradient_norm(stats: BatchStatistics) -> Tensor:
     """:attr:`BatchStatistics.gradient_norm` for compiled code: torch before 2.11 traces no NamedTuple's property."""
     return (stats.residual_sq * stats.feature_sq).sqrt()

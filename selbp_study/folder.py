@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +118,7 @@ def check_log(log: JsonLines, config: RunConfig, step: int) -> list[dict[str, An
 
 def is_number(value: object) -> bool:
     """Whether ``value`` is a finite int or float of JSON."""
-    return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)  # type: ignore[arg-type]
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def short(value: object) -> str:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from selbp._checks import check_number
+from selbp._checks import check_int, check_number, check_optional_tensor, reading
 from selbp.ops.matching import match
 from selbp.ops.mean_gradient import mean_gradient
 from selbp.reference.sampling import fill_spare
@@ -66,4 +66,7 @@ class AveragedTarget(BaseSelector):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict`. Raises ValueError, and changes nothing, where it does not fit."""
         check_state(self, state, ("average", "steps"))
-        self._average, self._steps = state["average"], state["steps"]
+        with reading("state of AveragedTarget"):
+            check_optional_tensor("the state's average", state["average"])
+            steps = check_int("the state's steps", state["steps"], 0)
+        self._average, self._steps = state["average"], steps

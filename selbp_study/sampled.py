@@ -15,6 +15,7 @@ from torch import Tensor
 
 from selbp import AutoSelect, NoiseAwareCrossEntropy, SelectiveBackprop
 from selbp.sampling import ScoredBatchSampler, ScoreTable, TableSampler, fit_proxy, info_batch, rho_loss
+from selbp.sampling.table import NoiseModel
 from selbp_study.config import RunConfig
 from selbp_study.data import Split
 from selbp_study.samples import BatchOrder
@@ -35,7 +36,7 @@ class Sampling:
     history: bool = True  # whether the rows that train write their scores back
     responsibility: bool = True  # whether a label may be believed to be wrong
     aware: bool = True  # whether the loss is the noise-aware one
-    noise: str = "auto"  # or "symmetric", "class"
+    noise: NoiseModel = "auto"  # or "symmetric", "class"
 
     @classmethod
     def split(cls, options: Mapping[str, Any]) -> tuple[Sampling | None, dict[str, Any]]:
@@ -65,7 +66,7 @@ class SampledOrder:
         classes = n_classes if split.labels.dim() == 1 else None
         self.options, self.config, self.split = options, config, split
         believed = classes is None or not options.responsibility
-        self.table = ScoreTable(len(split), classes, noise="none" if believed else options.noise)  # type: ignore[arg-type]
+        self.table = ScoreTable(len(split), classes, noise="none" if believed else options.noise)
         self.step_options: dict[str, Any] = {"keep": 1.0}
         self.proxy_seconds = 0.0
         proxy = None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selbp._checks import shown
 from selbp.common.packed import packed_message, signs_of, unpacked
 from selbp.common.places import PLAIN, Key, Places
 from selbp.common.samples import (
@@ -25,9 +26,6 @@ from selbp.common.samples import (
 )
 from selbp.ops._backends import saves_launches
 from selbp.ops.minibatch import finite_rows, plain_finite_rows
-
-__all__ = ["Batch", "map_tensors"]
-
 
 _NOTHING: Mapping[Key, Any] = {}
 
@@ -107,8 +105,7 @@ class Batch:
         map_samples(self.target, n, check, found)
         for name, value in self.extras.items():
             if not isinstance(value, Tensor) or value.shape != (n,):
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{name} must be a tensor (n,) = ({n},), one entry per sample, got {got}")
+                raise ValueError(f"{name} must be a tensor (n,) = ({n},), one entry per sample, got {shown(value)}")
 
     def _map(self, tensors: Any, entries: Any) -> tuple[Any, Any]:
         """Inputs and target, mapped."""

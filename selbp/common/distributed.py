@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from selbp.common.hooks import watched
@@ -24,43 +24,6 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-class _Averaging:
-    """Averages a tensor over the ranks of ``model``'s process group, torch's default one without a wrapper, in place.
-
-    The group is looked up when the first tensor comes: a step may be built before the processes meet. Where there are
-    no others, one process is a world of one.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if not distributed.is_available() or not distributed.is_initialized():
-            return x
-        group = self._group
-        if (size := distributed.get_world_size(group)) == 1:
-            return x
-        x = x.contiguous()
-        distributed.all_reduce(x, group=group)
-        return x.div_(size)
-
-    @property
-    def _group(self) -> Any:
-        parallel = parallel_in(self._model)
-        return None if parallel is None else parallel.process_group
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The model. Raises TypeError where that has a process group of its own, which is this process's alone."""
-        if distributed.is_available() and self._group not in (None, distributed.group.WORLD):
-            raise TypeError('target="global" over a process group of its own does not pickle: build the step anew')
-        return {"_model": self._model}
-
-
-def averaging(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A function that averages a tensor over the ranks of ``model``'s process group, in place."""
-    return _Averaging(model)
-
-
 def parallel_in(model: nn.Module) -> DistributedDataParallel | None:
     """The ``DistributedDataParallel`` that ``model`` is, by itself or compiled."""
     while not isinstance(model, DistributedDataParallel):
@@ -69,6 +32,15 @@ def parallel_in(model: nn.Module) -> DistributedDataParallel | None:
             return None
         model = inner
     return model
+
+
+def without_parallel(model: nn.Module) -> nn.Module:
+    """The module in the ``DistributedDataParallel`` that ``model`` is, by itself or compiled; else ``model``.
+
+    For forwards that the wrapper must not see. What is compiled with the wrapper runs as it was written.
+    """
+    parallel = parallel_in(model)
+    return model if parallel is None else parallel.module
 
 
 @contextmanager

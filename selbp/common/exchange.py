@@ -58,6 +58,14 @@ class Ranks:
         distributed.all_gather(parts, x.contiguous(), group=self.group)
         return parts
 
+    def average(self, x: Tensor) -> Tensor:
+        """``x`` averaged over the ranks, in place."""
+        if self.size == 1:
+            return x
+        x = x.contiguous()
+        distributed.all_reduce(x, group=self.group)
+        return x.div_(self.size)
+
     def rows(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """(sum of counts, ...) ``x`` (n, ...) of every rank, one after the other; ``counts`` are their n."""
         most = max(counts)
@@ -74,11 +82,11 @@ class Ranks:
                 sequences that can be padded.
         """
         length, sequences = lengths.of(batch)
-        told = _description(batch, sequences)
-        header = torch.tensor([batch.n, length, zlib.crc32(told.encode())], device=batch.device)
+        described = _description(batch, sequences)
+        header = torch.tensor([batch.n, length, zlib.crc32(described.encode())], device=batch.device)
         counts, every, digests = zip(*(part.tolist() for part in self.each(header)), strict=True)
         if len(set(digests)) > 1:
-            said = self.told(told)
+            said = self.each_object(described)
             other = next(i for i, text in enumerate(said) if text != said[0])
             raise ValueError(
                 'scope="global" trains rows on other ranks than they came to: the minibatches must have equal entries, '
@@ -88,7 +96,7 @@ class Ranks:
             )
         return lengths.padded(batch, max(every)), list(counts)
 
-    def told(self, x: Any) -> list[Any]:
+    def each_object(self, x: Any) -> list[Any]:
         """Any object of every rank; it goes by way of the model's device, not by that which the process is set to."""
         packed = _pack(x).to(self._device)
         counts = [int(n) for n in self.each(torch.tensor([len(packed)], device=self._device))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -93,3 +94,9 @@ class SelectionFigures:
         expected = random_error(len(valid), int(valid.sum()), k, float(squares), target_sq)
         error = self.relative_residual**2 * target_sq
         return expected / error if error > 0 else float("inf") if expected else None
+
+
+def median(values: Iterable[float]) -> float:
+    """The middle value, or the mean of the two in the middle; ``statistics`` would load four modules for it."""
+    ordered = sorted(values)
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from selbp.common.batch import Batch, map_tensors
+from selbp.common.batch import Batch
+from selbp.common.samples import map_tensors
 
 
 class Kept:

@@ -21,7 +21,8 @@ BLOCK_BYTES = 64 << 20  # of intermediate results that hold one block of classes
 DIAGNOSTIC_BYTES = 32 << 20  # of residual and features kept for the report of a rule that does not read them
 
 
-def _with_bias(features: Tensor, bias: bool) -> Tensor:
+def with_one(features: Tensor, bias: bool) -> Tensor:
+    """``features`` (..., d) with a 1 at the end for the bias, if there is a ``bias``."""
     return torch.cat([features, features.new_ones(*features.shape[:-1], 1)], -1) if bias else features
 
 
@@ -38,7 +39,7 @@ def sequence_gram(residual: Tensor, features: Tensor, *, bias: bool = True) -> T
     Either over pairs of tokens, (nT)^2 (C + d) products, or by forming the gradients of a block of classes at a time,
     (nT + n^2) C d: whichever is cheaper. Memory beside the result is bounded either way.
     """
-    features = _with_bias(features, bias)
+    features = with_one(features, bias)
     n, length, d = features.shape
     classes = residual.shape[-1]
     gram = residual.new_zeros(n, n)
@@ -58,13 +59,20 @@ def sequence_gram(residual: Tensor, features: Tensor, *, bias: bool = True) -> T
 
 def sequence_norm_sq(residual: Tensor, features: Tensor, *, bias: bool = True) -> Tensor:
     """(n,) squared norms of g_i = sum_t r_it (x) [h_it, 1]: the diagonal of :func:`sequence_gram`."""
-    features = _with_bias(features, bias)
+    features = with_one(features, bias)
     _, length, d = features.shape
     if length * (residual.shape[-1] + d) > residual.shape[-1] * d:
         blocks = _class_blocks(residual, features)
         return torch.stack([torch.bmm(b.transpose(1, 2), features).square().sum((1, 2)) for b in blocks]).sum(0)
     pairs = torch.bmm(residual, residual.transpose(1, 2)) * torch.bmm(features, features.transpose(1, 2))
     return pairs.sum((1, 2)).clamp_(min=0)
+
+
+def residual_of_gram(selection: Selection, gram: Tensor, inner: Tensor, target_sq: Tensor) -> Tensor:
+    """() float64 ``||M - sum_j w_j g_j|| / ||M||`` from ``gram`` (n, n), ``inner`` (n,) <g_i, M> and () ``||M||^2``."""
+    w, rows, target_sq = selection.weights.double(), selection.indices, target_sq.double()
+    error = target_sq - 2 * w @ inner[rows].double() + w @ gram[rows][:, rows].double() @ w
+    return (error.clamp(min=0) / target_sq).sqrt()
 
 
 class HeadProxies(GradientProxies):
@@ -175,12 +183,9 @@ class HeadProxies(GradientProxies):
 
         The Gram's quadratic form has a floor of about 3e-4 in float32; the factors' is exact to float64.
         """
-        w, rows = selection.weights.double(), selection.indices
         if self._gram is not None or self._reduce is not None:
-            inner, target_sq = self.mean_gradient()[:2]
-            gram = self.gram()[rows][:, rows].double()
-            error = target_sq.double() - 2 * w @ inner[rows].double() + w @ gram @ w
-            return (error.clamp(min=0) / target_sq.double()).sqrt()
+            return residual_of_gram(selection, self.gram(), *self.mean_gradient()[:2])
+        w, rows = selection.weights.double(), selection.indices
         length = self.positions
         tokens = (rows[:, None] * length + torch.arange(length, device=rows.device)).flatten()
         spread = Selection(tokens, (w / length).repeat_interleave(length, output_size=len(w) * length))

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from selbp._checks import shown
-from selbp.common.batch import map_tensors
+from selbp._checks import check_entries, shown
+from selbp.common.samples import map_tensors
 from selbp.selectors import Selector
 
 CHOICE_ENTRIES = ("selector_type", "selector", "generator")
@@ -26,10 +26,7 @@ def check_counts(state: Mapping[str, Any]) -> tuple[int, bool, Literal["rows", "
     """
     if isinstance(state, Mapping) and "optimizer_step" in state:
         state = {"classes_last": None, **state}  # states were saved without it
-    expected = {*COUNT_ENTRIES, *CHOICE_ENTRIES}
-    if not isinstance(state, Mapping) or set(state) != expected:
-        got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(f"state must have the entries {sorted(expected)}, got {got}")
+    check_entries("state", state, (*COUNT_ENTRIES, *CHOICE_ENTRIES))
     count, auto = state["optimizer_step"], state["auto_advance"]
     if isinstance(count, bool) or not isinstance(count, int) or count < 0 or not isinstance(auto, bool):
         raise ValueError(
@@ -87,6 +84,22 @@ class ChoiceState:
         return lambda: self.load_state_dict(saved)
 
 
+def load_all(what: str, parts: Mapping[str, Any], states: Any) -> None:
+    """Have each of ``parts`` take over its entry of ``states``; where one refuses, all are put back. Raises ValueError.
+
+    ``what`` is the name of ``states``.
+    """
+    check_entries(what, states, parts)
+    before = {name: part.state_dict() for name, part in parts.items()}
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(states[name])
+    except BaseException:
+        for name, part in parts.items():
+            part.load_state_dict(before[name])
+        raise
+
+
 def pack(state: Mapping[str, Any]) -> Tensor:
     """A state as one uint8 tensor (bytes,) on the CPU, which every format of checkpoints holds.
 
@@ -100,16 +113,13 @@ def pack(state: Mapping[str, Any]) -> Tensor:
 def unpack(packed: Any) -> dict[str, Any]:
     """What :func:`pack` was given: tensors and plain values, nothing else is read. Raises ValueError."""
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.dim() != 1:
-        got = f"{packed.dtype} {tuple(packed.shape)}" if isinstance(packed, Tensor) else type(packed).__name__
-        raise ValueError(f"the state must be a uint8 tensor (bytes,), got {got}")
+        raise ValueError(f"the state must be a uint8 tensor (bytes,), got {shown(packed)}")
     try:
         state = torch.load(io.BytesIO(packed.cpu().numpy().tobytes()), weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"the state does not read as a rule's state of tensors and numbers: {error}") from error
-    if not isinstance(state, dict) or set(state) != set(CHOICE_ENTRIES):
-        got = str(sorted(map(str, state))) if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"the state must have the entries {sorted(CHOICE_ENTRIES)}, got {got}")
-    return state
+    check_entries("the state", state, CHOICE_ENTRIES)
+    return dict(state)
 
 
 def _copy(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from selbp._checks import check_choice, check_generator, shown
 from selbp.common.guards import without_autocast
@@ -201,3 +201,25 @@ def check_tensors(hidden: object, features: object) -> None:
     for name, value in (("hidden", hidden), ("features", features)):
         if not isinstance(value, Tensor) and (value is not None or name == "hidden"):
             raise TypeError(f"{name} must be a Tensor (n, ...), got {shown(value)}")
+
+
+def cut_output(
+    function: Callable[[Tensor, Tensor | None], Tensor],
+    name: str,
+    module: nn.Module,
+    given: tuple[Any, ...],
+    output: Any,
+) -> Any:
+    """``output`` of the module ``name``, which was ``given`` some, its first tensor replaced by ``function``'s.
+
+    ``function(tensor, features)`` gets the module's input if that is a linear layer, because it gives the layer's
+    per-sample gradients exactly; else None.
+    """
+    if isinstance(output, Tensor):
+        return function(output, given[0] if isinstance(module, nn.Linear) and len(given) == 1 else None)
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        values = [function(output[0], None), *output[1:]]
+        return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+    raise TypeError(
+        f"the module at the cut {name!r} must return a Tensor or a tuple that starts with one, got {shown(output)}"
+    )

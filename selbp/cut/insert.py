@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from selbp._checks import check_choice, shown
+from selbp._checks import check_choice, check_entries, shown
 from selbp.common.hooks import is_compiled, mark
 from selbp.common.modules import find_place
 from selbp.common.state import CHOICE_ENTRIES, ChoiceState
+from selbp.cut.choice import cut_output
 from selbp.cut.module import BackwardCut
 from selbp.cut.proxies import Proxy
 from selbp.cut.report import CutReport
@@ -29,14 +30,7 @@ class _Hook:
         """After the module."""
         if not module.training:
             return output
-        given = [*args, *kwargs.values()]
-        features = given[0] if isinstance(module, nn.Linear) and len(given) == 1 else None
-        if isinstance(output, Tensor):
-            return self.cut(output, features)
-        if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-            values = [self.cut(output[0]), *output[1:]]
-            return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
-        raise TypeError(f"the cut at {self.name!r}: it must return a Tensor or a tuple that starts with one")
+        return cut_output(self.cut, self.name, module, (*args, *kwargs.values()), output)
 
     def input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the module."""
@@ -93,8 +87,7 @@ class InsertedCut:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict`. Raises ValueError, and changes nothing, where it does not fit."""
-        if not isinstance(state, Mapping) or set(state) != set(CHOICE_ENTRIES):
-            raise ValueError(f"state must have the entries {sorted(CHOICE_ENTRIES)}, got {shown(state)}")
+        check_entries("state", state, CHOICE_ENTRIES)
         self._choice.load_state_dict(state)
 
     def remove(self) -> None:

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from selbp.common.proxies import HeadProxies, sequence_norm_sq
+from selbp.common.proxies import HeadProxies, residual_of_gram, sequence_norm_sq
 from selbp.selectors import GradientProxies
 from selbp.types import BatchStatistics, MeanGradient, Selection, real_dtype
 
@@ -37,10 +37,8 @@ class FlatProxies(GradientProxies):
 
     def matching_residual(self, selection: Selection) -> Tensor:
         """Return () ``||M - sum_j w_j g_j|| / ||M||``, from the Gram matrix."""
-        w, rows, gram = selection.weights.double(), selection.indices, self.gram().double()
-        target_sq = gram.mean()
-        error = target_sq - 2 * w @ gram.mean(1)[rows] + w @ gram[rows][:, rows] @ w
-        return (error.clamp(min=0) / target_sq).sqrt()
+        gram = self.gram().double()
+        return residual_of_gram(selection, gram, gram.mean(1), gram.mean())
 
     @property
     def complete(self) -> bool:

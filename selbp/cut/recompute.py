@@ -27,7 +27,7 @@ from selbp.common.hooks import COMPILED, is_compiled, watched
 from selbp.common.in_place import Kept, Untouched, source
 from selbp.common.keep import kept_rows
 from selbp.common.written import WrittenBuffers
-from selbp.cut.choice import Cut
+from selbp.cut.choice import Cut, cut_output
 from selbp.cut.report import CutReport
 from selbp.rows.engine import nodes_of
 from selbp.rows.unsupported import refuse_backward
@@ -55,7 +55,7 @@ class RecomputedCut:
         self._buffers = WrittenBuffers(model)
         self._checked = False
 
-    def prepare(self, batch: Batch) -> None:
+    def check_once(self, batch: Batch) -> None:
         """Look once, by a forward of two samples, whether the part below can be recomputed. Raises ValueError."""
         if not self._checked and torch.is_grad_enabled() and kept_rows(self._cut.keep, batch.n) < batch.n:
             self._check_bypass(batch)
@@ -68,7 +68,7 @@ class RecomputedCut:
         """
         if not torch.is_grad_enabled():
             return batch.feed(self._model)
-        self.prepare(batch)
+        self.check_once(batch)
         k = kept_rows(self._cut.keep, batch.n)
         mode = AutocastMode(batch.device)
 
@@ -157,9 +157,8 @@ def cut_at(
 ) -> Iterator[list[int]]:
     """Replace, inside the block, the first tensor of ``module``'s output by ``function(tensor, features)``.
 
-    ``features`` is the input if the module is a linear layer, because it gives the layer's per-sample gradients
-    exactly. Otherwise ``features`` is None. With ``once``, a forward that runs the module twice raises ValueError.
-    Yields a list that grows with every run of the module.
+    What ``features`` are, :func:`cut_output` says. With ``once``, a forward that runs the module twice raises
+    ValueError. Yields a list that grows with every run of the module.
     """
     runs: list[int] = []
 
@@ -167,13 +166,7 @@ def cut_at(
         runs.append(len(runs))
         if once and len(runs) > 1:
             raise ValueError(f'cut={name!r} runs more than once in a forward: use backward="rows"')
-        given = [*args, *kwargs.values()]
-        if isinstance(output, Tensor):
-            return function(output, given[0] if isinstance(module, nn.Linear) and len(given) == 1 else None)
-        if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-            values = [function(output[0], None), *output[1:]]
-            return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
-        raise TypeError(f"cut={name!r} must return a Tensor or a tuple that starts with one")
+        return cut_output(function, name, module, (*args, *kwargs.values()), output)
 
     with watched(module, replace):
         yield runs

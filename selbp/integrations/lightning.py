@@ -24,6 +24,7 @@ try:
 except ImportError:  # the package's older name
     from pytorch_lightning import Callback  # type: ignore[import-not-found, no-redef, assignment, unused-ignore]
 
+from selbp.common.state import load_all
 from selbp.cut.insert import InsertedCut
 from selbp.cut.module import BackwardCut
 from selbp.integrations.ranks import gathered, own
@@ -134,14 +135,8 @@ class SelectiveCallback(Callback):
     def _restore(self) -> None:
         if self._saved is None:
             return
-        states, self._saved = {self._names.get(name, name): x for name, x in own(self._saved).items()}, None
-        if set(states) != set(self._parts):
-            raise ValueError(
-                f"the checkpoint has the state of {', '.join(states) or 'no step'}, and the module has "
-                f"{', '.join(self._parts) or 'no step'}"
-            )
-        for name, part in self._parts.items():
-            part.load_state_dict(states[name])
+        saved, self._saved = {self._names.get(name, name): x for name, x in own(self._saved).items()}, None
+        load_all("the checkpoint's steps of the module", self._parts, saved)
 
 
 def _found(module: Any) -> tuple[dict[str, Any], dict[str, str]]:

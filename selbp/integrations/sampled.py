@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from selbp._checks import shown
 from selbp.common.exchange import Ranks
+from selbp.common.state import load_all
 from selbp.sampling import AutoSelect, ScoreTable
 from selbp.training.automatic import auto_select, begin_alike, sampler_and_options
 from selbp.training.step import SelectiveBackprop
@@ -93,6 +94,8 @@ class Sampled:
         return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a :meth:`state_dict`, before the loader is read."""
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+        """Take over a :meth:`state_dict`, before the loader is read.
+
+        Raises ValueError, and changes nothing, where it does not fit.
+        """
+        load_all("state of the sampling", self._parts(), state)

@@ -10,9 +10,9 @@ from selbp.training.step import SelectiveBackprop
 
 def is_scaled(trainer: Any, count: Any) -> bool:
     """Whether the trainer takes the loss for one that counts in the whole accumulated batch, as it is."""
-    told = getattr(trainer, "loss_is_scaled_for_ga", None)
-    if told is not None:
-        return bool(told)
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is not None:
+        return bool(scaled)
     if (trainer.model_accepts_loss_kwargs and count is not None) or trainer.compute_loss_func is not None:
         return True
     # Older ones divide what they log, and not what they run the backward of.

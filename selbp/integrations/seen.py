@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from selbp.common.distributed import parallel_in
+from selbp.common.distributed import without_parallel
+from selbp.common.outputs import logits_in
 
 IGNORED = -100
 CHUNK = 1 << 24  # logits in float32 at a time
@@ -24,8 +24,8 @@ class Observed:
 
     def __enter__(self) -> Observed:
         if self._wanted:
-            parallel = parallel_in(self._model)  # a forward that no backward follows goes around it
-            self._handle = (self._model if parallel is None else parallel.module).register_forward_hook(self._remember)
+            # A forward that no backward follows goes around the wrapper.
+            self._handle = without_parallel(self._model).register_forward_hook(self._remember)
         return self
 
     def __exit__(self, *unused: object) -> None:
@@ -44,7 +44,7 @@ class Observed:
 
 def rows_in(output: Any) -> int | None:
     """How many samples a model's output has; None where it shows none."""
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    logits = logits_in(output)
     return len(logits) if isinstance(logits, Tensor) and logits.dim() else None
 
 

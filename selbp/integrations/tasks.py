@@ -16,10 +16,10 @@ from selbp.common.hooks import eagerly
 from selbp.common.places import Places
 from selbp.training.auxiliary import Auxiliary
 from selbp.training.losses import HINT, criterion_of
+from selbp.training.options import OF_CRITERION, StepOptions
 
 FEW = 8  # samples on which the model's own loss is looked at
-OF_THE_LOSS = ("class_weight", "ignore_index", "label_smoothing", "class_dim", "aux_weight")
-OF_BATCH = {"shared": (), "batch_dims": None, "target_keys": None}
+OF_THE_LOSS = {*OF_CRITERION, "aux_weight"} - {"skip_mass"}  # with which a loss is no longer the model's own
 SHIFTED = ("ForCausalLM", "LMHeadModel")
 CLASSES = (
     "ForTokenClassification",
@@ -96,10 +96,10 @@ def checked(options: Mapping[str, Any], model: Any, inputs: Mapping[str, Any]) -
     loss of its own, or cannot run so. Raises ValueError where no loss that is known here is the model's.
     """
     options, named = dict(options), options["loss"]
-    if not isinstance(named, str) or any(name in options for name in OF_THE_LOSS):
+    if not isinstance(named, str) or OF_THE_LOSS & options.keys():
         return options
     try:
-        output, few = _evaluated(model, inputs, {name: options.get(name, value) for name, value in OF_BATCH.items()})
+        output, few = _evaluated(model, inputs, StepOptions.of_a_look(named, {**options, "pass_labels": True}).places())
         own = output["loss"] if isinstance(output, Mapping) else output.loss
         extra = Auxiliary(base_of(model), None, True).of(output)
         own = float(own) - (0.0 if extra is None else float(extra))
@@ -122,10 +122,10 @@ def checked(options: Mapping[str, Any], model: Any, inputs: Mapping[str, Any]) -
 
 
 @torch.no_grad()
-def _evaluated(model: Any, inputs: Mapping[str, Any], places: dict[str, Any]) -> tuple[Any, Batch]:
+def _evaluated(model: Any, inputs: Mapping[str, Any], places: Places) -> tuple[Any, Batch]:
     """The output of the first few samples of ``inputs``, labels and all, and the samples."""
     model = unwrap(model)
-    batch = Batch.of(inputs, None, {}, Places.of(**places, pass_labels=True))
+    batch = Batch.of(inputs, None, {}, places)
     few = batch.take(torch.arange(min(batch.n, FEW), device=batch.device))
     with random_state_put_back(few.device), buffers_put_back(model), evaluating(model, few.device), eagerly(model):
         with without_autocast_cache():

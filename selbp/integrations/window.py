@@ -16,6 +16,9 @@ class Window:
     """Collects reports without waiting for the device; :meth:`figures` reads them and starts anew."""
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self._seconds: list[Callable[[], dict[str, float]]] = []
         self._hits: tuple[Tensor, Tensor] | None = None
         self._last: StepReport | None = None
@@ -51,5 +54,5 @@ class Window:
         for phase in PHASES:
             if values := [each[phase] for each in seconds if phase in each]:
                 found[f"{phase}_seconds"] = sum(values) / len(values)
-        self.__init__()  # type: ignore[misc]
+        self._begin()
         return {name: float(value) for name, value in found.items() if value is not None}

@@ -15,8 +15,8 @@ from selbp._checks import (
     check_same_device,
     check_same_dtype,
     check_shape,
-    integer,
-    number,
+    symbolic_float,
+    symbolic_int,
 )
 
 
@@ -36,9 +36,9 @@ class LossOptions(NamedTuple):
         check_optional_tensor("class_weight", class_weight)
         return cls(
             class_weight,
-            integer("ignore_index", ignore_index),
-            number("label_smoothing", label_smoothing),
-            number("softcap", softcap),
+            symbolic_int("ignore_index", ignore_index),
+            symbolic_float("label_smoothing", label_smoothing),
+            symbolic_float("softcap", softcap),
         )
 
 

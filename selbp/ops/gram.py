@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from selbp import _native, reference
-from selbp._checks import accumulate_dtype, check_tensor, flag
+from selbp._checks import accumulate_dtype, check_flag, check_tensor
 from selbp.ops import _backends
 from selbp.ops._backends import native_threads
 from selbp.ops._factors import autocast_factors, check_factors, contiguous_in, finite_rows
@@ -68,7 +68,7 @@ def gradient_gram(
     """
     check_tensor("residual", residual)
     check_tensor("features", features)
-    return _gradient_gram(residual, features, flag("bias", bias))
+    return _gradient_gram(residual, features, check_flag("bias", bias))
 
 
 def _cpu(residual: Tensor, features: Tensor, bias: bool) -> Tensor:

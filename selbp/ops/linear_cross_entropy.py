@@ -19,6 +19,7 @@ from torch import Tensor
 from selbp._checks import (
     accumulate_dtype,
     check_dtype,
+    check_flag,
     check_floating,
     check_optional_tensor,
     check_range,
@@ -26,9 +27,8 @@ from selbp._checks import (
     check_same_dtype,
     check_shape,
     check_tensor,
-    flag,
-    integer,
-    number,
+    symbolic_float,
+    symbolic_int,
 )
 from selbp.ops import _linear_cross_entropy_cpu as _cpu
 from selbp.ops import _linear_cross_entropy_cuda as _cuda
@@ -176,10 +176,10 @@ def linear_cross_entropy(
     check_optional_tensor("bias", bias)
     check_tensor("target", target)
     check_optional_tensor("rows", rows)
-    flag("return_statistics", return_statistics)
+    check_flag("return_statistics", return_statistics)
     wanted = _wants_gradient(features, weight, bias)
     keep = _keeps_logits(features, weight, wanted, _MEMORY_LIMIT if memory_limit is None else memory_limit)
-    skip_mass = number("skip_mass", skip_mass)
+    skip_mass = symbolic_float("skip_mass", skip_mass)
     check_range("skip_mass", skip_mass, 0.0, 1.0)
     class_weight, *options = LossOptions.of(class_weight, ignore_index, label_smoothing, softcap)
     skip = skip_mass if wanted else 0.0
@@ -195,7 +195,7 @@ def _wants_gradient(features: Tensor, weight: Tensor, bias: Tensor | None) -> bo
 
 def _keeps_logits(features: Tensor, weight: Tensor, wanted: bool, limit: object) -> bool:
     """Return whether the forward keeps the logits: on a CPU, if a gradient is ``wanted`` and ``limit`` has room."""
-    limit = integer("memory_limit", limit)
+    limit = symbolic_int("memory_limit", limit)
     if limit < 0:
         raise ValueError(f"memory_limit must be at least 0 bytes or None, got {limit}")
     if features.device.type != "cpu" or features.dim() != 2 or weight.dim() != 2:

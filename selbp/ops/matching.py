@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from selbp import _native
-from selbp._checks import accumulate_dtype, check_optional_tensor, check_tensor, flag, integer, number
+from selbp._checks import (
+    accumulate_dtype,
+    check_flag,
+    check_optional_tensor,
+    check_tensor,
+    symbolic_float,
+    symbolic_int,
+)
 from selbp.ops import _host_solve
 from selbp.ops._backends import capturing, native_threads
 from selbp.ops._cuda_solver import solver, warn_of_host
@@ -260,11 +267,11 @@ def match(
         gram,
         inner,
         target_sq,
-        integer("k", k),
+        symbolic_int("k", k),
         rule,
-        number("ridge", ridge),
-        flag("nonnegative", nonnegative),
+        symbolic_float("ridge", ridge),
+        check_flag("nonnegative", nonnegative),
         valid,
-        number("tolerance", tolerance),
+        symbolic_float("tolerance", tolerance),
     )
     return Matching(*found)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from selbp import _native, reference
-from selbp._checks import check_dtype, check_floating, check_same_device, check_shape, check_tensor, flag
+from selbp._checks import check_dtype, check_flag, check_floating, check_same_device, check_shape, check_tensor
 from selbp.ops._factors import autocast_factors, check_factors, finite_rows, row_dots
 from selbp.ops._register import define
 from selbp.ops.mean_gradient import is_small
@@ -86,7 +86,7 @@ def matching_residual(
     indices, weights = selection.indices, selection.weights
     check_tensor("selection.indices", indices)
     check_tensor("selection.weights", weights)
-    return _matching_residual(residual, features, indices, weights, flag("bias", bias))
+    return _matching_residual(residual, features, indices, weights, check_flag("bias", bias))
 
 
 def _check(residual: Tensor, features: Tensor, indices: Tensor, weights: Tensor, bias: bool) -> None:

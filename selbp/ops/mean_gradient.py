@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from selbp import _native, reference
-from selbp._checks import accumulate_dtype, check_tensor, flag
+from selbp._checks import accumulate_dtype, check_flag, check_tensor
 from selbp.ops import _backends, _gemm
 from selbp.ops._backends import native_threads
 from selbp.ops._factors import autocast_factors, check_factors, contiguous_in, finite_rows, row_dots
@@ -76,7 +76,7 @@ def mean_gradient(
     """
     check_tensor("residual", residual)
     check_tensor("features", features)
-    inner, target_sq, head_weight, head_bias = _mean_gradient(residual, features, flag("bias", bias))
+    inner, target_sq, head_weight, head_bias = _mean_gradient(residual, features, check_flag("bias", bias))
     return MeanGradient(inner, target_sq, head_weight, head_bias if bias else None)
 
 

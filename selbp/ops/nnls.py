@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from selbp._checks import (
@@ -17,6 +16,7 @@ from selbp._checks import (
 from selbp.ops._factors import autocast_factors
 from selbp.ops._match_checks import check_problem
 from selbp.ops.matching import match
+from selbp.types import widest
 
 
 def nnls(
@@ -127,7 +127,7 @@ def nnls_gram(
         gram, inner = autocast_factors(gram, inner)
     check_problem(gram, inner, valid)
     # The square of a finite float16 or float32 may be infinite.
-    wide = torch.float32 if gram.device.type == "mps" else torch.float64
+    wide = widest(gram.device)
     diagonal = gram.diagonal(dim1=-2, dim2=-1).to(wide)
     explained = (inner.to(wide).square() / diagonal).masked_fill_(diagonal <= 0, 0.0)  # by each row alone
     if valid is not None:

@@ -35,7 +35,7 @@ from selbp._checks import (
     check_same_device,
     check_shape,
     check_tensor,
-    integer,
+    symbolic_int,
 )
 from selbp.ops import _backends, _sketch_cpu
 from selbp.ops._loss_options import LossOptions, autocast_head, check_head, check_loss
@@ -98,8 +98,8 @@ def sketch_projections(
     check_choice("kind", kind, ("sign", "gaussian"))
     if not isinstance(dimensions, Sequence) or len(dimensions) != 2:
         raise ValueError(f"dimensions must be two positive integers (p, q), got {dimensions!r}")
-    p, q = integer("dimensions[0]", dimensions[0]), integer("dimensions[1]", dimensions[1])
-    n_classes, width = integer("n_classes", n_classes), integer("width", width)
+    p, q = symbolic_int("dimensions[0]", dimensions[0]), symbolic_int("dimensions[1]", dimensions[1])
+    n_classes, width = symbolic_int("n_classes", n_classes), symbolic_int("width", width)
     if min(p, q) < 1:
         raise ValueError(f"dimensions must be two positive integers (p, q), got {dimensions}")
     for name, value in (("n_classes", n_classes), ("width", width)):
@@ -107,7 +107,7 @@ def sketch_projections(
             raise ValueError(f"{name} must be at least 0, got {value}")
     if dtype not in FLOATING:
         raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
-    generator = torch.Generator().manual_seed(integer("seed", seed))
+    generator = torch.Generator().manual_seed(symbolic_int("seed", seed))
 
     def draw(rows: int, columns: int) -> Tensor:
         if kind == "gaussian":

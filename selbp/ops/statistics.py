@@ -15,12 +15,12 @@ from torch import Tensor
 from selbp import reference
 from selbp._checks import (
     accumulate_dtype,
+    check_flag,
     check_floating,
     check_optional_tensor,
     check_same_device,
     check_shape,
     check_tensor,
-    flag,
 )
 from selbp.ops import _backends
 from selbp.ops._logit_pass import LogitPass, Statistics, contiguous_rows, empty_statistics
@@ -98,7 +98,7 @@ def cross_entropy_statistics(
     check_tensor("target", target)
     check_optional_tensor("features", features)
     options = LossOptions.of(class_weight, ignore_index, label_smoothing, softcap)
-    return BatchStatistics(*_cross_entropy_statistics(logits, target, features, *options, flag("bias", bias)))
+    return BatchStatistics(*_cross_entropy_statistics(logits, target, features, *options, check_flag("bias", bias)))
 
 
 def linear_cross_entropy_statistics(

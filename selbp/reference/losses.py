@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from selbp.types import BatchStatistics
+from selbp.types import BatchStatistics, widest
 
 
 def soft_cap(logits: Tensor, softcap: float) -> Tensor:
@@ -39,7 +41,7 @@ def label_mass(
 
 def scale_of(mass: Tensor, valid: Tensor) -> Tensor:
     """() s with (1/n) sum s l_i = torch's mean over valid samples; 0 where there is none."""
-    wide = torch.float32 if mass.device.type == "mps" else torch.float64
+    wide = widest(mass.device)
     total = torch.where(valid, mass, 0.0).sum(dtype=wide)
     return torch.where(total > 0, len(mass) / total, 0.0)
 
@@ -169,9 +171,9 @@ def sketch(
     n, length, d = features.shape
     h, y = features.reshape(n * length, d), target.reshape(n * length)
     logits = torch.nn.functional.linear(h, weight, bias)
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "softcap": softcap}
-    stats = cross_entropy_statistics(logits, y, h, class_weight=class_weight, **options)  # type: ignore[arg-type]
-    r = residual(logits, y, stats.lse, class_weight=class_weight, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "softcap": softcap}
+    stats = cross_entropy_statistics(logits, y, h, class_weight=class_weight, **options)
+    r = residual(logits, y, stats.lse, class_weight=class_weight, **options)
     if bias is not None:
         h = torch.cat([h, h.new_ones(len(h), 1)], 1)
     h = torch.where(stats.valid[:, None], h, 0.0)

@@ -10,13 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from selbp._checks import check_int, check_number, shown
+from selbp._checks import check_choice, check_entries, check_int, check_number, reading, shown
 from selbp.common.exchange import Ranks
+from selbp.common.figures import median
 from selbp.sampling.batches import ScoredBatchSampler
 from selbp.sampling.candidates import Candidate, Decision
 from selbp.sampling.table import ScoreTable
-
-__all__ = ["AutoSelect", "Candidate", "Decision"]
 
 FALLBACK = "random"
 TIMES = 32  # of the last steps of each candidate, whose median counts; of more where the trial is longer
@@ -288,6 +287,9 @@ class AutoSelect:
             )
         return self.current, f"no other is worth {1.0 + self.margin:.2f} times as much: {said}"
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(current={self.current!r} of {list(self.candidates)}, steps={self._steps})"
+
     def state_dict(self) -> dict[str, Any]:
         """The candidate in use, the times measured, and the log. Table, sampler and steps have states of their own."""
         return {
@@ -300,18 +302,19 @@ class AutoSelect:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict`. Raises ValueError, and changes nothing, where it does not fit."""
-        names = {"current", "steps", "times", "count", "log"}
-        if not isinstance(state, Mapping) or set(state) != names:
-            got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"state of AutoSelect must have the entries {sorted(names)}, got {got}")
-        if set(state["times"]) != set(self.candidates) or state["current"] not in self.candidates:
-            raise ValueError(f"the state is of the candidates {sorted(state['times'])}, here {sorted(self.candidates)}")
-        self._times = self._kept(state["times"])
-        self._count = {name: int(state["count"][name]) for name in self.candidates}
-        self._steps, self._last = check_int("steps", state["steps"], 0), ("", 0.0)
-        self._all_priced = not self._without_price()
-        self.log = [Decision(*line) for line in state["log"]]
+        check_entries("state of AutoSelect", state, ("current", "steps", "times", "count", "log"))
+        check_entries("the state's times", state["times"], self.candidates)
+        check_entries("the state's count", state["count"], self.candidates)
+        check_choice("the state's current", state["current"], tuple(self.candidates))
+        with reading("state of AutoSelect"):
+            steps = check_int("the state's steps", state["steps"], 0)
+            count = {name: check_int("the state's count", made, 0) for name, made in state["count"].items()}
+            times = {name: [check_number("the state's times", x) for x in of] for name, of in state["times"].items()}
+            log = [Decision(*line) for line in state["log"]]
         self._use(state["current"])
+        self._times, self._count, self.log = self._kept(times), count, log
+        self._steps, self._last = steps, ("", 0.0)
+        self._all_priced = not self._without_price()
 
 
 def _on_gpu(batch: Any) -> bool:
@@ -331,9 +334,3 @@ def _checked(prices: Mapping[str, float], candidates: Mapping[str, Candidate]) -
     if min(found.values()) == 0.0:
         raise ValueError(f"prices must be above 0, got {found}")
     return found
-
-
-def median(values: Iterable[float]) -> float:
-    """The middle value, or the mean of the two in the middle; ``statistics`` would load four modules for it."""
-    ordered = sorted(values)
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2

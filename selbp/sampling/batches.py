@@ -13,8 +13,6 @@ from selbp.sampling.issued import Draw
 from selbp.sampling.table import ScoreTable
 from selbp.sampling.table_sampler import ODD, TableSampler
 
-__all__ = ["ScoredBatchSampler", "TableSampler"]
-
 
 class ScoredBatchSampler(TableSampler):
     """Batches of k samples, drawn from a uniform pool by the odds that a table gives: hard *and* probably right.
@@ -42,7 +40,8 @@ class ScoredBatchSampler(TableSampler):
     k : int
         Rows of a batch.
     pool : int
-        Samples that a batch is drawn from, at least k; all there are where they are fewer.
+        Samples that a batch is drawn from, at least k; all there are where they are fewer. :func:`selbp.auto_select`
+        asks for 256.
     power : float
         Of the hardness 1 - p, at least 0; 0 draws by responsibility alone.
     floor : float
@@ -106,17 +105,21 @@ class ScoredBatchSampler(TableSampler):
         self._scored, self._rows, self._tag, self._every = True, self.k, "", 1
         self._sweep = -1, torch.empty(0, dtype=torch.int64, device="cpu")  # its number and its permutation
 
+    def __repr__(self) -> str:
+        at = f"epoch={self.epoch}, consumed={self._consumed}"
+        return f"{type(self).__name__}({self.table!r}, k={self.k}, pool={self.pool}, {at})"
+
     def use(self, *, k: int | None = None, scored: bool = True, tag: str = "", record_every: int = 1) -> None:
         """From the next draw on: rows of a batch (None: as constructed), whether by the odds or uniformly, and a name.
 
         The name is handed to the step with each batch. Of ``record_every`` batches the step writes what it saw of one
         to the table. Raises ValueError for a k above the pool.
         """
-        self._every = check_int("record_every", record_every, 1)
+        every = check_int("record_every", record_every, 1)
         rows = self.k if k is None else check_int("k", k, 1)
         if rows > min(self.pool, self.table.samples // self.world_size):
             raise ValueError(f"k must be at most the pool's {self.pool} samples, got {rows}")
-        self._scored, self._rows, self._tag = scored, rows, tag
+        self._scored, self._rows, self._tag, self._every = scored, rows, tag, every
 
     def _before_epoch(self) -> None:
         if self._scored:  # else nothing is drawn by a score

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from selbp._checks import check_int, check_number, shown
-from selbp.sampling.batches import ScoredBatchSampler, TableSampler
+from selbp.sampling.batches import ScoredBatchSampler
 from selbp.sampling.draw import uniform
 from selbp.sampling.issued import Draw
 from selbp.sampling.proxy import Proxy
 from selbp.sampling.table import ScoreTable
+from selbp.sampling.table_sampler import TableSampler
 from selbp.selectors import ReducibleLoss
 
 
@@ -42,6 +43,8 @@ class InfoBatchSampler(TableSampler):
     >>> [len(batch) for batch in sampler], [len(batch) for batch in sampler]  # the second epoch leaves out nothing
     ([4, 2], [4, 4])
     """
+
+    _planned = ("order", "weight")
 
     def __init__(self, table: ScoreTable, k: int, ratio: float, epochs: int, anneal: float, seed: int) -> None:
         super().__init__(table, seed, None, None)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selbp._checks import check_int, check_number, shown
-from selbp.common.outputs import logits_in
+from selbp.common.outputs import check_classes_of, logits_in
 from selbp.sampling.record import lower_bound
 
 ROUNDS = 200  # of expectation-maximisation
@@ -208,8 +208,8 @@ class NoiseAwareCrossEntropy:
     Raises
     ------
     TypeError, ValueError
-        At construction for anything else; at the call for logits that are not (n, C) floating or a target that is not
-        (n,) int64.
+        At construction for anything else; at the call for logits that are not (n, C), C > 1, floating or a target that
+        is not (n,) int64.
 
     See Also
     --------
@@ -249,6 +249,7 @@ class NoiseAwareCrossEntropy:
             raise ValueError(f"logits must be (n, C), floating, got {shown(logits)}")
         if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.shape != logits.shape[:1]:
             raise ValueError(f"target must be (n,) = ({len(logits)},) int64 classes, got {shown(target)}")
+        check_classes_of(logits)
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         epsilon, transition = self._read()
         classes = logits.shape[1]

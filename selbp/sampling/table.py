@@ -11,7 +11,6 @@ from torch import Tensor
 from selbp._checks import check_choice, check_int, check_number
 from selbp.sampling.draw import Columns, Odds, odds_of
 from selbp.sampling.issued import Draw, Issued, check_ids
-from selbp.sampling.known import Suspects
 from selbp.sampling.noise import estimate_epsilon, estimate_transition, normalised
 from selbp.sampling.record import (
     EPSILON,
@@ -28,8 +27,6 @@ from selbp.sampling.record import (
 )
 from selbp.sampling.table_state import restore, saved
 from selbp.sampling.written import WrittenScores, check_rows
-
-__all__ = ["ScoreTable", "Suspects"]
 
 FIRST_EPSILON = 0.1  # before anything is known
 NoiseModel = Literal["auto", "symmetric", "class", "none"]

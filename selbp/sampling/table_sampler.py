@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from selbp._checks import check_int, shown
-from selbp.sampling.issued import Draw
+from selbp._checks import check_entries, check_int, check_shape, reading, shown
+from selbp.sampling.issued import Draw, check_ids
 from selbp.sampling.table import ScoreTable
 
 _STATE = ("epoch", "consumed", "issued", "plan", "shard")
@@ -49,6 +49,8 @@ class TableSampler(Sampler[list[int]]):
     >>> TableSampler(table, seed=0, rank=1, world_size=3).ids
     tensor([1, 4, 7])
     """
+
+    _planned: tuple[str, ...] = ("order",)  # what every plan of an epoch has
 
     def __init__(self, table: ScoreTable, seed: int, rank: int | None, world_size: int | None) -> None:
         if not isinstance(table, ScoreTable):
@@ -118,7 +120,8 @@ class TableSampler(Sampler[list[int]]):
             self.table.issued.add(made, token)
             index += 1
             # A list for a loader; a table on a GPU draws for data that is there.
-            yield made.ids.tolist() if made.ids.device.type == "cpu" else made.ids  # type: ignore[misc]
+            batch: Any = made.ids.tolist() if made.ids.device.type == "cpu" else made.ids
+            yield batch
 
     def consumed(self) -> None:
         """A batch was trained on: the step says so."""
@@ -161,23 +164,30 @@ class TableSampler(Sampler[list[int]]):
 
         Raises ValueError, and changes nothing, where it does not fit this sampler's samples, rank, world size or seed.
         """
-        if not isinstance(state, Mapping) or set(state) != set(_STATE):
-            got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"state of a sampler must have the entries {sorted(_STATE)}, got {got}")
-        shard = [self.table.samples, self.rank, self.world_size, self.seed]
-        if list(state["shard"]) != shard:
-            raise ValueError(
-                f"the state is of [samples, rank, world_size, seed] = {state['shard']}, here it is {shard}"
-            )
-        epoch, consumed = check_int("the state's epoch", state["epoch"], 0), check_int("consumed", state["consumed"], 0)
-        device = self.table.device
-        issued = [
-            Draw(d["ids"].to(device), int(d["uniform"]), _moved(d["weights"], device), d["tag"], bool(d["recorded"]))
-            for d in state["issued"]
-        ]
-        self.epoch, self._consumed = epoch, consumed
-        self._plan = {name: value.to(device, copy=True) for name, value in state["plan"].items()}
-        self._replay = deque(issued)
+        check_entries("state of a sampler", state, _STATE)
+        device, samples = self.table.device, self.table.samples
+        with reading("state of a sampler"):
+            shard = [samples, self.rank, self.world_size, self.seed]
+            if list(state["shard"]) != shard:
+                raise ValueError(
+                    f"the state is of [samples, rank, world_size, seed] = {state['shard']}, here it is {shard}"
+                )
+            epoch = check_int("the state's epoch", state["epoch"], 0)
+            consumed = check_int("the state's consumed", state["consumed"], 0)
+            plan = {name: value.to(device, copy=True) for name, value in state["plan"].items()}
+            for name in self._planned if plan or consumed else ():
+                check_shape(f"the state's plan of {name}", plan[name], "(m,)", (None,))
+            issued = [
+                Draw(
+                    check_ids(d["ids"], len(d["ids"]), samples, device),
+                    check_int("the state's uniform", d["uniform"], 0),
+                    _moved(d["weights"], device),
+                    d["tag"],
+                    bool(d["recorded"]),
+                )
+                for d in state["issued"]
+            ]
+        self.epoch, self._consumed, self._plan, self._replay = epoch, consumed, plan, deque(issued)
         self.table.issued.end()
         # Before the first batch of all there is no plan yet; after the last one of an epoch the next epoch is due.
         self._begun = bool(self._plan)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from selbp._checks import check_int, check_number, shown
+from selbp._checks import check_entries, check_int, check_number, reading, shown
 from selbp.sampling.draw import Columns
 
 if TYPE_CHECKING:
@@ -37,9 +37,7 @@ def restore(table: ScoreTable, mine: dict[str, Any], state: Mapping[str, Any]) -
     """Have ``table``, whose own state is ``mine``, take over ``state``. ValueError, and no change, where it misfits."""
     if isinstance(state, Mapping):
         state = {"price": None, **state}  # states were saved without it
-    if not isinstance(state, Mapping) or set(state) != set(mine):
-        got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(f"state of a ScoreTable must have the entries {sorted(mine)}, got {got}")
+    check_entries("state of a ScoreTable", state, mine)
     switches = table.adaptive and state["noise"] in ("symmetric", "class") and state["noise"] != table.noise
     if switches:
         square = torch.zeros(table._require_classes(), table._require_classes(), dtype=torch.float64, device="cpu")
@@ -48,10 +46,11 @@ def restore(table: ScoreTable, mine: dict[str, Any], state: Mapping[str, Any]) -
     for name in ("classes", "noise"):
         if state[name] != mine[name]:
             raise ValueError(f"the state's {name} is {shown(state[name])}, the table's {shown(mine[name])}")
-    check_int("the state's time", state["time"], 0)
-    check_number("the state's prior", state["prior"], 0.0, 1.0)
-    if state["price"] is not None:
-        check_number("the state's price", state["price"], 0.0)
+    with reading("state of a ScoreTable"):
+        check_int("the state's time", state["time"], 0)
+        check_number("the state's prior", state["prior"], 0.0, 1.0)
+        if state["price"] is not None:
+            check_number("the state's price", state["price"], 0.0)
     for name, own in mine.items():
         value = state[name]
         if name == "price":

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from selbp._checks import check_generator, check_int, shown
+from selbp._checks import check_entries, check_generator, check_int, shown
 from selbp.selectors.candidates import Candidates
 from selbp.selectors.proxies import GradientProxies
 from selbp.types import BatchStatistics, Selection
@@ -187,17 +187,14 @@ class BaseSelector:
 
 def check_state(selector: object, state: Mapping[str, Any], names: tuple[str, ...]) -> None:
     """Raise ValueError unless ``state`` has exactly the entries ``names``."""
-    if not isinstance(state, Mapping) or set(state) != set(names):
-        got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(f"state of {type(selector).__name__} must have the entries {sorted(names)}, got {got}")
+    check_entries(f"state of {type(selector).__name__}", state, names)
 
 
 def state_tensor(state: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
     """A copy of the state's entry ``name``. Raises ValueError unless it is a float64 tensor of ``shape``."""
     value = state[name]
     if not isinstance(value, Tensor) or value.shape != shape or value.dtype != torch.float64:
-        got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{name} must be a float64 tensor of shape {shape}, got {got}")
+        raise ValueError(f"{name} must be a float64 tensor of shape {shape}, got {shown(value)}")
     return value.clone()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selbp.common.batch import Batch
+from selbp.common.distributed import without_parallel
 from selbp.common.guards import buffers_put_back, random_state_put_back
 from selbp.rows.engine import nodes_of
 from selbp.rows.gradient import Wrapper
@@ -194,7 +195,7 @@ def analyse_batch(
     **options: Any,
 ) -> Diagnosis:
     """Run :func:`analyse` on the first samples of ``batch``. Restores buffers and random state."""
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    inner = without_parallel(model)
     if not sharded:
         refuse_sharded(inner)
     some = torch.arange(min(batch.n, SAMPLES), device=batch.device)

@@ -8,6 +8,7 @@ from torch import nn
 
 from selbp._checks import check_flag, check_int, check_number, shown
 from selbp.sampling import AutoSelect, NoiseAwareCrossEntropy, ScoredBatchSampler, ScoreTable, fit_proxy
+from selbp.sampling.table import NoiseModel
 from selbp.selectors import Full
 from selbp.training.step import SelectiveBackprop
 
@@ -22,7 +23,7 @@ def auto_select(
     k: int = 48,
     pool: int = 256,
     features: Any = "auto",
-    noise: str = "auto",
+    noise: NoiseModel = "auto",
     proxy: bool = True,
     steps: int | None = None,
     step_seconds: float | None = None,
@@ -129,7 +130,7 @@ def sampler_and_options(
     k: int,
     pool: int,
     features: Any,
-    noise: str,
+    noise: NoiseModel,
     proxy: bool,
     steps: int | None,
     step_seconds: float | None,
@@ -139,7 +140,7 @@ def sampler_and_options(
     """The sampler of :func:`auto_select` and the options of its step."""
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise TypeError(f"dataset must be map-style, with a length and numbered samples, got {shown(dataset)}")
-    table = ScoreTable(len(dataset), classes, noise="none" if classes is None else noise)  # type: ignore[arg-type]
+    table = ScoreTable(len(dataset), classes, noise="none" if classes is None else noise)
     options: dict[str, Any] = {"selector": Full(), "keep": 1.0, "table": table}
     if classes is not None:
         if check_flag("proxy", proxy):

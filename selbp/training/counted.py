@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from selbp.common.batch import Batch
-from selbp.common.distributed import check_not_bypassed
+from selbp.common.distributed import check_not_bypassed, unwrap
 from selbp.common.exchange import Ranks
 from selbp.common.state import CHOICE_ENTRIES, ChoiceState, check_counts
 from selbp.ops._backends import capturing
@@ -123,6 +123,12 @@ class CountedStep(StepKinds):
         """
         self._step = 1 if self._auto_advance else self._step + 1
         self._auto_advance = False
+
+    def __repr__(self) -> str:
+        model, way = type(unwrap(self.model)).__name__, "auto" if self._strategy.undecided else self._strategy.name
+        how = f"backward={way!r}" if self._cut is None else f"cut={self._cut.name!r}, backward={self._cut.strategy!r}"
+        options = f"selector={self.selector!r}, keep={self.keep}, {how}, optimizer_step={self._step}"
+        return f"{type(self).__name__}({model}, {options})"
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue bit for bit, beside model and optimizer.

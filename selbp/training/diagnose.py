@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from selbp._checks import check_choice, check_int, shown
 from selbp.common.batch import Batch
 from selbp.common.keep import check_keep, kept_rows
-from selbp.common.places import Places
 from selbp.rows import BatchNormPolicy
 from selbp.selectors import Selector
 from selbp.training.analysis import SAMPLES, analyse_batch
@@ -21,17 +20,9 @@ from selbp.training.diagnosis import Diagnosis
 from selbp.training.head import find_head
 from selbp.training.linear_loss import NAME as LINEAR
 from selbp.training.linear_loss import LinearCausalLM
-from selbp.training.losses import CrossEntropy, criterion_of, of_some
+from selbp.training.losses import CrossEntropy, of_some
 from selbp.training.measured import measure
-
-# Defaults of the options that say where the samples are, and what the loss is.
-PLACES: dict[str, Any] = {"shared": (), "batch_dims": None, "target_keys": None, "pass_labels": False}
-OF_CRITERION: dict[str, Any] = {
-    "class_weight": None,
-    "ignore_index": -100,
-    "label_smoothing": 0.0,
-    "skip_mass": 0.0,
-}
+from selbp.training.options import OF_BATCH, OF_CRITERION, StepOptions
 
 
 def diagnose(
@@ -112,16 +103,14 @@ def diagnose(
         raise TypeError(f'batch must be (inputs, target), or a dict with "labels", got {shown(batch)}')
     check_choice("batchnorm", batchnorm, ("exact", "subset"))
     kept = check_keep(keep)
-    if selector is None and (others := sorted(options.keys() - PLACES.keys() - OF_CRITERION.keys() - {"head"})):
+    if selector is None and (others := sorted(options.keys() - {*OF_BATCH, *OF_CRITERION, "head"})):
         raise TypeError(f"{', '.join(others)} must come with a selector, whose steps are measured")
     if selector is not None and (isinstance(selector, type) or not isinstance(selector, Selector)):
         raise TypeError(f"selector must be an instance of a selector such as selbp.TopLoss(), got {shown(selector)}")
     check_int("steps", steps, 1)
     inputs, target = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
-    places = (options.get(name, default) for name, default in PLACES.items())
-    minibatch = Batch.of(inputs, target, {}, Places.of(*places))
-    of_loss = {name: options.get(name, default) for name, default in OF_CRITERION.items()}
-    criterion = criterion_of(loss, class_dim=class_dim, **of_loss)
+    known = StepOptions.of_a_look(loss, {**options, "class_dim": class_dim})
+    minibatch, criterion = Batch.of(inputs, target, {}, known.places()), known.criterion()
     headless: AbstractContextManager[None] = nullcontext()
     if isinstance(criterion, CrossEntropy) and loss == LINEAR:
         criterion = linear = LinearCausalLM(criterion, model, find_head(model, options.get("head")))

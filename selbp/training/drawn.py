@@ -51,8 +51,8 @@ def of_all(draw: Draw, table: ScoreTable, ranks: Ranks, counts: Sequence[int], d
     rows = torch.stack([draw.ids, factors.view(torch.int64)], 1).to(device)
     tag = zlib.crc32(draw.tag.encode())
     alike = [draw.uniform, weights is not None, draw.recorded, tag, *table.issued.shard(draw)]
-    told = torch.cat([rows, torch.tensor([alike], dtype=torch.int64, device=device).expand(n, -1)], 1)
-    every = ranks.rows(told, counts).cpu()
+    own = torch.cat([rows, torch.tensor([alike], dtype=torch.int64, device=device).expand(n, -1)], 1)
+    every = ranks.rows(own, counts).cpu()
     uniform, weighted, recorded, tags, *shards = zip(*(x[0, 2:].tolist() for x in every.split(counts)), strict=True)
     _check_tags(draw, tags, ranks)
     _check_shards(list(zip(*shards, strict=True)))
@@ -66,7 +66,7 @@ def of_all(draw: Draw, table: ScoreTable, ranks: Ranks, counts: Sequence[int], d
 
 def _check_tags(draw: Draw, tags: Sequence[int], ranks: Ranks) -> None:
     if len(set(tags)) > 1:
-        said = ranks.told(draw.tag)
+        said = ranks.each_object(draw.tag)
         other = next(rank for rank, text in enumerate(said) if text != said[0])
         raise ValueError(
             f'scope="global" needs batches of one kind on all ranks, got {said[0]!r} on rank 0 and {said[other]!r} on '

@@ -17,7 +17,7 @@ from selbp.common.outputs import logits_of
 from selbp.common.proxies import HeadProxies
 from selbp.reference.losses import scale_of
 from selbp.training.scored import Scored, worth_keeping
-from selbp.types import BatchStatistics
+from selbp.types import BatchStatistics, widest
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Found:
         """
         if ranks.size == 1:
             return self, dict(extras)
-        wide = torch.float32 if self.mass.device.type == "mps" else torch.float64
+        wide = widest(self.mass.device)
         hits = torch.stack(self.hits).to(wide) if self.hits is not None else self.mass.new_zeros(2, dtype=wide)
         names = sorted(extras)  # a caller may pass them in another order on each rank
         floating = [name for name in names if extras[name].is_floating_point()]
@@ -106,11 +106,11 @@ class Found:
             hits=None if self.hits is None else (correct, total),
             logits=None if self.logits is None else ranks.rows(self.logits, counts),
         )
-        told = dict(zip(floating, back[fields + 1 :], strict=True))
+        given = dict(zip(floating, back[fields + 1 :], strict=True))
         if integers:
             whole_numbers = ranks.rows(torch.stack([extras[name].to(torch.int64) for name in integers], 1), counts)
-            told |= {name: x.to(extras[name].dtype) for name, x in zip(integers, whole_numbers.unbind(1), strict=True)}
-        return whole, told
+            given |= {name: x.to(extras[name].dtype) for name, x in zip(integers, whole_numbers.unbind(1), strict=True)}
+        return whole, given
 
     def scaled(self, reduce: Any = None) -> Scored:
         """In the units of torch's mean over these samples."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from selbp.common.distributed import parallel_in
 from selbp.training.losses import PerSample
 from selbp.training.step import SelectiveBackprop
 
@@ -54,5 +55,5 @@ def _check_step(step: SelectiveBackprop) -> None:
         )
     if step._scoring == "eval":
         raise ValueError('step must have scoring="same" for a CUDA graph: "eval" saves and restores random states')
-    if isinstance(step.model, nn.parallel.DistributedDataParallel) or step._reduce is not None:
+    if parallel_in(step.model) is not None or step._reduce is not None:
         raise ValueError("step must train in one process for a CUDA graph: captured collectives are not supported")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -25,13 +27,13 @@ def positions_last(head: nn.Module | None, x: Tensor) -> Tensor:
 
 def widths(module: nn.Module) -> tuple[int, int]:
     """Features that a linear or 1x1 convolution layer reads, and classes that it gives; its weight may be sharded."""
-    if (told := _told_widths(module)) is not None:
-        return told
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    if (declared := _declared_widths(module)) is not None:
+        return declared
+    weight: Any = module.weight
     return weight.shape[1], weight.shape[0]
 
 
-def _told_widths(module: nn.Module) -> tuple[int, int] | None:
+def _declared_widths(module: nn.Module) -> tuple[int, int] | None:
     for reads, gives in (("in_features", "out_features"), ("in_channels", "out_channels")):
         if isinstance(found := getattr(module, reads, None), int):
             return found, int(getattr(module, gives))
@@ -53,10 +55,11 @@ def weight_shape(layer: nn.Module | None) -> tuple[int, ...] | None:
     if layer is None or not is_parametrized(layer, "weight"):
         weight = getattr(layer, "weight", None)
         return tuple(weight.shape) if isinstance(weight, Tensor) else None
-    if (told := _told_widths(layer)) is not None:
-        return told[::-1]
+    if (declared := _declared_widths(layer)) is not None:
+        return declared[::-1]
     with torch.no_grad(), buffers_put_back(layer):
-        return tuple(layer.weight.shape)  # type: ignore[arg-type]
+        weight = layer.weight
+        return tuple(weight.shape) if isinstance(weight, Tensor) else None
 
 
 def derived_weights(layer: nn.Module) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from selbp.common.batch import Batch
-from selbp.common.distributed import averaging
+from selbp.common.exchange import Ranks
 from selbp.common.guards import RunningStatistics, buffers_put_back, without_autocast
 from selbp.common.in_place import Untouched
 from selbp.common.keep import kept_rows
@@ -41,7 +41,7 @@ from selbp.training.pooled import Backward, Pooled
 from selbp.training.report import StepReport
 from selbp.training.schedule import Schedule
 from selbp.training.scored import Scored, worth_keeping
-from selbp.training.scores import told, weighted, write_back
+from selbp.training.scores import for_table, weighted, write_back
 from selbp.training.scoring import Scorer, may_run, unscored
 from selbp.training.sketched import Sketcher
 from selbp.training.stopwatch import AHEAD, Stopwatch
@@ -73,7 +73,7 @@ class StepKinds:
         if self._full_head:
             assert self.head is not None
             check_full_gradient(model, self.head)
-        self._reduce = averaging(model) if options.target == "global" else None
+        self._reduce = Ranks(model).average if options.target == "global" else None
         self._table = options.table
         self._scorer = Scorer(
             self.head,
@@ -191,7 +191,7 @@ class StepKinds:
         """(k,) losses of a second forward, of the chosen rows. The first such step compares it with the scoring one."""
         self._comparison.begin(m.batch, m.k < m.batch.n)
         self._choose(m, self._score(m.batch, m.watch, keep_graph=False))
-        self._scored(written)
+        self._end_scoring(written)
         same_mode = self._scoring == "same"
 
         def again(rows: Batch) -> tuple[Tensor, Any]:
@@ -216,7 +216,7 @@ class StepKinds:
         with written.replayed(), self._running.paused():
             yield
 
-    def _scored(self, written: Written) -> None:
+    def _end_scoring(self, written: Written) -> None:
         """The scoring forward has run: what it wrote is known, or in evaluation mode undone."""
         if self._scoring == "same":
             written.end()
@@ -240,7 +240,7 @@ class StepKinds:
         m.take(scored)
         m.choose(self._weighted(m, FULL.select(scored.stats, m.batch.n)))
         rows = m.batch.rows(None, self._finite(m))
-        cut.prepare(rows)
+        cut.check_once(rows)
         if isinstance(self._criterion, LinearCausalLM):
             self._criterion.forget()  # the forward of a look ahead
         losses = self._first_forward(m, rows, cut.feed(rows, on_choice))
@@ -276,7 +276,10 @@ class StepKinds:
 
     @property
     def _unwrapped(self) -> nn.Module:
-        """The model for a forward that no backward follows: a wrapper's reducer must not see that."""
+        """The model for a forward that no backward follows: a wrapper's reducer must not see that.
+
+        Code that was compiled with the wrapper runs as it is: without a gradient, the wrapper does not hear of it.
+        """
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
             inner: nn.Module = self.model.module
             return inner
@@ -362,7 +365,7 @@ class StepKinds:
         m.watch.lap("forward")
         m.watch.follow(loss)
         if self._table is not None and m.draw is not None and m.draw.recorded:
-            write_back(self._table, m.draw, told(self._table, self._criterion, m.batch.target), *m.seen)
+            write_back(self._table, m.draw, for_table(self._table, self._criterion, m.batch.target), *m.seen)
         return loss
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selbp.common.proxies import BLOCK_BYTES, HeadProxies
+from selbp.common.proxies import BLOCK_BYTES, HeadProxies, with_one
 from selbp.types import MeanGradient
 
 
@@ -81,7 +81,7 @@ class StreamedProxies(HeadProxies):
 
     def norm_sq(self) -> Tensor:
         """(n,) squared norms of the gradients."""
-        h = _with_one(self.token_features, self.bias)
+        h = with_one(self.token_features, self.bias)
         n, length, d = h.shape
         if length * (self._classes + d) > self._classes * d:
             found = h.new_zeros(n)
@@ -113,7 +113,7 @@ class StreamedProxies(HeadProxies):
 
     def _run(self) -> None:
         """Gram matrix and mean gradient, in one pass over the classes; in two where the mean is that of all ranks."""
-        h = _with_one(self.token_features, self.bias)
+        h = with_one(self.token_features, self.bias)
         n, _, d = h.shape
         gram, inner, mean = h.new_zeros(n, n), h.new_zeros(n), h.new_empty(self._classes, d)
         for first, block in self._blocks(h):
@@ -137,7 +137,3 @@ class StreamedProxies(HeadProxies):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_part": None}
-
-
-def _with_one(features: Tensor, bias: bool) -> Tensor:
-    return torch.cat([features, features.new_ones(*features.shape[:-1], 1)], -1) if bias else features

@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selbp._checks import check_int, check_number, shown
-from selbp.common.outputs import logits_of
+from selbp.common.outputs import check_classes_of, logits_of
 from selbp.ops._backends import saves_launches
 from selbp.ops.minibatch import count_hits
 from selbp.reference.losses import label_mass
 from selbp.training.soft_labels import is_soft, soft_hits, soft_losses, soft_mass
+from selbp.types import widest
 
 LOSSES = ("cross_entropy", "mse", "bce", "causal_lm", "linear_causal_lm")
 CAUSAL = ("causal_lm", "linear_causal_lm")
@@ -141,10 +142,9 @@ class CrossEntropy:
     def _indices(self, target: Any) -> Tensor:
         """The class indices (n,) or (n, ...), after the shift. Raises TypeError or ValueError for anything else."""
         if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.dim() < 1:
-            got = f"{target.dtype} {tuple(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
             raise TypeError(
                 f"target must be int64 class indices (n,) or (n, T), or class probabilities of the logits' shape "
-                f"(n, C), got {got}"
+                f"(n, C), got {shown(target)}"
                 + ('; loss="mse" takes numbers' if isinstance(target, Tensor) and target.is_floating_point() else "")
             )
         if self.shift:
@@ -190,6 +190,7 @@ class CrossEntropy:
         if self.shift and logits.dim() == 3 and logits.shape[:2] == target.shape:
             return _LastIdle.apply(logits), F.pad(labels, (0, 1), value=self.ignore_index)
         logits = logits if self.classes_last(logits, target) else logits.movedim(1, -1)
+        check_classes_of(logits)
         return self.positions(logits, target, labels), labels
 
     def positions(self, x: Tensor, target: Tensor, labels: Tensor) -> Tensor:
@@ -234,7 +235,7 @@ class CrossEntropy:
             return soft_mass(target, self.class_dim)
         labels = self._indices(target)
         weight = self.weight_on(labels.device)
-        exact = torch.float32 if weight is None or labels.device.type == "mps" else torch.float64  # for a float64 loss
+        exact = torch.float32 if weight is None else widest(labels.device)  # for a float64 loss
         return label_mass(labels if labels.dim() == 1 else labels.flatten(1), weight, self.ignore_index, exact)
 
     def terms(self, target: Any) -> Tensor | None:
@@ -267,8 +268,7 @@ class PerSample:
         """See :class:`Criterion`. Raises ValueError unless the function returns (n,)."""
         losses = self.function(output, target)
         if not isinstance(losses, Tensor) or losses.shape != (n,):
-            got = f"a tensor {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-            raise ValueError(f"loss {self.name} must return {HINT}; got {got} for n = {n}")
+            raise ValueError(f"loss {self.name} must return {HINT}; got {shown(losses)} for n = {n}")
         return losses.float() if losses.dtype in (torch.bfloat16, torch.float16) else losses
 
     def mass(self, target: Any, n: int, device: torch.device) -> tuple[Tensor, Tensor]:

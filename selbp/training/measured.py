@@ -9,28 +9,27 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from selbp.common.distributed import parallel_in
+from selbp.common.figures import median
 from selbp.common.guards import buffers_put_back, random_state_put_back
 from selbp.rows.gradient import Wrapper
-from selbp.sampling.auto import median
 from selbp.selectors import Full, Selector
 from selbp.training.diagnosis import Measured
 from selbp.training.interaction import SamplesInteractError
+from selbp.training.options import OF_BATCH, OF_CRITERION
 from selbp.training.step import SelectiveBackprop
 
 WARM = 2  # first steps of each kind, which allocate and decide
-OF_THE_LOSS = (
-    *("loss", "class_weight", "ignore_index", "label_smoothing", "class_dim", "shared", "batch_dims"),
-    *("target_keys", "pass_labels", "aux_weight", "head", "skip_mass"),
-)
+OF_A_FULL_STEP = ("loss", "head", "aux_weight", *OF_CRITERION, *OF_BATCH)
 NOT_MEASURED = ("backward", "schedule", "auto_advance", "table", "micro_batch", "scope", "target")
 
 
@@ -85,10 +84,17 @@ def measure(
     Gradients, buffers, random state, the rule and its generator are left as they are.
 
     Raises:
-        TypeError, ValueError: for an option that no kind of step takes, or that needs more than single steps.
+        TypeError, ValueError: for an option that no kind of step takes, or that needs more than single steps, and for
+            a wrapper with ``static_graph=True``.
     """
     if wrong := [name for name in NOT_MEASURED if name in options]:
         raise ValueError(f"{wrong[0]} does nothing in the single steps that are measured: leave it out")
+    parallel = parallel_in(model)
+    if parallel is not None and parallel.static_graph:
+        raise ValueError(
+            "selector= times single steps, which DistributedDataParallel with static_graph=True takes for the first of "
+            "the training: measure the model before it is wrapped"
+        )
     kinds = _kinds(model, rule, keep, options)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     wanted = [p for p in model.parameters() if p.requires_grad]
@@ -110,7 +116,7 @@ def measure(
                     continue
                 if turn >= WARM:
                     seconds[name].append(now(device) - began)
-        memory = {name: live_peak(lambda step=step: run(step)) for name, step in kinds.items()}  # type: ignore[misc]
+        memory = {name: live_peak(partial(run, step)) for name, step in kinds.items()}
     medians = {name: median(values) for name, values in seconds.items()}
     clock = "the processor's time" if device.type == "cpu" else "the clock's time"
     return Measured(repr(rule), medians, memory, steps, clock)
@@ -118,13 +124,15 @@ def measure(
 
 def _kinds(model: nn.Module, rule: Selector, keep: float | int, options: Mapping[str, Any]) -> dict[str, Any]:
     """A full step, and the steps of ``rule`` by their way."""
-    plain = {name: options[name] for name in OF_THE_LOSS if name in options}
+    plain = {name: options[name] for name in OF_A_FULL_STEP if name in options}
     kinds = {"full": SelectiveBackprop(model, selector=Full(), keep=1.0, **plain)}
     refused: list[Exception] = []
     for way in ("recompute",) if rule.needs == "nothing" and options.get("cut") is None else ("rows", "recompute"):
-        fitting = dict(options) if way == "rows" else {k: v for k, v in options.items() if k != "batchnorm"}
+        fitting = {**options, "backward": way}
+        if way != "rows":
+            fitting.pop("batchnorm", None)
         try:
-            made: Any = SelectiveBackprop(model, selector=copy.deepcopy(rule), keep=keep, backward=way, **fitting)  # type: ignore[arg-type]
+            made: Any = SelectiveBackprop(model, selector=copy.deepcopy(rule), keep=keep, **fitting)
         except (TypeError, ValueError) as error:
             refused.append(error)
             continue
@@ -148,8 +156,8 @@ def _untouched(model: nn.Module, device: torch.device, generator: torch.Generato
     """Buffers and random state are put back."""
     state = None if generator is None else generator.get_state()
     alone: AbstractContextManager[Any] = nullcontext()
-    if isinstance(model, DistributedDataParallel):  # whose reducer must not see forwards without a backward
-        alone = model.no_sync()
+    if (parallel := parallel_in(model)) is not None:  # whose reducer must not see forwards without a backward
+        alone = parallel.no_sync()
     with buffers_put_back(model), random_state_put_back(device), alone:
         try:
             yield

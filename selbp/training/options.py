@@ -16,7 +16,7 @@ from selbp.common.lengths import Lengths
 from selbp.common.places import Places
 from selbp.rows.layout import BatchNormPolicy
 from selbp.sampling.table import ScoreTable
-from selbp.selectors import CubeSampling, Selector
+from selbp.selectors import CubeSampling, Full, Selector
 from selbp.selectors.base import NEEDS
 from selbp.training.linear_loss import NAME as LINEAR
 from selbp.training.losses import CAUSAL, Criterion, criterion_of
@@ -24,6 +24,8 @@ from selbp.training.schedule import Schedule
 from selbp.training.scores import check_table
 from selbp.training.strategies import WAYS, Strategy
 
+OF_BATCH = ("shared", "batch_dims", "target_keys", "pass_labels")  # options that say where the samples are
+OF_CRITERION = ("class_weight", "ignore_index", "label_smoothing", "class_dim", "skip_mass")  # that a named loss has
 UNSEEDED = 0x5E1B9  # of a generator that no rank has given, until the ranks have met
 CHOICES = {
     "scoring": ("same", "eval"),
@@ -193,6 +195,12 @@ class StepOptions:
             return self.generator
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         return torch.Generator(device).manual_seed(UNSEEDED)
+
+    @classmethod
+    def of_a_look(cls, loss: str | Callable[[Any, Any], Tensor], options: Mapping[str, Any]) -> StepOptions:
+        """``loss`` and what of ``options`` says where the samples are and what the loss is; the others are left out."""
+        known = {name: options[name] for name in (*OF_BATCH, *OF_CRITERION) if name in options}
+        return cls(selector=Full(), keep=1.0, loss=loss, **known)
 
     def places(self) -> Places:
         """Where the samples of a batch are. Raises TypeError or ValueError that names the option."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selbp._checks import shown
 from selbp.training.scored import Scored
-from selbp.types import BatchStatistics, Selection
+from selbp.types import BatchStatistics, Selection, widest
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class PerCall:
         """
         if self.normalizer is None:
             return None
-        scale = scored.scale.double() if scored.scale.device.type != "mps" else scored.scale
+        scale = scored.scale.to(widest(scored.scale.device))
         mass = torch.where(scale > 0, n / scale, 0.0)
         whole = torch.as_tensor(self.normalizer, dtype=mass.dtype, device=mass.device)
         return torch.where(whole > 0, mass / whole, 0.0)

@@ -70,10 +70,10 @@ class PlacedCut:
         """How the layers below run backward: ``"rows"`` or ``"recompute"``."""
         return "rows" if self._recomputed is None else "recompute"
 
-    def prepare(self, batch: Batch) -> None:
+    def check_once(self, batch: Batch) -> None:
         """Run what is to be looked at once, before the first :meth:`feed`."""
         if self._recomputed is not None:
-            self._recomputed.prepare(batch)
+            self._recomputed.check_once(batch)
 
     def feed(self, batch: Batch, on_choice: Callable[[CutReport], None]) -> Any:
         """Run the forward and return the model's output. The backward calls ``on_choice`` when it has chosen."""

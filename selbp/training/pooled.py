@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from selbp.common.batch import Batch
-from selbp.common.distributed import parallel_in
+from selbp.common.distributed import parallel_in, without_parallel
 from selbp.common.exchange import Plan, Ranks
 from selbp.common.guards import without_autocast
 from selbp.common.keep import kept_rows
@@ -33,11 +33,11 @@ from selbp.training.options import UNSEEDED, StepOptions
 from selbp.training.per_call import PerCall
 from selbp.training.report import StepReport
 from selbp.training.scored import Scored
-from selbp.training.scores import told
+from selbp.training.scores import for_table
 from selbp.training.scoring import may_run, unscored
 from selbp.training.stopwatch import Stopwatch
 from selbp.training.strategies import UNSCORED
-from selbp.types import MeanGradient
+from selbp.types import MeanGradient, widest
 
 if TYPE_CHECKING:
     from selbp.training.kinds import StepKinds
@@ -139,7 +139,7 @@ class Pooled:
             losses, m.scaled = self._everyone(losses, mine), self._everyone(m.scaled, mine)
             m.seen = logits, losses, m.selection.indices, m.live
         if step._table is not None and drawn is not None and drawn.draw.recorded:
-            known = told(step._table, step._criterion, batch.target)
+            known = for_table(step._table, step._criterion, batch.target)
             drawn.write(step._table, self._ranks, counts, known, m.seen)
         way = step._strategy
         return loss, m.report(StepReport, way.name, way.reason if scoring else UNSCORED, scored=scoring)
@@ -157,8 +157,7 @@ class Pooled:
     # ----------------------------------------------------------------------------------------------- scoring
 
     def _score(self, batch: Batch, watch: Stopwatch, written: Written) -> Found:
-        step, wide = self.step, torch.float32 if batch.device.type == "mps" else torch.float64
-        unit = torch.ones((), dtype=wide, device="cpu")
+        step, unit = self.step, torch.ones((), dtype=widest(batch.device), device="cpu")
         parts = []
         for rows in self.split(torch.arange(batch.n, device=batch.device)):
             part = batch if len(rows) == batch.n else batch.take(rows)
@@ -166,7 +165,7 @@ class Pooled:
             keeps = {"factors": self._reads_factors, "keep_output": self.keeps_logits}
             parts.append(Found.of(scored, step.head, batch.n, **keeps))
             watch.lap("score")
-        step._scored(written)
+        step._end_scoring(written)
         return Found.joined(parts)
 
     @property
@@ -312,8 +311,7 @@ class Training:
     def _compare(self, rows: Tensor, live: Tensor, losses: Tensor, output: Any) -> None:
         """Look for samples that interact, on a few that came to this process: all at once may not fit."""
         step, m = self._step, self._m
-        parallel = parallel_in(step.model)
-        model = step.model if parallel is None else parallel.module
+        model = without_parallel(step.model)
 
         def alone(some: Batch) -> tuple[Tensor, Any]:
             made = some.feed(model)
@@ -327,4 +325,4 @@ class Training:
 
 def _zero(mean: MeanGradient) -> MeanGradient:
     """A mean gradient of 0, for the micro-batches that the whole one is not delivered with."""
-    return MeanGradient(*(None if x is None else torch.zeros_like(x) for x in mean))  # type: ignore[arg-type]
+    return MeanGradient._make(None if x is None else torch.zeros_like(x) for x in mean)

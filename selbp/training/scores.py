@@ -49,7 +49,7 @@ def weighted(selection: Selection, factor: Tensor, rule: Selector) -> Selection:
     return Selection(indices, weights * factor.to(weights)[indices])
 
 
-def told(table: ScoreTable, criterion: Criterion, target: Any) -> Any:
+def for_table(table: ScoreTable, criterion: Criterion, target: Any) -> Any:
     """What ``table`` is told of the minibatch beside the step's rows: the targets, for a table with classes.
 
     For one without, how many entries each sample's loss adds up, (n,) or None: it records their mean.
@@ -62,7 +62,7 @@ def write_back(
 ) -> None:
     """Record the rows ``place`` (k,) of the minibatch (None: all), those that are ``live`` (k,) bool.
 
-    ``output`` is the model's of these rows, ``losses`` (k,) theirs, ``known`` what :func:`told` gives.
+    ``output`` is the model's of these rows, ``losses`` (k,) theirs, ``known`` what :func:`for_table` gives.
     """
     if table.classes is None:
         losses = losses.detach()

@@ -14,7 +14,7 @@ from selbp import ops
 from selbp.common.batch import Batch
 from selbp.common.distributed import inner_outputs
 from selbp.common.guards import evaluating, scoring_autocast, without_autocast, without_autocast_cache
-from selbp.common.outputs import logits_of
+from selbp.common.outputs import check_classes_of, logits_of
 from selbp.common.proxies import HeadProxies
 from selbp.ops._backends import saves_launches
 from selbp.ops.minibatch import unscored as unscored_rows
@@ -67,8 +67,8 @@ class Scorer:
         factors: bool,
         keep_graph: bool,
         feed: Callable[[Batch, nn.Module], Any],
-        unit: Tensor | None = None,
-        ran: Callable[[], None] = lambda: None,
+        unit: Tensor | None,
+        ran: Callable[[], None],
     ) -> Scored:
         """Score all rows of ``batch``.
 
@@ -201,6 +201,7 @@ def _one_a_sample(
     plain = logits.dim() == 2 and target.dim() == 1 and logits.shape[0] == target.shape[0]
     if plain and (features is None or features.dim() == 2):  # nearly always; the long way is a dozen calls
         criterion.check_classes(logits.shape[1], "the model")
+        check_classes_of(logits)
         return logits, target, features
     z, y, h = operands(criterion, logits, features, target)
     return z[:, 0], y[:, 0], None if h is None else h[:, 0]

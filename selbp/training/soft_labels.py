@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from selbp.common.outputs import check_classes_of
+
 
 def is_soft(target: Any) -> bool:
     """Whether ``target`` holds class probabilities: floating, with a dim of classes."""
@@ -44,6 +46,7 @@ def soft_losses(
     """(n,) losses, summed over a sample's positions, as ``torch.nn.functional.cross_entropy`` gives them."""
     _check(logits, target)
     z = classes_last(logits, class_dim)
+    check_classes_of(z)
     z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
     wanted = classes_last(target, class_dim).to(z.dtype)
     weight = None if weight is None else weight.to(z.dtype)

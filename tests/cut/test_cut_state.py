@@ -118,7 +118,7 @@ MISFITS = {
     "no generator": (lambda: build("importance", generator=False)[0].state_dict()[KEY], "pass a generator to both"),
     "not packed": (lambda: {"tau": 1.0}, "must be a uint8 tensor"),
     "cut short": (lambda: build("importance")[0].state_dict()[KEY][:99].clone(), "does not read as a rule's state"),
-    "another dtype": (lambda: torch.zeros(3), r"uint8 tensor \(bytes,\), got torch.float32 \(3,\)"),
+    "another dtype": (lambda: torch.zeros(3), r"uint8 tensor \(bytes,\), got a Tensor float32 \(3,\)"),
 }
 
 

@@ -204,7 +204,7 @@ def test_an_inserted_cut_is_saved_too(tmp_path):
     fit(part, tmp_path).save_checkpoint(tmp_path / "half.ckpt")
     fit(resumed, tmp_path, resume=str(tmp_path / "half.ckpt"), max_epochs=2)
     assert torch.equal(weights(resumed), weights(whole)) and whole.cut.report.k == 2
-    with pytest.raises(ValueError, match="the checkpoint has the state of cut, and the module has step"):
+    with pytest.raises(ValueError, match="steps of the module must have the entries .'step'., got .'cut'."):
         other = Module(selector=selbp.Full(), keep=1.0)
         fit(other, tmp_path, resume=str(tmp_path / "half.ckpt"), max_epochs=2)
 

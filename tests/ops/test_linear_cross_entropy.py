@@ -241,9 +241,9 @@ def test_kept_logits_under_autocast_are_of_its_type():
     "limit,error,words",
     [
         (-1, ValueError, "memory_limit must be at least 0 bytes or None, got -1"),
-        (1.5, TypeError, "memory_limit must be an int, got float"),
-        (True, TypeError, "memory_limit must be an int, got bool"),
-        ("1G", TypeError, "memory_limit must be an int, got str"),
+        (1.5, TypeError, "memory_limit must be an int, got 1.5"),
+        (True, TypeError, "memory_limit must be an int, got True"),
+        ("1G", TypeError, "memory_limit must be an int, got '1G'"),
     ],
     ids=["negative", "float", "bool", "text"],
 )

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import selbp
+from selbp.training.graph_checks import check_graph
 
 N = 16
 
@@ -240,3 +241,52 @@ def check_compiled(rank):
 @pytest.mark.slow
 def test_compiled_in_two_processes():
     in_two_processes(check_compiled)
+
+
+def wrapped(static, compiled):
+    ddp = DistributedDataParallel(network(), static_graph=static)
+    return torch.compile(ddp, backend="eager") if compiled else ddp
+
+
+def averaged(model, losses):
+    """Whether the ranks have one gradient after the backward of each of ``losses``."""
+    for loss in losses:
+        model.zero_grad()
+        loss().backward()
+        for p in model.parameters():
+            other = p.grad.clone()
+            dist.broadcast(other, 0)
+            if not torch.equal(p.grad, other):
+                return False
+    return True
+
+
+def check_looks_ahead(rank):
+    """A look at a wrapped model, compiled or not, is none of the iterations that the wrapper counts."""
+    batch = data(rank)
+    for static in (False, True):
+        for compiled in (False, True):
+            case = static, compiled
+            model = wrapped(*case)
+            step = selbp.SelectiveBackprop(model, selector=selbp.GradientMatching(), keep=0.25)  # backward="auto"
+            assert averaged(model, [lambda turn=turn, step=step: step(*data(rank, turn)) for turn in range(3)]), case
+            with pytest.raises(ValueError, match="one process for a CUDA graph"):
+                check_graph(step, batch, None)
+
+            model = wrapped(*case)
+            if rank == 0:  # on its own
+                selbp.diagnose(model, batch, keep=0.25)
+            assert averaged(model, [lambda model=model: F.cross_entropy(model(batch[0]), batch[1])] * 3), case
+
+            model = wrapped(*case)
+            options = {"keep": 0.25, "selector": selbp.GradientMatching(), "steps": 1}
+            if static:
+                with pytest.raises(ValueError, match="static_graph=True.*before it is wrapped"):
+                    selbp.diagnose(model, batch, **options)
+            else:
+                selbp.diagnose(model, batch, **options)
+            assert averaged(model, [lambda model=model: F.cross_entropy(model(batch[0]), batch[1])] * 3), case
+
+
+def test_looks_ahead_in_two_processes():
+    in_two_processes(check_looks_ahead)

@@ -105,7 +105,7 @@ def check_words(rank: int) -> None:
     """Objects, numbers and errors."""
     with accelerator():
         ranks = Ranks(moved(nn.Linear(2, 2)))
-        assert ranks.first({"rank": rank}) == {"rank": 0} and ranks.told(rank) == [0, 1]
+        assert ranks.first({"rank": rank}) == {"rank": 0} and ranks.each_object(rank) == [0, 1]
         assert ranks.mean([float(rank)]) == [0.5]
         step = selbp.SelectiveBackprop(moved(mlp()), selector=selbp.TopLoss(), keep=0.5, scope="global")
         with pytest.raises(ValueError, match="on rank 0 and"):

@@ -26,10 +26,13 @@ from support.operator_calls import (
 )
 
 from selbp import ops
+from selbp._checks import shown
 from selbp.types import Selection
 
 # An error of a type or dtype says what kind of thing must come; any other is one of a value.
-OF_TYPE = r"must (be|have) (a|an|the dtype|int64|float32|float64|bool|a dense)\b|must have \.indices|one of .*got None"
+OF_TYPE = (
+    r"must (be|have) (a|an|the dtype|int64|float32|float64|bool|True|a dense)\b|must have \.indices|one of .*got None"
+)
 
 
 def kind(words):
@@ -128,23 +131,27 @@ NO_NUMBERS = (True, "0.1", None, torch.tensor(0.1), 1j)
 NO_INTEGERS = (True, 1.0, "1", torch.tensor(1), np.float32(1))
 
 
-def of_types(arguments, wanted, values):
+def kind_of(value):
+    return type(value).__name__
+
+
+def of_types(arguments, wanted, values, got=kind_of):
     """Calls with each value in the place of each argument that wants another type."""
     for name, places in arguments.items():
         for place in (places,) if isinstance(places, str) else places:
             for value in values:
-                yield name, {place: value}, f"{place} must be {wanted}, got {type(value).__name__}"
+                yield name, {place: value}, f"{place} must be {wanted}, got {re.escape(got(value))}"
 
 
 TYPES = [
-    *of_types(NUMBERS, "a number", NO_NUMBERS),
-    *of_types(INTEGERS, "an int", NO_INTEGERS),
+    *of_types(NUMBERS, "a number", NO_NUMBERS, shown),
+    *of_types(INTEGERS, "an int", NO_INTEGERS, shown),
     *((n, {a: 1 << 70}, f"{a} must fit into 64 bits, got 1180591620717411303424") for n, a in INTEGERS.items()),
     *of_types(TENSORS, "a Tensor", ([0.0], np.zeros(4), None)),
     *of_types(OPTIONAL, "a Tensor or None", ([1],)),
-    *of_types(FLAGS, "a bool", (1, None, f(C))),
+    *of_types(FLAGS, "True or False", (1, None, f(C)), shown),
     ("match", {"rule": None}, "rule must be one of 'ols', 'normalized', 'raw', got None"),
-    ("linear_cross_entropy", {"return_statistics": 1}, "return_statistics must be a bool, got int"),
+    ("linear_cross_entropy", {"return_statistics": 1}, "return_statistics must be True or False, got 1"),
 ]
 
 
@@ -165,7 +172,7 @@ OTHERS = {
     "nnls b dtype": (lambda: ops.nnls(f(3, 2), i(3)), "b must be float32, .*got int64"),
     "nnls b device": (lambda: ops.nnls(f(3, 2), meta(f(3))), "b must be on the device of a, cpu, got meta"),
     "nnls ridge": (lambda: ops.nnls(f(3, 2), f(3), ridge=-1), "ridge must be at least 0 and finite, got -1"),
-    "nnls ridge bool": (lambda: ops.nnls(f(3, 2), f(3), ridge=True), "ridge must be a number, got bool"),
+    "nnls ridge bool": (lambda: ops.nnls(f(3, 2), f(3), ridge=True), "ridge must be a number, got True"),
     "nnls_gram gram": (lambda: ops.nnls_gram([1.0], f(3)), "gram must be a Tensor, got list"),
     "nnls_gram shape": (lambda: ops.nnls_gram(f(3, 2), f(3)), r"gram must be \(..., n, n\), got \(3, 2\)"),
     "nnls_gram inner": (lambda: ops.nnls_gram(f(3, 3), f(2)), r"inner must be \(..., n\) = \(3,\), got \(2,\)"),
@@ -218,12 +225,12 @@ OTHERS = {
     ),
     "projections float dimension": (
         lambda: ops.sketch_projections(3, 4, (2.0, 2)),
-        r"dimensions\[0\] must be an int, got float",
+        r"dimensions\[0\] must be an int, got 2.0",
     ),
     "projections classes": (lambda: ops.sketch_projections(-3, 4), "n_classes must be at least 0, got -3"),
-    "projections width": (lambda: ops.sketch_projections(3, 4.0), "width must be an int, got float"),
+    "projections width": (lambda: ops.sketch_projections(3, 4.0), "width must be an int, got 4.0"),
     "projections dtype": (lambda: ops.sketch_projections(3, 4, dtype=torch.int64), "dtype must be float32, .*got "),
-    "projections seed": (lambda: ops.sketch_projections(3, 4, seed="s"), "seed must be an int, got str"),
+    "projections seed": (lambda: ops.sketch_projections(3, 4, seed="s"), "seed must be an int, got 's'"),
     "cube_sample generator": (
         lambda: ops.cube_sample(f(N, 2), f(N), 3),
         "generator must be a torch.Generator or None, got int",
