@@ -251,7 +251,7 @@ def _fake(
     features, classes = head.features, len(head.weight)
     n, dtype, cpu = target.shape[0], accumulate_dtype(features.dtype), features.device.type == "cpu"
     p_rest, logits = features.new_empty(n, dtype=dtype), features.new_empty((n, classes) if keep and cpu else (0, 0))
-    shape = table_shape(n, classes) if cpu and leaves_out(skip_mass, options) else (0, 0)
+    shape = table_shape(n, classes) if leaves_out(skip_mass, options) else (0, 0)
     return *empty_statistics(features, n, dtype), p_rest, logits, p_rest.new_empty(shape)
 
 
