@@ -199,12 +199,13 @@ def backward(
         return d_features, d_weight, d_bias
     of_classes = mean.t() @ features.float() if need_weight else None
     blocks, shape = triton.cdiv(k, tile.rows), {"DEPTH": tile.depth, "TILE": TILE}
+    width = tile.columns // 2 if softcap else tile.columns  # a cap's slope takes as many registers as the logits
     options = {"PRECISION": dot_precision(features.dtype), "num_warps": tile.warps, "num_stages": tile.stages}
     for first in range(0, n_classes, chunk):
         part = slice(first, min(first + chunk, n_classes))
         tiles = slice(first // TILE, -(-part.stop // TILE))
         columns, r, w = part.stop - first, buffer.zero_()[:, : part.stop - first], weight[part]
-        gathered_residual_kernel[((tiles.stop - tiles.start) * blocks * (TILE // tile.columns),)](
+        gathered_residual_kernel[((tiles.stop - tiles.start) * blocks * (TILE // width),)](
             features,
             w,
             None if bias is None else bias[part],
@@ -221,7 +222,7 @@ def backward(
             r.stride(0),
             softcap or 1.0,
             ROWS=tile.rows,
-            COLUMNS=tile.columns,
+            COLUMNS=width,
             EVEN_DEPTH=d % tile.depth == 0,
             HAS_BIAS=bias is not None,
             SOFTCAP=bool(softcap),

@@ -235,6 +235,7 @@ def statistics(
         smooth=smooth,
         weighted=class_weight is not None,
         projected=projection is not None,
+        shares=share_of > 0,
     )
     given, tile = tile, tile or pick(bias=bias is not None)
     descriptor, pair = operands(tile.descriptor, (features, tile.rows, tile.depth), (weight, tile.columns, tile.depth))
