@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from . import linear_cross_entropy as head
-from . import minibatch
+from . import minibatch, skipped
 from . import residual as residual_kernels
-from . import skipped
 from . import stored_rows as stored
 from .combine import finalize
 from .gram import gram
@@ -156,11 +155,24 @@ def linear_cross_entropy_backward(
     (features, weight, bias), (need_features, need_weight, need_bias) = operands, needs
     class_weight, _, label_smoothing, softcap = contiguous(options)
     inputs = scale, rows(features), rows(weight), None if bias is None else bias.contiguous(), *scored, class_weight
-    chosen = {"need_features": need_features, "need_weight": need_weight, "need_bias": need_bias}
     with torch.cuda.device_of(features):
         if left_out is not None:
-            return skipped.backward(*inputs, left_out, softcap=softcap, **chosen)
-        return head.backward(*inputs, label_smoothing=label_smoothing, softcap=softcap, **chosen)
+            return skipped.backward(
+                *inputs,
+                left_out,
+                softcap=softcap,
+                need_features=need_features,
+                need_weight=need_weight,
+                need_bias=need_bias,
+            )
+        return head.backward(
+            *inputs,
+            label_smoothing=label_smoothing,
+            softcap=softcap,
+            need_features=need_features,
+            need_weight=need_weight,
+            need_bias=need_bias,
+        )
 
 
 def sketch(

@@ -47,11 +47,10 @@ class Needs(NamedTuple):
 def forward(
     head: Head, target: Tensor, rows: Tensor | None, options: LossOptions, keep: bool, skip_mass: float
 ) -> Forward:
-    """The fields of BatchStatistics, then (n,) 1 - p_y, no logits, and what is left out: nothing by the specification."""
+    """The fields of BatchStatistics, (n,) 1 - p_y, no logits, and what is left out: nothing where Triton is missing."""
     features, weight, bias = head
     dtype, skips = accumulate_dtype(features.dtype), _skipped_tiles.leaves_out(skip_mass, options)
-    shape = _skipped_tiles.table_shape(len(target), len(weight)) if skips else (0, 0)
-    no_logits, formed = features.new_empty(0, 0), features.new_full(shape, _skipped_tiles.FORMED, dtype=dtype)
+    no_logits, formed = features.new_empty(0, 0), features.new_empty(0, 0, dtype=dtype)
     fused = _backends.kernels(features)
     if fused is not None:
         share_of = _skipped_tiles.COLUMNS if skips else 0
@@ -59,6 +58,9 @@ def forward(
         if skips:
             formed = _skipped_tiles.left_out_of(shares, target, found[-1], skip_mass)
         return *found, no_logits, formed
+    if skips:
+        shape = _skipped_tiles.table_shape(len(target), len(weight))
+        formed = features.new_full(shape, _skipped_tiles.FORMED, dtype=dtype)
     logits = torch.nn.functional.linear(features, weight, bias).to(dtype)
     stats = reference.cross_entropy_statistics(
         logits, target, features.to(dtype), bias=bias is not None, **options._asdict()

@@ -58,6 +58,7 @@ def left_out_of(
     skip_mass: float,
 ) -> Tensor:
     """What :func:`left_out` returns, from the tiles' shares."""
+    share = share.contiguous()
     held = (target // COLUMNS).clamp(0, share.shape[1] - 1)[:, None]  # an ignored target is any number
     smallest, tile = share.scatter(1, held, torch.inf).sort(dim=1, stable=True)
     total = (smallest.nan_to_num(2.0, posinf=2.0) * _WHOLE).ceil().to(torch.int64).cumsum(1)  # 2: of no row

@@ -309,8 +309,9 @@ def skipped_variants(arch: str, target: GPUTarget) -> list[Variant]:
                     **{"HAS_BIAS": not exact, "SOFTCAP": capped},
                 }
                 given = types | _pointer("bias", not exact, element)
-                label = f"gathered_residual {element} {'softcap' if capped else 'plain'} {'exact' if exact else 'ragged'}"
+                name = f"{'softcap' if capped else 'plain'} {'exact' if exact else 'ragged'}"
                 kernel = skipped.gathered_residual_kernel
+                label = f"gathered_residual {element} {name}"
                 found.append(Variant(label, kernel, given, constants | common, shape.warps, shape.stages, True))
         constants = {"CLASSES": shape.columns, "WIDTH": shape.rows}
         label = f"gathered_weight {element} plain exact"

@@ -272,11 +272,21 @@ MUTANTS = {
         "total += 0.0 * tl.load(left_out",
         left_out,
     ),
-    "left out: the mean not added to the features": ("skipped", "mean @ _tile_sums", "0.0 * mean @ _tile_sums", left_out),
+    "left out: the mean not added to the features": (
+        "skipped",
+        "mean @ _tile_sums",
+        "0.0 * mean @ _tile_sums",
+        left_out,
+    ),
     "left out: the mean of a whole tile": ("skipped", "[:, None] / sizes", "[:, None] / TILE", left_out),
     "left out: what should be formed": ("skipped", "& ~out", "& out", left_out),
     "left out: by the next tile's list": ("skipped", "tile = part * COLUMNS // TILE", "tile = 0 * part", left_out),
-    "left out: one row of the list too many": ("skipped", "inside = place < count", "inside = place <= count", left_out),
+    "left out: one row of the list too many": (
+        "skipped",
+        "inside = place < count",
+        "inside = place <= count",
+        left_out,
+    ),
     "left out: the last row of a list": ("skipped", "place[:, -1].contiguous()", "place[:, -1] - 1", left_out),
     "left out: classes not weighted": ("skipped", "(scale * mass)", "scale", left_out),
     "shares of a slice not rescaled": (

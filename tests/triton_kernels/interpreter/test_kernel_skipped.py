@@ -165,6 +165,7 @@ def test_the_table_is_that_of_the_cpu():
     arguments = (*tensors, target, None, None, -100, 0.0, 0.0, False, 0.3)
     ours = operator._cuda.forward(*operator._pack(*arguments))[8]
     cpu = torch.ops.selbp.linear_cross_entropy(*arguments)[8]
+    assert ours.is_contiguous() and ours.dtype == cpu.dtype
     assert torch.equal(ours >= 0, cpu >= 0)
     torch.testing.assert_close(ours[target >= 0], cpu[target >= 0], rtol=1e-5, atol=1e-9)
 
