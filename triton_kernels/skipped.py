@@ -192,16 +192,18 @@ def backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """What :func:`.linear_cross_entropy.backward` returns, without label smoothing; ``chunk`` is a multiple of TILE."""
     (k, d), n_classes, item = features.shape, len(weight), features.element_size()
+    if k == 0:
+        d_features = features.new_zeros(0, d, dtype=torch.float32) if need_features else None
+        d_bias = torch.zeros_like(bias) if need_bias and bias is not None else None
+        return d_features, torch.zeros_like(weight) if need_weight else None, d_bias
     rows = row_terms(scale, target, lse, p_rest, class_weight, 0.0, n_classes)
     lists, counts, mean = formed(left_out, rows[3], rows[4], n_classes)
     tile = (tile or configs.tile("chunk", features.device, features.dtype)).with_pointers()
-    chunk = min(chunk or max(TILE, CHUNK_BYTES // (max(k, 1) * item) // TILE * TILE), left_out.shape[1] * TILE)
+    chunk = min(chunk or max(TILE, CHUNK_BYTES // (k * item) // TILE * TILE), left_out.shape[1] * TILE)
     buffer = torch.empty(k, chunk, dtype=features.dtype, device=features.device)
     d_features = mean @ _tile_sums(weight) if need_features else None
-    d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else None
-    d_bias = torch.zeros_like(bias) if need_bias and bias is not None else None
-    if k == 0:
-        return d_features, d_weight, d_bias
+    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
+    d_bias = torch.empty_like(bias) if need_bias and bias is not None else None
     of_classes = mean.t() @ features.float() if need_weight else None
     blocks, shape = triton.cdiv(k, tile.rows), {"DEPTH": tile.depth, "TILE": TILE}
     width = tile.columns // 2 if softcap else tile.columns  # a cap's slope takes as many registers as the logits

@@ -186,6 +186,14 @@ def test_odd_shapes(shape):
     assert abs(float(got[2].sum())) < n * 2.0**-20  # what is left out is spread, not dropped
 
 
+@pytest.mark.parametrize("rows", [torch.empty(0, dtype=torch.int64), torch.tensor([5])], ids=["none", "an ignored one"])
+def test_rows_without_a_gradient(rows):
+    tensors, target = peaked()
+    _, got = run(tensors, target, weighting(), 0.3, rows=rows)
+    for ours, x in zip(got, tensors, strict=True):
+        assert ours.shape == x.shape and not ours.any()
+
+
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_each_gradient_alone(needs):
     tensors, target = peaked()
