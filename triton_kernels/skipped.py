@@ -70,7 +70,11 @@ def gathered_residual_kernel(
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``residual_chunk_kernel`` for the rows that ``lists`` names for each tile; other entries of out stay."""
+    """``residual_chunk_kernel`` for the rows that ``lists`` names for each tile; other entries of out stay.
+
+    out is as wide as whole tiles, and what it holds past the last class means nothing: a mask of columns, of which the
+    compiler knows no multiple, would make it move one entry at a time.
+    """
     parts: tl.constexpr = TILE // COLUMNS
     n_blocks = tl.cdiv(k, ROWS)
     block = (tl.program_id(0) // parts) % n_blocks
@@ -101,7 +105,7 @@ def gathered_residual_kernel(
             SOFTCAP, False, False,
         )  # fmt: skip
         place_out = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
-        tl.store(place_out, r.to(out.dtype.element_ty), mask=inside[:, None] & within[None, :])
+        tl.store(place_out, r.to(out.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["k", "n_columns"])
@@ -138,11 +142,10 @@ def gathered_weight_kernel(
         place = at + tl.arange(0, DEPTH)
         inside = place < count
         rows = tl.load(named + place, mask=inside, other=0).to(tl.int64)
-        r = residuals + rows[None, :] * stride_r + columns[:, None]
-        r = tl.load(r, mask=inside[None, :] & within[:, None], other=0.0)
+        r = tl.load(residuals + rows[:, None] * stride_r + columns[None, :], mask=inside[:, None], other=0.0)
         h = features + rows[:, None] * stride_h + across[None, :]
         h = tl.load(h, mask=inside[:, None] & (across < d)[None, :], other=0.0)
-        total = tl.dot(r, h, total, input_precision=PRECISION)
+        total = tl.dot(r.T, h, total, input_precision=PRECISION)
     total += tl.load(left_out + tl.cast(tile, tl.int64) * d + across, mask=across < d, other=0.0)[None, :]
     place = out + columns.to(tl.int64)[:, None] * stride_out + across[None, :]
     tl.store(place, total.to(out.dtype.element_ty), mask=within[:, None] & (across < d)[None, :])
@@ -211,7 +214,7 @@ def backward(
     for first in range(0, n_classes, chunk):
         part = slice(first, min(first + chunk, n_classes))
         tiles = slice(first // TILE, -(-part.stop // TILE))
-        columns, r, w = part.stop - first, buffer.zero_()[:, : part.stop - first], weight[part]
+        columns, w, r = part.stop - first, weight[part], buffer.zero_()[:, : part.stop - first]
         gathered_residual_kernel[((tiles.stop - tiles.start) * blocks * (TILE // width),)](
             features,
             w,
@@ -219,14 +222,14 @@ def backward(
             *rows,
             lists[tiles],
             counts[tiles],
-            r,
+            buffer,
             k,
             columns,
             first,
             d,
             features.stride(0),
             w.stride(0),
-            r.stride(0),
+            buffer.stride(0),
             softcap or 1.0,
             ROWS=tile.rows,
             COLUMNS=width,
@@ -242,7 +245,7 @@ def backward(
             d_bias[part] = r.sum(0, dtype=torch.float32) + common
         if d_weight is not None:
             gathered_weight_kernel[(triton.cdiv(columns, tile.columns) * triton.cdiv(d, tile.rows),)](
-                r,
+                buffer,
                 features,
                 lists[tiles],
                 counts[tiles],
@@ -251,7 +254,7 @@ def backward(
                 k,
                 columns,
                 d,
-                r.stride(0),
+                buffer.stride(0),
                 features.stride(0),
                 d_weight.stride(0),
                 CLASSES=tile.columns,
