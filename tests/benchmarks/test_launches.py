@@ -66,7 +66,9 @@ def head_launches(skip_mass, rows=None):
     rows = None if rows is None else torch.empty(rows, device="meta", dtype=torch.int64)
     options, laps = (-100, 0.0, 0.0), []
     with launches_gpu.pretended_gpu(counting := launches_gpu.Counting()), counting:
-        found = operator._cuda.forward(*operator._pack(h, w, None, y, None, rows, *options, False, skip_mass))
+        inputs = operator._pack(h, w, None, y, None, rows, *options, False, skip_mass)
+        found, fake = operator._cuda.forward(*inputs), operator._fake(*inputs)
+        assert [(x.shape, x.stride(), x.dtype) for x in found] == [(x.shape, x.stride(), x.dtype) for x in fake]
         laps.append(dict(counting.found))
         counting.found.clear()
         kept = found[1], found[6], found[5], found[7], found[8]
