@@ -115,6 +115,30 @@ def training(
     return Work("linear_cross_entropy", name, 8.0 * logits * d, nbytes, 2.0 * logits, beside=beside)
 
 
+TILE = 256  # classes that a row leaves out together, of triton_kernels/skipped.py
+GATHERED = 0.60  # of the matrix peak: rows by pointer, narrower tiles
+IN_FLOAT32 = 16  # flops of the matrix units in the time of one in float32
+
+
+def backward(k: int, n_classes: int, d: int, item: int = 2, formed: float | None = None) -> Work:
+    """The backward alone, exact or with ``skip_mass``, of which the rows form the part ``formed`` of their tiles.
+
+    Logits and the weight's gradient are then products of what is formed; the features' gradient keeps all its flops.
+    Every chunk of residuals is zeroed first. Beside them what is left out, two products of k x tiles in float32, and
+    passes over the (k, tiles) table: sorted, summed, listed.
+    """
+    logits, tiles = float(k) * n_classes, _ceil(n_classes, TILE)
+    chunks = _ceil(n_classes, max(256, CHUNK_BYTES // (k * item) // 256 * 256))
+    part = 1.0 if formed is None else formed
+    beside = chunks * 8.0 * k * d + 3.0 * logits * item
+    flops = 6.0 * logits * d
+    if formed is not None:
+        flops = (4.0 * formed * EFFICIENCY / GATHERED + 2.0) * logits * d + IN_FLOAT32 * 4.0 * k * tiles * d
+        beside += (2.0 * formed - 1.0) * logits * item + 100.0 * k * tiles + n_classes * d * item
+    name = f"{k}x{n_classes}x{d} " + ("exact" if formed is None else f"{formed:.2f} formed")
+    return Work("backward", name, flops, (k + n_classes) * d * item * 2.0, part * logits, beside=beside)
+
+
 def target_logit(n: int, d: int, item: int = 2) -> Work:
     """A row of the features and one of the weight for each sample."""
     return Work("target_logit", f"{n}x{d}", 4.0 * n * d, float(target_logit_requests(n, d, item)))
@@ -207,6 +231,8 @@ SHAPES = (
     training(2048, 128256, 4096),
     training(8192, 32000, 4096, chunk_bytes=32 << 20, adds_in_place=False),
     training(8192, 32000, 4096),
+    backward(8192, 128256, 4096),
+    *(backward(8192, 128256, 4096, formed=part) for part in (1.0, 0.5, 0.2)),
     chunk(2048, 128256, 4096),
     chunk(2048, 32000, 4096),
     logits_statistics(8192, 32000),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import roofline_gpu
+from benchmarks import bench_linear_cross_entropy, roofline_gpu
 from benchmarks.harness import Unavailable
 from benchmarks.peers import heads
 from selbp import ops, reference
@@ -67,6 +67,21 @@ def measure(work: roofline_gpu.Work, device: str, ours: Callable[[], object], **
             print(f"     {name} {work.shape}: cannot run here: {str(reason)[:120]}", flush=True)
 
 
+def peaked(n: int, n_classes: int, d: int, device: str) -> None:
+    """The backward alone on a head like a trained language model's, exact and with ``skip_mass``."""
+    h, w, y, upstream = bench_linear_cross_entropy._peaked(n, d, n_classes, n, torch.bfloat16, torch.device(device))
+
+    def backward(loss: Tensor) -> object:
+        return torch.autograd.grad(loss, (h, w), upstream.to(loss.dtype), retain_graph=True)
+
+    for skip_mass in (0.0, *bench_linear_cross_entropy.SKIPS, 0.5):
+        # What the forward of the operator left out is its last output.
+        outputs = torch.ops.selbp.linear_cross_entropy(h, w, None, y, None, None, -100, 0.0, 0.0, False, skip_mass)
+        formed = float((outputs[8] < 0).double().mean()) if outputs[8].numel() else None
+        work = roofline_gpu.backward(n, n_classes, d, formed=formed)
+        measure(work, device, functools.partial(backward, outputs[0]))
+
+
 def throughput(shapes: list[tuple[int, int, int]], device: str = "cuda") -> None:
     """Every operator at the roofline's shapes (n, C, d) in bfloat16, beside eager torch and the peers."""
     for n, n_classes, d in shapes:
@@ -99,6 +114,7 @@ def throughput(shapes: list[tuple[int, int, int]], device: str = "cuda") -> None
             functools.partial(step, lambda h, w, y: ops.linear_cross_entropy(h, w, None, y)),
             **{name: functools.partial(step, loss) for name, loss in losses.items()},
         )
+        peaked(n, n_classes, d, device)
     n, n_classes, d = shapes[0]
     r, h = (torch.randn(n, k, device=device, dtype=torch.bfloat16) for k in (n_classes, d))
     measure(

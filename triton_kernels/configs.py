@@ -32,7 +32,11 @@ class Tile:
 
     def with_pointers(self) -> Tile:
         """What serves rows that no descriptor can address: masks and addresses need registers, so 128 columns."""
-        return replace(self, columns=min(self.columns, 128), descriptor=False)
+        return replace(self.narrow(), descriptor=False)
+
+    def narrow(self) -> Tile:
+        """At most 128 columns, whose sums leave registers free."""
+        return replace(self, columns=min(self.columns, 128))
 
 
 def _rows(**kernels: dict[int, Tile]) -> dict[str, dict[int, Tile]]:
@@ -45,7 +49,8 @@ def _rows(**kernels: dict[int, Tile]) -> dict[str, dict[int, Tile]]:
     exact = ("statistics", "statistics_softcap", "statistics_smoothing")
     defaults = {"sketch_softcap": kernels["sketch_smoothing"], **{f"{name}_ragged": kernels[name] for name in exact}}
     found = {**shared, **defaults, **kernels}
-    return {**found, "statistics_everything": found["statistics_smoothing_ragged"]}
+    narrow = {size: tile.narrow() for size, tile in found["statistics_ragged"].items()}
+    return {"shares_ragged": narrow, **found, "statistics_everything": found["statistics_smoothing_ragged"]}
 
 
 TABLE: dict[str, dict[str, dict[int, Tile]]] = {
@@ -76,6 +81,7 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
     ),
     "sm_80": _rows(
         statistics={2: Tile(128, 128, 32, 8, 4), 4: Tile(128, 64, 32, 8, 3)},
+        shares_ragged={2: Tile(128, 128, 32, 8, 4), 4: Tile(64, 64, 32, 8, 3)},
         statistics_softcap={2: Tile(128, 64, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
         statistics_smoothing={2: Tile(128, 32, 64, 8, 3), 4: Tile(64, 32, 32, 4, 3)},
         chunk={2: Tile(128, 64, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
@@ -161,6 +167,7 @@ def statistics_tile(
     smooth: bool,
     weighted: bool = False,  # classes, with smoothing
     projected: bool = False,
+    shares: bool = False,  # of the tiles are written, without smoothing
 ) -> Tile:
     """The configuration of ``statistics``: sums of a projection, options, a bias and a ragged end need registers."""
     if projected:
@@ -169,7 +176,9 @@ def statistics_tile(
         return tile("statistics_everything", device, dtype)
     kind = "statistics_smoothing" if smooth else "statistics_softcap" if softcap else "statistics"
     exact = tile(kind, device, dtype)
-    return tile(f"{kind}_ragged", device, dtype) if bias or n_classes % exact.columns else exact
+    if not (bias or n_classes % exact.columns):
+        return exact
+    return tile("shares_ragged" if shares and not softcap else f"{kind}_ragged", device, dtype)
 
 
 def tile(kernel: str, device: torch.device, dtype: torch.dtype) -> Tile:

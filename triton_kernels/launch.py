@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import linear_cross_entropy as head
-from . import minibatch
+from . import minibatch, skipped
 from . import residual as residual_kernels
 from . import stored_rows as stored
 from .combine import finalize
@@ -104,8 +104,12 @@ def linear_cross_entropy(
     bias: Tensor | None,  # (C,)
     target: Tensor,  # (n,) int64
     options: LossOptions,
-) -> tuple[Tensor, ...]:
-    """The fields of BatchStatistics of ``features @ weight.T + bias``, which is never stored, then 1 - p_y."""
+    share_of: int = 0,
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """The fields of BatchStatistics of ``features @ weight.T + bias``, which is never stored, then 1 - p_y.
+
+    Beside them the shares of tiles of ``share_of`` classes, see :func:`.statistics.statistics`.
+    """
     features, weight, target = rows(features), rows(weight), target.contiguous()
     bias = None if bias is None else bias.contiguous()
     options = contiguous(options)
@@ -113,7 +117,7 @@ def linear_cross_entropy(
         z, feature_sq = target_logit(
             target, len(weight), features=features, weight=weight, bias=bias, plus=float(bias is not None)
         )
-        partials, _ = statistics(
+        partials, shares = statistics(
             features,
             weight,
             bias,
@@ -121,19 +125,21 @@ def linear_cross_entropy(
             class_weight=options.class_weight,
             smooth=options.label_smoothing != 0.0,
             softcap=options.softcap,
+            share_of=share_of,
         )
         loss, lse, residual_sq, p_rest, correct, valid = finalize(
             partials, z, feature_sq, target, len(weight), **options._asdict()
         )
-    return loss, lse, residual_sq, feature_sq, correct, valid, p_rest
+    return (loss, lse, residual_sq, feature_sq, correct, valid, p_rest), shares
 
 
 def linear_cross_entropy_statistics(
     features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, options: LossOptions
 ) -> Statistics:
     """The fields of BatchStatistics; arguments as for :func:`linear_cross_entropy`."""
-    *statistics, _ = linear_cross_entropy(features, weight, bias, target, options)
-    loss, lse, residual_sq, feature_sq, correct, valid = statistics
+    (loss, lse, residual_sq, feature_sq, correct, valid, _), _ = linear_cross_entropy(
+        features, weight, bias, target, options
+    )
     return loss, lse, residual_sq, feature_sq, correct, valid
 
 
@@ -143,18 +149,24 @@ def linear_cross_entropy_backward(
     scored: tuple[Tensor, Tensor, Tensor],  # target, lse and 1 - p_y, (k,) each
     options: LossOptions,
     needs: tuple[bool, bool, bool],  # of features, weight, bias
+    left_out: Tensor | None = None,  # (k, tiles) probability of the tiles that are left out, negative elsewhere
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the rows given; see :func:`.linear_cross_entropy.backward`."""
+    """Gradients of the rows given; see :func:`.linear_cross_entropy.backward` and :func:`.skipped.backward`."""
     (features, weight, bias), (need_features, need_weight, need_bias) = operands, needs
     class_weight, _, label_smoothing, softcap = contiguous(options)
+    inputs = scale, rows(features), rows(weight), None if bias is None else bias.contiguous(), *scored, class_weight
     with torch.cuda.device_of(features):
+        if left_out is not None:
+            return skipped.backward(
+                *inputs,
+                left_out,
+                softcap=softcap,
+                need_features=need_features,
+                need_weight=need_weight,
+                need_bias=need_bias,
+            )
         return head.backward(
-            scale,
-            rows(features),
-            rows(weight),
-            None if bias is None else bias.contiguous(),
-            *scored,
-            class_weight,
+            *inputs,
             label_smoothing=label_smoothing,
             softcap=softcap,
             need_features=need_features,

@@ -49,13 +49,14 @@ def moved(z, state):
 
 @triton.jit
 def absorb(z, g, w, state, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr):
-    """The state after the tile z (excluded entries -inf), then the tile's g e and g w and the sums' change of scale.
+    """The state after the tile z (excluded entries -inf), then its g e, g w, the sums' change of scale, and its sum e.
 
     g is the cap's slope; w holds the class weights, 0 where a class is excluded, and is read with smoothing only.
     """
     ref, s = state[1], state[2]
     m, new, scale, exponent, e = moved(z, state)
-    s = s * scale + tl.sum(e, 1)
+    total = tl.sum(e, 1)
+    s = s * scale + total
     if SMOOTH:
         spread = state[5] + state[4] * (new - ref) + tl.sum(tl.where(w == 0.0, 0.0, -w * exponent), 1)
         amount = state[4] + tl.sum(w, 1)
@@ -72,7 +73,7 @@ def absorb(z, g, w, state, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr):
         state = m, new, s, s2, amount, spread, rho, square
     else:
         state = m, new, s, state[3] * (scale * scale) + tl.sum(e * e, 1)
-    return state, e, w, scale
+    return state, e, w, scale, total
 
 
 @triton.jit
@@ -128,7 +129,7 @@ def absorb_products(
 ):
     """Return what ``absorb`` gives for the products z of features and the classes from ``first`` on.
 
-    SLICED, only the state is of use, and the sums of smoothing alone take fewer registers.
+    SLICED, the tile's e and w are of no use, and the sums of smoothing alone take fewer registers.
     """
     offset = tl.arange(0, z.shape[1])
     columns = first + offset
@@ -140,7 +141,7 @@ def absorb_products(
     if SLICED and SMOOTH and not SOFTCAP and not HAS_WEIGHT:
         own = (y >= first) & (y < first + z.shape[1])
         amount = (tl.minimum(n_classes - first, z.shape[1]) - own.to(tl.int32)).to(tl.float32)
-        return absorb_unweighted(z, excluded, amount, state), z, z, amount  # three that are not read
+        return absorb_unweighted(z, excluded, amount, state), z, z, amount, amount  # four that are not read
     else:
         w = z
         if SMOOTH:

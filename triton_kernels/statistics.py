@@ -21,7 +21,8 @@ epilogue has too few registers beside the products, it takes QUARTERS of their c
 
 ``logits_statistics_kernel`` is the same pass where the logits are stored already: it reads each once, n C item bytes.
 
-With a projection P (sketch.py) the same pass sums g e P into ROWS x WIDTH more registers.
+With a projection P (sketch.py) the same pass sums g e P into ROWS x WIDTH more registers. With PER_TILE it writes what
+each tile adds to s, n C / COLUMNS numbers: skipped.py leaves out by them.
 
 Exponentials are not stored for ``residual`` to be made of them. Where the model's forward has written its logits, as in
 every training step, statistics and residual each read them, n C 2 item bytes; storing E would add a write. From
@@ -31,6 +32,7 @@ modelled on an H100 at 8192 x 32000 x 4096 in bfloat16, 3.1 of them the product.
 beside it, or a rescaling pass, and a second kernel for residuals in every option: not worth 4 %.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -87,11 +89,13 @@ def statistics_kernel(
     SOFTCAP: tl.constexpr,
     SMOOTH: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    PER_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Partials [fields, splits, n] of the logits cap(H W^T + c) over the classes other than each row's target.
 
     With a WIDTH also sums [1, splits, n, p] of g e P; [2, ...] with smoothing and a cap, the second of g w P.
+    PER_TILE, without a WIDTH or smoothing, sums are [class tiles, n]: log2 of the sum of e^z over the tile.
     """
     n_row_tiles = tl.cdiv(n, ROWS)
     n_splits = tl.num_programs(0) // n_row_tiles
@@ -109,6 +113,8 @@ def statistics_kernel(
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(n_classes, COLUMNS))
     for tile in range(first, last):
+        if PER_TILE:
+            tile_sum = tl.zeros((ROWS,), tl.float32)
         z = tl.zeros((ROWS, COLUMNS), tl.float32)
         z = product(
             features, weight, z, row_tile, tile, n, n_classes, d, stride_h, stride_w,
@@ -120,15 +126,21 @@ def statistics_kernel(
                 at = tile * COLUMNS + part * (COLUMNS // 4)
                 # Never false in an exact tile; a branch keeps a slice's work from starting before the last one's ends.
                 if at < n_classes:
-                    state, _, _, _ = absorb_products(
+                    state, _, _, scale, total = absorb_products(
                         parts[part], bias, class_weight, y, at, n_classes, softcap, state,
                         EVEN_COLUMNS, HAS_BIAS, SOFTCAP, SMOOTH, HAS_WEIGHT, QUARTERS,
                     )  # fmt: skip
+                    if PER_TILE:
+                        tile_sum = tile_sum * scale + total
         else:
-            state, e, w, scale = absorb_products(
+            state, e, w, scale, total = absorb_products(
                 z, bias, class_weight, y, tile * COLUMNS, n_classes, softcap, state,
                 EVEN_COLUMNS, HAS_BIAS, SOFTCAP, SMOOTH, HAS_WEIGHT, QUARTERS,
             )  # fmt: skip
+            if PER_TILE:
+                tile_sum = total
+        if PER_TILE:
+            tl.store(sums + tl.cast(tile, tl.int64) * n + rows, state[1] + tl.log2(tile_sum), mask=inside)
         if WIDTH:
             columns = tile * COLUMNS + tl.arange(0, COLUMNS)
             within = (columns < n_classes)[:, None] & (width < p)[None, :]
@@ -189,7 +201,7 @@ def logits_statistics_kernel(
         w = z
         if SMOOTH:
             w = class_weights(class_weight, columns, n_classes, excluded, HAS_WEIGHT)
-        state, _, _, _ = absorb(z, g, w, state, SOFTCAP, SMOOTH)
+        state, _, _, _, _ = absorb(z, g, w, state, SOFTCAP, SMOOTH)
     store_state(partials, state, rows, inside, split, n, n_splits)
 
 
@@ -203,13 +215,15 @@ def statistics(
     smooth: bool = False,
     softcap: float = 0.0,
     projection: torch.Tensor | None = None,  # (C, p) of the dtype of features, p <= WIDTH; its rows contiguous
+    share_of: int = 0,  # classes of a tile whose share is wanted, without a projection or smoothing
     tile: configs.Tile | None = None,
     splits: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Partials [fields, splits, n] in float32 for :func:`finalize`, and with a projection sums [1 or 2, splits, n, p].
 
     The sums are of e P over the classes, relative to the reference of their split and row; the second ones, where a
-    cap bends the smoothing's share of the target, of the weighted slopes w g P.
+    cap bends the smoothing's share of the target, of the weighted slopes w g P. With ``share_of`` in their place the
+    shares (n, tiles) that tiles of so many classes have of the probability of each row's other classes.
     """
     (n, d), (n_classes, p) = features.shape, (len(weight), 0) if projection is None else projection.shape
     pick = partial(
@@ -221,6 +235,7 @@ def statistics(
         smooth=smooth,
         weighted=class_weight is not None,
         projected=projection is not None,
+        shares=share_of > 0,
     )
     given, tile = tile, tile or pick(bias=bias is not None)
     descriptor, pair = operands(tile.descriptor, (features, tile.rows, tile.depth), (weight, tile.columns, tile.depth))
@@ -230,8 +245,10 @@ def statistics(
     count, per_split = configs.class_splits(row_tiles, class_tiles, configs.processors(features.device), splits)
     partials = torch.empty(FIELDS[smooth], count, n, dtype=torch.float32, device=features.device)
     sums = None if projection is None else partials.new_empty(1 + (smooth and softcap != 0.0), count, n, p)
+    if share_of:
+        sums = partials.new_empty(class_tiles, n)
     if n == 0:
-        return partials, sums
+        return partials, _shares(sums, share_of // tile.columns) if share_of else sums
     statistics_kernel[(row_tiles * count,)](
         *pair,
         bias,
@@ -262,12 +279,20 @@ def statistics(
         SOFTCAP=bool(softcap),
         SMOOTH=smooth,
         HAS_WEIGHT=smooth and class_weight is not None,
+        PER_TILE=share_of > 0,
         PRECISION=dot_precision(features.dtype),
         num_warps=tile.warps,
         enable_fp_fusion=True,
         num_stages=tile.stages,
     )
-    return partials, sums
+    return partials, _shares(sums, share_of // tile.columns) if share_of else sums
+
+
+def _shares(sums: torch.Tensor, together: int) -> torch.Tensor:
+    """(n, tiles) shares of ``together`` tiles each, from log2 of the sums (kernel's tiles, n)."""
+    shares = torch.softmax(sums * math.log(2.0), 0)
+    padded = torch.nn.functional.pad(shares, (0, 0, 0, -len(shares) % together))
+    return padded.unflatten(0, (-1, together)).sum(1).t()
 
 
 def logits_statistics(

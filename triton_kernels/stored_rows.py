@@ -104,7 +104,7 @@ def stored_rows_kernel(
     w = z
     if SMOOTH:
         w = class_weights(class_weight, columns, n_classes, excluded, HAS_WEIGHT)
-    state, _, _, _ = absorb(z, g, w, empty_state(ROWS, SMOOTH), SOFTCAP, SMOOTH)
+    state, _, _, _, _ = absorb(z, g, w, empty_state(ROWS, SMOOTH), SOFTCAP, SMOOTH)
     square = tl.full((ROWS,), 1.0, tl.float32)
     if HAS_FEATURES:
         square = squared_norms(features, rows, inside, d, stride_h, ROWS, DEPTH) + plus

@@ -88,6 +88,8 @@ def parity(
     for field in ("inner", "head_weight", "head_bias"):
         compare(f"mean gradient {field} {label}", getattr(got, field), getattr(spec, field), getattr(eager, field))
     backward(compare, label, features, weight, bias, target, options, wide)
+    if "label_smoothing" not in options:
+        skipping(results, label, (features, weight * 4, bias), target, options, wide)
 
     tokens = math.gcd(n, 10)
     h, y = features.view(n // tokens, tokens, d), target.view(n // tokens, tokens)
@@ -132,6 +134,35 @@ def backward(
     ours, eager = gradients(features.dtype, True), gradients(features.dtype, False)
     for name, a, b, c in zip(("features", "weight", "bias"), ours, gradients(torch.float64, False), eager, strict=True):
         compare(f"gradient of {name} {label}", a, b, c)
+
+
+def skipping(
+    results: Results, label: str, head: tuple[Tensor, Tensor, Tensor], target: Tensor, options: dict, wide: dict
+) -> None:
+    """What skip_mass leaves out against the bounds of its documentation, as parts of them."""
+
+    def gradients(dtype: torch.dtype, skip_mass: float) -> list[Tensor]:
+        inputs = [x.detach().to(dtype).requires_grad_() for x in head]
+        chosen = wide if dtype == torch.float64 else options
+        loss = ops.linear_cross_entropy(*inputs, target, skip_mass=skip_mass, **chosen)
+        return [x.double() for x in torch.autograd.grad(loss.sum(), inputs)]
+
+    features, weight, bias = (x.double() for x in head)
+    exact, rounded = gradients(torch.float64, 0.0), gradients(head[0].dtype, 0.0)
+    z = reference.soft_cap(F.linear(features, weight, bias), wide.get("softcap", 0.0))
+    y = target.clamp(min=0)[:, None]
+    rest = torch.exp(z.scatter(1, y, -math.inf).logsumexp(1) - z.logsumexp(1))
+    for skip_mass in (0.02, 0.3, 1.0):
+        found = gradients(head[0].dtype, skip_mass)
+        e = torch.where(target >= 0, 2 * skip_mass * rest, 0.0)
+        bounds = e * weight.norm(dim=1).max(), (e * features.norm(dim=1)).sum(), e.sum()
+        sizes = (lambda x: x.norm(dim=1), lambda x: x.norm(dim=1).sum(), lambda x: x.abs().sum())
+        for name, a, b, c, bound, size in zip(
+            ("features", "weight", "bias"), found, exact, rounded, bounds, sizes, strict=True
+        ):
+            slack = 3 * size(c - b) + 2.0**-20 * size(b) + 1e-30  # what is rounded without as well
+            part = float(((size(a - b) - slack) / bound.clamp_min(1e-30)).max())
+            results.add(f"skip_mass={skip_mass} {name} {label}", part <= 1.0, error=max(part, 0.0))
 
 
 def cases(tiny: bool) -> list[tuple[torch.dtype, dict[str, object], tuple[int, int, int]]]:

@@ -40,6 +40,9 @@ def driver(device: str) -> None:
             r = ops.residual(logits, y, stats.lse, **options)
             leaves = [x.detach().requires_grad_() for x in (h, w, c)]
             torch.autograd.grad(ops.linear_cross_entropy(*leaves, y, **options).sum(), leaves)
+        for softcap in (0.0, 5.0):
+            wide = [h.detach().requires_grad_(), w.repeat(3, 1).requires_grad_(), c.repeat(3).requires_grad_()]
+            torch.autograd.grad(ops.linear_cross_entropy(*wide, y, skip_mass=0.5, softcap=softcap).sum(), wide)
         r = r.to(dtype)
         gram, mean = ops.gradient_gram(r, h), ops.mean_gradient(r, h)
         for factors, finite in (("both", True), ("none", False)):

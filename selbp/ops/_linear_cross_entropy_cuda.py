@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selbp import reference
 from selbp._checks import accumulate_dtype
-from selbp.ops import _backends
+from selbp.ops import _backends, _skipped_tiles
 from selbp.ops._loss_options import LossOptions
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -47,20 +47,27 @@ class Needs(NamedTuple):
 def forward(
     head: Head, target: Tensor, rows: Tensor | None, options: LossOptions, keep: bool, skip_mass: float
 ) -> Forward:
-    """The fields of BatchStatistics, then (n,) 1 - p_y, no logits, and nothing that is left out."""
+    """The fields of BatchStatistics, (n,) 1 - p_y, no logits, and what is left out: nothing where Triton is missing."""
     features, weight, bias = head
-    nothing = features.new_empty(0, 0), features.new_empty(0, 0, dtype=accumulate_dtype(features.dtype))
+    dtype, skips = accumulate_dtype(features.dtype), _skipped_tiles.leaves_out(skip_mass, options)
+    no_logits, formed = features.new_empty(0, 0), features.new_empty(0, 0, dtype=dtype)
     fused = _backends.kernels(features)
     if fused is not None:
-        return *fused.linear_cross_entropy(features, weight, bias, target, options), *nothing
-    dtype = accumulate_dtype(features.dtype)
+        share_of = _skipped_tiles.COLUMNS if skips else 0
+        found, shares = fused.linear_cross_entropy(features, weight, bias, target, options, share_of)
+        if skips:
+            formed = _skipped_tiles.left_out_of(shares, target, found[-1], skip_mass)
+        return *found, no_logits, formed
+    if skips:
+        shape = _skipped_tiles.table_shape(len(target), len(weight))
+        formed = features.new_full(shape, _skipped_tiles.FORMED, dtype=dtype)
     logits = torch.nn.functional.linear(features, weight, bias).to(dtype)
     stats = reference.cross_entropy_statistics(
         logits, target, features.to(dtype), bias=bias is not None, **options._asdict()
     )
     y = torch.where((target >= 0) & (target < weight.shape[0]), target, 0)[:, None]
     capped = reference.soft_cap(logits, options.softcap).scatter(1, y, -torch.inf)
-    return *stats, torch.exp(torch.logsumexp(capped, 1) - stats.lse), *nothing
+    return *stats, torch.exp(torch.logsumexp(capped, 1) - stats.lse), no_logits, formed
 
 
 def empty_gradients(head: Head, needs: Needs) -> Gradients:
@@ -111,7 +118,7 @@ def _backward_fused(
     needs: Needs,
 ) -> Gradients:
     features, weight, bias = head
-    target, lse, p_rest, valid, *_ = scored
+    target, lse, p_rest, valid, _, left_out = scored
     scale, h = torch.where(valid, grad.float(), 0.0), torch.where(valid[:, None], features, 0.0)
     if rows is not None:
         # A row named twice counts at its last place, and the others add 0: the same bits in any order.
@@ -119,7 +126,12 @@ def _backward_fused(
         last = torch.full_like(target, -1).scatter_reduce(0, rows, place, "amax")
         scale, h = torch.where(last[rows] == place, scale[rows], 0.0), h[rows]
         target, lse, p_rest = target[rows], lse[rows], p_rest[rows]
-    dh, dw, db = fused.linear_cross_entropy_backward(scale, (h, weight, bias), (target, lse, p_rest), options, needs)
+    table = None
+    if left_out.shape[1]:
+        table = left_out if rows is None else left_out[rows]
+    dh, dw, db = fused.linear_cross_entropy_backward(
+        scale, (h, weight, bias), (target, lse, p_rest), options, needs, table
+    )
     if dh is not None and rows is not None:
         dh = torch.zeros_like(features, dtype=dh.dtype).index_add_(0, rows, dh)
     nothing = features.new_empty(0)

@@ -1,4 +1,4 @@
-"""Tiles of classes that a row's gradient leaves out: ``skip_mass`` of ``linear_cross_entropy``, on a CPU.
+"""Tiles of classes that a row's gradient leaves out: ``skip_mass`` of ``linear_cross_entropy``.
 
 With p the softmax, y the target and T its class weight, a row's residual without label smoothing is T p_c for the other
 classes c and -T (1 - p_y) for y; the slope of a soft cap, at most 1, multiplies each. A row leaves out its least
@@ -7,10 +7,10 @@ over the tile, so that the row still sums to 0 and the weights' common part, whi
 is kept. In sum of absolute values the row changes by at most 2 skip_mass T (1 - p_y), that part of what it sums to
 without a cap. Its products with the features and the weight need the tile's mean of the weight alone.
 
-The forward's state gives the probabilities: its sum s over the other classes, relative to the running maximum m, is
-read after every tile. So what is left out is known before the backward forms any logits. The tiles are one row high,
-since rows differ in which classes they find likely: of 128 rows together hardly any is negligible. The backward gathers
-the rows that a tile of classes is formed for.
+The forward's state gives the probabilities: on a CPU its sum s over the other classes, relative to the running maximum
+m, is read after every tile. So what is left out is known before the backward forms any logits. The tiles are one row
+high, since rows differ in which classes they find likely: of 128 rows together hardly any is negligible. The backward
+gathers the rows that a tile of classes is formed for; triton_kernels/skipped.py does on a GPU.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from selbp.ops._loss_options import LossOptions
 
 COLUMNS = 256  # classes of a tile: narrow enough to leave much out, wide enough for the products' full rate
 FORMED = -1.0  # in the table: the row does not leave the tile out
+_WHOLE = 2.0**40  # shares are added as integers, of which a GPU has the same running sums on every run
 _WORTH = 0.25  # part of all tiles from which on leaving them out repays the gathering of rows
 
 
@@ -47,9 +48,21 @@ def left_out(
     m, s = sums.unbind(2)
     reached = s * torch.exp(m - m[-1])
     share = reached.diff(dim=0, prepend=torch.zeros_like(reached[:1])).clamp_(min=0).div_(reached[-1]).t()
-    held = (target // COLUMNS).clamp(0, len(sums) - 1)[:, None]  # an ignored target is any number
-    smallest, tile = share.scatter(1, held, torch.inf).sort(1)
-    small = torch.zeros(share.shape, dtype=torch.bool, device="cpu").scatter_(1, tile, smallest.cumsum(1) <= skip_mass)
+    return left_out_of(share, target, p_rest, skip_mass)
+
+
+def left_out_of(
+    share: Tensor,  # (n, tiles) part that each tile has of the probability of the row's other classes
+    target: Tensor,  # (n,)
+    p_rest: Tensor,  # (n,)
+    skip_mass: float,
+) -> Tensor:
+    """What :func:`left_out` returns, from the tiles' shares."""
+    share = share.contiguous()
+    held = (target // COLUMNS).clamp(0, share.shape[1] - 1)[:, None]  # an ignored target is any number
+    smallest, tile = share.scatter(1, held, torch.inf).sort(dim=1, stable=True)
+    total = (smallest.nan_to_num(2.0, posinf=2.0) * _WHOLE).ceil().to(torch.int64).cumsum(1)  # 2: of no row
+    small = torch.zeros_like(share, dtype=torch.bool).scatter_(1, tile, total <= int(skip_mass * _WHOLE))
     return torch.where(small, share * p_rest[:, None], FORMED).to(p_rest.dtype)
 
 

@@ -1,6 +1,9 @@
 """Launches of a step on the CUDA code path, counted on tensors of the meta device: no rule takes more than it did."""
 
+import importlib
+
 import pytest
+import torch
 
 import selbp
 
@@ -46,3 +49,42 @@ def test_more_classes_than_a_program_holds_are_scored_by_the_operators():
     laps = launches_gpu.step_launches(selbp.GradientMatching(), n_classes=5000)
     assert laps["score"]["triton logits_statistics_kernel"] == 1 and laps["select"]["triton gram_kernel"] == 1
     assert not laps["score"]["triton stored_rows_kernel"]
+
+
+def head_launches(skip_mass, rows=None):
+    """Launches of the forward and the backward of linear_cross_entropy, of 16-bit inputs and in one chunk."""
+    operator = importlib.import_module("selbp.ops.linear_cross_entropy")
+    h, w, y, rest = (
+        torch.empty(*shape, device="meta", dtype=dtype)
+        for shape, dtype in (
+            ((64, 32), torch.bfloat16),
+            ((1000, 32), torch.bfloat16),
+            ((64,), torch.int64),
+            ((64,), None),
+        )
+    )
+    rows = None if rows is None else torch.empty(rows, device="meta", dtype=torch.int64)
+    options, laps = (-100, 0.0, 0.0), []
+    with launches_gpu.pretended_gpu(counting := launches_gpu.Counting()), counting:
+        inputs = operator._pack(h, w, None, y, None, rows, *options, False, skip_mass)
+        found, fake = operator._cuda.forward(*inputs), operator._fake(*inputs)
+        assert [(x.shape, x.stride(), x.dtype) for x in found] == [(x.shape, x.stride(), x.dtype) for x in fake]
+        laps.append(dict(counting.found))
+        counting.found.clear()
+        kept = found[1], found[6], found[5], found[7], found[8]
+        operator._cuda.backward(
+            *operator._torch.pack_backward(rest, h, w, None, y, *kept, None, rows, *options, True, True, False)
+        )
+        laps.append(dict(counting.found))
+    return laps
+
+
+@pytest.mark.parametrize("rows", [None, 16])
+def test_skip_mass_reads_no_value_and_adds_launches_only_where_it_is_asked_for(rows):
+    """A value that the host read would be an error: these tensors have none."""
+    (forward, backward), (skipping_forward, skipping) = (head_launches(skip_mass, rows) for skip_mass in (0.0, 0.1))
+    assert (sum(forward.values()), sum(backward.values())) == (3, 21 if rows is None else 35)
+    assert backward["triton residual_chunk_kernel"] == 1 and "triton residual_chunk_kernel" not in skipping
+    assert skipping["triton gathered_residual_kernel"] == skipping["triton gathered_weight_kernel"] == 1
+    assert sum(skipping_forward.values()) - sum(forward.values()) <= 21
+    assert sum(skipping.values()) - sum(backward.values()) <= 34

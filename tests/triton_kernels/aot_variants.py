@@ -14,6 +14,7 @@ from selbp.triton_kernels import (
     mean,
     minibatch,
     residual,
+    skipped,
     statistics,
     stored_rows,
     target_logit,
@@ -105,11 +106,30 @@ def sketch_variants(arch: str, target: GPUTarget) -> list[Variant]:
     return found
 
 
+def shares_variants(arch: str, target: GPUTarget) -> list[Variant]:
+    """Statistics that write the sums of each tile too, for skip_mass."""
+    found = []
+    for itemsize, element in NAMES.items():
+        for name in ("plain", "softcap"):
+            options = VARIANTS[name] | {"PER_TILE": True}
+            key = "statistics" if name == "plain" else f"statistics_{name}"
+            ragged = "shares_ragged" if name == "plain" else f"{key}_ragged"
+            shapes = configs.TABLE[arch][key][itemsize], configs.TABLE[arch][ragged][itemsize]
+            found += [
+                _statistics(name, options, shape, exact, element, itemsize, target)
+                for shape, exact in zip(shapes, (True, False), strict=True)
+            ]
+            if shapes[1].descriptor:
+                found.append(_statistics(name, options, shapes[1].with_pointers(), False, element, itemsize, target))
+    return found
+
+
 def _statistics(name, options, shape, exact, element, itemsize, target, width=0) -> Variant:
     constants = {
         **{"ROWS": shape.rows, "COLUMNS": shape.columns, "DEPTH": shape.depth, "WIDTH": width, "GROUP": shape.group},
         "QUARTERS": shape.quarters,
         **{"DESCRIPTOR": shape.descriptor, "EVEN_COLUMNS": exact, "EVEN_DEPTH": exact, "HAS_BIAS": not exact},
+        "PER_TILE": False,
         "PRECISION": _precision(itemsize, target),
         **options,
     }
@@ -119,14 +139,14 @@ def _statistics(name, options, shape, exact, element, itemsize, target, width=0)
         **_pointer("bias", not exact, element),
         **_pointer("class_weight", options["HAS_WEIGHT"], "fp32"),
         **_pointer("projection", width > 0, element),
-        **_pointer("sums", width > 0, "fp32"),
+        **_pointer("sums", width > 0 or "PER_TILE" in options, "fp32"),
         "target": "*i64",
         "partials": "*fp32",
         "softcap": "fp32",
         **_integers("n", "n_classes", "d", "p", "stride_h", "stride_w", "stride_p", "tiles_per_split"),
     }
-    limited = (name == "plain" or shape.quarters) and exact and itemsize == 2
-    kind = "sketch" if width else "statistics"
+    limited = (name == "plain" or shape.quarters) and exact and itemsize == 2 and "PER_TILE" not in options
+    kind = "sketch" if width else "shares" if "PER_TILE" in options else "statistics"
     label = f"{kind} {element} {name} {'exact' if exact else 'ragged'}{'' if shape.descriptor else ' pointers'}"
     return Variant(
         label,
@@ -268,6 +288,38 @@ def chunk_variants(arch: str, target: GPUTarget) -> list[Variant]:
     return found
 
 
+def skipped_variants(arch: str, target: GPUTarget) -> list[Variant]:
+    """Residuals and weight's gradient of gathered rows, for the backward with skip_mass."""
+    found = []
+    for itemsize, element in NAMES.items():
+        shape = configs.TABLE[arch]["chunk"][itemsize].with_pointers()
+        common = {"DEPTH": shape.depth, "TILE": skipped.TILE, "PRECISION": _precision(itemsize, target)}
+        types = {
+            **dict.fromkeys(("features", "weight", "residuals", "out"), f"*{element}"),
+            "target": "*i64",
+            **_floats("lse", "p_rest", "scale", "mass", "rest", "left_out"),
+            **dict.fromkeys(("lists", "counts"), "*i32"),
+            "softcap": "fp32",
+            **_integers("k", "n_columns", "first_class", "d", "stride_h", "stride_w", "stride_r", "stride_out"),
+        }
+        for capped in (False, True):
+            for exact in (True, False):
+                constants = {
+                    **{"ROWS": shape.rows, "COLUMNS": shape.columns // (2 if capped else 1), "EVEN_DEPTH": exact},
+                    **{"HAS_BIAS": not exact, "SOFTCAP": capped},
+                }
+                given = types | _pointer("bias", not exact, element)
+                name = f"{'softcap' if capped else 'plain'} {'exact' if exact else 'ragged'}"
+                kernel = skipped.gathered_residual_kernel
+                label = f"gathered_residual {element} {name}"
+                found.append(Variant(label, kernel, given, constants | common, shape.warps, shape.stages, True))
+        constants = {"CLASSES": shape.columns, "WIDTH": shape.rows}
+        label = f"gathered_weight {element} plain exact"
+        kernel = skipped.gathered_weight_kernel
+        found.append(Variant(label, kernel, types, constants | common, shape.warps, shape.stages, True))
+    return found
+
+
 def gram_variants(arch: str, target: GPUTarget) -> list[Variant]:
     found = []
     for table in ("gram", "gram_small"):
@@ -373,5 +425,7 @@ def variants(arch: str, target: GPUTarget) -> list[Variant]:
         *mean_variants(target),
         *minibatch_variants(),
         *chunk_variants(arch, target),
+        *shares_variants(arch, target),
+        *skipped_variants(arch, target),
         *sketch_variants(arch, target),
     ]

@@ -11,6 +11,7 @@ import test_kernel_mean
 import test_kernel_minibatch
 import test_kernel_residual
 import test_kernel_sketch
+import test_kernel_skipped
 import test_kernel_statistics as check
 import test_kernel_stored_rows
 import torch
@@ -68,6 +69,10 @@ def capped():
     projection("everything")
 
 
+def left_out():
+    test_kernel_skipped.check(torch.float32, "all")
+
+
 def gradients():
     test_kernel_gram.test_shapes((70, 45, 29), True)
 
@@ -103,8 +108,8 @@ MUTANTS = {
     "product accumulated in float16": ("matmul_tile", DOT, f"{DOT}.to(tl.float16).to(tl.float32)", linear),
     "sum accumulated in float16": (
         "online",
-        "s = s * scale + tl.sum(e, 1)",
-        "s = (s * scale + tl.sum(e, 1)).to(tl.float16).to(tl.float32)",
+        "s = s * scale + total",
+        "s = (s * scale + total).to(tl.float16).to(tl.float32)",
         stored,
     ),
     "target not excluded": (
@@ -261,6 +266,41 @@ MUTANTS = {
         "(scaled * w)",
         lambda: test_kernel_minibatch.test_weighted_loss(33),
     ),
+    "left out: the mean not added to the classes": (
+        "skipped",
+        "total += tl.load(left_out",
+        "total += 0.0 * tl.load(left_out",
+        left_out,
+    ),
+    "left out: the mean not added to the features": (
+        "skipped",
+        "mean @ _tile_sums",
+        "0.0 * mean @ _tile_sums",
+        left_out,
+    ),
+    "left out: the mean of a whole tile": ("skipped", "[:, None] / sizes", "[:, None] / TILE", left_out),
+    "left out: what should be formed": ("skipped", "& ~out", "& out", left_out),
+    "left out: by the next tile's list": ("skipped", "tile = part * COLUMNS // TILE", "tile = 0 * part", left_out),
+    "left out: one row of the list too many": (
+        "skipped",
+        "inside = place < count",
+        "inside = place <= count",
+        left_out,
+    ),
+    "left out: the last row of a list": ("skipped", "place[:, -1].contiguous()", "place[:, -1] - 1", left_out),
+    "left out: classes not weighted": ("skipped", "(scale * mass)", "scale", left_out),
+    "shares of a slice not rescaled": (
+        "statistics",
+        "tile_sum * scale + total",
+        "tile_sum + total",
+        lambda: test_kernel_skipped.check_shares(test_kernel_skipped.TILES[2], 0.0),
+    ),
+    "shares of the last slice alone": (
+        "statistics",
+        "tile_sum * scale + total",
+        "total",
+        lambda: test_kernel_skipped.check_shares(test_kernel_skipped.TILES[2], 6.0),
+    ),
     "32-bit offset": (
         "statistics",
         "rows.to(tl.int64)[:, None] * stride_z",
@@ -289,6 +329,7 @@ def plant(tmp_path, monkeypatch):
             test_kernel_gram: ("gram",),
             test_kernel_sketch: ("sketch.projected_residuals",),
             test_kernel_stored_rows: ("stored_rows", "stored_rows.in_units"),
+            test_kernel_skipped: ("statistics",),
             test_kernel_mean: ("gram", "mean.finite_rows", "mean.mean_gradient"),
         }.items():
             for name in names:
@@ -323,3 +364,4 @@ def test_the_copy_without_a_bug_passes(plant):
     residual()
     projection()
     capped()
+    left_out()
