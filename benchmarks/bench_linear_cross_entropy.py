@@ -2,7 +2,8 @@
 
 ``python -m benchmarks linear_cross_entropy`` times; ``python -m benchmarks.bench_linear_cross_entropy`` prints the
 peak extra memory, returned gradients excluded on all sides, and with ``skip`` what ``skip_mass`` leaves out: the tiles,
-the gradients' error relative to their norm, and that error as a part of its bound.
+the gradients' error relative to their norm, that error as a part of its bound, and the time. ``skip FILE`` does so for
+a head of your own: ``torch.save((features, weight, target), FILE)``, of shapes (n, d), (C, d) and (n,).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.harness import Case, Unavailable, suite
 from benchmarks.peers import heads
+from benchmarks.tools.timing import interleaved
 from selbp import ops
 from selbp.ops import _gemm
 from selbp_study.memory import peak_extra_bytes, printed_by
@@ -63,10 +65,15 @@ def _least_memory(features: Tensor, weight: Tensor, target: Tensor, upstream: Te
 
 
 def _skipping(
-    features: Tensor, weight: Tensor, target: Tensor, upstream: Tensor, skip_mass: float
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    upstream: Tensor,
+    skip_mass: float,
+    memory_limit: int | None = None,
 ) -> tuple[Tensor, ...]:
     """Ours, tiles of little probability left out."""
-    loss = ops.linear_cross_entropy(features, weight, None, target, skip_mass=skip_mass)
+    loss = ops.linear_cross_entropy(features, weight, None, target, skip_mass=skip_mass, memory_limit=memory_limit)
     return torch.autograd.grad(loss, (features, weight), upstream)
 
 
@@ -166,35 +173,48 @@ def peak_mebibytes(name: str, n: int, d: int, classes: int, keep: int, threads: 
     return float(printed_by("benchmarks.bench_linear_cross_entropy", name, n, d, classes, keep, threads))
 
 
-def print_skipped(n: int = 512, d: int = 1024, classes: int = 50257) -> None:
-    """Print what ``skip_mass`` leaves out of a peaked head and of one at its start."""
-    for name, draw in (("peaked", _peaked), ("random", _head)):
+def print_skipped(file: str | None = None) -> None:
+    """Print what ``skip_mass`` leaves out of a peaked head and of one at its start, or of that in ``file``."""
+    if file is None:
+        draws = {"peaked": partial(_peaked, 512, 1024, 50257), "random": partial(_head, 512, 1024, 50257)}
+    else:
+        features, weight, target = torch.load(file)
+        upstream = torch.full((len(features),), 1 / len(features), dtype=features.dtype)
+        found = features.requires_grad_(), weight.requires_grad_(), target, upstream
+        draws = {file: lambda *_: found}
+    for name, draw in draws.items():
         torch.manual_seed(0)
-        features, weight, target, upstream = draw(n, d, classes, n, torch.float32, torch.device("cpu"))
-        exact = _ours(features, weight, target, upstream)
-        for skip_mass in SKIPS:
-            found = torch.ops.selbp.linear_cross_entropy(
-                features, weight, None, target, None, None, -100, 0.0, 0.0, False, skip_mass
-            )
-            errors = [
-                a - b for a, b in zip(_skipping(features, weight, target, upstream, skip_mass), exact, strict=True)
-            ]
-            e = 2 * skip_mass * upstream * found[6].detach()
-            rows = errors[0].norm(dim=1) / (e * weight.detach().norm(dim=1).max())
-            classes_error = errors[1].norm(dim=1).sum() / (e * features.detach().norm(dim=1)).sum()
-            left_out = float((found[8] >= 0).sum()) / found[8].numel()
-            relative = [float(x.norm() / y.norm()) for x, y in zip(errors, exact, strict=True)]
-            print(
-                f"{name} n={n} d={d} C={classes} skip_mass={skip_mass}: tiles left out {left_out:.1%}, "
-                f"errors {relative[0]:.2%} (features) and {relative[1]:.2%} (weight), of their bounds "
-                f"{float(rows.max()):.1%} and {float(classes_error):.1%}"
-            )
+        _print_skipped(name, *draw(512, torch.float32, torch.device("cpu")))
+
+
+def _print_skipped(name: str, features: Tensor, weight: Tensor, target: Tensor, upstream: Tensor) -> None:
+    (n, d), classes = features.shape, len(weight)
+    head = features, weight, target, upstream
+    exact = _ours(*head)
+    calls = [partial(_least_memory, *head), *(partial(_skipping, *head, skip_mass=x, memory_limit=0) for x in SKIPS)]
+    whole, *seconds = (ms / 1e3 for ms in interleaved(calls, 0.0))
+    for skip_mass, took in zip(SKIPS, seconds, strict=True):
+        table = torch.ops.selbp.linear_cross_entropy(
+            features, weight, None, target, None, None, -100, 0.0, 0.0, False, skip_mass
+        )
+        errors = [a - b for a, b in zip(_skipping(*head, skip_mass), exact, strict=True)]
+        e = 2 * skip_mass * upstream * table[6].detach()
+        rows = errors[0].norm(dim=1) / (e * weight.detach().norm(dim=1).max())
+        classes_error = errors[1].norm(dim=1).sum() / (e * features.detach().norm(dim=1)).sum()
+        left_out = float((table[8] >= 0).sum()) / table[8].numel()
+        relative = [float(x.norm() / y.norm()) for x, y in zip(errors, exact, strict=True)]
+        print(
+            f"{name} n={n} d={d} C={classes} skip_mass={skip_mass}: tiles left out {left_out:.1%}, "
+            f"errors {relative[0]:.2%} (features) and {relative[1]:.2%} (weight), of their bounds "
+            f"{float(rows.max()):.1%} and {float(classes_error):.1%}, {took:.2f} s for {whole:.2f} s"
+        )
 
 
 def main() -> None:
     """Print the table of memory or, with ``skip``, of what is left out; with more arguments, one entry of memory."""
-    if sys.argv[1:] == ["skip"]:
-        print_skipped()
+    if sys.argv[1:2] == ["skip"]:
+        torch.set_num_threads(1)
+        print_skipped(*sys.argv[2:3])
         return
     if len(sys.argv) > 1:
         n, d, classes, keep, threads = map(int, sys.argv[2:])
