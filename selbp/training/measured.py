@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from selbp.common.guards import buffers_put_back, random_state_put_back
+from selbp.common.buffers import buffers_put_back
+from selbp.common.guards import random_state_put_back
 from selbp.rows.gradient import Wrapper
 from selbp.sampling.auto import median
 from selbp.selectors import Full, Selector
