@@ -1,16 +1,14 @@
-"""What a scoring forward must not disturb: modes, random state, autocast's cache and running statistics."""
+"""What a scoring forward must not disturb: modes, random state and autocast's cache."""
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import nn
 
 
 @contextmanager
@@ -36,104 +34,6 @@ def without_autocast_cache() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(enabled)
-
-
-_Group = tuple[str, torch.dtype, torch.device]
-
-
-class RunningStatistics:
-    """The batch-norm layers that follow statistics in training mode."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-        self._kept: dict[_Group, list[Tensor]] = {}  # copies, by what for, and type and device of what they are of
-        self._backward = -1  # the engine's run whose traces are put back
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": {}}
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Inside, layers normalise as ever, and update copies in place of their running statistics.
-
-        What autograd saves of a layer is the same with copies as without: a checkpoint compares what it saved in a
-        forward inside with what it saves when it runs again outside.
-        """
-        copy_of = {
-            id(buffer): copy
-            for buffers, copies in self._copied("pause")
-            for buffer, copy in zip(buffers, copies, strict=True)
-        }
-        own = [
-            (layer, name, buffer)
-            for layer in self._layers
-            for name, buffer in layer._buffers.items()
-            if id(buffer) in copy_of
-        ]
-        for layer, name, buffer in own:
-            layer._buffers[name] = copy_of[id(buffer)]
-        try:
-            yield
-        finally:
-            for layer, name, buffer in own:
-                layer._buffers[name] = buffer
-
-    def paused_in_backward(self, loss: Tensor) -> None:
-        """The backward of ``loss`` leaves the running statistics as it finds them: a checkpoint runs layers there."""
-        if self._layers and loss.requires_grad:
-            loss.register_hook(self._backward_begins)
-
-    def _backward_begins(self, gradient: Tensor) -> None:
-        run = torch._C._current_graph_task_id()
-        if run != self._backward:  # two losses may have one backward
-            self._backward = run
-            engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._restoring("backward"))
-
-    def snapshot(self) -> Callable[[], None]:
-        """A function that puts the running statistics back as they are now, until the next snapshot is taken."""
-        return self._restoring("step") if self._layers else _nothing
-
-    def _restoring(self, use: str) -> Callable[[], None]:
-        """A function that puts the running statistics back as they are now, until the next copy for this ``use``.
-
-        To put them back does not count as a change of them: a backward that is to come may need them.
-        """
-        pairs = self._copied(use)
-
-        def restore() -> None:
-            with torch.no_grad():
-                for buffers, copies in pairs:
-                    torch._foreach_copy_([buffer.data for buffer in buffers], copies)
-
-        return restore
-
-    def _copied(self, use: str) -> list[tuple[list[Tensor], list[Tensor]]]:
-        """The running statistics of layers in training mode, and copies of them.
-
-        One copy of all buffers of a type and device at once, into memory that is kept: a launch for each of a hundred
-        buffers would cost a GPU's host more than small steps take.
-        """
-        groups: dict[_Group, list[Tensor]] = {}
-        for module in self._layers:
-            if module.training:
-                for buffer in module.buffers(recurse=False):
-                    groups.setdefault((use, buffer.dtype, buffer.device), []).append(buffer)
-        pairs = [(buffers, self._copies(group, buffers)) for group, buffers in groups.items()]
-        with torch.no_grad():
-            for buffers, copies in pairs:
-                torch._foreach_copy_([copy.data for copy in copies], buffers)  # no change: a graph may hold the copy
-        return pairs
-
-    def _copies(self, group: _Group, buffers: list[Tensor]) -> list[Tensor]:
-        kept = self._kept.get(group, [])
-        if [copy.shape for copy in kept] != [buffer.shape for buffer in buffers]:
-            kept = self._kept[group] = [torch.empty_like(buffer) for buffer in buffers]
-        return kept
-
-
-def _nothing() -> None:
-    """There is nothing to put back."""
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
@@ -168,24 +68,6 @@ def scoring_autocast(device: torch.device, precision: str) -> AbstractContextMan
     if precision == "same":
         return nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, precision))
-
-
-@contextmanager
-def buffers_put_back(model: nn.Module) -> Iterator[None]:
-    """Each buffer is the tensor that it was, with the values that it had, whether it was written to or bound anew.
-
-    To put a value back does not count as a change of the buffer: a backward that is to come may need it.
-    """
-    owners = [(owner, name, x) for owner in model.modules() for name, x in owner._buffers.items() if x is not None]
-    values = [None if x.is_inference() else x.clone() for _, _, x in owners]
-    try:
-        yield
-    finally:
-        for (owner, name, buffer), value in zip(owners, values, strict=True):
-            owner._buffers[name] = buffer
-            if value is not None:
-                with torch.no_grad():
-                    buffer.data.copy_(value)
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from selbp.common.batch import Batch
+from selbp.common.buffers import Written
 from selbp.common.distributed import parallel_in
 from selbp.common.guards import (
     AutocastMode,
-    RunningStatistics,
     evaluating,
     scoring_autocast,
     without_autocast_cache,
@@ -26,7 +26,6 @@ from selbp.common.guards import (
 from selbp.common.hooks import COMPILED, is_compiled, watched
 from selbp.common.in_place import Kept, Untouched, source
 from selbp.common.keep import kept_rows
-from selbp.common.written import WrittenBuffers
 from selbp.cut.choice import Cut, cut_output
 from selbp.cut.report import CutReport
 from selbp.rows.engine import nodes_of
@@ -51,9 +50,7 @@ class RecomputedCut:
                 'DistributedDataParallel does not follow: use backward="rows"'
             )
         self._model, self._module, self._name, self._cut, self._precision = model, module, name, cut, precision
-        self._running, self._untouched = RunningStatistics(model), Untouched()
-        self._buffers = WrittenBuffers(model)
-        self._checked = False
+        self._untouched, self._checked = Untouched(), False
 
     def check_once(self, batch: Batch) -> None:
         """Look once, by a forward of two samples, whether the part below can be recomputed. Raises ValueError."""
@@ -61,9 +58,10 @@ class RecomputedCut:
             self._check_bypass(batch)
             self._checked = True
 
-    def feed(self, batch: Batch, on_choice: Callable[[CutReport], None]) -> Any:
+    def feed(self, batch: Batch, on_choice: Callable[[CutReport], None], written: Written) -> Any:
         """Run the forward and return the model's output. Its backward trains the part below the cut on k rows.
 
+        These start from what buffers were when ``written`` began; it is told that the forward has run.
         When the backward has chosen, ``on_choice`` is called with the report.
         """
         if not torch.is_grad_enabled():
@@ -89,7 +87,7 @@ class RecomputedCut:
                     indices, rows, report = self._cut.pick(delta, activation.take(), k)
                 self._cut.last = report
                 on_choice(report)
-                with written.replayed(), self._running.paused():  # a checkpoint runs layers again in the backward
+                with written.replayed():  # a checkpoint runs layers again in the backward
                     with torch.enable_grad(), mode.within():
                         below = self._rerun(batch.take(indices))
                     if below.requires_grad:
@@ -100,11 +98,10 @@ class RecomputedCut:
 
         lowered = scoring_autocast(batch.device, self._precision)
         place = cut_at(self._module, self._name, leave, once=True)
-        with self._buffers.followed() as written:
-            with torch.no_grad(), without_autocast_cache(), lowered, place as runs:
-                output = self._untouched.feed(batch, self._model)
-            check_reached(runs, self._model, self._name)
-            written.end()
+        with torch.no_grad(), without_autocast_cache(), lowered, place as runs:
+            output = self._untouched.feed(batch, self._model)
+        check_reached(runs, self._model, self._name)
+        written.end()
         return output
 
     def _rerun(self, batch: Batch) -> Tensor:

@@ -5,7 +5,7 @@ What the running node does with a gradient decides whether the gradient may stay
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,12 @@ from torch import Tensor
 # Private in torch: without them no node is known to be running, and every backward has the task -1.
 _current_node = getattr(torch._C, "_current_autograd_node", lambda: None)
 current_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+
+def when_backward_ends(function: Callable[[], None]) -> None:
+    """Call ``function`` at the end of the backward that runs now; after an error in it, never."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.queue_callback(function)
 
 
 def becomes_leaf_grad(task: int) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from selbp._checks import shown
-from selbp.rows.engine import current_task
+from selbp.rows.engine import current_task, when_backward_ends
 from selbp.rows.exposed import densify
 from selbp.rows.layout import BatchNormPolicy, RowSet
 from selbp.rows.unsupported import refuse_backward, refuse_forward
@@ -27,7 +27,7 @@ def as_row_gradient(rows: RowSet, gradient: Tensor) -> Tensor:
         data = gradient.new_zeros((1, *gradient.shape[1:]))
     else:
         data = rows.merge_duplicates(gradient.resolve_conj().resolve_neg())
-    torch.autograd.Variable._execution_engine.queue_callback(rows.slices.clear)
+    when_backward_ends(rows.slices.clear)
     rows.task = current_task()
     return wrap(data, rows.layout(0))
 

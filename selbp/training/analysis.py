@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selbp.common.batch import Batch
+from selbp.common.buffers import buffers_put_back
 from selbp.common.distributed import without_parallel
-from selbp.common.guards import buffers_put_back, random_state_put_back
+from selbp.common.guards import random_state_put_back
 from selbp.rows.engine import nodes_of
 from selbp.rows.gradient import Wrapper
 from selbp.rows.observe import Observer, observing

@@ -62,20 +62,18 @@ class CountedStep(StepKinds):
         if self._pace.due and not capturing(batch.device):
             self._pace.measure(self.model, batch, self._mean_loss)
         # In a capture nothing runs that could be put back, and a generator's state must not be read.
-        restore = () if capturing(batch.device) else (self._choice.snapshot(), self._running.snapshot())
+        restore = _nothing if capturing(batch.device) else self._choice.snapshot()
         try:
             try:
                 loss, report = self._run(batch, call, draw, backward)
             except SamplesInteractError:
                 if not self._strategy.auto or self._scoring != "same":
                     raise
-                for undo in restore:
-                    undo()
+                restore()
                 self._strategy.settle("rows", "samples interact: a second forward of some would train another loss")
                 loss, report = self._run(batch, call, draw, backward)
         except BaseException:
-            for undo in restore:
-                undo()
+            restore()
             raise
         self._report = report
         if table is not None and draw is not None:
@@ -148,3 +146,7 @@ class CountedStep(StepKinds):
         self._strategy.restore(backward)
         if isinstance(self._criterion, CrossEntropy):
             self._criterion.tell(last)
+
+
+def _nothing() -> None:
+    """There is nothing to put back."""

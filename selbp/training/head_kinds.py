@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from selbp.common.guards import buffers_put_back
+from selbp.common.buffers import buffers_put_back
 
 
 def is_pointwise(module: nn.Module) -> bool:

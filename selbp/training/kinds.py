@@ -7,19 +7,19 @@ the first one's graph. A step with a cut chooses in the backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from selbp.common.batch import Batch
+from selbp.common.buffers import Buffers, Written, buffers_put_back
 from selbp.common.exchange import Ranks
-from selbp.common.guards import RunningStatistics, buffers_put_back, without_autocast
+from selbp.common.guards import without_autocast
 from selbp.common.in_place import Untouched
 from selbp.common.keep import kept_rows
-from selbp.common.written import Written, WrittenBuffers
 from selbp.cut.report import CutReport
 from selbp.ops._backends import saves_launches
 from selbp.ops.minibatch import weighted_loss
@@ -86,9 +86,8 @@ class StepKinds:
             Sketcher() if options.proxy == "sketch" else None,
             keep_output=self._table is not None,
         )
-        self._running, self._comparison = RunningStatistics(model), FirstComparison(model)
-        self._buffers = WrittenBuffers(model)
-        self._untouched = Untouched()
+        self._comparison, self._untouched = FirstComparison(model), Untouched()
+        self._buffers = Buffers(model)
         self._pooled = Pooled.of(self, options)
 
     def _without_logits(self) -> None:
@@ -121,6 +120,10 @@ class StepKinds:
             return self._scored_step(m)
         return self._full_step(m) if rule is FULL and not selects else self._unscored_step(m)
 
+    def _followed(self, m: Minibatch, *, replays: bool) -> AbstractContextManager[Any]:
+        """Around a step's forwards, whose writes to buffers are undone where they raise; in a capture none has run."""
+        return nullcontext() if m.watch.idle and not replays else self._buffers.followed(replays=replays)
+
     def _number(self, call: PerCall) -> int:
         """The number of the call's optimizer step: rows that are given belong to the step of the call before."""
         return self._step if call.given is None else self._last
@@ -148,7 +151,8 @@ class StepKinds:
 
     def _train_unscored(self, m: Minibatch, rows: Batch) -> tuple[Tensor, StepReport]:
         """The one forward of ``rows``, and what the step returns."""
-        loss = self._loss(m, self._first_forward(m, rows, rows.feed(self.model)))
+        with self._followed(m, replays=False):
+            loss = self._loss(m, self._first_forward(m, rows, rows.feed(self.model)))
         return loss, m.report(StepReport, "recompute", UNSCORED)
 
     def _scored_step(self, m: Minibatch) -> tuple[Tensor, StepReport]:
@@ -158,13 +162,11 @@ class StepKinds:
             way.decide(self.model, m.batch, m.k, self._criterion, self._scoring, self._auxiliary)
         head = FullHeadGradient(self.head) if self._full_head and self.head is not None else None
         trained = nullcontext if head is None else head.replacing
-        if way.keeps_graph:
-            loss = self._loss(m, self._by_rows(m, trained), head)
-        else:
-            with self._buffers.followed() as written:
-                loss = self._loss(m, self._by_recompute(m, trained, written), head)
-            if self._scoring == "same":
-                self._kept_in_backward(loss, written)
+        with self._followed(m, replays=not way.keeps_graph) as written:
+            losses = self._by_rows(m, trained) if way.keeps_graph else self._by_recompute(m, trained, written)
+            loss = self._loss(m, losses, head)
+        if not way.keeps_graph and self._scoring == "same":
+            written.kept_in_backward(loss)
         return loss, m.report(StepReport, way.name, way.reason, scored=True)
 
     def _by_rows(self, m: Minibatch, trained: Context) -> Tensor:
@@ -178,7 +180,7 @@ class StepKinds:
             assert m.trains is not None, "the scoring forward was asked to keep its graph"
 
             def again() -> Tensor:
-                with self._running.paused(), buffers_put_back(self.model):
+                with buffers_put_back(self.model):
                     return self._forward(m, m.batch.rows(None, self._finite(m)))
 
             def of_logits(logits: Tensor, indices: Tensor) -> Tensor:
@@ -198,7 +200,7 @@ class StepKinds:
             output = rows.feed(self._unwrapped)
             return self._losses(output, rows, m.batch.n), output
 
-        with trained(), self._as_scored(written) if same_mode else nullcontext():
+        with trained(), written.replayed() if same_mode else nullcontext():
             losses = self._forward(m, self._chosen_rows(m))
             if self._comparison.due:
                 self._comparison.end(
@@ -210,23 +212,12 @@ class StepKinds:
                 )
         return losses
 
-    @contextmanager
-    def _as_scored(self, written: Written) -> Iterator[None]:
-        """Forwards inside start from the buffers from which the scoring forward started, and leave what that wrote."""
-        with written.replayed(), self._running.paused():
-            yield
-
     def _end_scoring(self, written: Written) -> None:
         """The scoring forward has run: what it wrote is known, or in evaluation mode undone."""
         if self._scoring == "same":
             written.end()
         else:
             written.undo()
-
-    def _kept_in_backward(self, loss: Tensor, written: Written) -> None:
-        """The backward of ``loss`` changes no buffer, though a checkpoint runs layers there."""
-        self._running.paused_in_backward(loss)
-        written.kept_in_backward(loss)
 
     def _cut_step(self, m: Minibatch, cut: PlacedCut) -> tuple[Tensor, StepReport]:
         """Run an ordinary forward on all rows to the mean loss. The backward makes the choice."""
@@ -243,13 +234,14 @@ class StepKinds:
         cut.check_once(rows)
         if isinstance(self._criterion, LinearCausalLM):
             self._criterion.forget()  # the forward of a look ahead
-        losses = self._first_forward(m, rows, cut.feed(rows, on_choice))
-        if m.auxiliary is not None and cut.strategy == "recompute":
-            raise ValueError(
-                "cut= with backward='recompute' gives the model's aux_loss no gradient below the cut: use "
-                "backward='rows', or leave it out by aux_weight=0"
-            )
-        loss = self._loss(m, losses)
+        with self._followed(m, replays=cut.strategy == "recompute") as written:
+            losses = self._first_forward(m, rows, cut.feed(rows, on_choice, written))
+            if m.auxiliary is not None and cut.strategy == "recompute":
+                raise ValueError(
+                    "cut= with backward='recompute' gives the model's aux_loss no gradient below the cut: use "
+                    "backward='rows', or leave it out by aux_weight=0"
+                )
+            loss = self._loss(m, losses)
         report = m.report(CutStepReport, cut.strategy, f"the cut at {cut.name}")
         return loss, report
 

@@ -18,9 +18,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from selbp.common.buffers import buffers_put_back
 from selbp.common.distributed import parallel_in
 from selbp.common.figures import median
-from selbp.common.guards import buffers_put_back, random_state_put_back
+from selbp.common.guards import random_state_put_back
 from selbp.rows.gradient import Wrapper
 from selbp.selectors import Full, Selector
 from selbp.training.diagnosis import Measured

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from selbp.common.batch import Batch
+from selbp.common.buffers import Written
 from selbp.common.figures import Choice
 from selbp.common.keep import kept_rows
 from selbp.common.modules import find_place
@@ -75,10 +76,13 @@ class PlacedCut:
         if self._recomputed is not None:
             self._recomputed.check_once(batch)
 
-    def feed(self, batch: Batch, on_choice: Callable[[CutReport], None]) -> Any:
-        """Run the forward and return the model's output. The backward calls ``on_choice`` when it has chosen."""
+    def feed(self, batch: Batch, on_choice: Callable[[CutReport], None], written: Written) -> Any:
+        """Run the forward and return the model's output. The backward calls ``on_choice`` when it has chosen.
+
+        ``written`` is read where layers below run again.
+        """
         if self._recomputed is not None and kept_rows(self._cut.keep, batch.n) < batch.n:
-            return self._recomputed.feed(batch, on_choice)
+            return self._recomputed.feed(batch, on_choice, written)
 
         def attach(hidden: Tensor, features: Tensor | None) -> Tensor:
             return self._cut.attach(hidden, features, on_choice)

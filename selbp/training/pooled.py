@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from selbp.common.batch import Batch
+from selbp.common.buffers import Written
 from selbp.common.distributed import parallel_in, without_parallel
 from selbp.common.exchange import Plan, Ranks
 from selbp.common.guards import without_autocast
 from selbp.common.keep import kept_rows
 from selbp.common.lengths import Lengths
 from selbp.common.outputs import logits_of
-from selbp.common.written import Written
 from selbp.sampling.issued import Draw
 from selbp.training.auxiliary import add
 from selbp.training.drawn import Drawn, digest, of_all
@@ -267,13 +267,13 @@ class Training:
         parts = list(zip(*map(self._pooled.split, (mine.rows, mine.weights, mine.finite)), strict=True))
         for turn, (rows, weights, finite) in enumerate(parts):
             last = turn == len(parts) - 1
-            with self._averaged(last), self._step._as_scored(self._written) if self._pause else nullcontext():
+            with self._averaged(last), self._written.replayed() if self._pause else nullcontext():
                 loss = self._forward(rows, weights, finite, last)
                 m.watch.lap("forward")
                 if backward is None:
                     m.watch.follow(loss)
                     if self._pause:
-                        self._step._kept_in_backward(loss, self._written)
+                        self._written.kept_in_backward(loss)
                 else:
                     with without_autocast(loss.device):
                         backward(loss)

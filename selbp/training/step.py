@@ -266,7 +266,7 @@ class SelectiveBackprop(CountedStep):
         ------
         TypeError, ValueError
             For a batch that does not fit, before anything has run. Whatever is raised, also by the model, the selector,
-            the generator and the running statistics are left as they were.
+            the generator and the model's buffers are left as they were, but for a buffer that had not changed before.
         """
         if self._pooled is not None and self._pooled.size is not None:
             raise RuntimeError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from selbp.ops._backends import capturing
+from selbp.rows.engine import when_backward_ends
 
 AHEAD = "forward of all"  # the part of "score" that a full step has as well: its forward, and losses with a graph
 
@@ -46,8 +47,7 @@ class Stopwatch:
 
     def _backward_begins(self, gradient: Tensor) -> None:
         self._backward = [self._now()]
-        engine: Any = torch.autograd.Variable._execution_engine
-        engine.queue_callback(lambda: self._backward.append(self._now()))
+        when_backward_ends(lambda: self._backward.append(self._now()))
 
     def seconds(self) -> dict[str, float]:
         """Seconds per phase; ``"backward"`` once it has run; empty for a step that was captured in a CUDA graph."""

@@ -5,8 +5,6 @@ Each is trained on rows, which run one forward, and by the ways that run the cho
 
 from __future__ import annotations
 
-import copy
-import pickle
 import warnings
 from typing import Any
 
@@ -22,7 +20,6 @@ from torch.nn.utils import spectral_norm as older_spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 import selbp
-from selbp.common.written import WrittenBuffers
 
 EXACT = 1e-10  # of float64: the two ways sum in another order
 N = 16
@@ -342,31 +339,6 @@ def test_rows_without_a_weight_are_counted_once() -> None:
     x, y = minibatches()[0]
     step_of(model, backward="rows", ignore_index=-1)(x, torch.full_like(y, -1)).backward()
     assert model.module.calls == 1
-
-
-def test_buffers_that_stay_are_copied_in_the_first_step_only() -> None:
-    model = build("counter")
-    model.register_buffer("mask", torch.ones(4))
-    model.norm = nn.BatchNorm1d(8)
-    buffers = WrittenBuffers(model)
-
-    def copied() -> list[str]:
-        marks = [marks for marks in buffers.marks() if marks]
-        return sorted(name for module in marks for name, mark in module.items() if mark.copy is not None)
-
-    assert copied() == ["calls", "mask"]
-    for _ in range(2):
-        with buffers.followed() as written:
-            model(minibatches()[0][0])
-            written.end()
-        assert copied() == ["calls"]
-    assert copied() == ["calls"]
-    buffers = pickle.loads(pickle.dumps(buffers))
-    assert copied() == ["calls"]
-    buffers = copy.deepcopy(buffers)
-    assert copied() == ["calls"]
-    buffers.model.eval()
-    assert copied() == ["calls", "mask"]  # in this mode nothing has been seen yet
 
 
 def check_ranks(rank: int) -> None:

@@ -1,0 +1,280 @@
+"""How buffers are followed and put back: right, few launches for all of them, and no copy of what stays."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import selbp
+from selbp.common.buffers import Buffers, Written, buffers_put_back
+
+
+class Launches(TorchDispatchMode):
+    """Operators that would launch a kernel: those that return no view and allocate no memory only."""
+
+    FREE = ("empty", "detach", "view", "split", "unbind", "alias")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not any(name in str(function) for name in self.FREE):
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class OwnNorm(nn.BatchNorm1d):
+    """A norm layer that torch does not know."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(super().forward(x))
+
+
+def model(layers: int = 53, kind: type[nn.Module] = nn.BatchNorm1d) -> nn.Sequential:
+    return nn.Sequential(*(kind(5) for _ in range(layers)))
+
+
+def values(net: nn.Module) -> list[Tensor]:
+    return [buffer.clone() for buffer in net.buffers()]
+
+
+def same(net: nn.Module, before: list[Tensor]) -> bool:
+    return all(map(torch.equal, net.buffers(), before))
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, OwnNorm])
+def test_all_running_statistics_take_three_launches_at_most(kind: type[nn.Module]) -> None:
+    net = model(kind=kind)
+    buffers = Buffers(net)
+    for replays in (True, False):
+        with Launches() as seen:
+            written = Written(buffers, replays=replays)
+        assert len(seen.names) <= 3, seen.names
+        net(torch.randn(4, 5))
+        with Launches() as seen:
+            written.end()
+        assert not seen.names
+        with Launches() as seen:
+            replayed = written.replayed()
+            replayed.__enter__()
+        assert len(seen.names) <= 3, seen.names
+        replayed.__exit__(None, None, None)
+        with Launches() as seen:
+            written.undo()
+        assert len(seen.names) <= 3, seen.names
+
+
+@pytest.mark.parametrize("change", ["train", "eval", "dtype", "fewer", "deepcopy", "pickle"])
+def test_the_statistics_come_back(change: str) -> None:
+    net = model(3)
+    buffers = Buffers(net)
+    net(torch.randn(4, 5))
+    with buffers.followed():
+        pass
+    if change == "eval":
+        net[1].eval()
+    if change == "dtype":
+        net.double()
+    if change == "fewer":
+        net[0].running_mean, net[0].running_var = torch.zeros(2), torch.ones(2)
+    if change in ("deepcopy", "pickle"):
+        buffers = copy.deepcopy(buffers) if change == "deepcopy" else pickle.loads(pickle.dumps(buffers))
+        net = buffers.model
+    before, own = values(net), [*net.buffers()]
+    with pytest.raises(ArithmeticError), buffers.followed(replays=False):
+        for layer in net:
+            if layer.training:
+                for buffer in layer.buffers():
+                    buffer.add_(1)
+        raise ArithmeticError
+    assert same(net, before)
+    assert all(a is b for a, b in zip(own, net.buffers(), strict=True))
+
+
+def test_a_replay_swaps_what_layers_write_to() -> None:
+    net = model()
+    buffers, own = Buffers(net), [*net.buffers()]
+    for _ in range(2):
+        before = values(net)
+        with buffers.followed() as written:
+            net(torch.randn(4, 5))
+            after = values(net)
+            for _ in range(2):  # as of each micro-batch
+                with written.replayed():
+                    assert same(net, before)
+                    net(torch.randn(4, 5))
+                    assert not torch.equal(before[0], net[0].running_mean)
+                    storages = {x.untyped_storage().data_ptr() for x in net.buffers()}
+                    assert len(storages) == len(own)  # a module may resize its buffer
+                assert all(a is b for a, b in zip(own, net.buffers(), strict=True)) and same(net, after)
+
+
+def test_what_stays_is_copied_in_the_first_step_with_a_second_forward_only() -> None:
+    net = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5))
+    net.register_buffer("mask", torch.ones(4))
+    net.register_buffer("table", torch.ones(2**17))
+    buffers = Buffers(net)
+
+    def copied(replays: bool) -> int:
+        with buffers.followed(replays=replays) as written:
+            net(torch.randn(4, 5))
+        return len(written._values._tensors)
+
+    assert [copied(replays) for replays in (False, False, True, True, False)] == [3, 3, 5, 3, 3]
+    buffers = copy.deepcopy(pickle.loads(pickle.dumps(buffers)))
+    net = buffers.model
+    assert copied(True) == 3
+    net.eval()
+    assert [copied(replays) for replays in (False, True, True)] == [
+        0,
+        2,
+        0,
+    ]  # another mode; the norm's are not looked at
+
+
+def test_what_a_step_holds_after_it_is_what_changed() -> None:
+    net = nn.Sequential(nn.BatchNorm1d(5))
+    net.register_buffer("table", torch.ones(2**17))
+    with Buffers(net).followed() as written:
+        net(torch.randn(4, 5))
+        written.end()
+        assert sum(copy.numel() for _, copy in written._values._copies) == 11
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_buffers_of_every_kind_come_back(several: bool) -> None:
+    net = nn.Module()
+    kinds = {
+        "half": torch.rand(3).half(),
+        "complex": torch.rand(2, 3, dtype=torch.complex64),
+        "bool": torch.rand(4) > 0.5,
+        "transposed": torch.rand(3, 2).T,
+        "empty": torch.rand(0, 3),
+        "matrix": torch.rand(2, 3),
+        "large": torch.rand(2**17),
+    }
+    for name, x in kinds.items():
+        net.register_buffer(f"a_{name}", x)
+        if several:  # of a kind are copied at once
+            net.register_buffer(f"b_{name}", x.clone())
+    before = [x.clone() for x in net.buffers()]
+    with buffers_put_back(net):
+        for x in net.buffers():
+            x.zero_()
+    for x, was in zip(net.buffers(), before, strict=True):
+        assert torch.equal(x, was)
+
+
+class Growing(nn.Module):
+    """As observers of channels: a buffer is empty until the first minibatch says how many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("largest", torch.zeros(0, dtype=torch.float64))
+        self.register_buffer("beside", torch.ones(6, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x * self.beside
+        if self.largest.numel() == 0:
+            self.largest.resize_(x.shape[1]).fill_(-1.0)
+        self.largest.copy_(torch.maximum(self.largest, x.detach().amax(0)))
+        return out
+
+
+@pytest.mark.parametrize("scoring", ["same", "eval"])
+def test_a_buffer_that_grows_writes_over_no_other(scoring: str) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(0, 3, (8,))
+    net = nn.Sequential(Growing(), nn.Linear(6, 3)).double()
+    alone = copy.deepcopy(net)
+    step = selbp.SelectiveBackprop(net, selector=selbp.TopLoss(), keep=0.5, backward="recompute", scoring=scoring)
+    step(x, y).backward()
+    rows = x if scoring == "same" else x[step.report.selection.indices]
+    alone(rows)
+    assert torch.equal(net[0].largest, alone[0].largest) and torch.equal(net[0].beside, torch.ones(6))
+
+
+NORMS: dict[str, Any] = {
+    "cumulative": lambda: nn.BatchNorm1d(8, momentum=None),
+    "of the minibatch": lambda: nn.BatchNorm1d(8, track_running_stats=False),
+    "instance": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 4)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten()
+    ),
+    "own": lambda: OwnNorm(8),
+    "frozen in part": lambda: nn.Sequential(nn.BatchNorm1d(8), nn.BatchNorm1d(8).eval()),
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {"selector": selbp.Full(), "keep": 1.0},
+    "unscored": {"selector": selbp.Random()},
+    "rows": {"backward": "rows"},
+    "recompute": {"backward": "recompute"},
+    "scored in evaluation mode": {"backward": "recompute", "scoring": "eval"},
+    "micro-batches": {"micro_batch": 4},
+    "cut": {"selector": selbp.GradientMatching(), "cut": "2", "backward": "rows"},
+    "recomputed cut": {"selector": selbp.GradientMatching(), "cut": "2", "backward": "recompute"},
+}
+
+
+def built(*layers: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), *layers, nn.Linear(8, 8), nn.Linear(8, 3))
+
+
+def step_of(net: nn.Module, **options: Any) -> selbp.SelectiveBackprop:
+    return selbp.SelectiveBackprop(net, **{"selector": selbp.TopLoss(), "keep": 0.5, **options})
+
+
+@pytest.mark.parametrize("kind", ["rows", "recompute", "micro-batches", "cut", "recomputed cut"])
+@pytest.mark.parametrize("name", NORMS)
+def test_running_statistics_are_those_of_one_forward(name: str, kind: str) -> None:
+    net, plain = built(NORMS[name]()), built(NORMS[name]())
+    step, generator = step_of(net, **KINDS[kind]), torch.Generator().manual_seed(1)
+    for _ in range(3):
+        x, y = torch.randn(8, 6, generator=generator), torch.randint(0, 3, (8,), generator=generator)
+        step.backward(x, y)
+        for rows in x.split(4) if kind == "micro-batches" else [x]:
+            plain(rows)
+    assert same(net, values(plain))
+
+
+class Counter(nn.Module):
+    """Counts its calls in place, and binds what it saw last anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+            self.last = x.detach().mean()
+        return x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_a_step_raises_all_buffers_come_back(kind: str) -> None:
+    raises = False
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        if raises and not (kind == "scored in evaluation mode" and not torch.is_grad_enabled()):
+            raise ArithmeticError
+        return nn.functional.cross_entropy(output, target, reduction="none")
+
+    net = built(nn.Sequential(nn.BatchNorm1d(8), OwnNorm(8), Counter()))
+    step, x, y = step_of(net, loss=loss, **KINDS[kind]), torch.randn(8, 6), torch.randint(0, 3, (8,))
+    step.backward(x, y)
+    before, own, raises = values(net), [*net.buffers()], True
+    with pytest.raises(ArithmeticError):
+        step.backward(x, y)
+    assert same(net, before) and all(a is b for a, b in zip(net.buffers(), own, strict=True))
+    raises = False
+    step.backward(x, y)
+    assert not same(net, before)
