@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first: a room imports from rooms above it in this list, and from those in its own line.
 ROOMS = [
     ("selbp", "selbp._numpy", "selbp._sources", "selbp._version", "selbp._native", "selbp._native_cuda", "selbp._load"),
-    ("selbp._checks",),
+    ("selbp._checks", "selbp._torch"),
     ("selbp.allocator", "selbp.triton_kernels"),
     ("selbp.types",),
     ("selbp.reference",),

@@ -17,8 +17,8 @@ from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from selbp._torch import version_of
 from selbp.common.distributed import buffers_synchronised
-from selbp.common.in_place import version_of
 from selbp.ops._backends import capturing
 from selbp.rows.engine import current_task, when_backward_ends
 

@@ -1,4 +1,4 @@
-"""What a scoring forward must not disturb: modes, random state and autocast's cache."""
+"""What a scoring forward must not disturb: modes, random state and precision."""
 
 from __future__ import annotations
 
@@ -23,17 +23,6 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
-
-
-@contextmanager
-def without_autocast_cache() -> Iterator[None]:
-    """Autocast must not remember a weight that was cast under ``no_grad``: the forward that trains would reuse it."""
-    enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(enabled)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from selbp._torch import version_of
 from selbp.common.batch import Batch
 from selbp.common.samples import map_tensors
 
@@ -44,11 +45,6 @@ def _copy(tensor: Tensor) -> Tensor:
         return torch._lazy_clone(tensor)
     except (AttributeError, RuntimeError, NotImplementedError):  # no such function, or memory of another kind
         return tensor.clone()
-
-
-def version_of(tensor: Tensor) -> int:
-    """How often ``tensor``'s memory has been written to; 0 for an inference tensor, which does not count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class Untouched:

@@ -14,15 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from selbp._torch import without_autocast_cache
 from selbp.common.batch import Batch
 from selbp.common.buffers import Written
 from selbp.common.distributed import parallel_in
-from selbp.common.guards import (
-    AutocastMode,
-    evaluating,
-    scoring_autocast,
-    without_autocast_cache,
-)
+from selbp.common.guards import AutocastMode, evaluating, scoring_autocast
 from selbp.common.hooks import COMPILED, is_compiled, watched
 from selbp.common.in_place import Kept, Untouched, source
 from selbp.common.keep import kept_rows

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from selbp._torch import without_autocast_cache
 from selbp.common.batch import Batch
 from selbp.common.buffers import buffers_put_back
 from selbp.common.distributed import unwrap
-from selbp.common.guards import evaluating, random_state_put_back, without_autocast_cache
+from selbp.common.guards import evaluating, random_state_put_back
 from selbp.common.hooks import eagerly
 from selbp.common.places import Places
 from selbp.training.auxiliary import Auxiliary

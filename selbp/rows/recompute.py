@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selbp.common.guards import without_autocast_cache
-from selbp.common.in_place import version_of
+from selbp._torch import version_of, without_autocast_cache
 from selbp.rows.exposed import densify
 from selbp.rows.gradient import RowGradient
 from selbp.rows.layout import Layout, RowSet

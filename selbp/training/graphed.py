@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from selbp.common.guards import without_autocast_cache
+from selbp._torch import without_autocast_cache
 from selbp.common.proxies import HeadProxies
 from selbp.training.graph_checks import check_graph
 from selbp.training.report import StepReport

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from selbp._torch import version_of
 from selbp.common.distributed import unwrap
 from selbp.common.hooks import COMPILED, is_compiled, watched
-from selbp.common.in_place import Kept, edge_of, hookable, source, version_of
+from selbp.common.in_place import Kept, edge_of, hookable, source
 from selbp.common.modules import check_hookable
 from selbp.training.head_kinds import (
     derived_weights,

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import _pytree as pytree
 
+from selbp._torch import without_autocast_cache
 from selbp.common.batch import Batch
 from selbp.common.buffers import buffers_put_back
-from selbp.common.guards import evaluating, random_state_put_back, without_autocast_cache
+from selbp.common.guards import evaluating, random_state_put_back
 from selbp.common.hooks import is_compiled
 
 SAMPLES = 8  # of the forwards in evaluation mode

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from selbp import ops
+from selbp._torch import version_of
 from selbp.common.distributed import parallel_in, unwrap
 from selbp.common.guards import AutocastMode
 from selbp.common.hooks import COMPILED, is_compiled, outside_graphs
-from selbp.common.in_place import version_of
 from selbp.common.outputs import logits_of
 from selbp.training.head import listed_candidates
 from selbp.training.head_kinds import is_adapter

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, distributed, nn
 
 from selbp import allocator
+from selbp._torch import without_autocast_cache
 from selbp.common.batch import Batch
 from selbp.common.buffers import buffers_put_back
 from selbp.common.distributed import unwrap
 from selbp.common.figures import median
-from selbp.common.guards import random_state_put_back, without_autocast, without_autocast_cache
+from selbp.common.guards import random_state_put_back, without_autocast
 from selbp.common.hooks import eagerly
 from selbp.training.analysis import refuse_sharded
 from selbp.training.report import StepReport

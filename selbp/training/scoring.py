@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from selbp import ops
+from selbp._torch import without_autocast_cache
 from selbp.common.batch import Batch
 from selbp.common.distributed import inner_outputs
-from selbp.common.guards import evaluating, scoring_autocast, without_autocast, without_autocast_cache
+from selbp.common.guards import evaluating, scoring_autocast, without_autocast
 from selbp.common.outputs import check_classes_of, logits_of
 from selbp.common.proxies import HeadProxies
 from selbp.ops._backends import saves_launches
