@@ -315,12 +315,16 @@ def _bind(changes: Sequence[_Change], buffers: Sequence[Tensor | None]) -> None:
 
 @contextmanager
 def buffers_put_back(model: nn.Module) -> Iterator[None]:
-    """Each buffer is the tensor that it was, with the values that it had, whether it was written to or bound anew."""
-    owners = [(owner, name, x) for owner in model.modules() for name, x in owner._buffers.items() if x is not None]
-    values = _Values([x for _, _, x in owners if not x.is_inference()])
+    """Each buffer is the tensor that it was, with the values that it had; one that a forward has made is gone again."""
+    before = [(module, dict(module._buffers.items())) for module in model.modules()]
+    held = [x for _, buffers in before for x in buffers.values() if x is not None]
+    values = _Values([x for x in held if not (x.is_inference() or (type(x) is not Tensor and is_lazy(x)))])
     try:
         yield
     finally:
-        for owner, name, buffer in owners:
-            owner._buffers[name] = buffer
+        for module, buffers in before:
+            for name in {*module._buffers.keys()} - buffers.keys():
+                del module._buffers[name]
+            for name, buffer in buffers.items():
+                module._buffers[name] = buffer
         values.put_back()

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from selbp._torch import without_autocast_cache
 from selbp.common.batch import Batch
-from selbp.common.buffers import Written
+from selbp.common.buffers import Written, buffers_put_back
 from selbp.common.distributed import parallel_in
 from selbp.common.guards import AutocastMode, evaluating, scoring_autocast
 from selbp.common.hooks import COMPILED, is_compiled, watched
@@ -128,6 +128,7 @@ class RecomputedCut:
 
         few = batch.take(torch.arange(min(2, batch.n), device=batch.device))
         with (
+            buffers_put_back(self._model),
             evaluating(self._model, batch.device),
             torch.enable_grad(),
             cut_at(self._module, self._name, part, once=True) as runs,

@@ -278,3 +278,50 @@ def test_where_a_step_raises_all_buffers_come_back(kind: str) -> None:
     raises = False
     step.backward(x, y)
     assert not same(net, before)
+
+
+class Centre(nn.Module):
+    """Makes its buffer of the first minibatch that it trains on, as a codebook is."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        if way == "none":
+            self.register_buffer("centre", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and getattr(self, "centre", None) is None:
+            if self.way == "none":
+                self.centre = x.detach().mean(0)
+            else:
+                self.register_buffer("centre", x.detach().mean(0))
+        return x - self.centre if hasattr(self, "centre") and self.centre is not None else x
+
+
+@pytest.mark.parametrize("way", ["none", "absent"])
+def test_a_look_ahead_leaves_no_buffer_that_it_has_made(way: str) -> None:
+    """``backward="auto"`` runs eight rows first: the buffer would be their mean."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), Centre(way), nn.ReLU(), nn.Linear(16, 3))
+    x, y = torch.randn(64, 4), torch.randint(0, 3, (64,))
+    selbp.SelectiveBackprop(net, selector=selbp.TopLoss(), keep=0.25)(x, y).backward()
+    assert torch.equal(net[1].centre, net[0](x).detach().mean(0))
+
+
+class Calls(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x
+
+
+@pytest.mark.parametrize("backward", ["rows", "recompute"])
+def test_the_look_at_a_cut_is_no_call(backward: Any) -> None:
+    net = nn.Sequential(nn.Linear(4, 16), Calls(), nn.ReLU(), nn.Linear(16, 3))
+    step = selbp.SelectiveBackprop(net, selector=selbp.GradientMatching(), keep=0.25, cut="2", backward=backward)
+    for _ in range(2):
+        step(torch.randn(16, 4), torch.randint(0, 3, (16,))).backward()
+    assert net[1].calls == 2
