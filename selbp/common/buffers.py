@@ -7,7 +7,7 @@ started from. What it writes itself is discarded: the scoring forward has seen a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from selbp._checks import shown
 from selbp._torch import version_of
 from selbp.common.distributed import buffers_synchronised
 from selbp.ops._backends import capturing
@@ -27,8 +28,8 @@ _SMALL = 2**16  # elements: to copy more takes longer than to launch the copy
 
 # How forwards treat a buffer. UNSEEN: they write to it, and neither its version nor its identity shows that. QUIET:
 # neither has changed, and values have not been compared.
-STAYS, QUIET, WRITTEN, UNSEEN = "stays", "quiet", "written", "unseen"
-_Key = tuple[int, str, bool]  # the module's place in the list, the buffer's name, and the module's mode
+KINDS = STAYS, QUIET, WRITTEN, UNSEEN = "stays", "quiet", "written", "unseen"
+Key = tuple[int, str, bool]  # the module's place in the list, the buffer's name, and the module's mode
 
 
 class _Values:
@@ -39,10 +40,10 @@ class _Values:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
-        self._shapes = [x.shape for x in tensors]
+        self._shapes = [torch.Size() if x.is_nested else x.shape for x in tensors]
         alike: dict[Any, list[int]] = {}
         for i, x in enumerate(tensors):
-            kind = (x.dtype, x.device, type(x), x.layout, x.dim() == 0, x.numel() <= _SMALL)
+            kind = (x.dtype, x.device, type(x), x.layout, x.dim() == 0, x.numel() <= _SMALL and not x.is_nested)
             alike.setdefault(kind, []).append(i)
         self._copies: list[tuple[list[int], Tensor]] = []  # places in ``tensors``, and a copy of these
         with torch.no_grad():
@@ -68,7 +69,7 @@ class _Values:
         self._copies = [(group, copy) for group, copy in self._copies if not {*group}.isdisjoint(places)]
 
     def each(self) -> list[Any]:
-        """A tensor for each that is kept, in memory of its own, to be written to; of the type that it has become."""
+        """The copies that are kept, in memory of their own, with the type and device that their tensors have now."""
         found: list[Any] = [None] * len(self._tensors)
         with torch.no_grad():
             for places, copy in self._copies:
@@ -82,7 +83,9 @@ class _Values:
         return found
 
     def differ(self, places: Sequence[int]) -> set[int]:
-        """The ``places`` whose tensors do. Waits for the device; in a capture, or where it cannot be told, none."""
+        """The ``places`` whose tensors differ from their copies. Waits for the device; none in a capture, or where
+        tensors cannot be compared.
+        """
         wanted, found = {*places}, set()
         for group, copy in self._copies:
             if wanted.isdisjoint(group) or capturing(copy.device):  # a capture must not wait
@@ -106,7 +109,7 @@ class _Values:
                 parts = zip(group, self._parts(group, copy), strict=True)
                 pairs = [(self._tensors[i], part) for i, part in parts if wanted is None or i in wanted]
                 for x, part in pairs:
-                    if x.shape != part.shape:
+                    if not x.is_nested and x.shape != part.shape:
                         x.resize_(part.shape)
                 if len(pairs) > 1:
                     torch._foreach_copy_([x.data for x, _ in pairs], [part for _, part in pairs])
@@ -122,7 +125,7 @@ _Change = tuple[nn.Module, str, Tensor | None, int]
 class _Mark(NamedTuple):
     """A buffer that a forward may write to, as it was before."""
 
-    key: _Key
+    key: Key
     known: str | None
     module: nn.Module
     tensor: Tensor | None
@@ -149,6 +152,7 @@ class Written:
                 continue
             for name, x in module._buffers.items():
                 if x is not None and type(x) is not Tensor and is_lazy(x):  # it has no memory yet
+                    self._sure.append((module, name, x, -1))
                     continue
                 key, value = (place, name, training), -1
                 known = buffers.known.get(key)
@@ -169,7 +173,8 @@ class Written:
         """Find, once, what has been written since this was made, and remember how forwards treat each buffer."""
         if self._changes is None:
             self._changes = [*self._sure, *self._seen(learns=True), *self._late()]
-            self._values.keep([value for *_, value in self._changes])
+            sure = [mark.value for mark in self._marks if mark.known == WRITTEN]
+            self._values.keep([value for *_, value in self._changes] + sure)
         return self._changes
 
     def _seen(self, *, learns: bool) -> list[_Change]:
@@ -187,7 +192,7 @@ class Written:
                 treated = UNSEEN
             else:
                 treated = STAYS if value >= 0 or x is None else QUIET
-            if learns:
+            if learns and self._buffers.known.get(key) not in (WRITTEN, UNSEEN):  # by another forward of this step
                 self._buffers.known[key] = treated
             if edited or x is not tensor:
                 found.append((module, key[1], tensor, value if edited else -1))
@@ -224,9 +229,9 @@ class Written:
         if changes and loss.requires_grad:
             loss.register_hook(lambda gradient: buffers.keep_in_this_backward(changes))
 
-    def undo(self) -> None:
+    def undo(self, *, learns: bool = False) -> None:
         """Each buffer is the tensor that it was before, with the values that it had."""
-        changes = [*self._sure, *self._seen(learns=False), *self._late()]
+        changes = [*self._sure, *self._seen(learns=learns), *self._late()]
         _bind(changes, [tensor for _, _, tensor, _ in changes])
         self._values.put_back([value for *_, value in changes])
 
@@ -234,9 +239,11 @@ class Written:
         """The step is over, and nothing will be undone."""
         if self._replays:
             self.end()
-        else:
-            self._seen(learns=True)
+        self._seen(learns=True)  # of a second forward, too
         self._marks = []
+
+
+_KEPT: dict[int, set[tuple[int, str]]] = {}  # by running backward: the ids of modules, and buffers that it leaves
 
 
 class Buffers:
@@ -244,8 +251,8 @@ class Buffers:
 
     A write shows in a buffer's version, or as another tensor in its place, so nothing waits for the device. Some
     operators, batch norm's among them, write without a trace: of norm layers that is known, and the first step with a
-    second forward compares values of all other buffers. What a buffer was is copied in that step, and else only if it
-    has been seen to change. One that changes for the first time later runs, in that step, from what the scoring forward
+    second forward compares values of all other buffers. A buffer is copied in that step, and in later ones only if a
+    step has changed it. One that changes for the first time later runs, in that step, from what the scoring forward
     made of it. A step without a second forward looks at modules that had a buffer before: others cost time.
     """
 
@@ -253,15 +260,23 @@ class Buffers:
         self.model = model
         self.modules = [module for module in model.modules() if not isinstance(module, ScriptModule)]
         self.holders = [place for place, module in enumerate(self.modules) if module._buffers]
-        self.known: dict[_Key, str] = {}
+        self._norms_known: dict[Key, str] = {}
         self.norms: set[int] = set()  # the places of torch's own, which write nothing in evaluation mode
         for place, module in enumerate(self.modules):
             if isinstance(module, _NormBase) and module.track_running_stats:
                 names = "running_mean", "running_var", "num_batches_tracked"
-                self.known.update({(place, name, True): UNSEEN for name in names})
+                self._norms_known.update({(place, name, True): UNSEEN for name in names})
                 if type(module).__module__.startswith("torch.nn.modules."):
                     self.norms.add(place)
-        self._task = -1  # the backward that leaves them as they are
+        self.known = dict(self._norms_known)
+
+    def state(self) -> list[list[Any]]:
+        """How forwards have been seen to treat them: a resumed run copies the same ones."""
+        return [[*key, kind] for key, kind in self.known.items()]
+
+    def load(self, kinds: Mapping[Key, str]) -> None:
+        """Take over what :func:`kinds_of` read of a :meth:`state`."""
+        self.known = {**self._norms_known, **kinds}
 
     @contextmanager
     def followed(self, *, replays: bool = True) -> Iterator[Written]:
@@ -279,17 +294,29 @@ class Buffers:
 
     def keep_in_this_backward(self, changes: Sequence[_Change]) -> None:
         """When the backward that runs now ends, they are what they are now."""
-        if (task := current_task()) == self._task != -1:  # two losses may have one backward
-            return
-        self._task = task
+        if (task := current_task()) != -1:  # several losses, and steps of a model, may have one backward
+            kept = _KEPT.setdefault(task, set())
+            changes = [change for change in changes if (id(change[0]), change[1]) not in kept]
+            kept.update((id(module), name) for module, name, *_ in changes)
         now = _bound(changes)
         values = _Values([x for x in now if isinstance(x, Tensor)])
 
         def restore() -> None:
+            _KEPT.pop(task, None)
             _bind(changes, now)
             values.put_back()
 
         when_backward_ends(restore)
+
+
+def kinds_of(state: object) -> dict[Key, str]:
+    """What :meth:`Buffers.state` gave. Raises ValueError for anything else."""
+    kinds: dict[Key, str] = {}
+    for row in state if isinstance(state, list) else [state]:
+        if not isinstance(row, (list, tuple)) or [*map(type, row)] != [int, str, bool, str] or row[3] not in KINDS:
+            raise ValueError(f"the state's buffers must be lists [place, name, training, kind], got {shown(row)}")
+        kinds[row[0], row[1], row[2]] = row[3]
+    return kinds
 
 
 def _fresh(tensor: Tensor | None) -> Tensor | None:

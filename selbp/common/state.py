@@ -6,26 +6,34 @@ import io
 import pickle
 from collections.abc import Callable, Mapping
 from types import NoneType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from selbp._checks import check_entries, shown
+from selbp.common.buffers import Key, kinds_of
 from selbp.common.samples import map_tensors
 from selbp.selectors import Selector
 
 CHOICE_ENTRIES = ("selector_type", "selector", "generator")
-COUNT_ENTRIES = ("optimizer_step", "auto_advance", "backward", "classes_last")
+COUNT_ENTRIES = ("optimizer_step", "auto_advance", "backward", "classes_last", "buffers")
 
 
-def check_counts(state: Mapping[str, Any]) -> tuple[int, bool, Literal["rows", "recompute"] | None, bool | None]:
-    """Steps counted, whether calls count, what ``"auto"`` decided, and where classes are known to be, of a whole state.
+class Counts(NamedTuple):
+    """What a step has counted, decided and seen."""
 
-    Raises ValueError.
-    """
+    steps: int
+    auto_advance: bool
+    backward: Literal["rows", "recompute"] | None
+    classes_last: bool | None
+    buffers: dict[Key, str]
+
+
+def check_counts(state: Mapping[str, Any]) -> Counts:
+    """The counts of a whole state. Raises ValueError."""
     if isinstance(state, Mapping) and "optimizer_step" in state:
-        state = {"classes_last": None, **state}  # states were saved without it
+        state = {"classes_last": None, "buffers": [], **state}  # states were saved without it
     check_entries("state", state, (*COUNT_ENTRIES, *CHOICE_ENTRIES))
     count, auto = state["optimizer_step"], state["auto_advance"]
     if isinstance(count, bool) or not isinstance(count, int) or count < 0 or not isinstance(auto, bool):
@@ -36,7 +44,7 @@ def check_counts(state: Mapping[str, Any]) -> tuple[int, bool, Literal["rows", "
         raise ValueError(f'the state\'s backward must be "rows", "recompute" or None, got {shown(state["backward"])}')
     if not isinstance(state["classes_last"], (bool, NoneType)):
         raise ValueError(f"the state's classes_last must be a bool or None, got {shown(state['classes_last'])}")
-    return count, auto, state["backward"], state["classes_last"]
+    return Counts(count, auto, state["backward"], state["classes_last"], kinds_of(state["buffers"]))
 
 
 class ChoiceState:

@@ -1,8 +1,8 @@
 """What a checkpointed block draws: its dropout masks, recorded in the first run and replayed in the second.
 
 Any other draw is refused: the second run, on the chosen rows alone, could not repeat it. Generators are the process's,
-and another thread may have drawn. So a run in which somebody drew is made again, and the one that counts is one in
-which nobody did.
+and another thread may have drawn. So a run during which a generator moved is repeated, up to 16 runs in all, unless it
+wrote to a buffer. The output is that of a run during which none moved.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from selbp._torch import version_of
 from selbp.ops._backends import capturing
 from selbp.rows.layout import RowSet
 
@@ -33,7 +34,7 @@ OTHER_DRAW = (
 )
 SOMEBODY_DREW = (
     f"{OTHER_DRAW}. If the block draws nothing, another thread drew from a global generator (random, numpy.random, "
-    f"torch) in each of {RUNS} runs of it: give that thread a generator of its own"
+    f"torch) in each of {RUNS} runs of it, or in one that wrote to a buffer: give that thread a generator of its own"
 )
 
 
@@ -172,16 +173,19 @@ class Replaying(_Dropouts):
         return mask
 
 
-def undisturbed(masks: _Dropouts, run: Callable[[], Any]) -> Any:
+def undisturbed(masks: _Dropouts, buffers: list[Tensor], run: Callable[[], Any]) -> Any:
     """Return what ``run`` gives inside ``masks`` where nobody draws anything else.
 
-    Raises NotImplementedError where somebody does in each of ``RUNS`` runs.
+    Raises NotImplementedError where somebody does in each of ``RUNS`` runs, or in one that writes to ``buffers``.
     """
+    versions = [version_of(x) for x in buffers]
     for _ in range(RUNS):
         with masks:
             out = run()
         if not masks.drew:
             return out
+        if versions != [version_of(x) for x in buffers]:
+            break  # another run would write to them once more
     raise NotImplementedError(SOMEBODY_DREW)
 
 

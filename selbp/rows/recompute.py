@@ -68,7 +68,7 @@ class Checkpoint(torch.autograd.Function):
 
         recording = Recording(inputs[0].shape[0], tensors)
         with without_autocast_cache():
-            out = undisturbed(recording, run)
+            out = undisturbed(recording, [*module.buffers()], run)
         if not isinstance(out, Tensor):
             raise TypeError(f"a checkpointed block must return a Tensor, got {type(out).__name__}")
         ctx.masks = recording.masks
@@ -97,6 +97,7 @@ class Checkpoint(torch.autograd.Function):
             with _as_in_forward(gradient.device.type, ctx.autocast):
                 out = undisturbed(
                     Replaying(ctx.masks, rows, leaves),
+                    [*ctx.module.buffers()],
                     lambda: torch.func.functional_call(ctx.module, named, tuple(leaves[:count])),
                 )
             gradients = iter(torch.autograd.grad(out, wanted, gradient, allow_unused=True))

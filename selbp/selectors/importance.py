@@ -134,4 +134,5 @@ class GradNormImportance(BaseSelector):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict`."""
         check_state(self, state, ("tau",))
-        self._remember(state_tensor(state, "tau", ()))
+        tau = state_tensor(state, "tau", ())
+        self._remember(tau if self._tau is None else tau.to(self._tau.device))

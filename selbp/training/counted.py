@@ -135,15 +135,16 @@ class CountedStep(StepKinds):
         """
         counts = {"optimizer_step": self._step, "auto_advance": self._auto_advance, "backward": self._strategy.decision}
         last = self._criterion.told if isinstance(self._criterion, CrossEntropy) else None
-        return {**counts, "classes_last": last, **self._choice.state_dict()}
+        return {**counts, "classes_last": last, "buffers": self._buffers.state(), **self._choice.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict`. Raises ValueError, and changes nothing, where it does not fit."""
-        count, auto, backward, last = check_counts(state)
+        count, auto, backward, last, buffers = check_counts(state)
         self._choice.load_state_dict({name: state[name] for name in CHOICE_ENTRIES})
         self._step, self._auto_advance = count, auto
         self._last = max(count - auto, 0)
         self._strategy.restore(backward)
+        self._buffers.load(buffers)
         if isinstance(self._criterion, CrossEntropy):
             self._criterion.tell(last)
 

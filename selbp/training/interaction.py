@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from selbp._torch import without_autocast_cache
+from selbp._torch import version_of, without_autocast_cache
 from selbp.common.batch import Batch
 from selbp.common.buffers import buffers_put_back
 from selbp.common.guards import evaluating, random_state_put_back
@@ -53,7 +54,7 @@ class Surroundings:
         return [*states, torch.cuda.get_rng_state(self._device).tolist()] if self._device.type == "cuda" else states
 
     def _buffers(self) -> list[int]:
-        return [buffer._version for buffer in self._model.buffers() if not buffer.is_inference()]
+        return [version_of(buffer) for buffer in self._model.buffers() if not is_lazy(buffer)]
 
 
 def couples_by_batch_norm(model: nn.Module) -> bool:

@@ -121,7 +121,7 @@ class StepKinds:
         return self._full_step(m) if rule is FULL and not selects else self._unscored_step(m)
 
     def _followed(self, m: Minibatch, *, replays: bool) -> AbstractContextManager[Any]:
-        """Around a step's forwards, whose writes to buffers are undone where they raise; in a capture none has run."""
+        """Around a step's forwards: where one raises, its writes to buffers are undone. A capture runs nothing."""
         return nullcontext() if m.watch.idle and not replays else self._buffers.followed(replays=replays)
 
     def _number(self, call: PerCall) -> int:
@@ -217,7 +217,7 @@ class StepKinds:
         if self._scoring == "same":
             written.end()
         else:
-            written.undo()
+            written.undo(learns=True)
 
     def _cut_step(self, m: Minibatch, cut: PlacedCut) -> tuple[Tensor, StepReport]:
         """Run an ordinary forward on all rows to the mean loss. The backward makes the choice."""

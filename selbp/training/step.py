@@ -265,8 +265,8 @@ class SelectiveBackprop(CountedStep):
         Raises
         ------
         TypeError, ValueError
-            For a batch that does not fit, before anything has run. Whatever is raised, also by the model, the selector,
-            the generator and the model's buffers are left as they were, but for a buffer that had not changed before.
+            For a batch that does not fit, before anything has run. Whatever is raised, by the model too: selector,
+            generator and buffers are as before the call, but for a buffer that no earlier step has changed.
         """
         if self._pooled is not None and self._pooled.size is not None:
             raise RuntimeError(

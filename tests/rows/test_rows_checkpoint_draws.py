@@ -370,6 +370,32 @@ def test_draws_in_every_run_are_refused_and_threads_are_named(name: str) -> None
         selbp.select(losses, torch.tensor([6, 2])).sum().backward()
 
 
+class Counting(nn.Module):
+    """Computes, and counts its runs in a buffer."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.register_buffer("runs", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.runs += 1
+        out: torch.Tensor = self.block(x)
+        return out
+
+
+def test_a_run_that_writes_to_a_buffer_is_not_made_again() -> None:
+    """It would write once more."""
+    block, x = block_of("two")
+    beside(block, "python", lambda run: run == 0)
+    counting = Counting(block)
+    with pytest.raises(NotImplementedError, match="or in one that wrote to a buffer"):
+        selbp.checkpoint(counting, x)
+    assert counting.runs == 1
+    selbp.checkpoint(counting, x)
+    assert counting.runs == 2
+
+
 def test_a_block_that_draws_in_its_second_run_alone_is_refused() -> None:
     """As where its mode is changed before the backward."""
     block = Computes(Attention(False)).to(F64).eval()

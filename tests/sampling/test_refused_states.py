@@ -67,7 +67,7 @@ MADE = {
 }
 
 
-ADDED = ("price", "classes_last")  # entries that states were once saved without
+ADDED = ("price", "classes_last", "buffers")  # entries that states were once saved without
 
 
 class Other:

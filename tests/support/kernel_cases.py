@@ -13,9 +13,10 @@ import dataclasses
 import pytest
 import torch
 
-from selbp.triton_kernels.combine import finalize
-from selbp.triton_kernels.statistics import logits_statistics, statistics
-from selbp.triton_kernels.target_logit import target_logit
+with contextlib.suppress(ImportError):  # they need Triton 3.4; a CPU's tests share the inputs alone
+    from selbp.triton_kernels.combine import finalize
+    from selbp.triton_kernels.statistics import logits_statistics, statistics
+    from selbp.triton_kernels.target_logit import target_logit
 
 ULP = 2.0**-23
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import selbp
+from selbp.common import buffers as buffers_module
 from selbp.common.buffers import Buffers, Written, buffers_put_back
 
 
@@ -325,3 +327,167 @@ def test_the_look_at_a_cut_is_no_call(backward: Any) -> None:
     for _ in range(2):
         step(torch.randn(16, 4), torch.randint(0, 3, (16,))).backward()
     assert net[1].calls == 2
+
+
+X, Y = torch.randn(16, 8, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 3
+
+
+def around(*parts: nn.Module, **options: Any) -> tuple[nn.Sequential, selbp.SelectiveBackprop]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), *parts, nn.Linear(8, 3))
+    return net, selbp.SelectiveBackprop(net, selector=selbp.TopLoss(), keep=0.25, **options)
+
+
+@pytest.mark.parametrize("backward", ["rows", "recompute", "auto"])
+def test_a_norm_whose_buffers_have_no_memory_yet_sees_all_rows_once(backward: Any) -> None:
+    net, step = around(nn.LazyBatchNorm1d(), backward=backward)
+    step(X, Y)
+    norm = nn.BatchNorm1d(8)
+    norm(net[0](X))
+    assert net[1].num_batches_tracked == 1 and torch.allclose(net[1].running_mean, norm.running_mean)
+
+
+class HiddenWrite(nn.Module):
+    """Writes in evaluation mode, where no version shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            self.count.data.add_(1)
+        return x
+
+
+def test_what_is_undone_each_step_is_known_to_change() -> None:
+    net, step = around(HiddenWrite(), scoring="eval", backward="recompute")
+    for _ in range(4):
+        step(X, Y).backward()
+        assert net[1].count == 0
+
+
+class OfFewRows(nn.Module):
+    """Writes in the forward of the chosen rows alone, and can fail there."""
+
+    fails = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) < len(X):
+            self.count += 1
+            if self.fails:
+                raise RuntimeError("in the second forward")
+        return x
+
+
+def test_what_a_second_forward_alone_writes_comes_back_after_an_error_in_it() -> None:
+    net, step = around(OfFewRows(), backward="recompute")
+    for _ in range(4):
+        step(X, Y).backward()
+    before = net[1].count.clone()
+    net[1].fails = True
+    with pytest.raises(RuntimeError, match="in the second forward"):
+        step(X, Y)
+    assert net[1].count == before
+
+
+class Resets(nn.Module):
+    """A codebook that every third forward in training writes to."""
+
+    def __init__(self, hidden: bool) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("code", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+            if self.calls % 3 == 0:
+                (self.code.data if self.hidden else self.code).copy_(self.code + x.detach().mean(0))
+        return x + self.code.clone()
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("at", range(1, 6))
+def test_a_resumed_step_copies_the_buffers_that_the_run_before_it_would_have(hidden: bool, at: int) -> None:
+    """Which buffers are known to change decides from what a second forward starts."""
+
+    def train(stop: int | None) -> list[Tensor]:
+        net, step = around(Resets(hidden), backward="recompute")
+        for turn in range(8):
+            if turn == stop:
+                saved = copy.deepcopy((net.state_dict(), step.state_dict()))
+                net, step = around(Resets(hidden), backward="recompute")
+                net.load_state_dict(saved[0])
+                step.load_state_dict(saved[1])
+            net.zero_grad()
+            step(X + turn, Y).backward()
+            with torch.no_grad():
+                for p in net.parameters():
+                    p -= 0.1 * p.grad
+        return [*net.state_dict().values()]
+
+    assert all(map(torch.equal, train(None), train(at)))
+
+
+def test_a_step_that_is_wound_back_forgets_what_it_saw_later() -> None:
+    net, step = around(Resets(False), backward="recompute")
+    start = copy.deepcopy((net.state_dict(), step.state_dict()))
+    runs = []
+    for _ in range(2):
+        net.load_state_dict(start[0])
+        step.load_state_dict(start[1])
+        for turn in range(4):
+            step(X + turn, Y).backward()
+        runs.append([*values(net), net[0].weight.grad])
+        net.zero_grad(set_to_none=True)
+    assert all(map(torch.equal, *runs))
+
+
+class Kept(nn.Module):
+    """Batch norm that torch's checkpoint runs once more in the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.norm, x, use_reentrant=False)
+
+
+def test_one_backward_of_two_steps_on_a_model_leaves_its_buffers() -> None:
+    net, first = around(Kept(), backward="recompute")
+    second = selbp.SelectiveBackprop(net, selector=selbp.TopLoss(), keep=0.25, backward="recompute")
+    loss = first(X, Y) + second(X + 1, Y)
+    before = values(net)
+    loss.backward()
+    assert same(net, before) and not buffers_module._KEPT
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("backward", ["recompute", "auto"])
+def test_a_buffer_of_several_lengths(backward: Any) -> None:
+    part = nn.Identity()
+    part.register_buffer("lists", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+    net, step = around(part, backward=backward)
+    for _ in range(2):
+        step(X, Y).backward()
+    assert [len(x) for x in net[1].lists.unbind()] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, 3, [3], [[0, "code", True]], [[0, "code", 1, "stays"]], [[0, "code", True, "?"]]]
+)
+def test_a_state_of_other_buffers_is_refused(wrong: Any) -> None:
+    _, step = around(Resets(False))
+    step(X, Y)
+    state = step.state_dict()
+    assert state["buffers"]
+    with pytest.raises(ValueError, match="the state's buffers must be lists"):
+        step.load_state_dict({**state, "buffers": wrong})
+    assert step.state_dict()["buffers"] == state["buffers"]

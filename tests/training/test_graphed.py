@@ -131,6 +131,9 @@ def test_a_replay_goes_on_from_the_memory_of_a_rule_that_may_be_captured():
         means.append(rule.tau)
     rule.load_state_dict({"tau": means[0]})
     assert rule._tau is memory and rule.tau == means[0] != means[1] != means[2]
+    rule._tau = elsewhere = memory.to("meta")  # a graph's memory is on another device than a state from a file
+    rule.load_state_dict({"tau": means[0]})
+    assert rule._tau is elsewhere
 
 
 def test_what_was_returned_and_reported_stays():
