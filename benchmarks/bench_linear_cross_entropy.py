@@ -199,9 +199,10 @@ def _print_skipped(name: str, features: Tensor, weight: Tensor, target: Tensor, 
         )
         errors = [a - b for a, b in zip(_skipping(*head, skip_mass), exact, strict=True)]
         e = 2 * skip_mass * upstream * table[6].detach()
-        rows = errors[0].norm(dim=1) / (e * weight.detach().norm(dim=1).max())
+        live = table[5]  # a row whose target is ignored leaves nothing out of nothing
+        rows = (errors[0].norm(dim=1) / (e * weight.detach().norm(dim=1).max()))[live]
         classes_error = errors[1].norm(dim=1).sum() / (e * features.detach().norm(dim=1)).sum()
-        left_out = float((table[8] >= 0).sum()) / table[8].numel()
+        left_out = float((table[8][live] >= 0).double().mean())
         relative = [float(x.norm() / y.norm()) for x, y in zip(errors, exact, strict=True)]
         print(
             f"{name} n={n} d={d} C={classes} skip_mass={skip_mass}: tiles left out {left_out:.1%}, "

@@ -259,12 +259,17 @@ def compare(arguments: argparse.Namespace) -> int:
             Run(config, data, Path())  # its training options, before any arm trains
     timed = arguments.budget == "time"
     comparison = Comparison(base, arms, arguments.seeds or [0, 1, 2], "steps" if timed else arguments.budget)
-    shared = replace(base, selector="", lr=1.0).key()  # by what all arms and seeds share: more of them go on there
-    name = f"{'demo' if demo else 'compare'}-{data.name}-{base.model}"
-    folder = arguments.out or _folder_of(name, shared, arguments.budget, arguments.lr, arguments.tune)
+    undecided = [*(["lr"] if arguments.tune else []), *(["steps", "evaluate_every"] if timed else [])]
+    folder = arguments.out
+    if folder is None:  # named by what all arms and seeds share, so that more of them go on there
+        name = f"{'demo' if demo else 'compare'}-{data.name}-{base.model}"
+        shared = replace(base, selector="", lr=1.0).key()
+        settings = shared, arguments.budget, arguments.lr, sorted(arguments.tune or ())
+        folder = _folder_of(name, *settings)
+        if lost_runs(comparison, folder, undecided):  # others than those have one of their own
+            folder = _folder_of(name, *settings, sorted(names), sorted(comparison.seeds))
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder):
-        undecided = [*(["lr"] if arguments.tune else []), *(["steps", "evaluate_every"] if timed else [])]
         _keep_report(comparison, folder, undecided)  # before anything is measured or tuned
         say(f"in {folder}: {', '.join(names)}; seeds {', '.join(map(str, comparison.seeds))}")
         if timed:

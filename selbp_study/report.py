@@ -22,7 +22,8 @@ from selbp_study.timing import PARTS, clock_for
 CAPTIONS = {  # of the plots, by the names of their files
     "samples": "Test accuracy against the samples that ran backward. Lines are means over seeds, bands span them.",
     "seconds": "The same runs against the seconds spent training: forward, selection, backward and optimizer.",
-    "time": "Where a step's time goes. Scoring costs a forward of the whole minibatch; random pays none.",
+    "time": "Where a step's time goes. Scoring costs a forward of the whole minibatch. Random and the full batch need "
+    "none: what they show there is the step's own code.",
 }
 
 COLUMNS = {

@@ -61,7 +61,8 @@ def left_out_of(
     share = share.contiguous()
     held = (target // COLUMNS).clamp(0, share.shape[1] - 1)[:, None]  # an ignored target is any number
     smallest, tile = share.scatter(1, held, torch.inf).sort(dim=1, stable=True)
-    total = (smallest.nan_to_num(2.0, posinf=2.0) * _WHOLE).ceil().to(torch.int64).cumsum(1)  # 2: of no row
+    # NaN, and the target's tile, count as 2, which is more than any skip_mass.
+    total = (smallest.nan_to_num(2.0, posinf=2.0) * _WHOLE).ceil().to(torch.int64).cumsum(1)
     small = torch.zeros_like(share, dtype=torch.bool).scatter_(1, tile, total <= int(skip_mass * _WHOLE))
     return torch.where(small, share * p_rest[:, None], FORMED).to(p_rest.dtype)
 

@@ -137,10 +137,10 @@ def linear_cross_entropy(
         row i of the features' gradient, in norm, e_i max_c norm(weight_c); the weight's gradient, in norms of its rows
         together, sum_i e_i norm(features_i); the bias's, in sum of absolute values, sum_i e_i. Nothing is left out with
         label smoothing, in forward mode, in derivatives of the gradients, on a CPU where less than a quarter of the
-        tiles can be, and on a GPU in float64 or without Triton. On a GPU, where looking would wait for the device,
-        little is left out too; by a model, unmeasured, that is slower than leaving out nothing. The idea is that of
-        Cut Cross-Entropy (Wijmans et al. 2024, arXiv 2411.09009), which goes by the greatest probability of a block
-        of rows.
+        tiles can be, and on a GPU in float64 or without Triton. A GPU leaves out fewer as well, since
+        counting them first would wait for the device. That is then slower than leaving out nothing, says a model
+        (unmeasured). The idea is that of Cut Cross-Entropy (Wijmans et al. 2024, arXiv 2411.09009), which goes by the
+        greatest probability of a block of rows.
 
     Returns
     -------

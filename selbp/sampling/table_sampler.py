@@ -187,6 +187,12 @@ class TableSampler(Sampler[list[int]]):
                 )
                 for d in state["issued"]
             ]
+            for draw in issued:
+                if draw.uniform > len(draw.ids) or (draw.weights is not None and draw.weights.shape != draw.ids.shape):
+                    raise ValueError(
+                        f"a batch in the state's issued has {len(draw.ids)} ids, {draw.uniform} of them uniform, and "
+                        f"weights {shown(draw.weights)}"
+                    )
         self.epoch, self._consumed, self._plan, self._replay = epoch, consumed, plan, deque(issued)
         self.table.issued.end()
         # Before the first batch of all there is no plan yet; after the last one of an epoch the next epoch is due.

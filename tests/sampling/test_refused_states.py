@@ -133,3 +133,15 @@ def test_no_part_takes_over_its_state_where_another_refuses():
     assert same(drawn.state_dict(), before)
     drawn.load_state_dict(state)
     assert same(drawn.state_dict(), state)
+
+
+@pytest.mark.parametrize("wrong", [{"weights": torch.ones(3)}, {"uniform": 99}], ids=["weights", "uniform"])
+def test_a_batch_to_be_handed_out_again_must_be_one(wrong):
+    sampler = trained().sampler
+    next(iter(sampler))  # fetched, and not yet trained on
+    state = copy.deepcopy(sampler.state_dict())
+    before = copy.deepcopy(state)
+    state["issued"][0].update(wrong)
+    with pytest.raises(ValueError, match="a batch in the state's issued has 8 ids"):
+        sampler.load_state_dict(state)
+    assert same(sampler.state_dict(), before)
