@@ -5,7 +5,8 @@ GEMM of fewer rows runs at a lower rate; ``benchmarks.tools.rows_auto`` prints w
 Process-CPU time is the clock to trust on a shared machine (``python -m benchmarks rows --clock process``). The
 optimizer is not in it. The process keeps the memory that it frees, for all contenders: see ``selbp.keep_freed_memory``.
 
-Programs that look further are ``benchmarks.tools.rows_dispatch``, ``rows_memory``, ``rows_auto`` and ``rows_compile``.
+Programs that look further are ``rows_by_hand``, ``rows_dispatch``, ``rows_memory``, ``rows_auto`` and ``rows_compile``
+in ``benchmarks.tools``.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ Key = tuple[int, str, bool]  # the module's place in the list, the buffer's name
 
 
 class _Values:
-    """What tensors hold now. Small ones of a type and device are copied into one piece of memory, by one launch.
+    """Copies of tensors. Small ones of a type and device are copied into one piece of memory, by one launch.
 
     A launch for each of a hundred buffers would cost a GPU's host more than small steps take.
     """
@@ -178,7 +178,7 @@ class Written:
         return self._changes
 
     def _seen(self, *, learns: bool) -> list[_Change]:
-        """What has changed of buffers that do not change in each forward."""
+        """Find changes of the buffers that do not change in each forward."""
         found, unknown = [], [mark.value for mark in self._marks if mark.known in (None, QUIET) and mark.value >= 0]
         differ = self._values.differ(unknown) if unknown else ()
         for key, known, module, tensor, version, value in self._marks:
@@ -310,7 +310,7 @@ class Buffers:
 
 
 def kinds_of(state: object) -> dict[Key, str]:
-    """What :meth:`Buffers.state` gave. Raises ValueError for anything else."""
+    """Read what :meth:`Buffers.state` gave. Raises ValueError for anything else."""
     kinds: dict[Key, str] = {}
     for row in state if isinstance(state, list) else [state]:
         if not isinstance(row, (list, tuple)) or [*map(type, row)] != [int, str, bool, str] or row[3] not in KINDS:
@@ -327,7 +327,7 @@ def _fresh(tensor: Tensor | None) -> Tensor | None:
 
 
 def _bound(changes: Sequence[_Change]) -> list[Tensor | None]:
-    """What modules have now where something has changed."""
+    """Return the buffers that modules have now where something has changed."""
     return [module._buffers.get(name, _ABSENT) for module, name, _, _ in changes]
 
 

@@ -21,7 +21,7 @@ COUNT_ENTRIES = ("optimizer_step", "auto_advance", "backward", "classes_last", "
 
 
 class Counts(NamedTuple):
-    """What a step has counted, decided and seen."""
+    """Counts, decisions and observations of a step."""
 
     steps: int
     auto_advance: bool
@@ -31,7 +31,7 @@ class Counts(NamedTuple):
 
 
 def check_counts(state: Mapping[str, Any]) -> Counts:
-    """The counts of a whole state. Raises ValueError."""
+    """Read the counts of a whole state. Raises ValueError."""
     if isinstance(state, Mapping) and "optimizer_step" in state:
         state = {"classes_last": None, "buffers": [], **state}  # states were saved without it
     check_entries("state", state, (*COUNT_ENTRIES, *CHOICE_ENTRIES))
