@@ -45,11 +45,19 @@ def product(
         if not EVEN_COLUMNS:
             columns = tl.where(columns < n_b, columns, 0)
         right = b + (columns.to(tl.int64) * stride_b)[None, :] + depth[:, None]
+        acc = pointed_product(left, right, acc, length, DEPTH, EVEN_DEPTH, PRECISION)
+    else:
+        for k in range(0, length, DEPTH):
+            acc = tl.dot(a.load([i * ROWS, k]), b.load([j * COLUMNS, k]).T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def pointed_product(left, right, acc, length, DEPTH: tl.constexpr, EVEN_DEPTH: tl.constexpr, PRECISION: tl.constexpr):
+    """What is in acc, plus the product of rows and columns of this length; left and right point to their beginnings."""
+    depth = tl.arange(0, DEPTH)
     for k in range(0, length, DEPTH):
-        if DESCRIPTOR:
-            x = a.load([i * ROWS, k])
-            y = b.load([j * COLUMNS, k]).T
-        elif EVEN_DEPTH:
+        if EVEN_DEPTH:
             x = tl.load(left + k)
             y = tl.load(right + k)
         else:

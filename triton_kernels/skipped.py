@@ -34,7 +34,7 @@ import triton.language as tl
 
 from . import configs
 from .linear_cross_entropy import CHUNK_BYTES, add_product, residual_tile, row_terms
-from .matmul_tile import capped_logits, dot_precision
+from .matmul_tile import capped_logits, dot_precision, pointed_product
 
 TILE = 256  # classes of a tile, of selbp/ops/_skipped_tiles.py
 
@@ -91,14 +91,7 @@ def gathered_residual_kernel(
         left = features + (rows.to(tl.int64) * stride_h)[:, None] + depth[None, :]
         right = weight + (tl.where(within, columns, 0).to(tl.int64) * stride_w)[None, :] + depth[:, None]
         z = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for at in range(0, d, DEPTH):
-            if EVEN_DEPTH:
-                x = tl.load(left + at)
-                w = tl.load(right + at)
-            else:
-                x = tl.load(left + at, mask=(at + depth < d)[None, :], other=0.0)
-                w = tl.load(right + at, mask=(at + depth < d)[:, None], other=0.0)
-            z = tl.dot(x, w, z, input_precision=PRECISION)
+        z = pointed_product(left, right, z, d, DEPTH, EVEN_DEPTH, PRECISION)
         z, g = capped_logits(z, bias, columns, n_columns, softcap, False, HAS_BIAS, SOFTCAP)
         r = residual_tile(
             z, g, z, columns + first_class, rows, inside, target, lse, p_rest, scale, mass, rest, 0.0,
